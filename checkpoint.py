@@ -1,0 +1,362 @@
+"""Finding and reading safetensors files: headers without torch, prefixes, dtypes, one clear error per file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+MMDIT_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+ENCODERS = ("clip_l", "clip_g", "t5xxl")
+ENCODER_PREFIX = "text_encoders.{}.transformer."
+ENCODER_FILES = {
+    "clip_l": ("clip_l.safetensors",),
+    "clip_g": ("clip_g.safetensors",),
+    "t5xxl": (
+        "t5xxl.safetensors",
+        "t5xxl_fp16.safetensors",
+        "t5xxl_fp8_e4m3fn.safetensors",
+        "t5xxl_fp8_e4m3fn_scaled.safetensors",
+    ),
+}
+TOKENIZER_FOLDERS = {"clip": ("tokenizer", "tokenizer_2"), "t5": ("tokenizer_3",)}
+TOKENIZER_FILES = {
+    "clip": (("vocab.json", "merges.txt"), ("tokenizer.json",)),
+    "t5": (("tokenizer.json",), ("spiece.model",)),
+}
+TOKENIZER_HUB = {"clip": "openai/clip-vit-large-patch14", "t5": "google/t5-v1_1-xxl"}
+ENCODER_HUB = "stabilityai/stable-diffusion-3.5-large"
+
+# Tensors that released files carry and no model needs.
+HARMLESS = ("position_ids", "logit_scale", "control_type", "scaled_fp8", "scale_input", "scale_weight")
+HARMLESS_PREFIXES = ("loss.", "cond_stage_model.", "model_ema.")
+DTYPE_BYTES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+CHUNK = 256 * 2**20  # bytes read from one mapping before its pages are given back
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file, as its header names it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class WeightFile:
+    """A safetensors file: its header is read at once (no torch needed), its tensors when asked for."""
+
+    def __init__(self, path: str | Path):
+        """Raises FileNotFoundError, or ValueError for a file that is truncated or not safetensors."""
+        self.path = Path(path)
+        self.entries, self.metadata = _read_header(self.path)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the whole file, as A1111-style tools compute it."""
+        with open(self.path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+
+    def part(self, prefix: str = "") -> Part:
+        """The tensors whose names start with `prefix`, without it."""
+        return Part(self, prefix)
+
+    def has(self, prefix: str) -> bool:
+        """Whether any tensor's name starts with `prefix`."""
+        return any(name.startswith(prefix) for name in self.entries)
+
+    def looks_like(self) -> str:
+        """What kind of file this seems to be, for error messages."""
+        for prefixes, what in _KINDS:
+            if any(name.startswith(prefixes) or f".{p}" in name for name in self.entries for p in prefixes):
+                return what
+        return "an unknown kind of model"
+
+
+_KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("lora_", "lora_A.", "lora_B."), "a LoRA"),
+    (("controlnet_blocks.",), "a ControlNet"),
+    (("joint_blocks.",), "an SD3-type MMDiT"),
+    (("double_blocks.",), "a FLUX model"),
+    (("transformer_blocks.",), "a diffusers transformer"),
+    (("input_blocks.",), "an SD 1, SD 2 or SDXL model"),
+    (("encoder.block.",), "a T5 encoder"),
+    (("text_model.",), "a CLIP text encoder"),
+    (("encoder.down.", "decoder.up."), "a VAE"),
+    (("encoder.down_blocks.", "decoder.up_blocks."), "a diffusers VAE"),
+)
+
+
+def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; a .safetensors file is needed")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    size = path.stat().st_size
+    not_one = f"{path}: is not a safetensors file"
+    with open(path, "rb") as f:
+        start = f.read(8)
+        if len(start) < 8:
+            raise ValueError(f"{not_one} ({size} bytes)")
+        (length,) = struct.unpack("<Q", start)
+        opening = f.read(1)
+        if opening != b"{" or length > 2**30:
+            hint = "; pickled checkpoints are not loaded" if start[:2] in (b"PK", b"\x80\x02") else ""
+            raise ValueError(f"{not_one}{hint}")
+        if 8 + length > size:
+            raise ValueError(f"{path}: is truncated: its header alone needs {8 + length} bytes, there are {size}")
+        try:
+            header: dict[str, Any] = json.loads(opening + f.read(length - 1))
+            metadata = header.pop("__metadata__", {}) or {}
+            entries = {name: Entry(t["dtype"], tuple(t["shape"]), t["data_offsets"][0]) for name, t in header.items()}
+            ends = [t["data_offsets"][1] for t in header.values()]
+            consistent = all(
+                t["data_offsets"][1] - t["data_offsets"][0] == math.prod(t["shape"]) * DTYPE_BYTES.get(t["dtype"], -1)
+                for t in header.values()
+                if t["dtype"] in DTYPE_BYTES
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise ValueError(f"{not_one}: its header is damaged") from None
+    needed = 8 + length + max(ends, default=0)
+    if size < needed:
+        raise ValueError(f"{path}: is truncated: {size} bytes of {needed}; download it again")
+    if not entries or not consistent:
+        raise ValueError(f"{path}: holds no usable tensors")
+    return entries, metadata
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tensors of one model in a file: a prefix, and names that differ between files (`renames`: ours -> file)."""
+
+    file: WeightFile
+    prefix: str = ""
+    renames: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape by name, without the prefix and under our names."""
+        theirs = {v: k for k, v in self.renames.items()}
+        out = {}
+        for name, entry in self.file.entries.items():
+            if name.startswith(self.prefix):
+                name = name[len(self.prefix) :]
+                out[theirs.get(name, name)] = entry.shape
+        return out
+
+    def full_name(self, name: str) -> str:
+        """The name in the file."""
+        return self.prefix + self.renames.get(name, name)
+
+    def dtype_name(self) -> str:
+        """The dtype that most of the weights have, in the file's spelling (F16, BF16, F32, F8_E4M3)."""
+        sizes: dict[str, int] = {}
+        for name, shape in self.shapes.items():
+            dtype = self.file.entries[self.full_name(name)].dtype
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
+        return max(sizes, key=lambda k: sizes[k])
+
+    def config(self, read: Callable[[dict[str, tuple[int, ...]]], Any], what: str) -> Any:
+        """The sizes that `read` finds in the shapes; raises ValueError where this is no such model."""
+        try:
+            return read(self.shapes)
+        except (KeyError, IndexError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{self.file.path}: is not {what}: it looks like {self.file.looks_like()} (no usable {error})"
+            ) from None
+
+    def check(self, model: nn.Module, needed: Callable[[str], bool] = lambda name: True) -> None:
+        """Compares with what `model` (on any device, meta too) needs, from the header alone.
+
+        Raises one ValueError that lists what is missing and what has a wrong shape; warns of unknown extras.
+        """
+        wanted = {k: tuple(v.shape) for k, v in model.state_dict().items() if needed(k)}
+        missing = [self.full_name(k) for k in wanted if k not in self.shapes]
+        wrong = [
+            f"{self.full_name(k)} has {_size(self.shapes[k])}, needs {_size(shape)}"
+            for k, shape in wanted.items()
+            if k in self.shapes and self.shapes[k] != shape
+        ]
+        problems = []
+        if missing:
+            problems.append(f"{len(missing)} missing: {_some(missing)}")
+        if wrong:
+            problems.append(f"{len(wrong)} of a wrong shape: {_some(wrong)}")
+        if problems:
+            raise ValueError(f"{self.file.path}: tensors do not fit the model; {'; '.join(problems)}")
+        owned = model.state_dict()
+        extra = [k for k in self.shapes if k not in owned and not self._harmless(k)]
+        if extra:
+            warnings.warn(f"{self.file.path}: not used, unknown: {_some(extra)}", stacklevel=2)
+
+    def _harmless(self, name: str) -> bool:
+        if self.prefix == "" and name.startswith((MMDIT_PREFIX, VAE_PREFIX, "text_encoders.")):
+            return True  # another model of the same file
+        leaf = name.rsplit(".", 1)[-1]
+        return leaf in HARMLESS or name.startswith(HARMLESS_PREFIXES) or name in _UNUSED
+
+    def read(self, names: list[str], device: Any, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, straight to device and dtype, in the file's order.
+
+        Memory-mapped: a tensor that keeps its dtype on the CPU is the mapping itself. Where tensors are converted,
+        the mapping is renewed every `CHUNK` bytes, so that pages already read do not add up.
+        Float8 weights with a `scale_weight` beside them are multiplied by it.
+        """
+        from safetensors import safe_open
+
+        ordered = sorted(names, key=lambda n: self.file.entries[self.full_name(n)].offset)
+        while ordered:
+            read = 0
+            with safe_open(self.file.path, framework="pt", device="cpu") as f:
+                while ordered and read < CHUNK:
+                    name = ordered.pop(0)
+                    tensor = f.get_tensor(self.full_name(name))
+                    read += tensor.nbytes
+                    scale_name = self.full_name(name).removesuffix("weight") + "scale_weight"
+                    scale = f.get_tensor(scale_name) if scale_name in self.file.entries else None
+                    yield name, _convert(tensor, scale, device, dtype)
+                    del tensor
+
+    def load_into(
+        self,
+        model: nn.Module,
+        device: Any,
+        dtype: torch.dtype,
+        progress: Callable[[int], None] | None = None,
+        names: list[str] | None = None,
+    ) -> nn.Module:
+        """Gives `model` (built on the meta device) its weights, one tensor at a time; `progress` counts bytes."""
+        names = list(model.state_dict()) if names is None else names
+        for name, tensor in self.read(names, device, dtype):
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            module._parameters[leaf] = _parameter(tensor)
+            if progress is not None:
+                progress(tensor.nbytes)
+        return model.eval()
+
+
+# Tensors of a model that some files carry and ours does not use.
+_UNUSED = (
+    "text_projection.weight",
+    "shared.weight",
+    "encoder.embed_tokens.weight",
+    "pos_embed.proj.weight",
+    "pos_embed.proj.bias",
+)
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    from torch import nn
+
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _convert(tensor: Tensor, scale: Tensor | None, device: Any, dtype: torch.dtype | None) -> Tensor:
+    tensor = tensor.to(device)
+    if scale is not None:
+        import torch
+
+        tensor = tensor.to(torch.float32) * scale.to(device=device, dtype=torch.float32)
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a single number"
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+# ---- finding -------------------------------------------------------------------------------------
+
+
+def find_encoder(role: str, model_file: WeightFile, folders: list[Path]) -> Part:
+    """The text encoder `role` (clip_l, clip_g, t5xxl): in the model's own file, else in `folders` or their
+    `text_encoders/`. Raises FileNotFoundError that says where it was looked for and how to get it.
+    """
+    prefix = ENCODER_PREFIX.format(role)
+    if model_file.has(prefix):
+        return encoder_part(role, model_file, prefix)
+    for folder in folders:
+        for place in (folder, folder / "text_encoders"):
+            for name in ENCODER_FILES[role]:
+                if (place / name).is_file():
+                    return encoder_part(role, WeightFile(place / name), "")
+    where = ", ".join(f"{f}/ and {f}/text_encoders/" for f in folders)
+    skip = ", or give --no_t5" if role == "t5xxl" else ""
+    raise FileNotFoundError(
+        f"--model_folder: no {' or '.join(ENCODER_FILES[role][:3])} in {where}; {fetch_encoder(role, folders[0])}{skip}"
+    )
+
+
+def encoder_part(role: str, file: WeightFile, prefix: str) -> Part:
+    """The encoder's tensors; T5's embedding is `encoder.embed_tokens.weight` or `shared.weight`, either or both."""
+    if role == "t5xxl" and prefix + "encoder.embed_tokens.weight" not in file.entries:
+        return Part(file, prefix, {"encoder.embed_tokens.weight": "shared.weight"})
+    return Part(file, prefix)
+
+
+def fetch_encoder(role: str, folder: Path) -> str:
+    """The command that downloads a text encoder."""
+    name = "t5xxl_fp16.safetensors" if role == "t5xxl" else ENCODER_FILES[role][0]
+    return f"get it with: hf download {ENCODER_HUB} text_encoders/{name} --local-dir {folder}"
+
+
+def find_tokenizer(kind: str, folders: list[Path]) -> Path:
+    """The folder of the `clip` or `t5` tokenizer: in `folders`, beside the encoders, else in the hub's cache.
+
+    Never uses the network. Raises FileNotFoundError that says where it was looked for and how to get it.
+    """
+    places = [p / name for f in folders for p in (f, f / "text_encoders") for name in TOKENIZER_FOLDERS[kind]]
+    for place in places:
+        if any(all((place / n).is_file() for n in names) for names in TOKENIZER_FILES[kind]):
+            return place
+    if cached := _cached_tokenizer(kind):
+        return cached
+    flag = TOKENIZER_FOLDERS[kind][0]
+    names = " or ".join(" and ".join(n) for n in TOKENIZER_FILES[kind])
+    get = " ".join(n for names in TOKENIZER_FILES[kind] for n in names if n != "tokenizer.json")
+    raise FileNotFoundError(
+        f"--model_folder: no tokenizer ({names}) in {', '.join(map(str, places))} or the hub's cache; get it with: "
+        f"hf download {TOKENIZER_HUB[kind]} {get} --local-dir {folders[0] / flag}"
+    )
+
+
+def _cached_tokenizer(kind: str) -> Path | None:
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    for names in TOKENIZER_FILES[kind]:
+        found = [try_to_load_from_cache(TOKENIZER_HUB[kind], n) for n in names]
+        if all(isinstance(p, str) for p in found):
+            return Path(found[0]).parent
+    return None

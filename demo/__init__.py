@@ -1,0 +1,1 @@
+"""The small model that ships: how it is made and scored."""

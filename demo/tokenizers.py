@@ -1,0 +1,70 @@
+"""Small tokenizers in the real formats: CLIP's vocab.json + merges.txt and T5's tokenizer.json.
+
+Every word of the captions becomes one token of each; any other text still has tokens (bytes, or unknown).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+
+
+def byte_alphabet() -> list[str]:
+    """The 256 characters that stand for the bytes in CLIP's and GPT-2's vocabularies, printable ones first."""
+    return sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (ord(c) > 255, ord(c)))
+
+
+def clip_files(words: list[str], folder: Path, positions: int) -> None:
+    """Writes vocab.json, merges.txt and tokenizer_config.json; vocabulary: bytes, byte ends, merges, start, end."""
+    trainer = trainers.BpeTrainer(vocab_size=10**5, end_of_word_suffix=WORD_END, show_progress=False)
+    bpe = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe.train_from_iterator(words, trainer)
+    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    alphabet = byte_alphabet()
+    tokens = [*alphabet, *(c + WORD_END for c in alphabet), *("".join(m) for m in merges), START, END]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(m) for m in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": positions,
+        "bos_token": START,
+        "eos_token": END,
+        "unk_token": END,
+        "pad_token": END,
+        "do_lower_case": True,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def t5_file(words: list[str], folder: Path) -> None:
+    """Writes tokenizer.json: a unigram model with one piece per word, pad 0, end 1, unknown 2."""
+    space = "\u2581"
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (space, -5.0)]
+    pieces += [(space + word, -1.0) for word in words]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=space, prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(replacement=space, prepend_scheme="always")
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "T5Tokenizer",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,129 @@
+"""ControlNet: a control image's latents become states that are added to the MMDiT's image tokens.
+
+Two kinds, told apart by what the pooled-text embedder takes. 8B (SD3.5 Large): starts from the base model's image
+tokens and the raw pooled text, its blocks are chained. 2B (SD3 Medium): has its own patch embedding without
+positions, takes the base model's embedded pooled text, and every block sees the same input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from checkpoint import Part, WeightFile
+from mmditx import MMDiT, MMDiTConfig, PatchEmbed, StreamBlock, TimestepEmbedder, VectorEmbedder
+from other_impls import Shapes, count_layers
+
+CONTROL_TYPES = {0: "blur", 1: "canny", 2: "depth"}
+# Our names -> the file's, for the timestep and pooled-text embedders.
+RENAMES = {
+    f"{ours}.mlp.{layer}.{leaf}": f"time_text_embed.{theirs}.linear_{number}.{leaf}"
+    for ours, theirs in (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder"))
+    for layer, number in ((0, 1), (2, 2))
+    for leaf in ("weight", "bias")
+}
+
+
+@dataclass(frozen=True)
+class ControlNetConfig:
+    """Sizes of a ControlNet."""
+
+    latent_channels: int
+    patch: int
+    width: int
+    depth: int
+    pooled_width: int
+    mlp_width: int
+    patch_embedding: bool  # has one of its own (an 8B file may carry one unused)
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> ControlNetConfig:
+        """Reads the sizes off tensor names and shapes (after `RENAMES`). Raises KeyError for a missing tensor."""
+        width, latent_channels, patch, _ = shapes["pos_embed_input.proj.weight"]
+        shapes["controlnet_blocks.0.weight"]
+        return cls(
+            latent_channels=latent_channels,
+            patch=patch,
+            width=width,
+            depth=count_layers(shapes, "transformer_blocks.{}.attn.qkv.weight"),
+            pooled_width=shapes["y_embedder.mlp.0.weight"][1],
+            mlp_width=shapes["transformer_blocks.0.mlp.fc1.weight"][0],
+            patch_embedding="pos_embed.proj.weight" in shapes,
+        )
+
+    def chained(self, base: MMDiTConfig) -> bool:
+        """Whether this is the 8B kind for `base`: it takes the raw pooled text, not the embedded one.
+
+        In a small base both widths may be equal; then a patch embedding of its own marks the 2B kind.
+        """
+        if base.pooled_width == base.width:
+            return not self.patch_embedding
+        return self.pooled_width == base.pooled_width
+
+    def check_base(self, base: MMDiTConfig, path: object) -> None:
+        """Raises ValueError where this ControlNet was made for another model."""
+        if (self.width, self.latent_channels, self.patch) != (base.width, base.latent_channels, base.patch):
+            raise ValueError(
+                f"--controlnet_ckpt {path}: has width {self.width}, the model has {base.width}: "
+                "this ControlNet belongs to another model"
+            )
+        if self.pooled_width not in (base.pooled_width, base.width):
+            raise ValueError(
+                f"--controlnet_ckpt {path}: takes pooled text of width {self.pooled_width}; "
+                f"the model has {base.pooled_width} (raw) and {base.width} (embedded)"
+            )
+
+
+class ControlNet(nn.Module):
+    """See the module's docstring; `chained` is the 8B kind."""
+
+    def __init__(self, config: ControlNetConfig, chained: bool):
+        super().__init__()
+        self.config = config
+        self.chained = chained
+        width = config.width
+        if not chained:
+            self.pos_embed = PatchEmbed(config.latent_channels, width, config.patch)
+        self.pos_embed_input = PatchEmbed(config.latent_channels, width, config.patch)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = VectorEmbedder(config.pooled_width, width)
+        self.transformer_blocks = nn.ModuleList(
+            StreamBlock(width, config.mlp_width, qk_norm=False) for _ in range(config.depth)
+        )
+        self.controlnet_blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(config.depth))
+
+    def forward(
+        self, base: MMDiT, x: Tensor, t: Tensor, y: Tensor, control: Tensor, strength: float = 1.0
+    ) -> list[Tensor]:
+        """One state (B, L, D) per block.
+
+        base: the MMDiT these are for; x: noisy latent (B, C, h, w); t: timesteps (B,) in [0, 1000]; y: raw pooled
+        text (B, Y); control: latent of the control image in model space (1 or B, C, h, w).
+        """
+        tokens = base.embed_image(x) if self.chained else self.pos_embed(x)
+        tokens = tokens + self.pos_embed_input(control)
+        c = self.t_embedder(t) + self.y_embedder(y if self.chained else base.y_embedder(y))
+        states, out = [], tokens
+        for block, project in zip(self.transformer_blocks, self.controlnet_blocks, strict=True):
+            out = block(out if self.chained else tokens, c)
+            states.append(project(out) * strength)
+        return states
+
+
+def controlnet_part(file: WeightFile) -> Part:
+    """The tensors of a ControlNet file under our names."""
+    return Part(file, "", RENAMES)
+
+
+def control_kind(part: Part) -> str:
+    """blur, canny or depth, as the file says (canny images get another range in the 8B kind); `` where it does not."""
+    if "control_type" not in part.shapes:
+        return ""
+    ((_, value),) = part.read(["control_type"], "cpu", None)
+    return CONTROL_TYPES.get(int(value.reshape(-1)[0]), "")
+
+
+def control_pixels(image: Tensor, chained: bool, kind: str) -> Tensor:
+    """[0, 1] pixels (B, 3, H, W) -> what the VAE encodes: 2x - 1, and for canny of the 8B kind 127.5 x + 0.5."""
+    return image * 127.5 + 0.5 if chained and kind == "canny" else image * 2 - 1

@@ -1,0 +1,488 @@
+"""Attention, MLP and the text encoders: CLIP, T5 and their tokenizers."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor, nn
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def count_layers(shapes: Shapes, pattern: str) -> int:
+    """How many of `pattern.format(0)`, `pattern.format(1)`, ... there are, in a row."""
+    n = 0
+    while pattern.format(n) in shapes:
+        n += 1
+    return n
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **options) -> Tensor:
+    """Scaled dot-product attention of (B, L, D) tensors, D split into `heads`; returns (B, L, D).
+
+    mask: added to the scores; options: `is_causal`, `scale` of torch's scaled_dot_product_attention.
+    """
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, D/heads)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+    return out.transpose(1, 2).flatten(2)
+
+
+ACTIVATIONS = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+class Mlp(nn.Module):
+    """fc1, activation, fc2."""
+
+    def __init__(self, width: int, hidden: int, activation: str = "gelu_tanh"):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+# ---- CLIP text encoders --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Sizes of a CLIP text encoder; `positions` is the longest token sequence it takes (77)."""
+
+    width: int
+    depth: int
+    mlp_width: int
+    vocabulary: int
+    positions: int
+    projection: bool
+    activation: str
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes, activation: str) -> CLIPConfig:
+        """Reads the sizes off tensor names and shapes (no prefix); the activation is known by the file's role."""
+        vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+        return cls(
+            width=width,
+            depth=count_layers(shapes, "text_model.encoder.layers.{}.layer_norm1.weight"),
+            mlp_width=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+            vocabulary=vocabulary,
+            positions=shapes["text_model.embeddings.position_embedding.weight"][0],
+            projection="text_projection.weight" in shapes,
+            activation=activation,
+        )
+
+
+class CLIPAttention(nn.Module):
+    """Causal self-attention, heads of 64."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.heads = max(1, width // 64)
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.out_proj(attention(q, k, v, self.heads, is_causal=True))
+
+
+class CLIPLayer(nn.Module):
+    """Pre-norm transformer layer."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.width)
+        self.self_attn = CLIPAttention(config.width)
+        self.layer_norm2 = nn.LayerNorm(config.width)
+        self.mlp = Mlp(config.width, config.mlp_width, config.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class _CLIPEmbeddings(nn.Module):
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocabulary, config.width)
+        self.position_embedding = nn.Embedding(config.positions, config.width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class _CLIPLayers(nn.Module):
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.depth))
+
+
+class _CLIPTextModel(nn.Module):
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.embeddings = _CLIPEmbeddings(config)
+        self.encoder = _CLIPLayers(config)
+        self.final_layer_norm = nn.LayerNorm(config.width)
+
+
+class CLIP(nn.Module):
+    """A CLIP text encoder."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config = config
+        self.text_model = _CLIPTextModel(config)
+        if config.projection:
+            self.text_projection = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids (B, L) -> hidden (B, L, D), the last but one layer's output without the final norm, and pooled
+        (B, D), the final norm at the end token (the first place of the largest id), projected where the file can.
+        """
+        model = self.text_model
+        x = model.embeddings(ids)
+        hidden = x
+        for layer in model.encoder.layers:
+            hidden = x
+            x = layer(x)
+        rows = torch.arange(ids.shape[0], device=ids.device)
+        pooled = model.final_layer_norm(x[rows, ids.argmax(dim=-1)])
+        return hidden, (self.text_projection(pooled) if self.config.projection else pooled)
+
+
+# ---- T5 encoder ----------------------------------------------------------------------------------
+
+T5_MAX_DISTANCE = 128  # distances from here on share the last bucket
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Sizes of a T5 v1.1 encoder; `inner` is heads times the width of a head."""
+
+    width: int
+    depth: int
+    heads: int
+    inner: int
+    mlp_width: int
+    buckets: int
+    vocabulary: int
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> T5Config:
+        """Reads the sizes off tensor names and shapes (no prefix); the embedding is `T5_EMBEDDING`."""
+        first = "encoder.block.0.layer."
+        buckets, heads = shapes[first + "0.SelfAttention.relative_attention_bias.weight"]
+        vocabulary, width = shapes[T5_EMBEDDING]
+        return cls(
+            width=width,
+            depth=count_layers(shapes, "encoder.block.{}.layer.0.SelfAttention.q.weight"),
+            heads=heads,
+            inner=shapes[first + "0.SelfAttention.q.weight"][0],
+            mlp_width=shapes[first + "1.DenseReluDense.wi_0.weight"][0],
+            buckets=buckets,
+            vocabulary=vocabulary,
+        )
+
+
+T5_EMBEDDING = "encoder.embed_tokens.weight"
+
+
+class T5Norm(nn.Module):
+    """RMS norm with a scale, in float32."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)
+        return n.to(self.weight.dtype) * self.weight
+
+
+class _T5SelfAttention(nn.Module):
+    def __init__(self, config: T5Config, bias: bool):
+        super().__init__()
+        self.heads = config.heads
+        self.q = nn.Linear(config.width, config.inner, bias=False)
+        self.k = nn.Linear(config.width, config.inner, bias=False)
+        self.v = nn.Linear(config.width, config.inner, bias=False)
+        self.o = nn.Linear(config.inner, config.width, bias=False)
+        if bias:
+            self.relative_attention_bias = nn.Embedding(config.buckets, config.heads)
+
+    def forward(self, x: Tensor, position_bias: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.o(attention(q, k, v, self.heads, mask=position_bias.to(q.dtype), scale=1.0))
+
+
+class _T5AttentionLayer(nn.Module):
+    def __init__(self, config: T5Config, bias: bool):
+        super().__init__()
+        self.SelfAttention = _T5SelfAttention(config, bias)
+        self.layer_norm = T5Norm(config.width)
+
+    def forward(self, x: Tensor, position_bias: Tensor) -> Tensor:
+        return x + self.SelfAttention(self.layer_norm(x), position_bias).to(x.dtype)
+
+
+class _T5GatedMlp(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.wi_0 = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.wi_1 = nn.Linear(config.width, config.mlp_width, bias=False)
+        self.wo = nn.Linear(config.mlp_width, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(ACTIVATIONS["gelu_tanh"](self.wi_0(x)) * self.wi_1(x))
+
+
+class _T5MlpLayer(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.DenseReluDense = _T5GatedMlp(config)
+        self.layer_norm = T5Norm(config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.DenseReluDense(self.layer_norm(x)).to(x.dtype)
+
+
+class T5Block(nn.Module):
+    """Attention and gated MLP; the stream x (B, L, D) itself stays in float32."""
+
+    def __init__(self, config: T5Config, bias: bool = False):
+        super().__init__()
+        self.layer = nn.ModuleList([_T5AttentionLayer(config, bias), _T5MlpLayer(config)])
+
+    def forward(self, x: Tensor, position_bias: Tensor) -> Tensor:
+        return self.layer[1](self.layer[0](x, position_bias))
+
+
+def t5_buckets(length: int, buckets: int, device: torch.device) -> Tensor:
+    """Relative-position bucket (L, L) of key minus query: half the buckets for keys after the query, in each half
+    the first half exact and the rest logarithmic up to `T5_MAX_DISTANCE`.
+    """
+    places = torch.arange(length, device=device)
+    offset = places[None, :] - places[:, None]  # (query, key)
+    half = buckets // 2
+    exact = half // 2
+    distance = offset.abs()
+    far = torch.log(distance.clamp(min=1).float() / exact) / math.log(T5_MAX_DISTANCE / exact)
+    far = (exact + (far * (half - exact)).long()).clamp(max=half - 1)
+    return torch.where(distance < exact, distance, far) + half * (offset > 0)
+
+
+def t5_position_bias(table: Tensor, length: int) -> Tensor:
+    """Score bias (1, heads, L, L) from the table (buckets, heads) of block 0; every block uses it."""
+    return table[t5_buckets(length, table.shape[0], table.device)].permute(2, 0, 1)[None]
+
+
+class _T5Stack(nn.Module):
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocabulary, config.width)
+        self.block = nn.ModuleList(T5Block(config, bias=i == 0) for i in range(config.depth))
+        self.final_layer_norm = T5Norm(config.width)
+
+
+class T5(nn.Module):
+    """A T5 v1.1 encoder, held whole."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.encoder = _T5Stack(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) -> hidden states (B, L, D) after the final norm; padding is not masked."""
+        stack = self.encoder
+        table = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight
+        bias = t5_position_bias(table, ids.shape[1])
+        x = stack.embed_tokens(ids).float()
+        for block in stack.block:
+            x = block(x, bias)
+        return stack.final_layer_norm(x)
+
+
+def join_text(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
+    """Text tokens (B, L1 + L2, D5): [L | G | zeros up to T5's width], then T5, one after the other."""
+    clip = torch.cat([clip_l, clip_g], dim=-1)
+    return torch.cat([F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], dim=1)
+
+
+# ---- prompts to tokens ---------------------------------------------------------------------------
+
+T5_CHARACTERS = 226  # of a prompt reach T5, as in the public reference
+LARGE_WORD = 8  # a CLIP word of that many tokens is split where it does not fit, a smaller one is left out whole
+NESTING_WEIGHT = 1.1
+_ESCAPES = (("\\(", "\0\1"), ("\\)", "\0\2"))
+
+
+def weighted_segments(text: str, weight: float = 1.0) -> list[tuple[str, float]]:
+    """Splits a prompt at its parentheses into (text, weight): `(x)` weighs 1.1 times its surroundings, `(x:1.4)`
+    exactly 1.4; `\\(` and `\\)` stand for themselves, and from an unclosed `(` on everything does.
+    """
+    for written, hidden in _ESCAPES:
+        text = text.replace(written, hidden)
+    return [(_unescape(t), w) for t, w in _segments(text, weight)]
+
+
+def _unescape(text: str) -> str:
+    for written, hidden in _ESCAPES:
+        text = text.replace(hidden, written[1])
+    return text
+
+
+def _segments(text: str, weight: float) -> list[tuple[str, float]]:
+    pieces, start, depth = [], 0, 0
+    for i, char in enumerate(text):
+        if char == "(":
+            if depth == 0:
+                pieces.append(text[start:i])
+                start = i
+            depth += 1
+        elif char == ")":
+            depth -= 1
+            if depth == 0:
+                pieces.append(text[start : i + 1])
+                start = i + 1
+    pieces.append(text[start:])
+    out = []
+    for piece in filter(None, pieces):
+        if len(piece) < 2 or (piece[0], piece[-1]) != ("(", ")"):
+            out.append((piece, weight))
+            continue
+        inner, inner_weight = piece[1:-1], weight * NESTING_WEIGHT
+        colon = inner.rfind(":")
+        if colon > 0:
+            try:
+                inner_weight = float(inner[colon + 1 :])
+                inner = inner[:colon]
+            except ValueError:
+                pass  # not a number: the colon is text
+        out += _segments(inner, inner_weight)
+    return out
+
+
+def weighted_words(text: str) -> list[tuple[str, float]]:
+    """The words of a prompt, split at spaces, newlines and segment borders, each with its weight."""
+    return [
+        (word, weight)
+        for segment, weight in weighted_segments(text)
+        for word in segment.replace("\n", " ").split(" ")
+        if word
+    ]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids and weights of one prompt, and whether the prompt was cut to get there."""
+
+    ids: list[int]
+    weights: list[float]
+    cut: bool
+
+
+class CLIPTokenizer:
+    """CLIP's byte-level BPE from a folder with vocab.json and merges.txt, or tokenizer.json."""
+
+    def __init__(self, folder: Path):
+        folder = Path(folder)
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            self.tokenizer = _clip_bpe(folder / "vocab.json", folder / "merges.txt")
+        else:
+            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.start = self.tokenizer.token_to_id("<|startoftext|>")
+        self.end = self.tokenizer.token_to_id("<|endoftext|>")
+
+    def tokenize(self, prompt: str, length: int, pad: int | None = None) -> Tokens:
+        """Exactly `length` tokens: start, as many words as fit, end, padding (`pad`; None: the end token)."""
+        ids, weights, cut = [self.start], [1.0], False
+        for word, weight in weighted_words(prompt):
+            tokens = self.tokenizer.encode(word, add_special_tokens=False).ids
+            room = length - 1 - len(ids)
+            if len(tokens) > room:
+                cut = True
+                tokens = tokens[:room] if len(tokens) >= LARGE_WORD else []
+            ids += tokens
+            weights += [weight] * len(tokens)
+            if cut:
+                break
+        ids.append(self.end)
+        ids += [self.end if pad is None else pad] * (length - len(ids))
+        return Tokens(ids, weights + [1.0] * (length - len(weights)), cut)
+
+
+def _clip_bpe(vocabulary: Path, merges: Path) -> Tokenizer:
+    """The published CLIP tokenizer: NFC, lower case, white space collapsed, then byte-level BPE with word ends."""
+    end = "<|endoftext|>"
+    bpe = models.BPE.from_file(
+        str(vocabulary), str(merges), unk_token=end, continuing_subword_prefix="", end_of_word_suffix="</w>"
+    )
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.add_special_tokens(["<|startoftext|>", end])
+    return tokenizer
+
+
+class T5Tokenizer:
+    """T5's unigram pieces from a folder with tokenizer.json or spiece.model."""
+
+    end, pad = 1, 0
+
+    def __init__(self, folder: Path):
+        folder = Path(folder)
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self._pieces = lambda word: tokenizer.encode(word, add_special_tokens=False).ids
+        else:
+            self._pieces = _sentencepiece(folder / "spiece.model")
+
+    def tokenize(self, prompt: str, minimum: int) -> Tokens:
+        """The first 226 characters' tokens and the end token, padded with 0 to at least `minimum`."""
+        ids, weights = [], []
+        for word, weight in weighted_words(prompt[:T5_CHARACTERS]):
+            tokens = self._pieces(word)
+            ids += tokens
+            weights += [weight] * len(tokens)
+        ids.append(self.end)
+        ids += [self.pad] * (minimum - len(ids))
+        return Tokens(ids, weights + [1.0] * (len(ids) - len(weights)), len(prompt) > T5_CHARACTERS)
+
+
+def _sentencepiece(path: Path) -> Callable[[str], list[int]]:
+    """A function from a word to its piece ids; `</s>` and the like in a word are their own ids, as on the hub."""
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_file=str(path))
+    extra = {f"<extra_id_{i}>": model.get_piece_size() + 99 - i for i in range(100)}
+    special = {model.id_to_piece(i): i for i in range(3)} | extra
+    split = re.compile("(" + "|".join(map(re.escape, special)) + ")")
+
+    def pieces(word: str) -> list[int]:
+        parts = [p for p in split.split(word) if p]
+        return [i for p in parts for i in ([special[p]] if p in special else model.encode(p))]
+
+    return pieces

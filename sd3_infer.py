@@ -1,0 +1,1042 @@
+"""Pictures from SD3 / SD3.5 weight files, with residual text streaming: the command line and `SD3Inferencer`.
+
+python sd3_infer.py --prompt "a red circle left of a blue square" --model models/demo/demo.safetensors
+"""
+
+from __future__ import annotations
+
+import sys
+
+from settings import Flags, read_arguments
+
+USER_ERRORS = (ValueError, FileNotFoundError, OSError)
+
+
+def fail(error: BaseException) -> int:
+    """One line on stderr for a mistake of the user's; returns the exit status."""
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__" and not {"--help", "-h"} & set(sys.argv[1:]):
+    try:
+        Flags.read(read_arguments(sys.argv[1:]))  # a mistyped flag need not wait for torch
+    except USER_ERRORS as early:
+        sys.exit(fail(early))
+
+import contextlib  # noqa: E402
+import dataclasses  # noqa: E402
+import datetime  # noqa: E402
+import os  # noqa: E402
+import re  # noqa: E402
+import signal  # noqa: E402
+import threading  # noqa: E402
+import time  # noqa: E402
+import warnings  # noqa: E402
+from collections.abc import Callable, Iterator, Sequence  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import fire  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, UnidentifiedImageError  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import checkpoint  # noqa: E402
+import saving  # noqa: E402
+import sd3_impls  # noqa: E402
+from checkpoint import Part, WeightFile  # noqa: E402
+from dit_embedder import ControlNet, ControlNetConfig, control_kind, control_pixels, controlnet_part  # noqa: E402
+from mmditx import MMDiT, MMDiTConfig  # noqa: E402
+from other_impls import (  # noqa: E402
+    CLIP,
+    T5,
+    CLIPConfig,
+    CLIPTokenizer,
+    T5Block,
+    T5Config,
+    T5Norm,
+    T5Tokenizer,
+    join_text,
+    t5_position_bias,
+)
+from residual import ResidualConfig, build_residual_config, residual_stream  # noqa: E402
+from settings import (  # noqa: E402
+    DEFAULT_DENOISE,
+    DEFAULT_SEED,
+    DEFAULT_SIZE,
+    Settings,
+    SkipLayerConfig,
+    picture_seeds,
+    read_prompts,
+    resolve,
+)
+from vae import VAE, VAEConfig  # noqa: E402
+
+__all__ = ["SD3Inferencer", "build_residual_config", "choose_device", "choose_dtype", "main"]
+
+CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
+FETCH = {
+    "sd3_medium": "stabilityai/stable-diffusion-3-medium",
+    "sd3.5_medium": "stabilityai/stable-diffusion-3.5-medium",
+    "sd3.5_large": "stabilityai/stable-diffusion-3.5-large",
+    "sd3.5_large_turbo": "stabilityai/stable-diffusion-3.5-large-turbo",
+}
+
+
+# ---- device and dtype: decided here, arguments everywhere else -----------------------------------
+
+
+def choose_device(name: str | torch.device = "auto", flag: str = "device") -> torch.device:
+    """The device for `auto`, cpu, cuda, cuda:N or mps; raises ValueError where it is not there."""
+    if isinstance(name, torch.device):
+        return name
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    device = torch.device(name)
+    count = torch.cuda.device_count() if cuda else 0
+    there = ["cpu", *(f"cuda:{i}" for i in range(count)), *(["mps"] if mps else [])]
+    if (device.type == "cuda" and (not cuda or (device.index or 0) >= count)) or (device.type == "mps" and not mps):
+        raise ValueError(f"--{flag} {name}: is not available here; there is {', '.join(there)}")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device, stored: str = "F16") -> torch.dtype:
+    """The compute dtype. auto: on a GPU the file's own (`stored`, as its header spells it; bfloat16 for float8), on
+    a CPU bfloat16 where it has instructions for it, else float32.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        cpuinfo = Path("/proc/cpuinfo")
+        fast = cpuinfo.exists() and "bf16" in cpuinfo.read_text(errors="ignore")
+        return torch.bfloat16 if fast else torch.float32
+    own = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return own.get(stored, torch.bfloat16)
+
+
+def encoder_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Text encoders run in float32 where the MMDiT runs in float16: T5 overflows there."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+# ---- small helpers -------------------------------------------------------------------------------
+
+
+def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
+    """A module without storage, to be given its weights."""
+    with torch.device("meta"):
+        return make()
+
+
+@contextlib.contextmanager
+def byte_bar(what: str, total: int, quiet: bool) -> Iterator[Callable[[int], Any]]:
+    """A progress bar over bytes."""
+    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
+        yield bar.update
+
+
+def open_image(flag: str, path: str, width: int, height: int) -> Image.Image:
+    """An image as RGB, resized with Lanczos; raises FileNotFoundError or ValueError."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"--{flag} {path}: no such file")
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        why = "is not a picture" if isinstance(error, UnidentifiedImageError) else f"cannot be read ({error})"
+        raise ValueError(f"--{flag} {path}: {why}") from None
+
+
+def unit_pixels(image: Image.Image) -> Tensor:
+    """A PIL image -> (1, 3, H, W) float32 in [0, 1]."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0
+    return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in about [-1, 1] -> PIL: clamp((x + 1) / 2) * 255, truncated."""
+    scaled = ((pixels.float() + 1) / 2).clamp(0, 1) * 255
+    return Image.fromarray(scaled.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+
+
+def check_finite(x: Tensor, what: str, dtype: torch.dtype) -> None:
+    """Raises ValueError with the dtype to try where `x` holds NaN or infinity."""
+    if not torch.isfinite(x).all():
+        other = "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{what} became NaN or infinite in {name}; no picture is saved. Try --dtype {other}")
+
+
+# ---- the engine ----------------------------------------------------------------------------------
+
+
+class SD3Inferencer:
+    """Loads once, makes many pictures. `load` reads headers and checks files; weights are opened when needed: each
+    text encoder while prompts are encoded, then the MMDiT, which stays.
+    """
+
+    def __init__(self) -> None:
+        self.verbose = False
+        self.quiet = False
+        self.mmdit: MMDiT | None = None
+        self.vae: VAE | None = None
+        self.controlnet: ControlNet | None = None
+        self.encoders_opened = 0  # how often a text encoder was read from disk
+        self._cond: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self._said: set[str] = set()
+
+    def say(self, text: str, once: bool = False) -> None:
+        """A line for the person at the shell, above any progress bar."""
+        if once and text in self._said:
+            return
+        self._said.add(text)
+        if not self.quiet:
+            tqdm.write(text, file=sys.stderr)
+
+    # -- loading --
+
+    def load(
+        self,
+        model: str = "models/sd3_medium.safetensors",
+        vae: str | None = None,
+        shift: float | None = None,
+        controlnet_ckpt: str | None = None,
+        model_folder: str | None = None,
+        text_encoder_device: str | torch.device = "auto",
+        verbose: bool = False,
+        load_tokenizers: bool = True,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str = "auto",
+        no_t5: bool = False,
+    ) -> SD3Inferencer:
+        """Reads headers, checks that all files are there and fit each other, decides device and dtype.
+
+        model_folder: where text encoders and tokenizers lie (default: the model file's folder, then `models`).
+        Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
+        """
+        self.verbose = verbose
+        self.device = choose_device(device)
+        same = text_encoder_device == "auto"
+        self.encoder_device = self.device if same else choose_device(text_encoder_device, "text_encoder_device")
+        self.no_t5 = no_t5
+        self.model_file = self._open("model", model, fetch_model(model))
+        self.folders = [Path(model_folder)] if model_folder else [self.model_file.path.parent]
+        if not model_folder and self.folders != [Path("models")]:
+            self.folders.append(Path("models"))
+        prefix = checkpoint.MMDIT_PREFIX if self.model_file.has(checkpoint.MMDIT_PREFIX) else ""
+        self.mmdit_part = self.model_file.part(prefix)
+        self.config: MMDiTConfig = self.mmdit_part.config(MMDiTConfig.from_shapes, "an SD3 or SD3.5 model")
+        self.mmdit_part.check(on_meta(lambda: MMDiT(self.config)))
+        self.dtype = choose_dtype(dtype, self.device, self.mmdit_part.dtype_name())
+        self._open_vae(vae)
+        self.controlnet_part = self._open_controlnet(controlnet_ckpt) if controlnet_ckpt else None
+        if load_tokenizers:
+            self._open_encoders()
+        self.defaults, _ = resolve(Flags(model=model, shift=shift), self.model_file.metadata, self.large_controlnet)
+        self.shift = self.defaults["shift"]
+        if verbose:
+            self.say(f"{self.model_file.path}: {self.config}")
+            self.say(f"device {self.device}, text encoders on {self.encoder_device}, {self.dtype}, shift {self.shift}")
+        return self
+
+    @staticmethod
+    def _open(flag: str, path: str, fetch: str = "") -> WeightFile:
+        try:
+            return WeightFile(path)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"--{flag} {path}: no such file{fetch}") from None
+        except ValueError as error:
+            raise ValueError(f"--{flag} {error}") from None
+        except OSError as error:
+            raise ValueError(f"--{flag} {path}: cannot be read ({error.strerror})") from None
+
+    def _open_vae(self, path: str | None) -> None:
+        file = self._open("vae", path) if path else self.model_file
+        prefix = checkpoint.VAE_PREFIX if file.has(checkpoint.VAE_PREFIX) else ""
+        self.vae_part = file.part(prefix)
+        if not path and not prefix:
+            raise FileNotFoundError(f"--model {file.path}: holds no VAE; give one with --vae sd3_vae.safetensors")
+        self.vae_config: VAEConfig = self.vae_part.config(VAEConfig.from_shapes, "a VAE")
+        self.vae_part.check(on_meta(lambda: VAE(self.vae_config)))
+        if self.vae_config.latent_channels != self.config.latent_channels:
+            raise ValueError(
+                f"--vae {file.path}: has {self.vae_config.latent_channels} latent channels, "
+                f"the model has {self.config.latent_channels}"
+            )
+
+    def _open_controlnet(self, path: str) -> Part:
+        part = controlnet_part(self._open("controlnet_ckpt", path))
+        config = part.config(ControlNetConfig.from_shapes, "an SD3 ControlNet")
+        config.check_base(self.config, path)
+        self.controlnet_chained = config.chained(self.config)
+        self.controlnet_config = config
+        part.check(on_meta(lambda: ControlNet(config, self.controlnet_chained)))
+        return part
+
+    @property
+    def large_controlnet(self) -> bool:
+        """Whether a ControlNet of the 8B kind is given: its usual settings then hold."""
+        return self.controlnet_part is not None and self.controlnet_chained
+
+    def _open_encoders(self) -> None:
+        roles = ("clip_l", "clip_g") if self.no_t5 else checkpoint.ENCODERS
+        self.encoder_parts = {r: checkpoint.find_encoder(r, self.model_file, self.folders) for r in roles}
+        self.encoder_configs: dict[str, Any] = {}
+        for role, part in self.encoder_parts.items():
+            if role == "t5xxl":
+                config = part.config(T5Config.from_shapes, "a T5 encoder")
+                part.check(on_meta(lambda c=config: T5(c)))
+            else:
+                config = part.config(lambda s, r=role: CLIPConfig.from_shapes(s, CLIP_ACTIVATIONS[r]), "a CLIP")
+                if role == "clip_l":  # its pooled text is not projected, whether the file could or not
+                    config = dataclasses.replace(config, projection=False)
+                part.check(on_meta(lambda c=config: CLIP(c)))
+            self.encoder_configs[role] = config
+        clip_l, clip_g = self.encoder_configs["clip_l"], self.encoder_configs["clip_g"]
+        if clip_l.width + clip_g.width != self.config.pooled_width:
+            raise ValueError(
+                f"{self.encoder_parts['clip_l'].file.path} and {self.encoder_parts['clip_g'].file.path}: have widths "
+                f"{clip_l.width} + {clip_g.width}, the model needs {self.config.pooled_width}: wrong text encoders"
+            )
+        if not self.no_t5 and (width := self.encoder_configs["t5xxl"].width) != self.config.context_width:
+            raise ValueError(
+                f"{self.encoder_parts['t5xxl'].file.path}: has width {width}, "
+                f"the model needs {self.config.context_width}: not this model's T5"
+            )
+        beside = [p.file.path.parent for p in self.encoder_parts.values()]
+        folders = list(dict.fromkeys([*self.folders, *beside]))
+        self.clip_tokenizer = CLIPTokenizer(checkpoint.find_tokenizer("clip", folders))
+        self.t5_tokenizer = None if self.no_t5 else T5Tokenizer(checkpoint.find_tokenizer("t5", folders))
+        self.positions = clip_l.positions
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raises ValueError for a size that the model's position grid or its cells do not allow."""
+        cell = self.vae_config.downscale * self.config.patch
+        for flag, size in (("width", width), ("height", height)):
+            if size % cell:
+                raise ValueError(f"--{flag} {size}: must be a multiple of {cell} for this model")
+            if size > cell * self.config.grid:
+                raise ValueError(
+                    f"--{flag} {size}: is beyond this model's position grid; at most {cell * self.config.grid}"
+                )
+
+    # -- text --
+
+    def t5_length(self, prompt: str) -> int:
+        """How many T5 tokens a prompt is encoded at (at least as many as CLIP takes: 77)."""
+        if self.t5_tokenizer is None:
+            return self.positions
+        return len(self.t5_tokenizer.tokenize(prompt, self.positions).ids)
+
+    def pair_length(self, prompt: str, negative: str) -> int:
+        """The T5 length at which both halves of a guided run are encoded."""
+        return max(self.t5_length(prompt), self.t5_length(negative))
+
+    def get_cond(self, prompt: str, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths) of a prompt.
+
+        length: T5 tokens to pad to (None: as few as usual).
+        """
+        key = (prompt, length or self.t5_length(prompt))
+        if key not in self._cond:
+            self.encode([key])
+        return self._cond[key]
+
+    @torch.no_grad()
+    def encode(self, wanted: Sequence[tuple[str, int]]) -> None:
+        """Encodes every (prompt, T5 length) not known yet, each once and alone, so that no prompt's tokens depend on
+        its neighbours. Each encoder is read, used for all and dropped before the next.
+        """
+        keys = [k for k in dict.fromkeys(wanted) if k not in self._cond]
+        if not keys:
+            return
+        prompts = list(dict.fromkeys(p for p, _ in keys))
+        dtype = encoder_dtype(self.dtype)
+        clip = {role: self._run_clip(role, prompts, dtype) for role in ("clip_l", "clip_g")}
+        t5 = self._run_t5(keys, dtype)
+        for key in keys:
+            (hidden_l, pooled_l), (hidden_g, pooled_g) = clip["clip_l"][key[0]], clip["clip_g"][key[0]]
+            context = join_text(hidden_l, hidden_g, t5[key])
+            pooled = torch.cat([pooled_l, pooled_g], dim=-1)
+            self._cond[key] = tuple(t.to(self.device, self.dtype) for t in (context, pooled))
+
+    def _run_clip(self, role: str, prompts: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
+        part, config = self.encoder_parts[role], self.encoder_configs[role]
+        model = self._load(part, on_meta(lambda: CLIP(config)), role, self.encoder_device, dtype)
+        self.encoders_opened += 1
+        out = {}
+        for prompt in tqdm(prompts, desc=f"encoding {role}", disable=self.quiet, leave=False):
+            pad = 0 if role == "clip_g" else None
+            tokens = self.clip_tokenizer.tokenize(prompt, config.positions, pad)
+            if tokens.cut:
+                limit = config.positions
+                self.say(f'note: "{_short(prompt)}" is cut: CLIP takes {limit} tokens (T5 reads on)', once=True)
+            out[prompt] = model(torch.tensor([tokens.ids], device=self.encoder_device))
+        return out
+
+    def _run_t5(self, keys: list[tuple[str, int]], dtype: torch.dtype) -> dict[tuple[str, int], Tensor]:
+        """T5 block by block: each block is read, run on all prompts and dropped, so the peak is one block."""
+        if self.no_t5:
+            shape = (1, self.positions, self.config.context_width)
+            return {key: torch.zeros(shape, dtype=dtype, device=self.encoder_device) for key in keys}
+        part, config, device = self.encoder_parts["t5xxl"], self.encoder_configs["t5xxl"], self.encoder_device
+        self.encoders_opened += 1
+        states = {}
+        ((_, table),) = part.read(["encoder.embed_tokens.weight"], "cpu", None)  # mapped: only the rows used are read
+        for prompt, length in keys:
+            tokens = self.t5_tokenizer.tokenize(prompt, length)
+            if tokens.cut:
+                self.say(f'note: "{_short(prompt)}" is cut: T5 reads its first 226 characters', once=True)
+            states[prompt, length] = table[torch.tensor([tokens.ids])].to(device, torch.float32)
+        del table
+        biases: dict[int, Tensor] = {}
+        blocks = tqdm(range(config.depth), desc="encoding t5xxl", disable=self.quiet, leave=False)
+        for i in blocks:
+            block = on_meta(lambda i=i: T5Block(config, bias=i == 0))
+            self._load_below(part, block, f"encoder.block.{i}.", device, dtype)
+            if i == 0:
+                bias_table = block.layer[0].SelfAttention.relative_attention_bias.weight
+                lengths = {length for _, length in keys}
+                biases = {length: t5_position_bias(bias_table, length) for length in lengths}
+            for key, x in states.items():
+                states[key] = block(x, biases[key[1]])
+        norm = on_meta(lambda: T5Norm(config.width))
+        self._load_below(part, norm, "encoder.final_layer_norm.", device, dtype)
+        return {key: norm(x) for key, x in states.items()}
+
+    @staticmethod
+    def _load_below(part: Part, module: nn.Module, stem: str, device: torch.device, dtype: torch.dtype) -> None:
+        """Gives `module` the tensors below `stem`."""
+        below = Part(part.file, part.prefix + stem)
+        below.load_into(module, device, dtype)
+
+    def _load(self, part: Part, model: nn.Module, what: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+        size = sum(p.numel() for p in model.parameters()) * torch.empty((), dtype=dtype).element_size()
+        with byte_bar(f"loading {what}", size, self.quiet) as progress:
+            return part.load_into(model, device, dtype, progress)
+
+    # -- pictures to latents and back --
+
+    @property
+    def vae_dtype(self) -> torch.dtype:
+        """float16 where the MMDiT runs in it, else float32: bfloat16 would show as banding."""
+        return torch.float16 if self.dtype == torch.float16 else torch.float32
+
+    def get_vae(self) -> VAE:
+        """The autoencoder, loaded on first use."""
+        if self.vae is None:
+            model = on_meta(lambda: VAE(self.vae_config))
+            self.vae = self._load(self.vae_part, model, "VAE", self.device, self.vae_dtype)
+        return self.vae
+
+    def get_mmdit(self) -> MMDiT:
+        """The MMDiT, loaded on first use; it stays on its device."""
+        if self.mmdit is None:
+            model = on_meta(lambda: MMDiT(self.config))
+            self.mmdit = self._load(self.mmdit_part, model, "MMDiT", self.device, self.dtype)
+        return self.mmdit
+
+    def get_controlnet(self) -> ControlNet | None:
+        """The ControlNet, loaded on first use, or None."""
+        if self.controlnet is None and self.controlnet_part is not None:
+            model = on_meta(lambda: ControlNet(self.controlnet_config, self.controlnet_chained))
+            self.controlnet = self._load(self.controlnet_part, model, "ControlNet", self.device, self.dtype)
+        return self.controlnet
+
+    @torch.no_grad()
+    def vae_encode(self, image: Image.Image, seed: int | Sequence[int] = DEFAULT_SEED, control: bool = False) -> Tensor:
+        """Latents (one per seed, 16, H/8, W/8), in VAE space, of an RGB image.
+
+        The encoding noise is a stream of the seed apart from the start noise; control: the image is for the
+        ControlNet, whose kind decides the pixel range.
+        """
+        seeds = [seed] if isinstance(seed, int) else list(seed)
+        pixels = unit_pixels(image)
+        if control:
+            kind = control_kind(self.controlnet_part)
+            pixels = control_pixels(pixels, self.controlnet_chained, kind)
+        else:
+            pixels = pixels * 2 - 1
+        vae = self.get_vae()
+        mean, logvar = vae.moments(pixels.to(self.device, self.vae_dtype))
+        noise = sd3_impls.start_noise(seeds, mean.shape, "control image" if control else "initial image")
+        return vae.sample(mean.float(), logvar.float(), noise.to(self.device))
+
+    @torch.no_grad()
+    def decode_pixels(self, latent: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W), about [-1, 1], of latents in VAE space, one at a time."""
+        vae = self.get_vae()
+        return torch.cat([vae.decode(row[None].to(self.vae_dtype)) for row in latent])
+
+    def vae_decode(self, latent: Tensor) -> Image.Image:
+        """The first latent of (B, 16, h, w), in VAE space, as a PIL image."""
+        pixels = self.decode_pixels(latent[:1].to(self.device))
+        check_finite(pixels, "the decoded picture", self.vae_dtype)
+        return to_image(pixels[0])
+
+    # -- sampling --
+
+    @torch.no_grad()
+    def do_sampling(
+        self,
+        latent: Tensor,
+        seed: int | Sequence[int],
+        conditioning: tuple[Tensor, Tensor],
+        neg_cond: tuple[Tensor, Tensor] | None,
+        steps: int,
+        cfg_scale: float,
+        sampler: str = "dpmpp_2m",
+        controlnet_cond: Tensor | None = None,
+        denoise: float = 1.0,
+        skip_layer_config: SkipLayerConfig | dict[str, Any] | None = None,
+        residual_config: ResidualConfig | None = None,
+        *,
+        shift: float | None = None,
+        controlnet_strength: float = 1.0,
+        callback: Callable[[int], Any] | None = None,
+    ) -> Tensor:
+        """Latents (B, 16, h, w) in VAE space, float32.
+
+        latent: start (B, 16, h, w) in model space, zeros for text to image; seed: one per row; conditioning and
+        neg_cond: (text tokens (1 or B, T, X), pooled (1 or B, Y)), neg_cond unused where cfg_scale is 1;
+        controlnet_cond: latents of the control image in model space; denoise: part of the schedule that runs.
+        """
+        seeds = [seed] * latent.shape[0] if isinstance(seed, int) else list(seed)
+        model = self.get_mmdit()
+        if residual_config is not None:
+            residual_config.check(len(model.joint_blocks))
+        denoiser = sd3_impls.Denoiser(
+            model,
+            self._rows(conditioning, len(seeds)),
+            None if cfg_scale == 1 or neg_cond is None else self._rows(neg_cond, len(seeds)),
+            cfg_scale,
+            steps=steps,
+            skip_layer=_skip_layer(skip_layer_config),
+            controlnet=self.get_controlnet() if controlnet_cond is not None else None,
+            control=controlnet_cond,
+            control_strength=controlnet_strength,
+            hook=residual_stream(residual_config),
+        )
+        sigmas = sd3_impls.flow_schedule(steps, self.shift if shift is None else shift)
+        sigmas = sd3_impls.remaining(sigmas, steps, denoise)
+        latent = latent.to(self.device)
+        return sd3_impls.latent_out(sd3_impls.guided_sampling(denoiser, sampler, latent, seeds, sigmas, callback))
+
+    def _rows(self, cond: tuple[Tensor, Tensor], rows: int) -> sd3_impls.Conditioning:
+        context, pooled = (t.to(self.device, self.dtype) for t in cond)
+        return sd3_impls.Conditioning(
+            context.expand(rows, -1, -1) if context.shape[0] == 1 else context,
+            pooled.expand(rows, -1) if pooled.shape[0] == 1 else pooled,
+        )
+
+    # -- whole pictures --
+
+    def batches(self, pictures: Sequence[Settings]) -> Iterator[list[tuple[int, Settings]]]:
+        """Pictures with their numbers, in order, in batches that can share a run: same but for prompt and seed."""
+        batch: list[tuple[int, Settings]] = []
+        for item in enumerate(pictures):
+            if batch and (len(batch) >= item[1].batch_size or not self._together(batch[0][1], item[1])):
+                yield batch
+                batch = []
+            batch.append(item)
+        if batch:
+            yield batch
+
+    def _together(self, a: Settings, b: Settings) -> bool:
+        shared = dataclasses.replace(b, prompt=a.prompt, seed=a.seed) == a
+        lengths = {self.pair_length(s.prompt, s.negative_prompt) for s in (a, b)}
+        return shared and len(lengths) == 1
+
+    def make(self, pictures: Sequence[Settings]) -> Iterator[tuple[int, Settings, Image.Image]]:
+        """Makes every picture; yields (number, settings, image) as each is done.
+
+        All prompts are encoded first. Raises ValueError before any weights load where a setting does not fit the
+        model, and where a latent turns NaN or infinite.
+        """
+        for s in pictures:
+            self.check_settings(s)
+        wanted = []
+        for s in pictures:
+            length = self.pair_length(s.prompt, s.negative_prompt)
+            wanted += [(s.prompt, length)] + ([(s.negative_prompt, length)] if s.cfg != 1 else [])
+        images = {
+            (flag, path, s.width, s.height): open_image(flag, path, s.width, s.height)
+            for s in pictures
+            for flag, path in (("init_image", s.init_image), ("controlnet_cond_image", s.controlnet_cond_image))
+            if path
+        }
+        self.encode(wanted)
+        self.get_mmdit()
+        for batch in self.batches(pictures):
+            numbers, settings = zip(*batch, strict=True)
+            latents = self._sample_batch(list(settings), images, f"picture {numbers[0] + 1}/{len(pictures)}")
+            check_finite(latents, "the latent", self.dtype)
+            for number, s, latent in zip(numbers, settings, latents, strict=True):
+                yield number, s, self.vae_decode(latent[None])
+
+    def check_settings(self, s: Settings) -> None:
+        """Raises ValueError where settings do not fit the loaded model."""
+        self.check_size(s.width, s.height)
+        residual_of(s).check(self.config.depth)
+        if s.skip_layer and max(s.skip_layer.layers) >= self.config.depth:
+            raise ValueError(
+                f"--skip_layer_cfg: needs layers {s.skip_layer.layers}, this model has {self.config.depth}"
+            )
+        if s.controlnet_ckpt and self.controlnet_part is None:
+            raise ValueError("--controlnet_ckpt: no ControlNet is loaded")
+
+    def _sample_batch(self, batch: list[Settings], images: dict[tuple, Image.Image], what: str) -> Tensor:
+        s = batch[0]
+        length = self.pair_length(s.prompt, s.negative_prompt)
+        seeds = [b.seed for b in batch]
+        conds = [self.get_cond(b.prompt, length) for b in batch]
+        cond = tuple(torch.cat(parts) for parts in zip(*conds, strict=True))
+        cell = self.vae_config.downscale
+        shape = (len(batch), self.config.latent_channels, s.height // cell, s.width // cell)
+        start, control, denoise = torch.zeros(shape), None, 1.0
+        if s.init_image:
+            image = images["init_image", s.init_image, s.width, s.height]
+            start, denoise = sd3_impls.latent_in(self.vae_encode(image, seeds)), s.denoise
+        if s.controlnet_cond_image:
+            image = images["controlnet_cond_image", s.controlnet_cond_image, s.width, s.height]
+            control = sd3_impls.latent_in(self.vae_encode(image, seeds, control=True))
+        total = s.steps - int(s.steps * (1 - denoise))
+        if len(batch) > 1:
+            what += f" and {len(batch) - 1} more"
+        with tqdm(total=total, desc=what, unit="step", disable=self.quiet, leave=False) as bar:
+            return self.do_sampling(
+                start,
+                seeds,
+                cond,
+                None if s.cfg == 1 else self.get_cond(s.negative_prompt, length),
+                s.steps,
+                s.cfg,
+                s.sampler,
+                control,
+                denoise,
+                s.skip_layer,
+                residual_of(s),
+                shift=s.shift,
+                controlnet_strength=s.controlnet_strength,
+                callback=lambda step: bar.update(),
+            )
+
+    def gen_image(
+        self,
+        prompts: Sequence[str] = ("",),
+        width: int = DEFAULT_SIZE,
+        height: int = DEFAULT_SIZE,
+        steps: int | None = None,
+        cfg_scale: float | None = None,
+        sampler: str | None = None,
+        seed: int = DEFAULT_SEED,
+        seed_type: str = "rand",
+        out_dir: str = "outputs",
+        controlnet_cond_image: str | None = None,
+        init_image: str | None = None,
+        denoise: float = DEFAULT_DENOISE,
+        skip_layer_config: SkipLayerConfig | dict[str, Any] | None = None,
+        residual_config: ResidualConfig | None = None,
+        *,
+        negative_prompt: str = "",
+        num_images: int = 1,
+        batch_size: int = 1,
+        controlnet_strength: float = 1.0,
+        with_metadata: bool = True,
+    ) -> list[Path]:
+        """Makes a picture (or `num_images`) for every prompt and saves them as out_dir/000000.png and on.
+
+        Returns the paths. Settings left out are the loaded model's usual ones. Raises ValueError before any weights
+        load for settings that do not fit.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        residual = residual_config or ResidualConfig()
+        skip_layer = _skip_layer(skip_layer_config)
+        cfg = self.defaults["cfg"] if cfg_scale is None else cfg_scale
+        pictures = self.plan(
+            prompts,
+            picture_seeds(seed, seed_type, len(prompts), num_images),
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+            steps=self.defaults["steps"] if steps is None else steps,
+            cfg=skip_layer.cfg if skip_layer and cfg_scale is None else cfg,
+            sampler=sampler or self.defaults["sampler"],
+            init_image=init_image,
+            denoise=denoise,
+            controlnet_cond_image=controlnet_cond_image,
+            controlnet_strength=controlnet_strength,
+            skip_layer=skip_layer,
+            residual_origin_layer=residual.origin,
+            residual_target_layers=residual.targets,
+            residual_weights=residual.weights,
+            batch_size=batch_size,
+        )
+        folder = Path(out_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = ModelHash(self.model_file) if with_metadata else None
+        paths = []
+        for number, settings, image in self.make(pictures):
+            paths.append(folder / f"{number:06d}.png")
+            saving.save_picture(paths[-1], image, settings, digest.wait() if digest else "", with_metadata)
+        return paths
+
+    def plan(self, prompts: Sequence[str], seeds: Sequence[int], **values: Any) -> list[Settings]:
+        """Settings of every picture, prompt by prompt; seeds: as many per prompt as there are pictures of it."""
+        shared = {
+            "model": str(self.model_file.path),
+            "vae": None if self.vae_part.file is self.model_file else str(self.vae_part.file.path),
+            "controlnet_ckpt": None if self.controlnet_part is None else str(self.controlnet_part.file.path),
+            "shift": self.shift,
+            "no_t5": self.no_t5,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "text_encoder_device": str(self.encoder_device),
+        }
+        per_prompt = len(seeds) // len(prompts)
+        return [
+            Settings(prompt=prompts[i // per_prompt], seed=seed, **(shared | values)) for i, seed in enumerate(seeds)
+        ]
+
+    def unknown_words(self, prompts: Sequence[str]) -> str:
+        """A line about words that a model with a short vocabulary (its file names it) never saw, or ``."""
+        known = self.model_file.metadata.get("words", "").split()
+        if not known:
+            return ""
+        words = (w for p in prompts for w in re.findall(r"\w+", p.lower()))
+        unknown = [w for w in dict.fromkeys(words) if w not in known]
+        if not unknown:
+            return ""
+        named = ", ".join(f'"{w}"' for w in unknown[:8])
+        return f"note: this small model never saw {named}; it knows: {' '.join(known)}"
+
+
+def _short(prompt: str) -> str:
+    return prompt if len(prompt) <= 40 else prompt[:37] + "..."
+
+
+def _skip_layer(config: SkipLayerConfig | dict[str, Any] | None) -> SkipLayerConfig | None:
+    """Accepts the public reference's dictionary {"scale", "start", "end", "layers", "cfg"} too."""
+    if not config or isinstance(config, SkipLayerConfig):
+        return config or None
+    values = {"start": 0.01, "end": 0.20, "cfg": 4.0} | config
+    return SkipLayerConfig(**values | {"layers": tuple(values["layers"])})
+
+
+def residual_of(s: Settings) -> ResidualConfig:
+    """The residual configuration that a picture's settings hold."""
+    return ResidualConfig(s.residual_origin_layer, s.residual_target_layers, s.residual_weights)
+
+
+class ModelHash:
+    """sha256 of the model file, computed while the first picture is made."""
+
+    def __init__(self, file: WeightFile):
+        self.file = file
+        self.value = ""
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        self.value = self.file.sha256
+
+    def wait(self) -> str:
+        """The hash, once it is there."""
+        self.thread.join()
+        return self.value
+
+
+# ---- what is where -------------------------------------------------------------------------------
+
+
+def fetch_model(path: str) -> str:
+    """How to get a released model, as the end of an error line, or ``."""
+    name = Path(path).name
+    repository = FETCH.get(name.removesuffix(".safetensors"))
+    if repository is None:
+        return "; --list_models shows what there is"
+    return f"; get it with: hf download {repository} {name} --local-dir {Path(path).parent}"
+
+
+def list_models(folder: str) -> str:
+    """What was found in a models folder, what is missing and the command that fetches it."""
+    place = Path(folder)
+    if not place.is_dir():
+        raise FileNotFoundError(f"--model_folder {folder}: no such folder")
+    lines, seen = [f"{place}:"], set()
+    for path in sorted([*place.glob("*.safetensors"), *place.glob("*/*.safetensors")]):
+        try:
+            file = WeightFile(path)
+            size = path.stat().st_size / 2**20
+            lines.append(f"  found    {path.relative_to(place)}  {file.looks_like()}, {size:,.0f} MB")
+            seen.add(path.name)
+        except (ValueError, OSError) as error:
+            lines.append(f"  damaged  {error}")
+    for name, repository in FETCH.items():
+        if not any(s.startswith((name + ".safetensors", f"{name}_incl")) for s in seen):
+            file = f"{name}.safetensors"
+            lines.append(f"  missing  {file}  hf download {repository} {file} --local-dir {place}")
+    for role, names in checkpoint.ENCODER_FILES.items():
+        if not seen & set(names):
+            get = checkpoint.fetch_encoder(role, place).removeprefix("get it with: ")
+            lines.append(f"  missing  {role}  {get}")
+    for kind in checkpoint.TOKENIZER_FOLDERS:
+        try:
+            lines.append(f"  found    {kind} tokenizer in {checkpoint.find_tokenizer(kind, [place])}")
+        except FileNotFoundError as error:
+            lines.append(f"  missing  {kind} tokenizer  {str(error).split('get it with: ')[-1]}")
+    return "\n".join(lines)
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """SIGTERM arrived."""
+
+
+def run(flags: Flags, given: Sequence[str] = ()) -> Path | None:
+    """Does what the flags say; returns the folder of the pictures. Raises ValueError or FileNotFoundError for what
+    is wrong with them before any weights load.
+    """
+    if flags.list_models:
+        print(list_models(flags.model_folder or "models"))
+        return None
+    started = time.time()
+    prompts, name = read_prompts(flags.prompt)
+    saving.check_writable(flags.out_dir)
+    engine = SD3Inferencer().load(
+        flags.model,
+        flags.vae,
+        flags.shift,
+        flags.controlnet_ckpt,
+        flags.model_folder,
+        flags.text_encoder_device,
+        flags.verbose,
+        device=flags.device,
+        dtype=flags.dtype,
+        no_t5=flags.no_t5,
+    )
+    values, skip_layer = resolve(flags, engine.model_file.metadata, engine.large_controlnet)
+    if flags.skip_layer_cfg and skip_layer is None:
+        engine.say(f"note: no skip-layer settings are known for {Path(flags.model).name}; --skip_layer_cfg is off")
+    if flags.residual_off_though_set():
+        engine.say("note: --residual_target_layers is empty, so residual text streaming is off")
+    if line := engine.unknown_words([*prompts, flags.negative_prompt]):
+        engine.say(line)
+    residual = ResidualConfig.parse(flags.residual_origin_layer, flags.residual_target_layers, flags.residual_weights)
+    pictures = engine.plan(
+        prompts,
+        picture_seeds(flags.seed, flags.seed_type, len(prompts), flags.num_images),
+        negative_prompt=flags.negative_prompt,
+        init_image=flags.init_image,
+        denoise=flags.denoise,
+        controlnet_cond_image=flags.controlnet_cond_image,
+        controlnet_strength=flags.controlnet_strength,
+        skip_layer=skip_layer,
+        residual_origin_layer=residual.origin,
+        residual_target_layers=residual.targets,
+        residual_weights=residual.weights,
+        batch_size=flags.batch_size,
+        **values,
+    )
+    for s in pictures[:1]:  # they differ in prompt and seed only
+        engine.check_settings(s)
+        for flag, path in (("init_image", s.init_image), ("controlnet_cond_image", s.controlnet_cond_image)):
+            if path:
+                open_image(flag, path, s.width, s.height)
+    model_name = Path(flags.model).name.removesuffix(".safetensors")
+    if flags.controlnet_ckpt:
+        model_name += "_" + Path(flags.controlnet_ckpt).name.removesuffix(".safetensors")
+    folder = saving.make_folder(Path(flags.out_dir) / model_name, name, flags.postfix)
+    record = RunRecord(folder, flags, given, len(pictures))
+    digest = None if flags.no_metadata else ModelHash(engine.model_file)
+    try:
+        for number, settings, image in engine.make(pictures):
+            path = folder / f"{number:06d}.png"
+            saving.save_picture(path, image, settings, digest.wait() if digest else "", not flags.no_metadata)
+            record.add(path, settings, digest.wait() if digest else "")
+            tqdm.write(str(path))
+        record.status = "finished"
+    except (KeyboardInterrupt, Stopped):
+        record.status = "stopped"
+        engine.say(f"stopped: {len(record.pictures)} of {len(pictures)} pictures are kept in {folder}")
+        raise
+    except BaseException:
+        record.status = "failed"
+        raise
+    finally:
+        record.write()
+        if not record.pictures and record.status != "finished":
+            record.discard()
+    seconds = time.time() - started
+    engine.say(
+        f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {seconds:.1f} s, "
+        f"{seconds / len(pictures):.1f} s each, in {folder}"
+    )
+    return folder
+
+
+class RunRecord:
+    """`run.json`: the whole run, kept up to date while it goes."""
+
+    EVERY = 5.0  # seconds between writes
+
+    def __init__(self, folder: Path, flags: Flags, given: Sequence[str], total: int):
+        self.folder = folder
+        self.status = "running"
+        self.pictures: list[dict[str, Any]] = []
+        self.model_sha256 = ""
+        self.started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        self.start = self.written = time.time()
+        self.flags, self.given, self.total = flags, list(given), total
+
+    def add(self, path: Path, settings: Settings, model_sha256: str) -> None:
+        """Notes a finished picture."""
+        self.model_sha256 = model_sha256
+        self.pictures.append({"file": path.name, "settings": saving.public_settings(settings)})
+        if time.time() - self.written > self.EVERY:
+            self.write()
+
+    def write(self) -> None:
+        """Writes run.json."""
+        record = {
+            "status": self.status,
+            "started": self.started,
+            "seconds": round(time.time() - self.start, 2),
+            "arguments": self.given,
+            "flags": self.flags,
+            "model_sha256": self.model_sha256,
+            "versions": saving.versions(),
+            "planned": self.total,
+            "pictures": self.pictures,
+        }
+        saving.write_json(self.folder / "run.json", record)
+        self.written = time.time()
+
+    def discard(self) -> None:
+        """Takes a folder away that holds no picture."""
+        with contextlib.suppress(OSError):
+            (self.folder / "run.json").unlink(missing_ok=True)
+            self.folder.rmdir()
+
+
+@fire.decorators.SetParseFn(str)
+def infer(
+    prompt=None,
+    model=None,
+    out_dir=None,
+    postfix=None,
+    seed=None,
+    seed_type=None,
+    sampler=None,
+    steps=None,
+    cfg=None,
+    shift=None,
+    width=None,
+    height=None,
+    controlnet_ckpt=None,
+    controlnet_cond_image=None,
+    vae=None,
+    init_image=None,
+    denoise=None,
+    skip_layer_cfg=None,
+    verbose=None,
+    model_folder=None,
+    text_encoder_device=None,
+    residual_origin_layer=None,
+    residual_target_layers=None,
+    residual_weights=None,
+    negative_prompt=None,
+    num_images=None,
+    batch_size=None,
+    controlnet_strength=None,
+    device=None,
+    dtype=None,
+    no_t5=None,
+    no_metadata=None,
+    list_models=None,
+):
+    """Makes pictures from an SD3 or SD3.5 weight file, with residual text streaming.
+
+    Args:
+        prompt: what the picture should show, or a .txt file with one prompt a line.
+        model: the .safetensors file with the MMDiT (models/sd3_medium.safetensors).
+        out_dir: pictures go to OUT_DIR/<model>/<prompt><postfix>/000000.png (outputs).
+        postfix: end of the folder's name (the date and time).
+        seed: first seed (23), for seed_type fixed and roll.
+        seed_type: fixed (every prompt the same), roll (counts up) or rand (drawn; recorded).
+        sampler: euler or dpmpp_2m (the model's usual one).
+        steps: sampling steps (the model's usual number).
+        cfg: classifier-free guidance scale (the model's usual one); 1 turns it off.
+        shift: shift of the noise schedule (the model's usual one).
+        width: pixels, a multiple of 16 (1024, or what the file names).
+        height: pixels, a multiple of 16 (1024, or what the file names).
+        controlnet_ckpt: a ControlNet file.
+        controlnet_cond_image: the picture that guides it.
+        vae: a VAE file in place of the model's own.
+        init_image: a picture to start from.
+        denoise: how much of it is made anew, 0 to 1 (0.8).
+        skip_layer_cfg: skip-layer guidance, with SD3.5 Medium's settings.
+        verbose: says more.
+        model_folder: where text encoders and tokenizers lie (the model's folder, then models).
+        text_encoder_device: auto (as device), cpu, cuda, cuda:N or mps.
+        residual_origin_layer: block whose incoming text tokens are kept (0).
+        residual_target_layers: blocks they are added before, such as 3,5,7; none: off.
+        residual_weights: one weight per target (1.0 each).
+        negative_prompt: what the picture should not show.
+        num_images: pictures per prompt (1).
+        batch_size: pictures sampled at once (1).
+        controlnet_strength: scale of what the ControlNet adds (1.0).
+        device: auto, cpu, cuda, cuda:N or mps.
+        dtype: auto, float32, bfloat16 or float16 (fp32, bf16, fp16).
+        no_t5: zeros in place of T5's tokens; T5 need not be there.
+        no_metadata: pictures carry no settings.
+        list_models: shows what is in the models folder, what is missing and how to get it.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    run(Flags.read(given), [f"--{name}={value}" for name, value in given.items()])
+
+
+def _stop(*_: Any) -> None:
+    raise Stopped
+
+
+def _show_warning(message, *_: Any, **__: Any) -> None:
+    tqdm.write(f"note: {message}", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 2 for a mistake in flags or files, 130 and 143 if stopped."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if {"--help", "-h"} & set(arguments):
+        with contextlib.suppress(SystemExit):
+            fire.Fire(infer, command=["--help"], name="sd3_infer.py")
+        return 0
+    previous = None
+    if threading.current_thread() is threading.main_thread():
+        previous = signal.signal(signal.SIGTERM, _stop)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            values = read_arguments(arguments)
+            fire.Fire(infer, command=[f"--{n}={v}" for n, v in values.items()], name="sd3_infer.py")
+        return 0
+    except USER_ERRORS as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return 130
+    except Stopped:
+        return 143
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

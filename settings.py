@@ -1,0 +1,548 @@
+"""What one picture is made from: every flag's default, check and range. Needs no torch, so bad input fails at once."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+import random
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SEED_TYPES = ("fixed", "rand", "roll")
+SAMPLERS = ("euler", "dpmpp_2m")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+SIZE_STEP = 16  # pixels: VAE cell (8) times patch (2)
+SEED_LIMIT = 2**63
+RANDOM_SEEDS = 100_000  # seed_type rand draws below this
+DEFAULT_SEED = 23
+DEFAULT_SIZE = 1024
+DEFAULT_DENOISE = 0.8
+
+
+@dataclass(frozen=True)
+class ModelDefaults:
+    """What a model file is usually run with."""
+
+    shift: float = 3.0
+    steps: int = 50
+    cfg: float = 5.0
+    sampler: str = "dpmpp_2m"
+
+
+@dataclass(frozen=True)
+class SkipLayerConfig:
+    """Skip-layer guidance: `scale` (cond - cond without `layers`) while start * steps < step < end * steps."""
+
+    scale: float
+    start: float
+    end: float
+    layers: tuple[int, ...]
+    cfg: float  # classifier-free guidance used with it, unless one is given
+
+
+MODELS = {
+    "sd3_medium": ModelDefaults(shift=1.0),
+    "sd3.5_medium": ModelDefaults(),
+    "sd3.5_large": ModelDefaults(steps=40, cfg=4.5),
+    "sd3.5_large_turbo": ModelDefaults(steps=4, cfg=1.0, sampler="euler"),
+}
+OTHER_MODEL = ModelDefaults()
+CONTROLNET = ModelDefaults(steps=60, cfg=3.5, sampler="euler")  # the released SD3.5 Large ControlNets
+SKIP_LAYERS = {"sd3.5_medium": SkipLayerConfig(2.5, 0.01, 0.20, (7, 8, 9), cfg=4.0)}
+
+
+def model_key(model: str | Path) -> str:
+    """The released model that a file's name starts with (`sd3_medium_incl_clips` -> `sd3_medium`), or ``."""
+    stem = Path(model).name.removesuffix(".safetensors")
+    fits = [k for k in MODELS if stem == k or re.match(re.escape(k) + r"[_.\-]", stem)]
+    return max(fits, key=len, default="")
+
+
+# ---- reading single values -----------------------------------------------------------------------
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` where one of `known` is close, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def read_int(flag: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+    """A whole number in [low, high]; raises ValueError naming flag, value and range."""
+    number = read_float(flag, value, what="a whole number")
+    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
+        number = int(value)
+    elif isinstance(value, int):
+        number = value
+    if number != int(number):
+        raise ValueError(f"--{flag} {value}: must be a whole number")
+    number = int(number)
+    if (low is not None and number < low) or (high is not None and number > high):
+        raise ValueError(f"--{flag} {value}: must be {_range(low, high)}")
+    return number
+
+
+def read_float(
+    flag: str,
+    value: Any,
+    low: float | None = None,
+    high: float | None = None,
+    what: str = "a number",
+    above: float | None = None,
+) -> float:
+    """A finite number in [low, high] and greater than `above`; raises ValueError naming flag, value and range."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"--{flag} {value}: must be {what}") from None
+    except OverflowError:
+        raise ValueError(f"--{flag} {value}: too large") from None
+    if isinstance(value, bool) or not math.isfinite(number):
+        raise ValueError(f"--{flag} {value}: must be {what}")
+    if above is not None and number <= above:
+        raise ValueError(f"--{flag} {value}: must be greater than {above:g}")
+    if (low is not None and number < low) or (high is not None and number > high):
+        raise ValueError(f"--{flag} {value}: must be {_range(low, high)}")
+    return number
+
+
+def _range(low: float | None, high: float | None) -> str:
+    if high is None:
+        return f"at least {low}"
+    return f"from {low} to {high}"
+
+
+def read_bool(flag: str, value: Any) -> bool:
+    """True or False from a bool or the usual words; raises ValueError."""
+    if isinstance(value, bool):
+        return value
+    word = str(value).strip().lower()
+    if word in ("true", "1", "yes", "on"):
+        return True
+    if word in ("false", "0", "no", "off"):
+        return False
+    raise ValueError(f"--{flag} {value}: must be True or False")
+
+
+def read_choice(flag: str, value: Any, choices: Sequence[str]) -> str:
+    """One of `choices`; raises ValueError with the nearest match."""
+    name = str(value).strip().lower()
+    if name not in choices:
+        raise ValueError(f"--{flag} {value}: must be one of {', '.join(choices)}{nearest(name, choices)}")
+    return name
+
+
+def read_dtype(value: Any) -> str:
+    """auto, float32, bfloat16 or float16; the short names fp32, bf16 and fp16 are taken too."""
+    name = str(value).strip().lower()
+    return read_choice("dtype", DTYPES.get(name, name), DTYPE_NAMES)
+
+
+def read_device(flag: str, value: Any) -> str:
+    """auto, cpu, cuda, cuda:N or mps (whether it is there is checked when it is used)."""
+    name = str(value).strip().lower()
+    if name in DEVICES or re.fullmatch(r"cuda:\d+", name):
+        return name
+    names = (*DEVICES, "cuda:0")
+    raise ValueError(f"--{flag} {value}: must be auto, cpu, cuda, cuda:N or mps{nearest(name, names)}")
+
+
+def read_list(flag: str, value: Any) -> list[Any]:
+    """The items of a list in any shape that a shell, fire or Python hands over.
+
+    `3,5,7`, `3 5 7`, `3, 5 7`, `[3,5,7]`, `(3,5,7)`, `3`, `` and None; tuples, lists, ints and floats.
+    """
+    if value is None:
+        return []
+    if isinstance(value, str):
+        text = value.strip()
+        if text[:1] + text[-1:] in ("[]", "()"):
+            text = text[1:-1]
+        if re.search(r"(^|,)\s*(,|$)", text) and text.strip():
+            text = re.sub(r",\s*$", "", text)  # one comma at the end is how Python writes (3,)
+            if re.search(r"(^|,)\s*(,|$)", text):
+                raise ValueError(f"--{flag} {value}: an item between two commas is empty")
+        return [_unquote(item) for item in re.split(r"[,\s]+", text.strip()) if item]
+    if isinstance(value, Iterable):
+        return [item for part in value for item in (read_list(flag, part) if isinstance(part, str) else [part])]
+    return [value]
+
+
+def _unquote(item: str) -> str:
+    try:
+        literal = ast.literal_eval(item)
+    except (ValueError, SyntaxError):
+        return item
+    return literal if isinstance(literal, str) else item
+
+
+def read_layers(flag: str, value: Any) -> tuple[int, ...]:
+    """Layer numbers, each at least 0; the upper end is checked once the model's depth is known."""
+    return tuple(read_int(flag, item, 0) for item in read_list(flag, value))
+
+
+def read_weights(flag: str, value: Any) -> tuple[float, ...]:
+    """Any real numbers."""
+    return tuple(read_float(flag, item) for item in read_list(flag, value))
+
+
+def read_size(flag: str, value: Any) -> int:
+    """Pixels: a positive multiple of 16; raises ValueError with the nearest sizes."""
+    size = read_int(flag, value, SIZE_STEP)
+    if size % SIZE_STEP:
+        below = size // SIZE_STEP * SIZE_STEP
+        raise ValueError(f"--{flag} {value}: must be a multiple of {SIZE_STEP}, such as {below} or {below + SIZE_STEP}")
+    return size
+
+
+# ---- prompts -------------------------------------------------------------------------------------
+
+
+def read_prompts(prompt: Any) -> tuple[list[str], str]:
+    """The prompts and the name of their folder, from a text or a `.txt` file with one prompt a line.
+
+    Blank lines, CRLF and a byte-order mark are fine. Raises FileNotFoundError or ValueError.
+    """
+    text = str(prompt)
+    if not text.lower().endswith(".txt"):
+        if not text.strip():
+            raise ValueError("--prompt: is empty; say what the picture should show, or name a .txt file")
+        return [text], folder_name(text)
+    path = Path(text)
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompt {text}: no such file (a prompt that ends in .txt is a file of prompts)")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"--prompt {text}: cannot be read as UTF-8 text ({error})") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompt {text}: the file holds no prompt")
+    return prompts, folder_name(text)
+
+
+def folder_name(text: str) -> str:
+    """A folder name from a prompt or prompt file: base name without extension, others than letters, digits, `_`,
+    `-`, `.` turned into `_`, at most 50 characters.
+    """
+    stem = os.path.splitext(os.path.basename(text))[0] or text
+    name = re.sub(r"[^\w\-.]", "_", stem)[:50]
+    return name if name.strip(".") else name.replace(".", "_")  # `..` would be another folder
+
+
+# ---- one picture ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides one picture. Files are named as given; what they hold is the business of others."""
+
+    prompt: str
+    model: str
+    negative_prompt: str = ""
+    seed: int = DEFAULT_SEED
+    sampler: str = OTHER_MODEL.sampler
+    steps: int = OTHER_MODEL.steps
+    cfg: float = OTHER_MODEL.cfg
+    shift: float = OTHER_MODEL.shift
+    width: int = DEFAULT_SIZE
+    height: int = DEFAULT_SIZE
+    vae: str | None = None
+    init_image: str | None = None
+    denoise: float = DEFAULT_DENOISE
+    controlnet_ckpt: str | None = None
+    controlnet_cond_image: str | None = None
+    controlnet_strength: float = 1.0
+    skip_layer: SkipLayerConfig | None = None
+    residual_origin_layer: int = 0
+    residual_target_layers: tuple[int, ...] = ()
+    residual_weights: tuple[float, ...] = ()
+    no_t5: bool = False
+    dtype: str = "auto"
+    device: str = "auto"
+    text_encoder_device: str = "auto"
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        """Checks every field; raises ValueError naming the flag."""
+        read_int("seed", self.seed, 0, SEED_LIMIT - 1)
+        read_choice("sampler", self.sampler, SAMPLERS)
+        read_int("steps", self.steps, 1, 10_000)
+        read_float("cfg", self.cfg, 0.0, 100.0)
+        read_float("shift", self.shift, above=0.0)
+        read_size("width", self.width)
+        read_size("height", self.height)
+        read_float("denoise", self.denoise, 0.0, 1.0)
+        read_float("controlnet_strength", self.controlnet_strength)
+        read_int("batch_size", self.batch_size, 1)
+        check_residual(self.residual_origin_layer, self.residual_target_layers, self.residual_weights)
+
+    def asdict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def digest(self) -> str:
+        """A canonical hash of what decides the picture: the same for the same settings on any machine."""
+        return hashlib.sha256(json.dumps(self.asdict(), sort_keys=True).encode()).hexdigest()
+
+
+def check_residual(origin: int, targets: Sequence[int], weights: Sequence[float], depth: int | None = None) -> None:
+    """Checks residual settings against each other and, where known, the number of joint blocks.
+
+    Raises ValueError naming the value and the valid range. Without targets the feature is off and nothing is wrong.
+    """
+    if not targets:
+        return
+    last = "" if depth is None else f" (this model has {depth} joint blocks: 0 to {depth - 1})"
+    if origin < 0 or (depth is not None and origin >= depth):
+        raise ValueError(f"--residual_origin_layer {origin}: no such layer{last or '; layers count from 0'}")
+    for i, target in enumerate(targets):
+        if target < 0 or (depth is not None and target >= depth):
+            raise ValueError(f"--residual_target_layers {target}: no such layer{last or '; layers count from 0'}")
+        if target in targets[:i]:
+            raise ValueError(f"--residual_target_layers: {target} is there twice; name every layer once")
+        if target < origin:
+            raise ValueError(f"--residual_target_layers {target}: lies below the origin layer {origin}{last}")
+    if weights and len(weights) != len(targets):
+        raise ValueError(
+            f"--residual_weights: {len(weights)} given for {len(targets)} target layers; give one each, or none for 1.0"
+        )
+    for weight in weights:
+        read_float("residual_weights", weight)
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def _text(flag: str, value: Any) -> str:
+    return str(value)
+
+
+def _filled(flag: str, value: Any) -> str:
+    if not str(value).strip():
+        raise ValueError(f"--{flag}: is empty")
+    return str(value)
+
+
+def _optional_path(flag: str, value: Any) -> str | None:
+    """A path; an empty one and `None` mean none (shell scripts pass empty variables)."""
+    return None if str(value).strip() in ("", "None") else str(value)
+
+
+def _range_int(low: int, high: int | None = None) -> Callable[[str, Any], int]:
+    return lambda flag, value: read_int(flag, value, low, high)
+
+
+def _choice(choices: Sequence[str]) -> Callable[[str, Any], str]:
+    return lambda flag, value: read_choice(flag, value, choices)
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The flags of `sd3_infer.py`, read and checked one by one; None means not given."""
+
+    prompt: str = "cute wallpaper art of a cat"
+    model: str = "models/sd3_medium.safetensors"
+    out_dir: str = "outputs"
+    postfix: str | None = None
+    seed: int = DEFAULT_SEED
+    seed_type: str = "rand"
+    sampler: str | None = None
+    steps: int | None = None
+    cfg: float | None = None
+    shift: float | None = None
+    width: int | None = None
+    height: int | None = None
+    controlnet_ckpt: str | None = None
+    controlnet_cond_image: str | None = None
+    vae: str | None = None
+    init_image: str | None = None
+    denoise: float = DEFAULT_DENOISE
+    skip_layer_cfg: bool = False
+    verbose: bool = False
+    model_folder: str | None = None
+    text_encoder_device: str = "auto"
+    residual_origin_layer: int | None = None
+    residual_target_layers: tuple[int, ...] | None = None
+    residual_weights: tuple[float, ...] | None = None
+    negative_prompt: str = ""
+    num_images: int = 1
+    batch_size: int = 1
+    controlnet_strength: float = 1.0
+    device: str = "auto"
+    dtype: str = "auto"
+    no_t5: bool = False
+    no_metadata: bool = False
+    list_models: bool = False
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> Flags:
+        """From raw values as typed (text) or given in Python; None values keep the default.
+
+        Raises ValueError for an unknown flag (with the nearest match) and for every value out of its range.
+        """
+        for name in raw:
+            check_flag(name)
+        read = {name: READERS[name](name, value) for name, value in raw.items() if value is not None}
+        flags = cls(**read)
+        check_residual(
+            flags.residual_origin_layer or 0, flags.residual_target_layers or (), flags.residual_weights or ()
+        )
+        if flags.controlnet_cond_image and not flags.controlnet_ckpt:
+            raise ValueError("--controlnet_cond_image: needs --controlnet_ckpt, the ControlNet that reads it")
+        if flags.controlnet_ckpt and not flags.controlnet_cond_image:
+            raise ValueError("--controlnet_ckpt: needs --controlnet_cond_image, the picture that guides it")
+        return flags
+
+    def residual_off_though_set(self) -> bool:
+        """Whether residual flags were given without targets, which leaves the feature off."""
+        others = self.residual_origin_layer is not None or self.residual_weights is not None
+        return others and not self.residual_target_layers
+
+
+READERS: dict[str, Callable[[str, Any], Any]] = {
+    "prompt": _text,
+    "model": _filled,
+    "out_dir": _filled,
+    "postfix": _text,
+    "seed": _range_int(0, SEED_LIMIT - 1),
+    "seed_type": _choice(SEED_TYPES),
+    "sampler": _choice(SAMPLERS),
+    "steps": _range_int(1, 10_000),
+    "cfg": lambda flag, value: read_float(flag, value, 0.0, 100.0),
+    "shift": lambda flag, value: read_float(flag, value, above=0.0),
+    "width": read_size,
+    "height": read_size,
+    "controlnet_ckpt": _optional_path,
+    "controlnet_cond_image": _optional_path,
+    "vae": _optional_path,
+    "init_image": _optional_path,
+    "denoise": lambda flag, value: read_float(flag, value, 0.0, 1.0),
+    "skip_layer_cfg": read_bool,
+    "verbose": read_bool,
+    "model_folder": _optional_path,
+    "text_encoder_device": read_device,
+    "residual_origin_layer": _range_int(0),
+    "residual_target_layers": read_layers,
+    "residual_weights": read_weights,
+    "negative_prompt": _text,
+    "num_images": _range_int(1, 1_000_000),
+    "batch_size": _range_int(1, 1024),
+    "controlnet_strength": read_float,
+    "device": read_device,
+    "dtype": lambda flag, value: read_dtype(value),
+    "no_t5": read_bool,
+    "no_metadata": read_bool,
+    "list_models": read_bool,
+}
+SWITCHES = tuple(name for name, reader in READERS.items() if reader is read_bool)
+
+
+def check_flag(name: str) -> None:
+    """Raises ValueError with the nearest match where there is no such flag."""
+    if name not in READERS:
+        raise ValueError(f"--{name}: unknown flag{nearest(name, READERS)} (--help lists all)")
+
+
+def read_arguments(arguments: Sequence[str]) -> dict[str, str]:
+    """Flags and their values exactly as typed: `--name value`, `--name=value`, a bare switch, a bare prompt.
+
+    The word after a flag is its value whatever it looks like (`-0.5`, `-`, `None`), unless it is a flag itself.
+    Raises ValueError for an unknown flag, a missing value and for stray words; the last of equal flags counts.
+    """
+    out: dict[str, str] = {}
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            if "prompt" in out or word.startswith("-"):
+                raise ValueError(f"{word}: not understood; flags start with --, and lists with spaces need quotes")
+            out["prompt"] = word
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name.startswith("no") and name[2:] in SWITCHES:  # fire's way to say False
+            name, equals, value = name[2:], "=", "False"
+        check_flag(name)
+        if not equals:
+            following = words[0] if words else None
+            if name in SWITCHES:
+                value = words.pop(0) if following is not None and _is_bool(following) else "True"
+            elif following is None or _is_flag(following):
+                raise ValueError(f"--{name}: needs a value")
+            else:
+                value = words.pop(0)
+        out[name] = value
+    return out
+
+
+def _is_bool(word: str) -> bool:
+    return word.strip().lower() in ("true", "false", "1", "0", "yes", "no", "on", "off")
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in READERS
+
+
+# ---- from flags to pictures ----------------------------------------------------------------------
+
+FILE_DEFAULTS: dict[str, Callable[[str, Any], Any]] = {
+    k: READERS[k] for k in ("width", "height", "steps", "shift", "cfg", "sampler")
+}
+
+
+def file_defaults(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Size, steps, shift, cfg and sampler that a file names in its safetensors metadata; what is wrong is left out."""
+    out = {}
+    for name, read in FILE_DEFAULTS.items():
+        if name in metadata:
+            try:
+                out[name] = read(name, metadata[name])
+            except ValueError:
+                continue
+    return out
+
+
+def resolve(
+    flags: Flags, metadata: Mapping[str, str] | None = None, large_controlnet: bool = False
+) -> tuple[dict[str, Any], SkipLayerConfig | None]:
+    """shift, steps, cfg, sampler, width and height of a run, and its skip-layer guidance.
+
+    A flag wins over the ControlNet's row (`large_controlnet`), that over the model file's metadata, that over the
+    model's row. Skip-layer guidance brings its own cfg unless one is given.
+    """
+    key = model_key(flags.model)
+    values = dataclasses.asdict(MODELS.get(key, OTHER_MODEL)) | {"width": DEFAULT_SIZE, "height": DEFAULT_SIZE}
+    values |= file_defaults(metadata or {})
+    if large_controlnet:
+        values |= dataclasses.asdict(CONTROLNET)
+    skip_layer = SKIP_LAYERS.get(key) if flags.skip_layer_cfg else None
+    if skip_layer is not None:
+        values["cfg"] = skip_layer.cfg
+    for name in values:
+        if (given := getattr(flags, name)) is not None:
+            values[name] = given
+    return values, skip_layer
+
+
+def picture_seeds(seed: int, seed_type: str, prompts: int, num_images: int) -> list[int]:
+    """One seed per picture, prompt by prompt.
+
+    fixed: every prompt starts at `seed`, its further images count up; roll: counts up over all pictures; rand: drawn.
+    """
+    if seed_type == "rand":
+        draw = random.SystemRandom()
+        return [draw.randrange(RANDOM_SEEDS) for _ in range(prompts * num_images)]
+    if seed_type == "roll":
+        return [(seed + i) % SEED_LIMIT for i in range(prompts * num_images)]
+    return [(seed + i) % SEED_LIMIT for _ in range(prompts) for i in range(num_images)]

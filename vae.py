@@ -1,0 +1,220 @@
+"""The autoencoder: pixels (B, 3, H, W) in [-1, 1] <-> latents (B, 16, H/8, W/8).
+
+The usual KL autoencoder of latent diffusion models. Its width, levels and block counts are read off the
+tensors, so released files and the small demo model load through the same path.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from other_impls import Shapes, attention
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of an autoencoder. `widths[i]` is the channel count of resolution level i (0 is full size)."""
+
+    image_channels: int
+    latent_channels: int
+    stem_width: int
+    widths: tuple[int, ...]
+    encoder_blocks: int
+    decoder_blocks: int
+
+    @classmethod
+    def from_shapes(cls, shapes: Shapes) -> VAEConfig:
+        """Reads the sizes off tensor names and shapes (no prefix). Raises KeyError for a missing tensor."""
+        levels = 0
+        while f"encoder.down.{levels}.block.0.conv1.weight" in shapes:
+            levels += 1
+
+        def count(stem: str) -> int:
+            n = 0
+            while f"{stem}.{n}.conv1.weight" in shapes:
+                n += 1
+            return n
+
+        return cls(
+            image_channels=shapes["encoder.conv_in.weight"][1],
+            latent_channels=shapes["decoder.conv_in.weight"][1],
+            stem_width=shapes["encoder.conv_in.weight"][0],
+            widths=tuple(shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in range(levels)),
+            encoder_blocks=count("encoder.down.0.block"),
+            decoder_blocks=count("decoder.up.0.block"),
+        )
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell along one side: 8 in every released model."""
+        return 2 ** (len(self.widths) - 1)
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    # 32 groups at the released widths (128 and up); fewer where a group would hold under 4 channels.
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+
+
+def _conv3(inp: int, out: int) -> nn.Conv2d:
+    return nn.Conv2d(inp, out, 3, padding=1)
+
+
+class ResnetBlock(nn.Module):
+    """(norm, SiLU, conv) twice, added to the input (through a 1x1 convolution where the width changes)."""
+
+    def __init__(self, inp: int, out: int):
+        super().__init__()
+        self.norm1 = _norm(inp)
+        self.conv1 = _conv3(inp, out)
+        self.norm2 = _norm(out)
+        self.conv2 = _conv3(out, out)
+        if inp != out:
+            self.nin_shortcut = nn.Conv2d(inp, out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all positions, added to the input."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = _norm(width)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        n = self.norm(x)
+        q, k, v = (p(n).flatten(2).transpose(1, 2) for p in (self.q, self.k, self.v))  # (B, H*W, C)
+        out = attention(q, k, v, heads=1)
+        return x + self.proj_out(out.transpose(1, 2).reshape(b, c, h, w))
+
+
+class Resample(nn.Module):
+    """Halves the size (pad right and bottom by one, stride 2) or doubles it (nearest, then convolve)."""
+
+    def __init__(self, width: int, up: bool):
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(width, width, 3, padding=1) if up else nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.up:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class _Group(nn.Module):
+    """A bag of named children; the file's names (`mid.block_1`, `down.0.block.1`) decide the nesting."""
+
+    def __init__(self, **children: nn.Module):
+        super().__init__()
+        for name, child in children.items():
+            self.add_module(name, child)
+
+
+def _middle(width: int) -> _Group:
+    return _Group(block_1=ResnetBlock(width, width), attn_1=AttnBlock(width), block_2=ResnetBlock(width, width))
+
+
+class Encoder(nn.Module):
+    """Pixels (B, 3, H, W) -> mean and log-variance (B, 2 * 16, H/8, W/8)."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.conv_in = _conv3(config.image_channels, config.stem_width)
+        self.down = nn.ModuleList()
+        width = config.stem_width
+        for level, out in enumerate(config.widths):
+            blocks = nn.ModuleList()
+            for _ in range(config.encoder_blocks):
+                blocks.append(ResnetBlock(width, out))
+                width = out
+            children = {"block": blocks}
+            if level < len(config.widths) - 1:
+                children["downsample"] = Resample(width, up=False)
+            self.down.append(_Group(**children))
+        self.mid = _middle(width)
+        self.norm_out = _norm(width)
+        self.conv_out = _conv3(width, 2 * config.latent_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            for block in level.block:
+                x = block(x)
+            if hasattr(level, "downsample"):
+                x = level.downsample(x)
+        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Latents (B, 16, h, w) -> pixels (B, 3, 8h, 8w). Levels run from the highest index down."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        width = config.widths[-1]
+        self.conv_in = _conv3(config.latent_channels, width)
+        self.mid = _middle(width)
+        levels = []
+        for level, out in reversed(list(enumerate(config.widths))):
+            blocks = nn.ModuleList()
+            for _ in range(config.decoder_blocks):
+                blocks.append(ResnetBlock(width, out))
+                width = out
+            children = {"block": blocks}
+            if level > 0:
+                children["upsample"] = Resample(width, up=True)
+            levels.insert(0, _Group(**children))
+        self.up = nn.ModuleList(levels)
+        self.norm_out = _norm(width)
+        self.conv_out = _conv3(width, config.image_channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.conv_in(z)
+        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
+        for level in reversed(self.up):
+            for block in level.block:
+                x = block(x)
+            if hasattr(level, "upsample"):
+                x = level.upsample(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class VAE(nn.Module):
+    """Encoder and decoder. Latents here are raw: the SD3 latent format is applied in `sd3_impls`."""
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and raw log-variance, each (B, 16, H/8, W/8), of `image` (B, 3, H, W) in [-1, 1]."""
+        mean, logvar = self.encoder(image).chunk(2, dim=1)
+        return mean, logvar
+
+    def encode(self, image: Tensor, noise: Tensor) -> Tensor:
+        """A sample of the latent; `noise` has the latent's shape."""
+        return self.sample(*self.moments(image), noise)
+
+    @staticmethod
+    def sample(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        """mean + std * noise, the log-variance clamped to [-30, 20]."""
+        return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise.to(mean)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Pixels (B, 3, 8h, 8w), about [-1, 1] and not clamped, of a raw latent (B, 16, h, w)."""
+        return self.decoder(latent)
