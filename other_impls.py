@@ -70,8 +70,10 @@ class CLIPConfig:
     activation: str
 
     @classmethod
-    def from_shapes(cls, shapes: Shapes, activation: str) -> CLIPConfig:
-        """Reads the sizes off tensor names and shapes (no prefix); the activation is known by the file's role."""
+    def from_shapes(cls, shapes: Shapes, activation: str, projection: bool) -> CLIPConfig:
+        """Reads the sizes off tensor names and shapes (no prefix); the file's role decides activation and projection
+        (a projection that CLIP-L's file may hold is not used).
+        """
         vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
         return cls(
             width=width,
@@ -79,7 +81,7 @@ class CLIPConfig:
             mlp_width=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
             vocabulary=vocabulary,
             positions=shapes["text_model.embeddings.position_embedding.weight"][0],
-            projection="text_projection.weight" in shapes,
+            projection=projection,
             activation=activation,
         )
 

@@ -292,9 +292,8 @@ class SD3Inferencer:
                 config = part.config(T5Config.from_shapes, "a T5 encoder")
                 part.check(on_meta(lambda c=config: T5(c)))
             else:
-                config = part.config(lambda s, r=role: CLIPConfig.from_shapes(s, CLIP_ACTIVATIONS[r]), "a CLIP")
-                if role == "clip_l":  # its pooled text is not projected, whether the file could or not
-                    config = dataclasses.replace(config, projection=False)
+                options = {"activation": CLIP_ACTIVATIONS[role], "projection": role == "clip_g"}
+                config = part.config(lambda s, o=options: CLIPConfig.from_shapes(s, **o), "a CLIP text encoder")
                 part.check(on_meta(lambda c=config: CLIP(c)))
             self.encoder_configs[role] = config
         clip_l, clip_g = self.encoder_configs["clip_l"], self.encoder_configs["clip_g"]

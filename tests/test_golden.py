@@ -1,0 +1,184 @@
+"""Every golden tensor of `SD3_GOLDEN`, and every row of its tokens.json with the tokenizers of `SD3_TOKENIZERS`.
+
+Any folder laid out like the fixtures can be checked; what each tensor is stands in the fixtures' own notes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import relative
+from safetensors.torch import load_file
+
+from checkpoint import MMDIT_PREFIX, VAE_PREFIX, Part, WeightFile, encoder_part
+from dit_embedder import ControlNet, ControlNetConfig, controlnet_part
+from mmditx import MMDiT, MMDiTConfig
+from other_impls import CLIP, T5, CLIPConfig, CLIPTokenizer, T5Config, T5Tokenizer
+from residual import ResidualConfig, ResidualStream, residual_stream
+from sd3_impls import (
+    SAMPLERS,
+    Conditioning,
+    Denoiser,
+    flow_schedule,
+    guided_sampling,
+    latent_in,
+    latent_out,
+    remaining,
+    seeded_noise,
+)
+from settings import SkipLayerConfig
+from vae import VAE, VAEConfig
+
+MODULE, RUN = 1e-5, 1e-4
+FOLDER = Path(os.environ.get("SD3_GOLDEN", ""))
+TOKENIZERS = os.environ.get("SD3_TOKENIZERS")
+if not os.environ.get("SD3_GOLDEN"):
+    pytest.skip("SD3_GOLDEN is not set", allow_module_level=True)
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    return load_file(FOLDER / f"{name}.golden.safetensors")
+
+
+def keys(name: str) -> list[str]:
+    return sorted(WeightFile(FOLDER / f"{name}.golden.safetensors").entries)
+
+
+def build(part: Part, make, config) -> torch.nn.Module:
+    """A module in float32 through the same loading path as everything else."""
+    config = part.config(config, "the module of this fixture")
+    with torch.device("meta"):
+        module = make(config)
+    part.check(module)
+    return part.load_into(module, "cpu", torch.float32)
+
+
+def mmdit(file: str) -> MMDiT:
+    return build(WeightFile(FOLDER / file).part(MMDIT_PREFIX), MMDiT, MMDiTConfig.from_shapes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key", keys("sampling"))
+def test_sampling(key):
+    g = golden("sampling")
+    start = g["start"]
+    if match := re.fullmatch(r"sigmas_shift([\d.]+)_steps(\d+)", key):
+        got = flow_schedule(int(match[2]), float(match[1]))
+    elif match := re.fullmatch(r"(euler|dpmpp_2m)_(shift.*)", key):
+        closed_form = lambda x, sigma: 0.8 * torch.tanh(x * (1 - 0.3 * sigma.view(-1, 1, 1, 1)))  # noqa: E731
+        got = SAMPLERS[match[1]](closed_form, start, g[f"sigmas_{match[2]}"])
+    elif match := re.fullmatch(r"noise_seed(\d+)", key):
+        got = seeded_noise(int(match[1]), g[key].shape)
+        assert torch.equal(got, g[key])
+    else:
+        got = {"latent_process_in": latent_in(start), "latent_process_out": latent_out(start), "start": start}[key]
+    assert relative(got, g[key]) < (RUN if key.startswith(tuple(SAMPLERS)) else MODULE)
+
+
+RESIDUAL = {
+    "one": ResidualConfig(0, (1,), (0.7,)),
+    "many": ResidualConfig(0, (1, 2), (0.8, 0.4)),
+    "inner": ResidualConfig(1, (2,), (-0.4,)),
+    "self": ResidualConfig(1, (1,), (0.5,)),
+}
+INPUTS = ("x", "t", "y", "context", "controls")
+MMDITS = [p.name.removesuffix(".golden.safetensors") for p in sorted(FOLDER.glob("mmdit_*.golden.safetensors"))]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "key"), [(n, k) for n in MMDITS for k in keys(n) if k not in INPUTS])
+def test_mmdit(name, key):
+    g, model = golden(name), mmdit(f"{name}.weights.safetensors")
+    options = {}
+    if key == "control":
+        options["controls"] = list(g["controls"])
+    if key.endswith("skip"):
+        options["skip_layers"] = [1]
+    if key.startswith("residual_"):
+        options["hook"] = ResidualStream(RESIDUAL[key.split("_")[1]])
+    got = model(g["x"], g["t"], g["y"], g["context"], **options)
+    assert relative(got, g[key]) < MODULE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["8b", "2b"])
+def test_controlnet(kind):
+    g, base = golden(f"controlnet_{kind}"), mmdit(f"controlnet_{kind}.base.safetensors")
+    part = controlnet_part(WeightFile(FOLDER / f"controlnet_{kind}.weights.safetensors"))
+    net = build(part, lambda c: ControlNet(c, c.chained(base.config)), ControlNetConfig.from_shapes)
+    assert net.chained == (kind == "8b")
+    states = net(base, g["x"], 1000 * g["sigma"], g["y"], g["cond"])
+    assert relative(torch.stack(states), g["hidden_states"]) < MODULE
+    got = base(g["x"], 1000 * g["sigma"], g["y"], g["context"], controls=states)
+    assert relative(got, g["out"]) < MODULE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "activation"), [("clip_l", "quick_gelu"), ("clip_g", "gelu")])
+def test_clip(name, activation):
+    g, part = golden(name), WeightFile(FOLDER / f"{name}.weights.safetensors").part()
+    model = build(part, CLIP, lambda shapes: CLIPConfig.from_shapes(shapes, activation, name == "clip_g"))
+    hidden, pooled = model(g["ids"])
+    assert relative(hidden, g["hidden"]) < MODULE
+    assert relative(pooled, g["pooled"]) < MODULE
+
+
+@torch.no_grad()
+def test_t5():
+    g, part = golden("t5"), encoder_part("t5xxl", WeightFile(FOLDER / "t5.weights.safetensors"), "")
+    model = build(part, T5, T5Config.from_shapes)
+    assert relative(model(g["ids"]), g["hidden"]) < MODULE
+    assert relative(model(g["short_ids"]), g["short_hidden"]) < MODULE
+
+
+@torch.no_grad()
+def test_vae():
+    g = golden("vae")
+    model = build(WeightFile(FOLDER / "vae.weights.safetensors").part(VAE_PREFIX), VAE, VAEConfig.from_shapes)
+    mean, logvar = model.moments(g["image"])
+    assert relative(mean, g["mean"]) < MODULE
+    assert relative(logvar, g["logvar"]) < MODULE
+    assert relative(model.decode(g["latent"]), g["decoded"]) < MODULE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key", [k for k in keys("pipeline") if "_shift" in k])
+def test_pipeline(key):
+    g = golden("pipeline")
+    name, shift, case, sampler = re.fullmatch(r"(.+)_shift([\d.]+)_(.+)_(euler|dpmpp_2m)", key).groups()
+    words = case.split("_")
+    assert set(words) <= {"plain", "residual", "slg", "img2img"}
+    slg = SkipLayerConfig(2.5, 0.01, 0.5, (1,), cfg=4.5) if "slg" in words else None
+    stream = residual_stream(ResidualConfig(0, (1, 2), (0.6, 0.3))) if "residual" in words else None
+    cond, neg_cond = (Conditioning(g[f"{half}_context"], g[f"{half}_pooled"]) for half in ("cond", "neg"))
+    steps, sigmas, latent = 8, flow_schedule(8, float(shift)), torch.zeros(1, 16, 12, 8)
+    if "img2img" in words:
+        latent, sigmas = g["init_latent"], remaining(sigmas, steps, 0.6)
+        assert len(sigmas) == 6
+    model = mmdit(f"{name}.weights.safetensors")
+    denoiser = Denoiser(model, cond, neg_cond, 4.5, steps, slg, hook=stream)
+    got = latent_out(guided_sampling(denoiser, sampler, latent, [23], sigmas))
+    assert relative(got, g[key]) < RUN
+
+
+ROWS = json.loads((FOLDER / "tokens.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.skipif(not TOKENIZERS, reason="SD3_TOKENIZERS is not set")
+@pytest.mark.parametrize("row", ROWS, ids=[row["prompt"][:20] for row in ROWS])
+def test_tokens(row):
+    clip, t5 = CLIPTokenizer(Path(TOKENIZERS) / "clip"), T5Tokenizer(Path(TOKENIZERS) / "t5")
+    length = len(row["l"]["ids"])
+    got = {
+        "l": clip.tokenize(row["prompt"], length),
+        "g": clip.tokenize(row["prompt"], length, pad=0),
+        "t5xxl": t5.tokenize(row["prompt"], length),
+    }
+    for name, tokens in got.items():
+        assert tokens.ids == row[name]["ids"], name
+        assert tokens.weights == row[name]["weights"], name

@@ -1,0 +1,115 @@
+"""Our tensor names and layouts -> diffusers', for comparing with its models."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmditx import MMDiT
+from vae import VAE
+
+
+def _swap(tensor: Tensor) -> Tensor:
+    """(shift, scale) -> diffusers' (scale, shift) of its continuous adaptive norms."""
+    shift, scale = tensor.chunk(2)
+    return torch.cat([scale, shift])
+
+
+def _linear(out: dict[str, Tensor], name: str, module: nn.Module) -> None:
+    out[f"{name}.weight"], out[f"{name}.bias"] = module.weight, module.bias
+
+
+def _attention(out: dict[str, Tensor], name: str, attn: nn.Module, to: tuple[str, str, str], norms, final) -> None:
+    for leaf in ("weight", "bias"):
+        for part, tensor in zip(to, getattr(attn.qkv, leaf).chunk(3), strict=True):
+            out[f"{name}.{part}.{leaf}"] = tensor
+    if hasattr(attn, "ln_q"):
+        out[f"{name}.{norms[0]}.weight"], out[f"{name}.{norms[1]}.weight"] = attn.ln_q.weight, attn.ln_k.weight
+    if hasattr(attn, "proj"):
+        _linear(out, f"{name}.{final}", attn.proj)
+
+
+def _x_block(out: dict[str, Tensor], name: str, block: nn.Module) -> None:
+    _linear(out, f"{name}.norm1.linear", block.adaLN_modulation[1])
+    own = (("to_q", "to_k", "to_v"), ("norm_q", "norm_k"), "to_out.0")
+    _attention(out, f"{name}.attn", block.attn, *own)
+    if hasattr(block, "attn2"):
+        _attention(out, f"{name}.attn2", block.attn2, *own)
+    _linear(out, f"{name}.ff.net.0.proj", block.mlp.fc1)
+    _linear(out, f"{name}.ff.net.2", block.mlp.fc2)
+
+
+def _embedders(out: dict[str, Tensor], model: nn.Module) -> None:
+    for theirs, ours in (("timestep_embedder", model.t_embedder), ("text_embedder", model.y_embedder)):
+        _linear(out, f"time_text_embed.{theirs}.linear_1", ours.mlp[0])
+        _linear(out, f"time_text_embed.{theirs}.linear_2", ours.mlp[2])
+
+
+def transformer(model: MMDiT) -> dict[str, Tensor]:
+    """A state dict of SD3Transformer2DModel."""
+    out: dict[str, Tensor] = {"pos_embed.pos_embed": model.pos_embed}
+    _linear(out, "pos_embed.proj", model.x_embedder.proj)
+    _embedders(out, model)
+    _linear(out, "context_embedder", model.context_embedder)
+    for i, block in enumerate(model.joint_blocks):
+        name = f"transformer_blocks.{i}"
+        _x_block(out, name, block.x_block)
+        text = block.context_block
+        _linear(out, f"{name}.norm1_context.linear", text.adaLN_modulation[1])
+        added = ("add_q_proj", "add_k_proj", "add_v_proj")
+        _attention(out, f"{name}.attn", text.attn, added, ("norm_added_q", "norm_added_k"), "to_add_out")
+        if block.last:
+            for leaf in ("weight", "bias"):
+                key = f"{name}.norm1_context.linear.{leaf}"
+                out[key] = _swap(out[key])
+        else:
+            _linear(out, f"{name}.ff_context.net.0.proj", text.mlp.fc1)
+            _linear(out, f"{name}.ff_context.net.2", text.mlp.fc2)
+    final = model.final_layer
+    for leaf in ("weight", "bias"):
+        out[f"norm_out.linear.{leaf}"] = _swap(getattr(final.adaLN_modulation[1], leaf))
+    _linear(out, "proj_out", final.linear)
+    return out
+
+
+def controlnet(model: nn.Module) -> dict[str, Tensor]:
+    """A state dict of SD3ControlNetModel without positions and text (the 8B kind)."""
+    out: dict[str, Tensor] = {}
+    _embedders(out, model)
+    _linear(out, "pos_embed_input.proj", model.pos_embed_input.proj)
+    for i, (block, project) in enumerate(zip(model.transformer_blocks, model.controlnet_blocks, strict=True)):
+        _x_block(out, f"transformer_blocks.{i}", block)
+        _linear(out, f"controlnet_blocks.{i}", project)
+    return out
+
+
+def _resnet(out: dict[str, Tensor], name: str, block: nn.Module) -> None:
+    for part in ("norm1", "conv1", "norm2", "conv2"):
+        _linear(out, f"{name}.{part}", getattr(block, part))
+    if hasattr(block, "nin_shortcut"):
+        _linear(out, f"{name}.conv_shortcut", block.nin_shortcut)
+
+
+def vae(model: VAE) -> dict[str, Tensor]:
+    """A state dict of AutoencoderKL."""
+    out: dict[str, Tensor] = {}
+    for side, half in (("encoder", model.encoder), ("decoder", model.decoder)):
+        _linear(out, f"{side}.conv_in", half.conv_in)
+        _linear(out, f"{side}.conv_out", half.conv_out)
+        _linear(out, f"{side}.conv_norm_out", half.norm_out)
+        _resnet(out, f"{side}.mid_block.resnets.0", half.mid.block_1)
+        _resnet(out, f"{side}.mid_block.resnets.1", half.mid.block_2)
+        attn, name = half.mid.attn_1, f"{side}.mid_block.attentions.0"
+        _linear(out, f"{name}.group_norm", attn.norm)
+        for theirs, ours in (("to_q", attn.q), ("to_k", attn.k), ("to_v", attn.v), ("to_out.0", attn.proj_out)):
+            out[f"{name}.{theirs}.weight"], out[f"{name}.{theirs}.bias"] = ours.weight[:, :, 0, 0], ours.bias
+        down = side == "encoder"
+        levels = list(half.down) if down else list(reversed(half.up))
+        for i, level in enumerate(levels):
+            name = f"{side}.{'down' if down else 'up'}_blocks.{i}"
+            for j, block in enumerate(level.block):
+                _resnet(out, f"{name}.resnets.{j}", block)
+            which = "downsample" if down else "upsample"
+            if hasattr(level, which):
+                _linear(out, f"{name}.{which}rs.0.conv", getattr(level, which).conv)
+    return out
