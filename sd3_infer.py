@@ -571,6 +571,7 @@ class SD3Inferencer:
         }
         self.encode(wanted)
         self.get_mmdit()
+        self.get_controlnet()
         for batch in self.batches(pictures):
             numbers, settings = zip(*batch, strict=True)
             latents = self._sample_batch(list(settings), images, f"picture {numbers[0] + 1}/{len(pictures)}")

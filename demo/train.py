@@ -216,10 +216,10 @@ CLIP_L_WIDTH = CLIP_G_WIDTH = 64
 class Captions:
     """Token ids of captions, whole words looked up in the shipped vocabularies (every word of a caption is there)."""
 
-    def __init__(self, folder: Path):
-        words = vocabulary()
-        clip_files(words, folder / "tokenizer", TEXT_LENGTH)
-        t5_file(words, folder / "tokenizer_3")
+    def __init__(self, folder: Path, write: bool = True):
+        if write:
+            clip_files(vocabulary(), folder / "tokenizer", TEXT_LENGTH)
+            t5_file(vocabulary(), folder / "tokenizer_3")
         self.clip = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
         self.t5 = Tokenizer.from_file(str(folder / "tokenizer_3" / "tokenizer.json"))
 

@@ -1,0 +1,104 @@
+"""The whole sampling path on the meta device, under a mode that refuses any operation mixing devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DEMO
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import sd3_impls
+from residual import ResidualConfig
+from sd3_infer import SD3Inferencer, choose_device, choose_dtype, unit_pixels
+from settings import SkipLayerConfig
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses operations on tensors of more than one device; 0-dimensional CPU numbers and copies are fine."""
+
+    COPIES = ("_to_copy", "copy_")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [a for a in tree_leaves((args, kwargs or {})) if isinstance(a, torch.Tensor)]
+        devices = {t.device for t in tensors if not (t.device.type == "cpu" and t.ndim == 0)}
+        if len(devices) > 1 and func.overloadpacket.__name__ not in self.COPIES:
+            raise RuntimeError(f"{func}: mixes {sorted(map(str, devices))}")
+        return func(*args, **(kwargs or {}))
+
+
+def engine_on_meta(model, controlnet=None, dtype="bfloat16") -> SD3Inferencer:
+    engine = SD3Inferencer().load(
+        str(model), controlnet_ckpt=controlnet and str(controlnet), device=torch.device("meta"), dtype=dtype
+    )
+    engine.quiet = True
+    return engine
+
+
+def whole_path(engine: SD3Inferencer, controlled: bool, sampler: str, skip: tuple[int, ...] = (1,)) -> torch.Tensor:
+    """Encode text and images, sample with every kind of guidance, decode: (1, 3, H, W) on the engine's device."""
+    image = Image.new("RGB", (64, 48))
+    length = engine.pair_length("a red circle", "a star")
+    latent = sd3_impls.latent_in(engine.vae_encode(image, [3]))
+    control = sd3_impls.latent_in(engine.vae_encode(image, [3], control=True)) if controlled else None
+    out = engine.do_sampling(
+        latent,
+        [3],
+        engine.get_cond("a red circle", length),
+        engine.get_cond("a star", length),
+        4,
+        4.5,
+        sampler,
+        control,
+        denoise=0.8,
+        skip_layer_config=SkipLayerConfig(2.5, 0.0, 0.9, skip, cfg=4.0),
+        residual_config=ResidualConfig(0, (1, 2), (0.5, 0.5)),
+    )
+    return engine.decode_pixels(out)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("control", ["", "control_8b", "control_2b"])
+def test_nothing_is_misplaced(small_model, control, sampler, monkeypatch):
+    # the kind of a control image is a number in the file, read on the CPU; encoders and VAE run for real
+    net = small_model.parent / f"{control}.safetensors" if control else None
+    engine = engine_on_meta(small_model, net)
+    with OneDevice():
+        pixels = whole_path(engine, bool(control), sampler)
+    assert pixels.device.type == "meta"
+    assert pixels.shape == (1, 3, 48, 64)
+
+
+def test_the_shipped_model_too():
+    with OneDevice():
+        assert whole_path(engine_on_meta(DEMO), False, "euler").device.type == "meta"
+
+
+@pytest.mark.parametrize("where", ["joint_blocks.2.x_block.mlp.fc1.weight", "pos_embed", "t_embedder.mlp.2.bias"])
+def test_a_planted_misplaced_weight_is_caught(small_model, where):
+    engine = engine_on_meta(small_model)
+    module, _, leaf = where.rpartition(".")
+    owner = engine.get_mmdit().get_submodule(module)
+    moved = torch.zeros_like(getattr(owner, leaf), device="cpu")
+    setattr(owner, leaf, torch.nn.Parameter(moved, requires_grad=False))
+    with pytest.raises(RuntimeError, match="mixes"), OneDevice():
+        whole_path(engine, False, "euler")
+
+
+def test_devices_and_dtypes_are_chosen_in_one_place(monkeypatch):
+    assert choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="cuda:99: is not available here; there is cpu"):
+        choose_device("cuda:99")
+    cuda = torch.device("cuda")
+    for stored, dtype in (("F16", "float16"), ("BF16", "bfloat16"), ("F32", "float32"), ("F8_E4M3", "bfloat16")):
+        assert choose_dtype("auto", cuda, stored) == getattr(torch, dtype)
+    assert choose_dtype("float16", torch.device("cpu")) == torch.float16
+    assert choose_dtype("auto", torch.device("cpu"), "F16") in (torch.bfloat16, torch.float32)
+
+
+def test_pixels_in_and_out_keep_their_values():
+    image = Image.effect_noise((32, 16), 80).convert("RGB")
+    pixels = unit_pixels(image)
+    assert pixels.shape == (1, 3, 16, 32)
+    assert (pixels * 255).round().to(torch.uint8)[0].permute(1, 2, 0).numpy().tobytes() == image.tobytes()
