@@ -186,6 +186,7 @@ class SD3Inferencer:
         self.vae: VAE | None = None
         self.controlnet: ControlNet | None = None
         self.encoders_opened = 0  # how often a text encoder was read from disk
+        self.stages: dict[str, float] = {}  # seconds by stage
         self._cond: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._said: set[str] = set()
 
@@ -196,6 +197,15 @@ class SD3Inferencer:
         self._said.add(text)
         if not self.quiet:
             tqdm.write(text, file=sys.stderr)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the time spent inside to `stages`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - start
 
     # -- loading --
 
@@ -356,8 +366,12 @@ class SD3Inferencer:
             return
         prompts = list(dict.fromkeys(p for p, _ in keys))
         dtype = encoder_dtype(self.dtype)
-        clip = {role: self._run_clip(role, prompts, dtype) for role in ("clip_l", "clip_g")}
-        t5 = self._run_t5(keys, dtype)
+        clip = {}
+        for role in ("clip_l", "clip_g"):
+            with self.timed(f"loading and running {role}"):
+                clip[role] = self._run_clip(role, prompts, dtype)
+        with self.timed("loading and running t5xxl"):
+            t5 = self._run_t5(keys, dtype)
         for key in keys:
             (hidden_l, pooled_l), (hidden_g, pooled_g) = clip["clip_l"][key[0]], clip["clip_g"][key[0]]
             context = join_text(hidden_l, hidden_g, t5[key])
@@ -416,7 +430,8 @@ class SD3Inferencer:
 
     def _load(self, part: Part, model: nn.Module, what: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         size = sum(p.numel() for p in model.parameters()) * torch.empty((), dtype=dtype).element_size()
-        with byte_bar(f"loading {what}", size, self.quiet) as progress:
+        stage = contextlib.nullcontext() if what.startswith("clip") else self.timed(f"loading {what}")
+        with stage, byte_bar(f"loading {what}", size, self.quiet) as progress:
             return part.load_into(model, device, dtype, progress)
 
     # -- pictures to latents and back --
@@ -574,10 +589,14 @@ class SD3Inferencer:
         self.get_controlnet()
         for batch in self.batches(pictures):
             numbers, settings = zip(*batch, strict=True)
-            latents = self._sample_batch(list(settings), images, f"picture {numbers[0] + 1}/{len(pictures)}")
+            what = f"picture {numbers[0] + 1}/{len(pictures)}"
+            latents = self._sample_batch(list(settings), images, what)
             check_finite(latents, "the latent", self.dtype)
+            self.get_vae()
             for number, s, latent in zip(numbers, settings, latents, strict=True):
-                yield number, s, self.vae_decode(latent[None])
+                with self.timed("decoding"):
+                    image = self.vae_decode(latent[None])
+                yield number, s, image
 
     def check_settings(self, s: Settings) -> None:
         """Raises ValueError where settings do not fit the loaded model."""
@@ -608,7 +627,8 @@ class SD3Inferencer:
         total = s.steps - int(s.steps * (1 - denoise))
         if len(batch) > 1:
             what += f" and {len(batch) - 1} more"
-        with tqdm(total=total, desc=what, unit="step", disable=self.quiet, leave=False) as bar:
+        bar = tqdm(total=total, desc=what, unit="step", disable=self.quiet, leave=False)
+        with bar, self.timed("sampling"):
             return self.do_sampling(
                 start,
                 seeds,
@@ -854,7 +874,7 @@ def run(flags: Flags, given: Sequence[str] = ()) -> Path | None:
     if flags.controlnet_ckpt:
         model_name += "_" + Path(flags.controlnet_ckpt).name.removesuffix(".safetensors")
     folder = saving.make_folder(Path(flags.out_dir) / model_name, name, flags.postfix)
-    record = RunRecord(folder, flags, given, len(pictures))
+    record = RunRecord(folder, flags, given, len(pictures), engine)
     digest = None if flags.no_metadata else ModelHash(engine.model_file)
     try:
         for number, settings, image in engine.make(pictures):
@@ -875,6 +895,8 @@ def run(flags: Flags, given: Sequence[str] = ()) -> Path | None:
         if not record.pictures and record.status != "finished":
             record.discard()
     seconds = time.time() - started
+    if flags.verbose:
+        engine.say(", ".join(f"{name} {spent:.1f} s" for name, spent in engine.stages.items()))
     engine.say(
         f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {seconds:.1f} s, "
         f"{seconds / len(pictures):.1f} s each, in {folder}"
@@ -887,8 +909,9 @@ class RunRecord:
 
     EVERY = 5.0  # seconds between writes
 
-    def __init__(self, folder: Path, flags: Flags, given: Sequence[str], total: int):
+    def __init__(self, folder: Path, flags: Flags, given: Sequence[str], total: int, engine: SD3Inferencer):
         self.folder = folder
+        self.engine = engine
         self.status = "running"
         self.pictures: list[dict[str, Any]] = []
         self.model_sha256 = ""
@@ -909,6 +932,9 @@ class RunRecord:
             "status": self.status,
             "started": self.started,
             "seconds": round(time.time() - self.start, 2),
+            "stages": {name: round(spent, 2) for name, spent in self.engine.stages.items()},
+            "device": str(self.engine.device),
+            "dtype": str(self.engine.dtype).removeprefix("torch."),
             "arguments": self.given,
             "flags": self.flags,
             "model_sha256": self.model_sha256,
