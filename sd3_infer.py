@@ -27,6 +27,7 @@ if __name__ == "__main__" and not {"--help", "-h"} & set(sys.argv[1:]):
 import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
 import datetime  # noqa: E402
+import inspect  # noqa: E402
 import os  # noqa: E402
 import re  # noqa: E402
 import signal  # noqa: E402
@@ -53,6 +54,7 @@ from mmditx import MMDiT, MMDiTConfig  # noqa: E402
 from other_impls import (  # noqa: E402
     CLIP,
     T5,
+    T5_EMBEDDING,
     CLIPConfig,
     CLIPTokenizer,
     T5Block,
@@ -66,7 +68,6 @@ from residual import ResidualConfig, build_residual_config, residual_stream  # n
 from settings import (  # noqa: E402
     DEFAULT_DENOISE,
     DEFAULT_SEED,
-    DEFAULT_SIZE,
     Settings,
     SkipLayerConfig,
     picture_seeds,
@@ -180,15 +181,18 @@ class SD3Inferencer:
     """
 
     def __init__(self) -> None:
-        self.verbose = False
         self.quiet = False
+        self._said: set[str] = set()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops everything that belongs to a loaded model."""
         self.mmdit: MMDiT | None = None
         self.vae: VAE | None = None
         self.controlnet: ControlNet | None = None
         self.encoders_opened = 0  # how often a text encoder was read from disk
         self.stages: dict[str, float] = {}  # seconds by stage
         self._cond: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
-        self._said: set[str] = set()
 
     def say(self, text: str, once: bool = False) -> None:
         """A line for the person at the shell, above any progress bar."""
@@ -229,7 +233,7 @@ class SD3Inferencer:
         model_folder: where text encoders and tokenizers lie (default: the model file's folder, then `models`).
         Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
         """
-        self.verbose = verbose
+        self._forget()
         self.device = choose_device(device)
         same = text_encoder_device == "auto"
         self.encoder_device = self.device if same else choose_device(text_encoder_device, "text_encoder_device")
@@ -400,12 +404,13 @@ class SD3Inferencer:
         part, config, device = self.encoder_parts["t5xxl"], self.encoder_configs["t5xxl"], self.encoder_device
         self.encoders_opened += 1
         states = {}
-        ((_, table),) = part.read(["encoder.embed_tokens.weight"], "cpu", None)  # mapped: only the rows used are read
+        ((_, table),) = part.read([T5_EMBEDDING], "cpu", None)  # mapped: only the rows used are read
         for prompt, length in keys:
             tokens = self.t5_tokenizer.tokenize(prompt, length)
             if tokens.cut:
                 self.say(f'note: "{_short(prompt)}" is cut: T5 reads its first 226 characters', once=True)
-            states[prompt, length] = table[torch.tensor([tokens.ids])].to(device, torch.float32)
+            rows = torch.stack([table[i] for i in tokens.ids])  # row by row: float8 has no gather
+            states[prompt, length] = rows.to(device, torch.float32)[None]
         del table
         biases: dict[int, Tensor] = {}
         blocks = tqdm(range(config.depth), desc="encoding t5xxl", disable=self.quiet, leave=False)
@@ -438,8 +443,8 @@ class SD3Inferencer:
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        """float16 where the MMDiT runs in it, else float32: bfloat16 would show as banding."""
-        return torch.float16 if self.dtype == torch.float16 else torch.float32
+        """float16 where the MMDiT runs in it on a GPU, else float32: bfloat16 would show as banding."""
+        return torch.float16 if self.dtype == torch.float16 and self.device.type != "cpu" else torch.float32
 
     def get_vae(self) -> VAE:
         """The autoencoder, loaded on first use."""
@@ -649,8 +654,8 @@ class SD3Inferencer:
     def gen_image(
         self,
         prompts: Sequence[str] = ("",),
-        width: int = DEFAULT_SIZE,
-        height: int = DEFAULT_SIZE,
+        width: int | None = None,
+        height: int | None = None,
         steps: int | None = None,
         cfg_scale: float | None = None,
         sampler: str | None = None,
@@ -682,8 +687,8 @@ class SD3Inferencer:
             prompts,
             picture_seeds(seed, seed_type, len(prompts), num_images),
             negative_prompt=negative_prompt,
-            width=width,
-            height=height,
+            width=width or self.defaults["width"],
+            height=height or self.defaults["height"],
             steps=self.defaults["steps"] if steps is None else steps,
             cfg=skip_layer.cfg if skip_layer and cfg_scale is None else cfg,
             sampler=sampler or self.defaults["sampler"],
@@ -852,7 +857,7 @@ def run(flags: Flags, given: Sequence[str] = ()) -> Path | None:
     residual = ResidualConfig.parse(flags.residual_origin_layer, flags.residual_target_layers, flags.residual_weights)
     pictures = engine.plan(
         prompts,
-        picture_seeds(flags.seed, flags.seed_type, len(prompts), flags.num_images),
+        flags.seeds(len(prompts)),
         negative_prompt=flags.negative_prompt,
         init_image=flags.init_image,
         denoise=flags.denoise,
@@ -996,7 +1001,8 @@ def infer(
         out_dir: pictures go to OUT_DIR/<model>/<prompt><postfix>/000000.png (outputs).
         postfix: end of the folder's name (the date and time).
         seed: first seed (23), for seed_type fixed and roll.
-        seed_type: fixed (every prompt the same), roll (counts up) or rand (drawn; recorded).
+        seed_type: fixed (every prompt the same), roll (counts up) or rand (drawn; recorded). Without it: fixed where
+            a seed is given, else rand.
         sampler: euler or dpmpp_2m (the model's usual one).
         steps: sampling steps (the model's usual number).
         cfg: classifier-free guidance scale (the model's usual one); 1 turns it off.
@@ -1029,6 +1035,14 @@ def infer(
     run(Flags.read(given), [f"--{name}={value}" for name, value in given.items()])
 
 
+def help_text() -> str:
+    """The flags, from `infer`'s docstring."""
+    text = inspect.getdoc(infer).replace("Args:", "flags (defaults in brackets):")
+    flags = re.sub(r"^    (\w+): ", lambda m: f"  --{m[1]:<24}", text, flags=re.MULTILINE)
+    wrapped = re.sub(r"^ {8}(?=\w)", " " * 28, flags, flags=re.MULTILINE)
+    return f"usage: sd3_infer.py [--flag value ...]\n\n{wrapped}"
+
+
 def _stop(*_: Any) -> None:
     raise Stopped
 
@@ -1041,8 +1055,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 2 for a mistake in flags or files, 130 and 143 if stopped."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"--help", "-h"} & set(arguments):
-        with contextlib.suppress(SystemExit):
-            fire.Fire(infer, command=["--help"], name="sd3_infer.py")
+        print(help_text())
         return 0
     previous = None
     if threading.current_thread() is threading.main_thread():
@@ -1055,6 +1068,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except USER_ERRORS as error:
         return fail(error)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        print(f"error: out of memory; try a smaller --width, --height or --batch_size ({error})", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     except Stopped:

@@ -355,8 +355,8 @@ class Flags:
     model: str = "models/sd3_medium.safetensors"
     out_dir: str = "outputs"
     postfix: str | None = None
-    seed: int = DEFAULT_SEED
-    seed_type: str = "rand"
+    seed: int | None = None
+    seed_type: str | None = None
     sampler: str | None = None
     steps: int | None = None
     cfg: float | None = None
@@ -403,6 +403,12 @@ class Flags:
         if flags.controlnet_ckpt and not flags.controlnet_cond_image:
             raise ValueError("--controlnet_ckpt: needs --controlnet_cond_image, the picture that guides it")
         return flags
+
+    def seeds(self, prompts: int) -> list[int]:
+        """One seed per picture. Without a seed_type: fixed where a seed is given, else rand."""
+        seed_type = self.seed_type or ("rand" if self.seed is None else "fixed")
+        seed = DEFAULT_SEED if self.seed is None else self.seed
+        return picture_seeds(seed, seed_type, prompts, self.num_images)
 
     def residual_off_though_set(self) -> bool:
         """Whether residual flags were given without targets, which leaves the feature off."""

@@ -204,6 +204,32 @@ def test_encoders_are_found_wherever_they_lie(tmp_path, small_engine, below, t5,
         assert relative(ours, wanted) < 1e-6  # not bit for bit: the mapping's alignment differs between files
 
 
+def test_a_whole_float8_t5_runs(tmp_path, small_engine):
+    """Plain float8, as the hub has it: the embedding too."""
+    path = split_folder(tmp_path, "text_encoders", "t5xxl_fp8_e4m3fn.safetensors")
+    file = tmp_path / "text_encoders" / "t5xxl_fp8_e4m3fn.safetensors"
+    save_file({k: v.to(torch.float8_e4m3fn) for k, v in load_file(file).items()}, file)
+    got = engine(path).get_cond("a red circle")[0]
+    assert relative(got, small_engine.get_cond("a red circle")[0]) < 0.2
+    assert relative(got[:, :16], small_engine.get_cond("a red circle")[0][:, :16]) < 1e-6
+
+
+def test_a_second_load_forgets_the_first(tmp_path, small_model):
+    both = engine(small_model)
+    first = both.get_cond("a star")[0], both.get_mmdit()
+    tensors = {k: v * 0.5 for k, v in load_file(small_model).items()}
+    save_file(tensors, tmp_path / "half.safetensors")
+    both.load(str(tmp_path / "half.safetensors"), device="cpu", dtype="float32", model_folder=str(small_model.parent))
+    assert not torch.equal(both.get_cond("a star")[0], first[0])
+    assert both.get_mmdit() is not first[1]
+
+
+@pytest.mark.parametrize(("kind", "steps"), [("8b", 60), ("2b", 4)])
+def test_a_large_controlnet_of_any_name_brings_its_settings(small_model, kind, steps):
+    net = small_model.parent / f"control_{kind}.safetensors"
+    assert engine(small_model, controlnet_ckpt=str(net)).defaults["steps"] == steps
+
+
 def test_model_folder_is_searched_first(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     split_folder(elsewhere)

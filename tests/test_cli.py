@@ -175,7 +175,19 @@ def test_bad_flags(small_model, tmp_path, monkeypatch, capsys, arguments, messag
     assert not (tmp_path / "out").exists()
 
 
-def bad_files(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
+def bad_files(tmp_path: Path, small_model: Path) -> dict[str, tuple[list[str], str]]:
+    whole = load_file(small_model)
+    (tmp_path / "cut.safetensors").write_bytes(small_model.read_bytes()[:-100])
+    for name, kept in (
+        ("bare", ("model.diffusion_model.", "first_stage_model.")),
+        ("no_t5", ("model.", "first_stage_model.", "text_encoders.clip")),
+        ("no_vae", ("model.", "text_encoders.")),
+        ("vae", ("first_stage_model.",)),
+    ):
+        save_file({k: v for k, v in whole.items() if k.startswith(kept)}, tmp_path / f"{name}.safetensors")
+    lost = {k: v for k, v in whole.items() if "final_layer.linear" not in k}
+    save_file(lost, tmp_path / "lost.safetensors")
+    (tmp_path / "whole.safetensors").symlink_to(small_model)
     (tmp_path / "blank.txt").write_bytes(b"\xef\xbb\xbf\r\n  \r\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x80")
     (tmp_path / "notes.png").write_text("not a picture")
@@ -192,6 +204,13 @@ def bad_files(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "words for a model": (["--model", "words.safetensors"], "is not a safetensors file"),
         "a folder for a model": (["--model", "."], "is a folder"),
         "words for a VAE": (["--vae", "words.safetensors"], "--vae words.safetensors: is not a safetensors file"),
+        "a model cut short": (["--model", "cut.safetensors"], "cut.safetensors: is truncated"),
+        "another model": (["--model", "vae.safetensors"], "is not an SD3 or SD3.5 model: it looks like a VAE"),
+        "lost tensors": (["--model", "lost.safetensors"], "2 missing: model.diffusion_model.final_layer.linear."),
+        "no encoders": (["--model", "bare.safetensors"], "no clip_l.safetensors in ./ and ./text_encoders/"),
+        "no T5": (["--model", "no_t5.safetensors"], "no t5xxl.safetensors or t5xxl_fp16.safetensors"),
+        "no VAE": (["--model", "no_vae.safetensors"], "holds no VAE; give one with --vae"),
+        "no tokenizer": (["--model", "whole.safetensors"], "no tokenizer (vocab.json and merges.txt"),
     }
 
 
@@ -204,12 +223,19 @@ BAD_FILES = (
     "words for a model",
     "a folder for a model",
     "words for a VAE",
+    "a model cut short",
+    "another model",
+    "lost tensors",
+    "no encoders",
+    "no T5",
+    "no VAE",
+    "no tokenizer",
 )
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_bad_files(small_model, tmp_path, monkeypatch, capsys, case):
-    arguments, message = bad_files(tmp_path)[case]
+    arguments, message = bad_files(tmp_path, small_model)[case]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sd3_infer.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
     assert cli(*quick(small_model, "out", "--prompt", "a star"), *arguments) == 2

@@ -14,7 +14,7 @@ import sd3_impls
 from residual import ResidualConfig
 from sd3_impls import Conditioning, Denoiser
 from sd3_infer import SD3Inferencer, check_finite, to_image
-from settings import SkipLayerConfig, picture_seeds
+from settings import Flags, SkipLayerConfig, picture_seeds
 
 SIZE = {"width": 64, "height": 48}
 
@@ -98,6 +98,13 @@ def test_a_batch_gives_the_pictures_of_single_runs(small_engine):
 @pytest.mark.parametrize(("seed_type", "wanted"), [("fixed", [9, 10, 9, 10]), ("roll", [9, 10, 11, 12])])
 def test_seed_types(seed_type, wanted):
     assert picture_seeds(9, seed_type, 2, 2) == wanted
+
+
+def test_a_seed_alone_means_that_seed_and_none_means_random():
+    assert Flags.read({"seed": "5"}).seeds(2) == [5, 5]
+    assert Flags.read({"seed": "5", "seed_type": "roll"}).seeds(2) == [5, 6]
+    assert Flags.read({"seed_type": "fixed", "num_images": 2}).seeds(1) == [23, 24]
+    assert len(set(Flags.read({"num_images": 50}).seeds(1))) > 40
 
 
 def test_random_seeds_differ():
