@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from checkpoint import ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
 from demo.optim import Average, Muon, rate
-from demo.scenes import BACKGROUNDS, CELL, COLOURS, SHAPES, SIZE, Scene, render, sample_scene, vocabulary
+from demo.scenes import BACKGROUNDS, CELL, COLOURS, RELATIONS, SHAPES, SIZE, Scene, render, sample_scene, vocabulary
 from demo.tokenizers import END, START, WORD_END, clip_files, t5_file
 from mmditx import MMDiT, MMDiTConfig
 from other_impls import CLIP, T5, CLIPConfig, T5Config, join_text
@@ -323,6 +323,7 @@ def flow(
     noise_mean: float = 1.6,
     noise_spread: float = 1.2,
     where_weight: float = 0.4,
+    relation_share: float = 0.5,
     compile: bool = True,
     seed: int = 2,
 ) -> None:
@@ -331,7 +332,8 @@ def flow(
     `minutes` is training time summed over restarts: the rate follows it, so that a busy machine only means fewer
     steps. sigma = sigmoid(noise_mean + noise_spread * normal), mostly high: an object covers hundreds of numbers,
     so where it goes is decided above 0.9. A tenth of the captions is empty. `where_weight` weighs reading off
-    block `Flow.READ_AFTER` what is where, which the scenes know exactly: it teaches placement early.
+    block `Flow.READ_AFTER` what is where, which the scenes know exactly: it teaches placement early. Relations are
+    learnt last, so `relation_share` of every batch shows them.
     """
     path = Path(work) / "flow.pt"
     torch.manual_seed(seed)
@@ -340,6 +342,8 @@ def flow(
     captions = Captions(Path(work) / "tokenizers")
     ids = captions.ids(data["captions"])
     empty = captions.ids([""])
+    relations = torch.tensor([i for i, c in enumerate(data["captions"]) if any(f" {r} " in c for r in RELATIONS)])
+    usual = len(relations) / len(latents)
     model = Flow(captions, width, depth)
     optimisers = flow_optimisers(model)
     base = [o.param_groups[0]["lr"] for o in optimisers]
@@ -365,6 +369,8 @@ def flow(
         for o, lr in zip(optimisers, base, strict=True):
             o.param_groups[0]["lr"] = lr * factor
         rows = torch.randint(len(latents), (batch,))
+        hard = relations[torch.randint(len(relations), (batch,))]
+        rows = torch.where(torch.rand(batch) < (relation_share - usual) / (1 - usual), hard, rows)
         drop = torch.rand(batch) < 0.1
         text_ids = {k: torch.where(drop[:, None], empty[k], v[rows]) for k, v in ids.items()}
         latent = latents[rows]
