@@ -79,8 +79,11 @@ class WeightFile:
     @cached_property
     def sha256(self) -> str:
         """Hash of the whole file, as A1111-style tools compute it."""
+        digest = hashlib.sha256()
         with open(self.path, "rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+            while block := f.read(2**22):
+                digest.update(block)
+        return digest.hexdigest()
 
     def part(self, prefix: str = "") -> Part:
         """The tensors whose names start with `prefix`, without it."""

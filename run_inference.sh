@@ -82,7 +82,7 @@ if [ -z "$python" ]; then
     exit 2
   fi
   python=$here/.venv/bin/python
-  if ! "$python" -m pip install --quiet --disable-pip-version-check -r "$here/requirements.txt" >&2; then
+  if ! "$python" -m pip install --disable-pip-version-check -r "$here/requirements.txt" >&2; then
     say "error: the packages of requirements.txt could not be installed; see above"
     exit 2
   fi

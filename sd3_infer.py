@@ -167,9 +167,10 @@ def to_image(pixels: Tensor) -> Image.Image:
 def check_finite(x: Tensor, what: str, dtype: torch.dtype) -> None:
     """Raises ValueError with the dtype to try where `x` holds NaN or infinity."""
     if not torch.isfinite(x).all():
-        other = "float32" if dtype == torch.bfloat16 else "bfloat16 or float32"
+        others = {torch.float16: "try --dtype bfloat16 or float32", torch.bfloat16: "try --dtype float32"}
+        advice = others.get(dtype, "the model file may be damaged: download it again")
         name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"{what} became NaN or infinite in {name}; no picture is saved. Try --dtype {other}")
+        raise ValueError(f"{what} became NaN or infinite in {name}; no picture is saved; {advice}")
 
 
 # ---- the engine ----------------------------------------------------------------------------------

@@ -392,7 +392,7 @@ def test_a_nan_latent_saves_nothing_and_names_the_dtype_to_try(small_model, tmp_
         (tmp_path / name).symlink_to(small_model.parent / name)
     flags = ["--model", tmp_path / "nan.safetensors", "--prompt", "x", "--out_dir", tmp_path / "out", "--width", 32]
     assert cli(*flags, "--height", 32, "--steps", 1, "--dtype", "bfloat16", "--device", "cpu") == 2
-    assert "NaN or infinite in bfloat16; no picture is saved. Try --dtype float32" in capsys.readouterr().err
+    assert "NaN or infinite in bfloat16; no picture is saved; try --dtype float32" in capsys.readouterr().err
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
 
 
