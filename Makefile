@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+NEEDS = requirements.txt requirements-demo.txt requirements-dev.txt
 
 .PHONY: setup test test-all lint format
 
 setup: $(STAMP)
 
-$(STAMP): requirements.txt requirements-demo.txt requirements-dev.txt
+$(STAMP): $(NEEDS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --disable-pip-version-check $(NEEDS:%=-r %)
 	touch $(STAMP)
 
 test: setup
