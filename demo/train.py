@@ -324,6 +324,7 @@ def flow(
     noise_spread: float = 1.2,
     where_weight: float = 0.4,
     relation_share: float = 0.5,
+    constant: float = 0.5,
     compile: bool = True,
     seed: int = 2,
 ) -> None:
@@ -333,7 +334,7 @@ def flow(
     steps. sigma = sigmoid(noise_mean + noise_spread * normal), mostly high: an object covers hundreds of numbers,
     so where it goes is decided above 0.9. A tenth of the captions is empty. `where_weight` weighs reading off
     block `Flow.READ_AFTER` what is where, which the scenes know exactly: it teaches placement early. Relations are
-    learnt last, so `relation_share` of every batch shows them.
+    learnt last, so `relation_share` of every batch shows them. The rate falls after `constant` of the time.
     """
     path = Path(work) / "flow.pt"
     torch.manual_seed(seed)
@@ -365,7 +366,7 @@ def flow(
     losses: list[float] = []
     bar = tqdm(total=round(minutes * 60), initial=round(spent), desc="flow", mininterval=10, unit="s")
     while spent < minutes * 60:
-        factor = rate(spent / (minutes * 60))
+        factor = rate(spent / (minutes * 60), constant=constant)
         for o, lr in zip(optimisers, base, strict=True):
             o.param_groups[0]["lr"] = lr * factor
         rows = torch.randint(len(latents), (batch,))
