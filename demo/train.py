@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -216,8 +217,8 @@ CLIP_L_WIDTH = CLIP_G_WIDTH = 64
 class Captions:
     """Token ids of captions, whole words looked up in the shipped vocabularies (every word of a caption is there)."""
 
-    def __init__(self, folder: Path, write: bool = True):
-        if write:
+    def __init__(self, folder: Path):
+        if not (folder / "tokenizer_3" / "tokenizer.json").exists():  # ties between merges fall anew each time
             clip_files(vocabulary(), folder / "tokenizer", TEXT_LENGTH)
             t5_file(vocabulary(), folder / "tokenizer_3")
         self.clip = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
@@ -414,7 +415,7 @@ def flow(
 
 # ---- one file ------------------------------------------------------------------------------------
 
-DEFAULTS = {"width": SIZE, "height": SIZE, "steps": 24, "shift": 2.0, "cfg": 4.0, "sampler": "euler"}
+DEFAULTS = {"width": SIZE, "height": SIZE, "steps": 24, "shift": 2.0, "cfg": 2.5, "sampler": "euler"}
 
 
 def export(work: str, out: str = "models/demo", raw: bool = False) -> None:
@@ -424,7 +425,9 @@ def export(work: str, out: str = "models/demo", raw: bool = False) -> None:
     the SD3 latent format. Averaged weights, or with `raw` the last ones.
     """
     state, folder = load(Path(work) / "flow.pt"), Path(out)
-    captions = Captions(folder)
+    captions = Captions(Path(work) / "tokenizers")
+    for name in ("tokenizer", "tokenizer_3"):
+        shutil.copytree(Path(work) / "tokenizers" / name, folder / name, dirs_exist_ok=True)
     flow_model = Flow(captions, state["width"], state["depth"])
     flow_model.load_state_dict(state["model"])
     if not raw:

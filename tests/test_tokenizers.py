@@ -84,7 +84,7 @@ def test_every_word_of_the_demo_is_one_token_and_training_saw_the_same_ids():
         assert clip.tokenize(word, 16).ids[1:3] == [vocab[word + WORD_END], clip.end]
         assert len(t5.tokenize(word, 1).ids) == 2
     caption = "an orange star left of a blue square on a gray background"
-    ids = Captions(TOKENIZERS, write=False).ids([caption])
+    ids = Captions(TOKENIZERS).ids([caption])
     assert ids["l"][0].tolist() == clip.tokenize(caption, 16).ids
     assert ids["g"][0].tolist() == clip.tokenize(caption, 16, 0).ids
     assert ids["t5"][0].tolist() == t5.tokenize(caption, 16).ids
