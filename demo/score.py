@@ -288,12 +288,15 @@ def main(
     model: str = "models/demo/demo.safetensors",
     per_kind: int = 40,
     seed: int = 1000,
-    batch: int = 20,
+    batch: int = 40,
     settings: Sequence[str] = RESIDUAL_SETTINGS,
     save: str = "",
     **values,
 ) -> None:
-    """Prints the table of scores. `values` (steps, cfg, shift, sampler) replace the model's usual ones."""
+    """Prints the table of scores: a column per setting (`off;0:3,5,7:0.1`, ORIGIN:TARGETS:WEIGHTS).
+
+    `values` (steps, cfg, shift, sampler) replace the model's usual ones.
+    """
     prompts = held_out_prompts(per_kind)
     if check_scorer:
         print(table(check(per_kind), prompts))
@@ -302,7 +305,7 @@ def main(
 
     engine = SD3Inferencer().load(model, device="cpu")
     engine.quiet = not sys.stderr.isatty()
-    results, columns = {}, [settings] if isinstance(settings, str) else settings
+    results, columns = {}, settings.split(";") if isinstance(settings, str) else settings
     for setting in columns:
         pictures = sample(engine, prompts, setting, seed, batch, **values)
         seen = [read_picture(p) for p in pictures]
