@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -23,6 +24,9 @@ TOKENIZERS = DEMO.parent
 CLIP_VOCABULARY = len(json.loads((TOKENIZERS / "tokenizer" / "vocab.json").read_text(encoding="utf-8")))
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)  # what lands must not depend on luck
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:

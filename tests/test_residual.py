@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import mmdit_config, randomise
-from hypothesis import given, settings
+from conftest import mmdit_config, randomise, relative
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mmditx import MMDiT
@@ -52,10 +52,12 @@ def mixes(draw):
 @torch.no_grad()
 def test_equals_the_definition(mix):
     origin, targets, weights, skip = mix
+    at_origin = dict(zip(targets, weights, strict=True)).get(origin, 0.0)
+    assume(abs(1 + at_origin) > 0.05)  # C_o - C_o leaves only rounding, which the next norm blows up
     stream = residual_stream(build_residual_config(origin, targets, weights))
     got = MODEL(*INPUTS, skip_layers=skip, hook=stream)
     wanted = by_definition(origin, dict(zip(targets, weights, strict=True)), skip)
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    assert relative(got, wanted) < 1e-5
     again = MODEL(*INPUTS, skip_layers=skip, hook=stream)  # a stream serves every step of a picture
     assert torch.equal(got, again)
 
