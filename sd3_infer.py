@@ -849,12 +849,6 @@ def run(flags: Flags, given: Sequence[str] = ()) -> Path | None:
         no_t5=flags.no_t5,
     )
     values, skip_layer = resolve(flags, engine.model_file.metadata, engine.large_controlnet)
-    if flags.skip_layer_cfg and skip_layer is None:
-        engine.say(f"note: no skip-layer settings are known for {Path(flags.model).name}; --skip_layer_cfg is off")
-    if flags.residual_off_though_set():
-        engine.say("note: --residual_target_layers is empty, so residual text streaming is off")
-    if line := engine.unknown_words([*prompts, flags.negative_prompt]):
-        engine.say(line)
     residual = ResidualConfig.parse(flags.residual_origin_layer, flags.residual_target_layers, flags.residual_weights)
     pictures = engine.plan(
         prompts,
@@ -876,6 +870,12 @@ def run(flags: Flags, given: Sequence[str] = ()) -> Path | None:
         for flag, path in (("init_image", s.init_image), ("controlnet_cond_image", s.controlnet_cond_image)):
             if path:
                 open_image(flag, path, s.width, s.height)
+    if flags.skip_layer_cfg and skip_layer is None:
+        engine.say(f"note: no skip-layer settings are known for {Path(flags.model).name}; --skip_layer_cfg is off")
+    if flags.residual_off_though_set():
+        engine.say("note: --residual_target_layers is empty, so residual text streaming is off")
+    if line := engine.unknown_words([*prompts, flags.negative_prompt]):
+        engine.say(line)
     model_name = Path(flags.model).name.removesuffix(".safetensors")
     if flags.controlnet_ckpt:
         model_name += "_" + Path(flags.controlnet_ckpt).name.removesuffix(".safetensors")
