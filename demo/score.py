@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import fire
 import numpy as np
@@ -237,13 +237,14 @@ def table(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
 
 
 def check(per_kind: int = 40, seed: int = 3) -> dict[str, list[bool]]:
-    """Scores rendered ground truth against its own prompts and against shuffled ones."""
+    """Scores rendered ground truth against its own prompts and shuffled ones, and with relations left to chance."""
     rng = random.Random(seed)
     prompts = held_out_prompts(per_kind)
     seen = [read_picture(draw(p, rng)) for p in prompts]
     return {
         "ground truth": [score(p, s) for p, s in zip(prompts, seen, strict=True)],
         "shuffled": shuffled(prompts, seen),
+        "placed at random": [score(p, read_picture(draw(replace(p, relation=""), rng))) for p in prompts],
     }
 
 
