@@ -1,79 +1,539 @@
-"""Residual text streaming: the text tokens entering an early block, added to those entering later blocks.
+"""Residual text streaming: the text tokens entering an early block, mixed into those entering later blocks.
 
 C_i are the text tokens about to enter block i. C_o of the origin o is kept as it arrives; right before every target
-block i runs, C_i <- C_i + w_i * C_o.
+block i runs, C_i is mixed with it under the weight w = w_i f(sigma), f the schedule:
+
+add       C_i + w C_o
+anchored  LN(standardise(C_i) + w standardise(C_o)), back on C_i's own mean and deviation (token by token)
+aligned   the same with standardise(C_o) R_i, R_i an orthogonal matrix that turns the origin's features to block i's
+
+anchored and aligned after "Prompt Reinjection", arXiv 2602.06886.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+import dataclasses
+import itertools
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from settings import check_residual, read_int, read_layers, read_weights
+from checkpoint import WeightFile
+from settings import (
+    NEEDS_ROTATIONS,
+    RESIDUAL_BRANCHES,
+    RESIDUAL_MODES,
+    check_residual,
+    check_residual_window,
+    nearest,
+    read_choice,
+    read_float,
+    read_int,
+    read_layers,
+    read_schedule,
+    read_weights,
+    spread_weights,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+EPS = 1e-6  # least standard deviation, what is added to it in the division, and the layer norm's
+LEAST_ORTHOGONAL = 1e-2  # largest entry of R^T R - I that a rotation file may have (stored in bfloat16: 4e-3)
+TIMESTEPS = 1000  # timesteps are 1000 sigma
+MOST_TEXTS = 4  # texts whose prepared origin is kept at once: both halves, the skip-layer pass, and one to spare
+
+
+# ---- settings ------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class ResidualConfig:
-    """Origin layer, target layers and one weight per target; no targets means off."""
+    """What is mixed where, when and how. No targets means off.
+
+    targets and weights: one weight per target (given as one for all, a ramp, or none for 1.0, they are spread);
+    schedule: factor on all weights by sigma, see `schedule_factor`; start, end: the part of a run's steps in which it
+    acts, start <= step / steps < end; branch: both halves of guidance, or one; rotations: a file, for `aligned`.
+    """
 
     origin: int = 0
     targets: tuple[int, ...] = ()
-    weights: tuple[float, ...] = ()
+    weights: tuple[float, ...] | str = ()
+    mode: str = "add"
+    schedule: str = "constant"
+    start: float = 0.0
+    end: float = 1.0
+    branch: str = "both"
+    rotations: str | None = None
 
     def __post_init__(self) -> None:
-        """Missing weights mean 1.0 each; raises ValueError for anything that contradicts itself."""
+        """Raises ValueError for anything that contradicts itself."""
         check_residual(self.origin, self.targets, self.weights)
-        if self.targets and not self.weights:
-            object.__setattr__(self, "weights", (1.0,) * len(self.targets))
+        check_residual_window(self.start, self.end)
+        read_choice("residual_mode", self.mode, RESIDUAL_MODES)
+        read_choice("residual_branch", self.branch, RESIDUAL_BRANCHES)
+        read_schedule("residual_schedule", self.schedule)
+        weights = spread_weights(self.weights, len(self.targets)) if self.targets else ()
+        object.__setattr__(self, "weights", weights)
 
     @classmethod
-    def parse(cls, origin: Any = None, targets: Any = None, weights: Any = None) -> ResidualConfig:
+    def parse(cls, origin: Any = None, targets: Any = None, weights: Any = None, **others: Any) -> ResidualConfig:
         """From flags in any shape (see `settings.read_list`); raises ValueError naming the flag."""
-        return cls(
-            origin=0 if origin is None else read_int("residual_origin_layer", origin, 0),
-            targets=read_layers("residual_target_layers", targets),
-            weights=read_weights("residual_weights", weights),
-        )
+        read: dict[str, Any] = {}
+        for name, value in {"origin": origin, "targets": targets, "weights": weights, **others}.items():
+            if value is not None:
+                read[name] = _READ[name](f"residual_{_FLAGS.get(name, name)}", value)
+        return cls(**read)
+
+    @classmethod
+    def from_flags(cls, given: Mapping[str, Any], path: str | None = None) -> ResidualConfig:
+        """Flags by their names without `residual_` (origin_layer, target_layers, weights, mode, ...), each of which
+        replaces that field of the file `path`. Raises ValueError or FileNotFoundError.
+        """
+        fields = read_fields(path) if path else {}
+        fields |= {_NAMES.get(name, name): value for name, value in given.items()}
+        return cls.parse(**fields)
+
+    @classmethod
+    def read(cls, path: str | Path) -> ResidualConfig:
+        """From a file of ours or of the published kind, see `read_fields`."""
+        return cls.from_flags({}, str(path))
 
     @property
     def active(self) -> bool:
-        """Whether there is anything to add."""
+        """Whether there is anything to mix."""
         return bool(self.targets)
 
     def check(self, depth: int) -> None:
         """Raises ValueError for a layer that a model of `depth` joint blocks does not have."""
         check_residual(self.origin, self.targets, self.weights, depth)
 
-
-class ResidualStream:
-    """The hook of one picture (or batch): called with (i, context) right before block i, returns what enters it."""
-
-    def __init__(self, config: ResidualConfig):
-        self.origin = config.origin
-        self.weights = dict(zip(config.targets, config.weights, strict=True))
-        self.kept: Tensor | None = None
-
-    def __call__(self, i: int, context: Tensor) -> Tensor:
-        """context (B, T, D) about to enter block i, with the origin's tokens added where i is a target."""
-        if i == self.origin:
-            self.kept = context  # before any addition here
-        if i not in self.weights:
-            return context
-        return context.add(self.kept, alpha=self.weights[i])
+    def as_file(self, folder: str | Path = ".") -> dict[str, Any]:
+        """What a file in `folder` holds, ready for JSON; a rotation file is named as seen from there."""
+        values = dataclasses.asdict(self)
+        if self.rotations is not None:
+            try:
+                values["rotations"] = Path(os.path.relpath(self.rotations, folder)).as_posix()
+            except ValueError:  # another drive
+                values["rotations"] = os.path.abspath(self.rotations)
+        return {_KEYS.get(name, name): value for name, value in values.items()}
 
 
-def residual_stream(config: ResidualConfig | None) -> ResidualStream | None:
-    """A stream for `config`, or None where there is nothing to add (the model then runs as without it)."""
-    return ResidualStream(config) if config is not None and config.active else None
+def _optional_name(flag: str, value: Any) -> str:
+    if not isinstance(value, (str, os.PathLike)) or not str(value).strip():
+        raise ValueError(f"--{flag} {value}: must name a file")
+    return str(value)
+
+
+_FLAGS = {"origin": "origin_layer", "targets": "target_layers"}  # field -> flag without `residual_`
+_NAMES = {flag: name for name, flag in _FLAGS.items()}
+_KEYS = _FLAGS | {"weights": "residual_weights"}  # field -> key in a file, as the published ones spell it
+_READ: dict[str, Callable[[str, Any], Any]] = {
+    "origin": lambda flag, value: read_int(flag, value, 0),
+    "targets": read_layers,
+    "weights": read_weights,
+    "mode": lambda flag, value: read_choice(flag, value, RESIDUAL_MODES),
+    "schedule": read_schedule,
+    "start": lambda flag, value: read_float(flag, value, 0.0, 1.0),
+    "end": lambda flag, value: read_float(flag, value, 0.0, 1.0),
+    "branch": lambda flag, value: read_choice(flag, value, RESIDUAL_BRANCHES),
+    "rotations": _optional_name,
+}
+
+
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """Fields of a `ResidualConfig` from a file: JSON with the flags' names less `residual_`, or a published weight
+    file {"residual_weights", "origin_layer", "target_layers"}, JSON or .pth (read with weights_only).
+
+    Raises FileNotFoundError, or ValueError that names file and key.
+    """
+    where = f"--residual_config {path}"
+    pickled = _starts(path, where)[:2] in (b"PK", b"\x80\x02")
+    if pickled:
+        raw = _unpickle(path, where)
+    else:
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{where}: is neither JSON nor a .pth file ({error})") from None
+    if not isinstance(raw, Mapping):
+        raise ValueError(f'{where}: must hold an object such as {{"origin_layer": 1, "target_layers": "2-22"}}')
+    fields = {}
+    for key, value in raw.items():
+        key = str(key).removeprefix("residual_")
+        name = _NAMES.get(key, key)
+        if name in _NAMES.values() or name in _READ:
+            fields[name] = _plain(value)
+        elif pickled:
+            warnings.warn(f"{where}: not used, unknown: {key}", stacklevel=2)
+        else:
+            keys = [_KEYS.get(name, name) for name in _READ]
+            raise ValueError(f"{where}: unknown key {key}{nearest(key, keys)} (known: {', '.join(keys)})")
+    fields = {name: value for name, value in fields.items() if value is not None}
+    if isinstance(fields.get("rotations"), str):
+        beside = Path(path).parent / fields["rotations"]
+        fields["rotations"] = str(beside if beside.exists() else fields["rotations"])
+    try:
+        ResidualConfig.parse(**{k: v for k, v in fields.items() if k in _READ})
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).removeprefix('--')}") from None
+    return fields
+
+
+def _plain(value: Any) -> Any:
+    """Tensors become numbers and lists."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _starts(path: str | Path, where: str) -> bytes:
+    if os.path.isdir(path):
+        raise ValueError(f"{where}: is a folder; a file is needed")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{where}: no such file")
+    try:
+        with open(path, "rb") as f:
+            return f.read(16)
+    except OSError as error:
+        raise ValueError(f"{where}: cannot be read ({error.strerror})") from None
+
+
+def _unpickle(path: str | Path, where: str) -> Any:
+    import pickle
+
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError):
+        raise ValueError(f"{where}: is damaged, or holds more than tensors and numbers; it is not loaded") from None
 
 
 def build_residual_config(
-    origin_layer: Any = None, target_layers: Any = None, weights: Sequence[Any] | Any = None
+    origin_layer: Any = None, target_layers: Any = None, weights: Sequence[Any] | Any = None, **others: Any
 ) -> ResidualConfig | None:
-    """The configuration that three flags describe, or None where they leave the feature off."""
-    config = ResidualConfig.parse(origin_layer, target_layers, weights)
+    """The configuration that flags describe, or None where they leave the feature off.
+
+    others: mode, schedule, start, end, branch, rotations.
+    """
+    config = ResidualConfig.parse(origin_layer, target_layers, weights, **others)
     return config if config.active else None
+
+
+def schedule_factor(schedule: str, sigma: float) -> float:
+    """f(s) for s = sigma in [0, 1]: constant 1, linear s, cosine (1 + cos(pi (1 - s))) / 2, exp:A e^(-A s)."""
+    if schedule == "linear":
+        return sigma
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * (1 - sigma))) / 2
+    if schedule.startswith("exp:"):
+        return math.exp(-float(schedule.removeprefix("exp:")) * sigma)
+    return 1.0
+
+
+# ---- rotations -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Rotations:
+    """Orthogonal matrices of an origin's targets: standardised origin rows times `matrices[b, j]` (from the right).
+
+    matrices: (B, N, D, D) float32 on the CPU, one per bucket of sigma and target; edges: the B - 1 sigmas between
+    buckets, rising.
+    """
+
+    origin: int
+    targets: tuple[int, ...]
+    matrices: Tensor
+    edges: tuple[float, ...] = ()
+
+    def bucket(self, sigma: float) -> int:
+        """Which bucket holds sigma; one on an edge belongs to the upper."""
+        return bisect.bisect_right(self.edges, sigma)
+
+    def matrix(self, target: int, sigma: float) -> Tensor:
+        """(D, D) for a target."""
+        return self.matrices[self.bucket(sigma), self.targets.index(target)]
+
+    def check(self, config: ResidualConfig, width: int, where: str = "--residual_rotations") -> None:
+        """Raises ValueError where they do not fit a configuration and a model of `width`."""
+        _check_fit(self.origin, self.targets, self.matrices.shape[-1], config, width, where)
+
+
+def _check_fit(
+    origin: int, targets: Sequence[int], size: int, config: ResidualConfig, width: int | None, where: str
+) -> None:
+    if width is not None and size != width:
+        raise ValueError(f"{where}: is for a model of width {size}, this one has {width}")
+    if origin != config.origin:
+        raise ValueError(f"{where}: was made for origin layer {origin}, not {config.origin}")
+    missing = [t for t in config.targets if t not in targets]
+    if missing:
+        raise ValueError(
+            f"{where}: has no rotation for target layers {', '.join(map(str, missing))}; "
+            f"it has {', '.join(map(str, targets))}"
+        )
+
+
+def read_rotations(path: str | Path, config: ResidualConfig | None = None, width: int | None = None) -> Rotations:
+    """Rotations from our .safetensors or a published .pt file: "rotation_matrices" (N, D, D) or (B, N, D, D) with
+    "timestep_bucket_edges" (timesteps 0..1000 or sigmas 0..1; the inner ones, or with both ends), "target_layers",
+    "origin_layer".
+
+    Where a `config` is given, only its targets are read, and must be there. Raises FileNotFoundError, or ValueError
+    that says what is wrong: not such a file, sizes that contradict each other, another origin, missing layers, a
+    model of another `width`, a matrix that is not orthogonal.
+    """
+    import torch
+
+    where = f"--residual_rotations {path}"
+    start = _starts(path, where)
+    if start[:2] in (b"PK", b"\x80\x02"):
+        raw = _unpickle(path, where)
+        if not isinstance(raw, Mapping):
+            raise ValueError(f"{where}: must hold a dictionary with rotation_matrices")
+        notes = {k: _plain(v) for k, v in raw.items() if k != "rotation_matrices"}
+        matrices = raw.get("rotation_matrices")
+        shape = tuple(matrices.shape) if isinstance(matrices, torch.Tensor) else None
+        take = lambda places: matrices[..., places, :, :]  # noqa: E731
+    else:
+        try:
+            file = WeightFile(path)
+        except ValueError as error:
+            raise ValueError(f"--residual_rotations {error}") from None
+        shape = file.entries["rotation_matrices"].shape if "rotation_matrices" in file.entries else None
+        notes, take = _safetensors_notes(file, where)
+    if shape is None:
+        raise ValueError(f"{where}: has no rotation_matrices: not a rotation file")
+    for name in ("target_layers", "origin_layer"):
+        if name not in notes:
+            raise ValueError(f"{where}: does not say its {name}")
+    try:
+        targets = read_layers("target_layers", notes["target_layers"])
+        origin = read_int("origin_layer", notes["origin_layer"], 0)
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).removeprefix('--')}") from None
+    if len(shape) not in (3, 4) or shape[-1] != shape[-2] or shape[-3] != len(targets):
+        told = "x".join(map(str, shape))
+        raise ValueError(f"{where}: rotation_matrices is {told}; {len(targets)} square matrices are needed")
+    edges, falling = _edges(notes.get("timestep_bucket_edges"), shape[0] if len(shape) == 4 else 1, where)
+    if config is not None:
+        _check_fit(origin, targets, shape[-1], config, width, where)
+    wanted = targets if config is None else config.targets
+    stacked = take([targets.index(t) for t in wanted]).float()
+    stacked = stacked if stacked.ndim == 4 else stacked[None]  # (B, N, D, D)
+    if falling:
+        stacked = stacked.flip(0)
+    for j, target in enumerate(wanted):
+        for b in range(stacked.shape[0]):
+            error = orthogonality(stacked[b, j])
+            if not error <= LEAST_ORTHOGONAL:
+                raise ValueError(
+                    f"{where}: the matrix for target layer {target} is not orthogonal: R^T R differs from the "
+                    f"identity by up to {error:.2g}; at most {LEAST_ORTHOGONAL:g} is taken"
+                )
+    return Rotations(origin, wanted, stacked.contiguous(), edges)
+
+
+def _safetensors_notes(file: WeightFile, where: str) -> tuple[dict[str, Any], Callable[[list[int]], Tensor]]:
+    import torch
+    from safetensors import safe_open
+
+    try:
+        notes = {k: json.loads(v) for k, v in file.metadata.items() if k in ("target_layers", "origin_layer")}
+    except ValueError:
+        raise ValueError(f"{where}: its metadata is damaged") from None
+
+    def take(places: list[int]) -> Tensor:
+        with safe_open(file.path, framework="pt", device="cpu") as f:
+            rows = f.get_slice("rotation_matrices")
+            if len(rows.get_shape()) == 3:
+                return torch.stack([rows[j] for j in places])
+            return torch.stack([torch.stack([rows[b, j] for j in places]) for b in range(rows.get_shape()[0])])
+
+    if "timestep_bucket_edges" in file.entries:
+        with safe_open(file.path, framework="pt", device="cpu") as f:
+            notes["timestep_bucket_edges"] = f.get_tensor("timestep_bucket_edges").tolist()
+    return notes, take
+
+
+def _edges(given: Any, buckets: int, where: str) -> tuple[tuple[float, ...], bool]:
+    """The sigmas between buckets, rising, and whether the file counts from high to low."""
+    if buckets == 1:
+        return (), False
+    edges = [float(e) for e in given] if isinstance(given, Sequence) and not isinstance(given, str) else []
+    if len(edges) not in (buckets - 1, buckets + 1):
+        raise ValueError(
+            f"{where}: {buckets} timestep buckets need {buckets - 1} or {buckets + 1} timestep_bucket_edges, "
+            f"there are {len(edges)}"
+        )
+    falling = len(edges) > 1 and edges[0] > edges[-1]
+    rising = edges[::-1] if falling else edges
+    if not all(a < b for a, b in itertools.pairwise(rising)) or not all(map(math.isfinite, edges)):
+        raise ValueError(f"{where}: timestep_bucket_edges must rise from each to the next: {given}")
+    if max(rising) > 1:
+        rising = [e / TIMESTEPS for e in rising]
+    return tuple(rising[1:-1] if len(rising) == buckets + 1 else rising), falling
+
+
+def orthogonality(matrix: Tensor) -> float:
+    """Largest entry of |R^T R - I|; NaN where there is one in R."""
+    import torch
+
+    product = matrix.T @ matrix
+    return (product - torch.eye(len(product), dtype=product.dtype, device=product.device)).abs().max().item()
+
+
+# ---- mixing --------------------------------------------------------------------------------------
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation (at least 1e-6) of every token of x (..., D): both (..., 1)."""
+    import torch
+
+    variance, mean = torch.var_mean(x, dim=-1, correction=1, keepdim=True)
+    return mean, variance.sqrt().clamp(min=EPS)
+
+
+def standardise(x: Tensor) -> Tensor:
+    """Every token of x (..., D) with mean 0 and standard deviation 1, float32."""
+    x = x.float()
+    mean, deviation = moments(x)
+    return (x - mean) / (deviation + EPS)
+
+
+def anchored_mix(context: Tensor, origin: Tensor, weight: float) -> Tensor:
+    """context (B, T, D) mixed with a standardised (for `aligned`: and rotated) origin (B, T, D) float32.
+
+    m = standardise(context) + weight origin; layer norm of m; back on the context's own mean and deviation.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    x = context.float()
+    mean, deviation = moments(x)
+    m = ((x - mean) / (deviation + EPS)).add_(origin, alpha=weight)
+    return torch.addcmul(mean, F.layer_norm(m, m.shape[-1:], eps=EPS), deviation).to(context.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One run of the network: what a hook is told before it.
+
+    step: which of `steps`, from 0; sigma in [0, 1]; cond: the first so many rows are conditional, the rest not;
+    text: the object that holds the text, the same one as long as the text is; skip_layers: blocks not run.
+    """
+
+    step: int
+    steps: int
+    sigma: float
+    cond: int
+    rows: int
+    text: Any = None
+    skip_layers: Collection[int] = ()
+
+
+class ResidualStream:
+    """The hook of one picture (or batch): called with (i, context) right before block i, returns what enters it.
+
+    `begin` tells it about the network's next pass; without that, sigma is 1 and all rows are mixed.
+    """
+
+    def __init__(self, config: ResidualConfig, rotations: Rotations | None = None):
+        """Raises ValueError where the mode is aligned and there are no rotations."""
+        if config.mode == "aligned" and rotations is None and config.active:
+            raise ValueError(NEEDS_ROTATIONS)
+        self.config = config
+        self.rotations = rotations
+        self.weights = dict(zip(config.targets, config.weights, strict=True))
+        self.kept: Tensor | None = None  # the origin's tokens, of the rows that are mixed
+        self.prepared: dict[int | None, Tensor] = {}  # normalised (None) or rotated (by target) origin
+        self._of_text: dict[int, tuple[Any, dict]] = {}  # the same by text, where the origin is the text alone
+        self._turned: dict[Any, Tensor] = {}  # rotations on the model's device, in its dtype
+        self.sigma, self.factor = 1.0, schedule_factor(config.schedule, 1.0)
+        self.rows, self.whole, self.text = slice(None), True, None
+
+    def begin(self, at: Pass) -> ResidualStream | None:
+        """Gets ready for a pass; returns the hook for it, None where nothing is mixed in it."""
+        config = self.config
+        if not config.start * at.steps <= at.step < config.end * at.steps:
+            return None
+        self.sigma = at.sigma
+        self.factor = schedule_factor(config.schedule, at.sigma)
+        self.rows = slice(None)
+        if config.branch != "both" and at.rows:
+            self.rows = slice(0, at.cond) if config.branch == "cond" else slice(at.cond, at.rows)
+            if self.rows.start == self.rows.stop:
+                return None
+        self.whole = self.rows == slice(None) or (self.rows.start, self.rows.stop) == (0, at.rows)
+        self.text = at.text
+        return self
+
+    def __call__(self, i: int, context: Tensor) -> Tensor:
+        """context (B, T, D) about to enter block i; a new tensor where i is a target."""
+        if i == self.config.origin:
+            self.kept = context if self.whole else context[self.rows]  # before any mixing here
+            self.prepared = self._known() if i == 0 and self.text is not None else {}
+        if i not in self.weights:
+            return context
+        weight = self.weights[i] * self.factor
+        if self.whole:
+            return self._mix(i, context, weight)
+        import torch
+
+        before, after = context[: self.rows.start], context[self.rows.stop :]
+        return torch.cat([before, self._mix(i, context[self.rows], weight), after])
+
+    def _mix(self, i: int, context: Tensor, weight: float) -> Tensor:
+        if self.config.mode == "add":
+            return context.add(self.kept, alpha=weight)
+        return anchored_mix(context, self._origin(i), weight)
+
+    def _origin(self, i: int) -> Tensor:
+        """The standardised origin, rotated for target i where the mode is aligned: once per pass, or per text."""
+        if None not in self.prepared:
+            self.prepared[None] = standardise(self.kept)
+        if self.rotations is None or self.config.mode != "aligned":
+            return self.prepared[None]
+        key = (i, self.rotations.bucket(self.sigma))
+        if key not in self.prepared:
+            turn = self._turned.get(key)
+            if turn is None:
+                turn = self._turned[key] = self.rotations.matrix(i, self.sigma).to(self.kept.device, self.kept.dtype)
+            self.prepared[key] = (self.prepared[None].to(turn.dtype) @ turn).float()
+        return self.prepared[key]
+
+    def _known(self) -> dict:
+        """What is prepared of this text already; texts themselves are held, so that none is taken for another."""
+        held = self._of_text.get(id(self.text))
+        if held is None:
+            while len(self._of_text) >= MOST_TEXTS:
+                del self._of_text[next(iter(self._of_text))]
+            held = self._of_text[id(self.text)] = (self.text, {})
+        return held[1]
+
+
+def residual_stream(config: ResidualConfig | None, rotations: Rotations | None = None) -> ResidualStream | None:
+    """A stream for `config`, or None where there is nothing to mix (the model then runs as without it)."""
+    return ResidualStream(config, rotations) if config is not None and config.active else None
+
+
+def hook_for(hooks: Sequence[Any], at: Pass) -> Callable[[int, Tensor], Tensor] | None:
+    """The hook of one pass from several, which run in their order; those with a `begin` are told of it and may sit
+    out. None where none is left.
+    """
+    ready = [h for h in (hook.begin(at) if hasattr(hook, "begin") else hook for hook in hooks) if h is not None]
+    if len(ready) < 2:
+        return ready[0] if ready else None
+
+    def chain(i: int, context: Tensor) -> Tensor:
+        for hook in ready:
+            context = hook(i, context)
+        return context
+
+    return chain

@@ -99,7 +99,7 @@ def _base(path: str | None) -> str | None:
 def public_settings(settings: Settings) -> dict[str, Any]:
     """Settings for a record that others may see: file names without their folders."""
     values = settings.asdict()
-    for name in ("model", "vae", "init_image", "controlnet_ckpt", "controlnet_cond_image"):
+    for name in ("model", "vae", "init_image", "controlnet_ckpt", "controlnet_cond_image", "residual_rotations"):
         values[name] = _base(values[name])
     return values
 
@@ -139,7 +139,12 @@ def parameters(settings: Settings, model_hash: str, software: Mapping[str, str])
     if settings.residual_target_layers:
         pairs["Residual origin layer"] = settings.residual_origin_layer
         pairs["Residual target layers"] = ", ".join(map(str, settings.residual_target_layers))
-        pairs["Residual weights"] = ", ".join(map(str, settings.residual_weights))
+        pairs["Residual weights"] = ", ".join(f"{w:.6g}" for w in settings.residual_weights)
+        for name, usual in (("mode", "add"), ("schedule", "constant"), ("start", 0), ("end", 1), ("branch", "both")):
+            if (value := getattr(settings, f"residual_{name}")) != usual:
+                pairs[f"Residual {name}"] = value
+        if settings.residual_rotations:
+            pairs["Residual rotations"] = _base(settings.residual_rotations)
     if settings.no_t5:
         pairs["T5"] = "off"
     pairs["Dtype"] = settings.dtype

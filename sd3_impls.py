@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_embedder import ControlNet
 from mmditx import ContextHook, MMDiT
+from residual import Pass, hook_for
 from settings import SkipLayerConfig
 
 LATENT_SHIFT = 0.0609
@@ -102,10 +103,13 @@ class Denoiser:
         controlnet: ControlNet | None = None,
         control: Tensor | None = None,
         control_strength: float = 1.0,
-        hook: ContextHook | None = None,
+        hooks: Sequence[ContextHook] = (),
+        steps_run: int | None = None,
     ):
         """steps: the full number, for skip-layer guidance; control: latent of the control image in model space;
-        neg_cond: None where cfg is 1 (the unconditional half then has no say and is not run).
+        neg_cond: None where cfg is 1 (the unconditional half then has no say and is not run); hooks: called before
+        every block, those with a `begin` are told of every pass first; steps_run: how many calls there will be
+        (None: `steps`).
         """
         self.model = model
         self.cond = cond
@@ -117,7 +121,8 @@ class Denoiser:
         self.controlnet = controlnet
         self.control = control
         self.control_strength = control_strength
-        self.hook = hook
+        self.hooks = hooks
+        self.steps_run = steps_run or steps or 1
         self.step = 0
 
     def velocity(self, x: Tensor, sigma: float, text: Conditioning, control: bool, skip: Sequence[int]) -> Tensor:
@@ -130,7 +135,10 @@ class Denoiser:
             if rows.shape[0] > 1:
                 rows = rows.repeat(x.shape[0] // rows.shape[0], 1, 1, 1)
             controls = self.controlnet(self.model, x, t, text.pooled, rows, self.control_strength)
-        return self.model(x, t, text.pooled, text.context, controls, skip, self.hook).float()
+        rows = x.shape[0]
+        cond = rows // 2 if self.guided and text is self.text else rows
+        at = Pass(self.step, self.steps_run, sigma, cond, rows, text, skip)
+        return self.model(x, t, text.pooled, text.context, controls, skip, hook_for(self.hooks, at)).float()
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """denoised = x - sigma v, guided; x (B, C, h, w) float32, sigma a number or (B,) of one value."""

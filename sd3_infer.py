@@ -50,7 +50,7 @@ import saving  # noqa: E402
 import sd3_impls  # noqa: E402
 from checkpoint import Part, WeightFile  # noqa: E402
 from dit_embedder import ControlNet, ControlNetConfig, control_kind, control_pixels, controlnet_part  # noqa: E402
-from mmditx import MMDiT, MMDiTConfig  # noqa: E402
+from mmditx import ContextHook, MMDiT, MMDiTConfig  # noqa: E402
 from other_impls import (  # noqa: E402
     CLIP,
     T5,
@@ -64,7 +64,7 @@ from other_impls import (  # noqa: E402
     join_text,
     t5_position_bias,
 )
-from residual import ResidualConfig, build_residual_config, residual_stream  # noqa: E402
+from residual import ResidualConfig, Rotations, build_residual_config, read_rotations, residual_stream  # noqa: E402
 from settings import (  # noqa: E402
     DEFAULT_DENOISE,
     DEFAULT_SEED,
@@ -78,6 +78,18 @@ from vae import VAE, VAEConfig  # noqa: E402
 
 __all__ = ["SD3Inferencer", "build_residual_config", "choose_device", "choose_dtype", "main"]
 
+RESIDUAL_FILE = "residual.json"  # in every run's folder, as --residual_config reads it
+RESIDUAL_SETTINGS = {  # field of ResidualConfig -> field of Settings
+    "origin": "residual_origin_layer",
+    "targets": "residual_target_layers",
+    "weights": "residual_weights",
+    "mode": "residual_mode",
+    "schedule": "residual_schedule",
+    "start": "residual_start",
+    "end": "residual_end",
+    "branch": "residual_branch",
+    "rotations": "residual_rotations",
+}
 CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 FETCH = {
     "sd3_medium": "stabilityai/stable-diffusion-3-medium",
@@ -194,6 +206,7 @@ class SD3Inferencer:
         self.encoders_opened = 0  # how often a text encoder was read from disk
         self.stages: dict[str, float] = {}  # seconds by stage
         self._cond: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self._rotations: tuple[tuple, Rotations] | None = None
 
     def say(self, text: str, once: bool = False) -> None:
         """A line for the person at the shell, above any progress bar."""
@@ -519,17 +532,22 @@ class SD3Inferencer:
         shift: float | None = None,
         controlnet_strength: float = 1.0,
         callback: Callable[[int], Any] | None = None,
+        hooks: Sequence[ContextHook] = (),
     ) -> Tensor:
         """Latents (B, 16, h, w) in VAE space, float32.
 
         latent: start (B, 16, h, w) in model space, zeros for text to image; seed: one per row; conditioning and
         neg_cond: (text tokens (1 or B, T, X), pooled (1 or B, Y)), neg_cond unused where cfg_scale is 1;
-        controlnet_cond: latents of the control image in model space; denoise: part of the schedule that runs.
+        controlnet_cond: latents of the control image in model space; denoise: part of the schedule that runs;
+        hooks: see the text tokens entering every block, after residual streaming.
         """
         seeds = [seed] * latent.shape[0] if isinstance(seed, int) else list(seed)
+        config = residual_config or ResidualConfig()
+        config.check(self.config.depth)
+        stream = residual_stream(config, self.get_rotations(config))
         model = self.get_mmdit()
-        if residual_config is not None:
-            residual_config.check(len(model.joint_blocks))
+        sigmas = sd3_impls.flow_schedule(steps, self.shift if shift is None else shift)
+        sigmas = sd3_impls.remaining(sigmas, steps, denoise)
         denoiser = sd3_impls.Denoiser(
             model,
             self._rows(conditioning, len(seeds)),
@@ -540,12 +558,23 @@ class SD3Inferencer:
             controlnet=self.get_controlnet() if controlnet_cond is not None else None,
             control=controlnet_cond,
             control_strength=controlnet_strength,
-            hook=residual_stream(residual_config),
+            hooks=[*([stream] if stream else []), *hooks],
+            steps_run=len(sigmas) - 1,
         )
-        sigmas = sd3_impls.flow_schedule(steps, self.shift if shift is None else shift)
-        sigmas = sd3_impls.remaining(sigmas, steps, denoise)
         latent = latent.to(self.device)
         return sd3_impls.latent_out(sd3_impls.guided_sampling(denoiser, sampler, latent, seeds, sigmas, callback))
+
+    def get_rotations(self, config: ResidualConfig) -> Rotations | None:
+        """The rotations that a configuration needs, read and checked once; None where it needs none.
+
+        Raises FileNotFoundError, or ValueError for a file that does not fit (see `residual.read_rotations`).
+        """
+        if config.mode != "aligned" or not config.active or config.rotations is None:
+            return None
+        key = (config.rotations, config.origin, config.targets)
+        if self._rotations is None or self._rotations[0] != key:
+            self._rotations = (key, read_rotations(config.rotations, config, self.config.width))
+        return self._rotations[1]
 
     def _rows(self, cond: tuple[Tensor, Tensor], rows: int) -> sd3_impls.Conditioning:
         context, pooled = (t.to(self.device, self.dtype) for t in cond)
@@ -607,7 +636,9 @@ class SD3Inferencer:
     def check_settings(self, s: Settings) -> None:
         """Raises ValueError where settings do not fit the loaded model."""
         self.check_size(s.width, s.height)
-        residual_of(s).check(self.config.depth)
+        residual = residual_of(s)
+        residual.check(self.config.depth)
+        residual_stream(residual, self.get_rotations(residual))
         if s.skip_layer and max(s.skip_layer.layers) >= self.config.depth:
             raise ValueError(
                 f"--skip_layer_cfg: needs layers {s.skip_layer.layers}, this model has {self.config.depth}"
@@ -698,10 +729,8 @@ class SD3Inferencer:
             controlnet_cond_image=controlnet_cond_image,
             controlnet_strength=controlnet_strength,
             skip_layer=skip_layer,
-            residual_origin_layer=residual.origin,
-            residual_target_layers=residual.targets,
-            residual_weights=residual.weights,
             batch_size=batch_size,
+            **residual_settings(residual),
         )
         folder = Path(out_dir)
         folder.mkdir(parents=True, exist_ok=True)
@@ -756,7 +785,22 @@ def _skip_layer(config: SkipLayerConfig | dict[str, Any] | None) -> SkipLayerCon
 
 def residual_of(s: Settings) -> ResidualConfig:
     """The residual configuration that a picture's settings hold."""
-    return ResidualConfig(s.residual_origin_layer, s.residual_target_layers, s.residual_weights)
+    return ResidualConfig(**{name: getattr(s, setting) for name, setting in RESIDUAL_SETTINGS.items()})
+
+
+def residual_settings(config: ResidualConfig) -> dict[str, Any]:
+    """A residual configuration as fields of `Settings`; rotations that no mode uses are left out."""
+    values = {setting: getattr(config, name) for name, setting in RESIDUAL_SETTINGS.items()}
+    return values if config.mode == "aligned" else values | {"residual_rotations": None}
+
+
+def residual_notes(flags: Flags, config: ResidualConfig) -> Iterator[str]:
+    """Lines about residual flags that have no effect."""
+    given = flags.residual()
+    if (given or flags.residual_config) and not config.active:
+        yield "note: --residual_target_layers is empty, so residual text streaming is off"
+    elif "rotations" in given and config.mode != "aligned":
+        yield f"note: --residual_rotations is not used: --residual_mode is {config.mode}, not aligned"
 
 
 class ModelHash:
@@ -849,7 +893,7 @@ def run(flags: Flags, given: Sequence[str] = ()) -> Path | None:
         no_t5=flags.no_t5,
     )
     values, skip_layer = resolve(flags, engine.model_file.metadata, engine.large_controlnet)
-    residual = ResidualConfig.parse(flags.residual_origin_layer, flags.residual_target_layers, flags.residual_weights)
+    residual = ResidualConfig.from_flags(flags.residual(), flags.residual_config)
     pictures = engine.plan(
         prompts,
         flags.seeds(len(prompts)),
@@ -859,11 +903,9 @@ def run(flags: Flags, given: Sequence[str] = ()) -> Path | None:
         controlnet_cond_image=flags.controlnet_cond_image,
         controlnet_strength=flags.controlnet_strength,
         skip_layer=skip_layer,
-        residual_origin_layer=residual.origin,
-        residual_target_layers=residual.targets,
-        residual_weights=residual.weights,
         batch_size=flags.batch_size,
         **values,
+        **residual_settings(residual),
     )
     for s in pictures[:1]:  # they differ in prompt and seed only
         engine.check_settings(s)
@@ -872,8 +914,8 @@ def run(flags: Flags, given: Sequence[str] = ()) -> Path | None:
                 open_image(flag, path, s.width, s.height)
     if flags.skip_layer_cfg and skip_layer is None:
         engine.say(f"note: no skip-layer settings are known for {Path(flags.model).name}; --skip_layer_cfg is off")
-    if flags.residual_off_though_set():
-        engine.say("note: --residual_target_layers is empty, so residual text streaming is off")
+    for note in residual_notes(flags, residual):
+        engine.say(note)
     if line := engine.unknown_words([*prompts, flags.negative_prompt]):
         engine.say(line)
     model_name = Path(flags.model).name.removesuffix(".safetensors")
@@ -881,6 +923,7 @@ def run(flags: Flags, given: Sequence[str] = ()) -> Path | None:
         model_name += "_" + Path(flags.controlnet_ckpt).name.removesuffix(".safetensors")
     folder = saving.make_folder(Path(flags.out_dir) / model_name, name, flags.postfix)
     record = RunRecord(folder, flags, given, len(pictures), engine)
+    saving.write_json(folder / RESIDUAL_FILE, residual.as_file(folder))
     digest = None if flags.no_metadata else ModelHash(engine.model_file)
     try:
         for number, settings, image in engine.make(pictures):
@@ -954,7 +997,8 @@ class RunRecord:
     def discard(self) -> None:
         """Takes a folder away that holds no picture."""
         with contextlib.suppress(OSError):
-            (self.folder / "run.json").unlink(missing_ok=True)
+            for name in ("run.json", RESIDUAL_FILE):
+                (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()
 
 
@@ -984,6 +1028,13 @@ def infer(
     residual_origin_layer=None,
     residual_target_layers=None,
     residual_weights=None,
+    residual_mode=None,
+    residual_schedule=None,
+    residual_start=None,
+    residual_end=None,
+    residual_branch=None,
+    residual_rotations=None,
+    residual_config=None,
     negative_prompt=None,
     num_images=None,
     batch_size=None,
@@ -1020,8 +1071,15 @@ def infer(
         model_folder: where text encoders and tokenizers lie (the model's folder, then models).
         text_encoder_device: auto (as device), cpu, cuda, cuda:N or mps.
         residual_origin_layer: block whose incoming text tokens are kept (0).
-        residual_target_layers: blocks they are added before, such as 3,5,7; none: off.
-        residual_weights: one weight per target (1.0 each).
+        residual_target_layers: blocks they are mixed in before, such as 3,5,7 or 2-22 or 2-22:2; none: off.
+        residual_weights: one weight per target, one for all, or a ramp linear:FIRST:LAST (1.0).
+        residual_mode: add, anchored (both normalised first) or aligned (and the origin rotated) (add).
+        residual_schedule: factor on the weights by sigma: constant, linear, cosine or exp:ALPHA (constant).
+        residual_start: first part of the steps that goes without, 0 to 1 (0).
+        residual_end: part of the steps after which it stops, 0 to 1 (1).
+        residual_branch: both, cond or uncond half of guidance (both).
+        residual_rotations: the rotation file of mode aligned (sd3_probe.py calibrate makes one).
+        residual_config: a file with all of these, such as residual.json in a run's folder; flags replace its fields.
         negative_prompt: what the picture should not show.
         num_images: pictures per prompt (1).
         batch_size: pictures sampled at once (1).

@@ -18,6 +18,9 @@ from typing import Any
 
 SEED_TYPES = ("fixed", "rand", "roll")
 SAMPLERS = ("euler", "dpmpp_2m")
+RESIDUAL_MODES = ("add", "anchored", "aligned")
+RESIDUAL_SCHEDULES = ("constant", "linear", "cosine")  # and exp:ALPHA
+RESIDUAL_BRANCHES = ("both", "cond", "uncond")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -187,13 +190,64 @@ def _unquote(item: str) -> str:
 
 
 def read_layers(flag: str, value: Any) -> tuple[int, ...]:
-    """Layer numbers, each at least 0; the upper end is checked once the model's depth is known."""
-    return tuple(read_int(flag, item, 0) for item in read_list(flag, value))
+    """Layer numbers, each at least 0, and ranges: `2-22` (both ends count) and `2-22:2` (every second).
+
+    The upper end is checked once the model's depth is known.
+    """
+    return tuple(layer for item in read_list(flag, value) for layer in _layer_range(flag, item))
 
 
-def read_weights(flag: str, value: Any) -> tuple[float, ...]:
-    """Any real numbers."""
-    return tuple(read_float(flag, item) for item in read_list(flag, value))
+def _layer_range(flag: str, item: Any) -> Sequence[int]:
+    match = re.fullmatch(r"(\d+)-(\d+)(?::(\d+))?", item) if isinstance(item, str) else None
+    if match is None:
+        return (read_int(flag, item, 0),)
+    first, last, step = int(match[1]), int(match[2]), int(match[3] or 1)
+    if last < first or step < 1 or last >= 10_000:
+        raise ValueError(f"--{flag} {item}: a range counts up, such as 2-22 or 2-22:2")
+    return range(first, last + 1, step)
+
+
+def read_weights(flag: str, value: Any) -> tuple[float, ...] | str:
+    """Any real numbers, or a ramp `linear:FIRST:LAST` over the targets, in that spelling."""
+    items = read_list(flag, value)
+    if any(isinstance(item, str) and ":" in item for item in items):
+        ramp = _ramp(items[0]) if len(items) == 1 else None
+        if ramp is None:
+            raise ValueError(f"--{flag} {value}: must be numbers, or a ramp such as linear:0.8:0.2")
+        return f"linear:{ramp[0]}:{ramp[1]}"
+    return tuple(read_float(flag, item) for item in items)
+
+
+def _ramp(text: str) -> tuple[float, float] | None:
+    name, *ends = text.split(":")
+    try:
+        first, last = map(float, ends)
+    except ValueError:
+        return None
+    return (first, last) if name == "linear" and math.isfinite(first) and math.isfinite(last) else None
+
+
+def spread_weights(weights: Sequence[float] | str, count: int) -> tuple[float, ...]:
+    """One weight for each of `count` targets: none given means 1.0, one holds for all, a ramp is filled in.
+
+    Another number of weights comes back as it is, for `check_residual` to name.
+    """
+    if isinstance(weights, str):
+        first, last = _ramp(weights) or (1.0, 1.0)
+        return tuple(first + (last - first) * i / max(count - 1, 1) for i in range(count))
+    return (*(weights or (1.0,)),) * count if len(weights) < 2 else tuple(weights)
+
+
+def read_schedule(flag: str, value: Any) -> str:
+    """constant, linear, cosine or `exp:ALPHA` with any real ALPHA, in one spelling."""
+    text = str(value).strip().lower()
+    name, colon, alpha = text.partition(":")
+    if name == "exp" and colon:
+        return f"exp:{read_float(flag, alpha)}"
+    if text in RESIDUAL_SCHEDULES:
+        return text
+    names = ", ".join(RESIDUAL_SCHEDULES)
+    raise ValueError(f"--{flag} {value}: must be {names} or exp:ALPHA such as exp:2{nearest(text, RESIDUAL_SCHEDULES)}")
 
 
 def read_size(flag: str, value: Any) -> int:
@@ -267,6 +321,12 @@ class Settings:
     residual_origin_layer: int = 0
     residual_target_layers: tuple[int, ...] = ()
     residual_weights: tuple[float, ...] = ()
+    residual_mode: str = "add"
+    residual_schedule: str = "constant"
+    residual_start: float = 0.0
+    residual_end: float = 1.0
+    residual_branch: str = "both"
+    residual_rotations: str | None = None
     no_t5: bool = False
     dtype: str = "auto"
     device: str = "auto"
@@ -286,6 +346,10 @@ class Settings:
         read_float("controlnet_strength", self.controlnet_strength)
         read_int("batch_size", self.batch_size, 1)
         check_residual(self.residual_origin_layer, self.residual_target_layers, self.residual_weights)
+        check_residual_window(self.residual_start, self.residual_end)
+        read_choice("residual_mode", self.residual_mode, RESIDUAL_MODES)
+        read_choice("residual_branch", self.residual_branch, RESIDUAL_BRANCHES)
+        read_schedule("residual_schedule", self.residual_schedule)
 
     def asdict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -296,7 +360,9 @@ class Settings:
         return hashlib.sha256(json.dumps(self.asdict(), sort_keys=True).encode()).hexdigest()
 
 
-def check_residual(origin: int, targets: Sequence[int], weights: Sequence[float], depth: int | None = None) -> None:
+def check_residual(
+    origin: int, targets: Sequence[int], weights: Sequence[float] | str, depth: int | None = None
+) -> None:
     """Checks residual settings against each other and, where known, the number of joint blocks.
 
     Raises ValueError naming the value and the valid range. Without targets the feature is off and nothing is wrong.
@@ -313,12 +379,22 @@ def check_residual(origin: int, targets: Sequence[int], weights: Sequence[float]
             raise ValueError(f"--residual_target_layers: {target} is there twice; name every layer once")
         if target < origin:
             raise ValueError(f"--residual_target_layers {target}: lies below the origin layer {origin}{last}")
-    if weights and len(weights) != len(targets):
+    weights = spread_weights(weights, len(targets))
+    if len(weights) != len(targets):
         raise ValueError(
-            f"--residual_weights: {len(weights)} given for {len(targets)} target layers; give one each, or none for 1.0"
+            f"--residual_weights: {len(weights)} given for {len(targets)} target layers; "
+            "give one each, one for all, or none for 1.0"
         )
     for weight in weights:
         read_float("residual_weights", weight)
+
+
+def check_residual_window(start: float, end: float) -> None:
+    """Raises ValueError where the part of the steps in which residual streaming acts is empty or out of range."""
+    read_float("residual_start", start, 0.0, 1.0)
+    read_float("residual_end", end, 0.0, 1.0)
+    if start >= end:
+        raise ValueError(f"--residual_start {start:g}: must be below --residual_end {end:g}; no step is left")
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -374,7 +450,14 @@ class Flags:
     text_encoder_device: str = "auto"
     residual_origin_layer: int | None = None
     residual_target_layers: tuple[int, ...] | None = None
-    residual_weights: tuple[float, ...] | None = None
+    residual_weights: tuple[float, ...] | str | None = None
+    residual_mode: str | None = None
+    residual_schedule: str | None = None
+    residual_start: float | None = None
+    residual_end: float | None = None
+    residual_branch: str | None = None
+    residual_rotations: str | None = None
+    residual_config: str | None = None
     negative_prompt: str = ""
     num_images: int = 1
     batch_size: int = 1
@@ -395,9 +478,14 @@ class Flags:
             check_flag(name)
         read = {name: READERS[name](name, value) for name, value in raw.items() if value is not None}
         flags = cls(**read)
-        check_residual(
-            flags.residual_origin_layer or 0, flags.residual_target_layers or (), flags.residual_weights or ()
-        )
+        if not flags.residual_config:  # else they are checked together with what the file says
+            check_residual(
+                flags.residual_origin_layer or 0, flags.residual_target_layers or (), flags.residual_weights or ()
+            )
+            end = 1.0 if flags.residual_end is None else flags.residual_end
+            check_residual_window(flags.residual_start or 0.0, end)
+            if flags.residual_mode == "aligned" and flags.residual_target_layers and not flags.residual_rotations:
+                raise ValueError(NEEDS_ROTATIONS)
         if flags.controlnet_cond_image and not flags.controlnet_ckpt:
             raise ValueError("--controlnet_cond_image: needs --controlnet_ckpt, the ControlNet that reads it")
         if flags.controlnet_ckpt and not flags.controlnet_cond_image:
@@ -410,11 +498,15 @@ class Flags:
         seed = DEFAULT_SEED if self.seed is None else self.seed
         return picture_seeds(seed, seed_type, prompts, self.num_images)
 
-    def residual_off_though_set(self) -> bool:
-        """Whether residual flags were given without targets, which leaves the feature off."""
-        others = self.residual_origin_layer is not None or self.residual_weights is not None
-        return others and not self.residual_target_layers
+    def residual(self) -> dict[str, Any]:
+        """The residual flags that were given, by their names without `residual_`; the file's name is not among them."""
+        names = [n for n in READERS if n.startswith("residual_") and n != "residual_config"]
+        return {n.removeprefix("residual_"): v for n in names if (v := getattr(self, n)) is not None}
 
+
+NEEDS_ROTATIONS = (
+    "--residual_mode aligned: needs --residual_rotations FILE; `python sd3_probe.py calibrate` makes one for your model"
+)
 
 READERS: dict[str, Callable[[str, Any], Any]] = {
     "prompt": _text,
@@ -441,6 +533,13 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "residual_origin_layer": _range_int(0),
     "residual_target_layers": read_layers,
     "residual_weights": read_weights,
+    "residual_mode": _choice(RESIDUAL_MODES),
+    "residual_schedule": read_schedule,
+    "residual_start": lambda flag, value: read_float(flag, value, 0.0, 1.0),
+    "residual_end": lambda flag, value: read_float(flag, value, 0.0, 1.0),
+    "residual_branch": _choice(RESIDUAL_BRANCHES),
+    "residual_rotations": _optional_path,
+    "residual_config": _optional_path,
     "negative_prompt": _text,
     "num_images": _range_int(1, 1_000_000),
     "batch_size": _range_int(1, 1024),

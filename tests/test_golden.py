@@ -161,7 +161,7 @@ def test_pipeline(key):
         latent, sigmas = g["init_latent"], remaining(sigmas, steps, 0.6)
         assert len(sigmas) == 6
     model = mmdit(f"{name}.weights.safetensors")
-    denoiser = Denoiser(model, cond, neg_cond, 4.5, steps, slg, hook=stream)
+    denoiser = Denoiser(model, cond, neg_cond, 4.5, steps, slg, hooks=[stream])
     got = latent_out(guided_sampling(denoiser, sampler, latent, [23], sigmas))
     assert relative(got, g[key]) < RUN
 

@@ -116,7 +116,7 @@ def test_weights_default_to_one_each_and_a_target_may_be_the_origin():
 
 
 MISTAKES = [
-    ((0, "1,2", "0.5"), "1 given for 2 target layers"),
+    ((0, "1,2,3", "0.5,0.4"), "2 given for 3 target layers"),
     ((0, "1,1", None), "1 is there twice"),
     ((3, "2,4", None), "2: lies below the origin layer 3"),
     ((0, "1,x", None), "x: must be a whole number"),
