@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import math
 import struct
@@ -21,6 +23,8 @@ MMDIT_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 ENCODERS = ("clip_l", "clip_g", "t5xxl")
 ENCODER_PREFIX = "text_encoders.{}.transformer."
+TRANSFORMER = "transformer/"  # prefix of its tensors in a diffusers folder
+ENCODER_FOLDERS = {"clip_l": "text_encoder/", "clip_g": "text_encoder_2/", "t5xxl": "text_encoder_3/"}
 ENCODER_FILES = {
     "clip_l": ("clip_l.safetensors",),
     "clip_g": ("clip_g.safetensors",),
@@ -66,23 +70,29 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    path: Path
+    name: str
 
 
 class WeightFile:
-    """A safetensors file: its header is read at once (no torch needed), its tensors when asked for."""
+    """A safetensors file, or a folder in diffusers layout: headers are read at once (no torch needed), tensors when
+    asked for. The tensors of a folder are named `transformer/...`, `vae/...`, `text_encoder/...` and so on.
+    """
 
     def __init__(self, path: str | Path):
         """Raises FileNotFoundError, or ValueError for a file that is truncated or not safetensors."""
         self.path = Path(path)
-        self.entries, self.metadata = _read_header(self.path)
+        self.folder = self.path.is_dir()
+        self.entries, self.metadata = (_read_folder if self.folder else _read_header)(self.path)
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the whole file, as A1111-style tools compute it."""
+        """Hash of the whole file, as A1111-style tools compute it; of a folder's transformer, file after file."""
         digest = hashlib.sha256()
-        with open(self.path, "rb") as f:
-            while block := f.read(2**22):
-                digest.update(block)
+        for path in sorted({e.path for n, e in self.entries.items() if not self.folder or n.startswith(TRANSFORMER)}):
+            with open(path, "rb") as f:
+                while block := f.read(2**22):
+                    digest.update(block)
         return digest.hexdigest()
 
     def part(self, prefix: str = "") -> Part:
@@ -115,6 +125,50 @@ _KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
+def _read_folder(folder: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """All tensors of a diffusers folder by `<component>/<name>`, and the scheduler's shift as metadata."""
+    if not (folder / "transformer").is_dir():
+        raise ValueError(
+            f"{folder}: is a folder without transformer/; a .safetensors file or a diffusers folder is needed"
+        )
+    entries = {}
+    for component in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        if (folder / component).is_dir():
+            for path in _weight_files(folder / component):
+                entries |= {f"{component}/{name}": entry for name, entry in _read_header(path)[0].items()}
+    try:
+        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        return entries, {"shift": str(scheduler["shift"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return entries, {}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of one component: whole or in shards, of the plain variant if there is one, else of any.
+
+    Raises FileNotFoundError where there is none, or a shard is missing.
+    """
+    for stem in ("diffusion_pytorch_model", "model"):
+        plain, shards = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+        variants = [*sorted(folder.glob(f"{stem}.*.safetensors")), *sorted(folder.glob(f"{plain}.index.*.json"))]
+        for path in (folder / plain, folder / shards, *variants):
+            if not path.is_file():
+                continue
+            if path.suffix == ".safetensors":
+                return [path]
+            try:
+                names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"{path}: is damaged: no weight_map in it") from None
+            for name in names:
+                if not (folder / name).is_file():
+                    raise FileNotFoundError(f"{folder / name}: no such file, though {path.name} names it")
+            return [folder / name for name in names]
+    pickled = any(folder.glob("*.bin"))
+    why = "only pickled .bin weights, which are not loaded" if pickled else "no .safetensors weights"
+    raise FileNotFoundError(f"{folder}: holds {why}")
+
+
 def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; a .safetensors file is needed")
@@ -136,7 +190,10 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
         try:
             header: dict[str, Any] = json.loads(opening + f.read(length - 1))
             metadata = header.pop("__metadata__", {}) or {}
-            entries = {name: Entry(t["dtype"], tuple(t["shape"]), t["data_offsets"][0]) for name, t in header.items()}
+            entries = {
+                name: Entry(t["dtype"], tuple(t["shape"]), t["data_offsets"][0], path, name)
+                for name, t in header.items()
+            }
             ends = [t["data_offsets"][1] for t in header.values()]
             consistent = all(
                 t["data_offsets"][1] - t["data_offsets"][0] == math.prod(t["shape"]) * DTYPE_BYTES.get(t["dtype"], -1)
@@ -154,33 +211,67 @@ def _read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 
 @dataclass(frozen=True)
+class Source:
+    """How a file holds a tensor of ours: under another name, or as several that are joined along their first axis.
+
+    change: `swap` exchanges the two halves of the first axis, `conv` makes a matrix a 1 x 1 convolution.
+    """
+
+    names: tuple[str, ...]
+    change: str = ""
+
+    def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+        """Of the whole, from those of its pieces."""
+        joined = (sum(s[0] for s in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+        return (*joined, 1, 1) if self.change == "conv" else joined
+
+    def build(self, pieces: list[Tensor]) -> Tensor:
+        """The whole from its pieces."""
+        import torch
+
+        whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+        if self.change == "swap":
+            return torch.cat(whole.chunk(2)[::-1])
+        return whole[..., None, None] if self.change == "conv" else whole
+
+
+@dataclass(frozen=True)
 class Part:
-    """The tensors of one model in a file: a prefix, and names that differ between files (`renames`: ours -> file)."""
+    """The tensors of one model in a file: a prefix, and those that the file holds otherwise (our name -> source)."""
 
     file: WeightFile
     prefix: str = ""
-    renames: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape by name, without the prefix and under our names."""
-        theirs = {v: k for k, v in self.renames.items()}
-        out = {}
-        for name, entry in self.file.entries.items():
-            if name.startswith(self.prefix):
-                name = name[len(self.prefix) :]
-                out[theirs.get(name, name)] = entry.shape
+        entries = self.file.entries
+        used = {name for source in self.sources.values() for name in source.names}
+        out = {n[len(self.prefix) :]: e.shape for n, e in entries.items() if n.startswith(self.prefix)}
+        out = {name: shape for name, shape in out.items() if name not in used}
+        for name, source in self.sources.items():
+            if all(self.prefix + n in entries for n in source.names):
+                out[name] = source.shape([entries[self.prefix + n].shape for n in source.names])
         return out
 
+    def source(self, name: str) -> Source:
+        """Where a tensor of ours is in the file."""
+        return self.sources.get(name) or Source((name,))
+
     def full_name(self, name: str) -> str:
-        """The name in the file."""
-        return self.prefix + self.renames.get(name, name)
+        """The name in the file, for messages."""
+        return " + ".join(self.prefix + n for n in self.source(name).names)
+
+    def entry(self, name: str) -> Entry:
+        """The file's entry of a tensor of ours, the first where it is in pieces."""
+        return self.file.entries[self.prefix + self.source(name).names[0]]
 
     def dtype_name(self) -> str:
         """The dtype that most of the weights have, in the file's spelling (F16, BF16, F32, F8_E4M3)."""
         sizes: dict[str, int] = {}
         for name, shape in self.shapes.items():
-            dtype = self.file.entries[self.full_name(name)].dtype
+            dtype = self.entry(name).dtype
             sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
         return max(sizes, key=lambda k: sizes[k])
 
@@ -232,18 +323,29 @@ class Part:
         """
         from safetensors import safe_open
 
-        ordered = sorted(names, key=lambda n: self.file.entries[self.full_name(n)].offset)
+        ordered = sorted(names, key=lambda n: (str(self.entry(n).path), self.entry(n).offset))
         while ordered:
             read = 0
-            with safe_open(self.file.path, framework="pt", device="cpu") as f:
+            with contextlib.ExitStack() as stack:
+                opened: dict[Path, Any] = {}
+
+                def take(entry: Entry, opened=opened, stack=stack) -> Tensor:
+                    if entry.path not in opened:
+                        opened[entry.path] = stack.enter_context(safe_open(entry.path, framework="pt", device="cpu"))
+                    return opened[entry.path].get_tensor(entry.name)
+
                 while ordered and read < CHUNK:
                     name = ordered.pop(0)
-                    tensor = f.get_tensor(self.full_name(name))
-                    read += tensor.nbytes
-                    scale_name = self.full_name(name).removesuffix("weight") + "scale_weight"
-                    scale = f.get_tensor(scale_name) if scale_name in self.file.entries else None
-                    yield name, _convert(tensor, scale, device, dtype)
-                    del tensor
+                    source, pieces = self.source(name), []
+                    for piece in source.names:
+                        full = self.prefix + piece
+                        scale = self.file.entries.get(full.removesuffix("weight") + "scale_weight")
+                        tensor = take(self.file.entries[full])
+                        read += tensor.nbytes
+                        pieces.append(_convert(tensor, scale and take(scale), device, dtype))
+                        del tensor
+                    yield name, source.build(pieces)
+                    del pieces
 
     def load_into(
         self,
@@ -298,16 +400,124 @@ def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
+# ---- models in diffusers layout ------------------------------------------------------------------
+
+# our name -> theirs, below a block
+_X_BLOCK = {
+    "adaLN_modulation.1": "norm1.linear",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "attn.proj": "attn.to_out.0",
+    "attn2.proj": "attn2.to_out.0",
+}
+_CONTEXT_BLOCK = {
+    "adaLN_modulation.1": "norm1_context.linear",
+    "mlp.fc1": "ff_context.net.0.proj",
+    "mlp.fc2": "ff_context.net.2",
+    "attn.proj": "attn.to_add_out",
+}
+_EMBEDDERS = {
+    "x_embedder.proj": "pos_embed.proj",
+    "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+    "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+    "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+    "context_embedder": "context_embedder",
+    "final_layer.linear": "proj_out",
+}
+_VAE_BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2", "nin_shortcut": "conv_shortcut"}
+_VAE_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+
+def mmdit_part(file: WeightFile) -> Part:
+    """The MMDiT of a file or a diffusers folder."""
+    for prefix in (MMDIT_PREFIX, TRANSFORMER):
+        if file.has(prefix):
+            return Part(file, prefix, diffusers_mmdit(file, prefix) if prefix == TRANSFORMER else {})
+    return Part(file, "", diffusers_mmdit(file, "") if file.has("transformer_blocks.") else {})
+
+
+def vae_part(file: WeightFile) -> Part:
+    """The VAE of a file or a diffusers folder; without its prefix where it has a file to itself."""
+    for prefix in (VAE_PREFIX, "vae/", ""):
+        if file.has(prefix + "encoder.down_blocks."):
+            return Part(file, prefix, diffusers_vae(file, prefix))
+        if prefix and file.has(prefix):
+            return Part(file, prefix)
+    return Part(file)
+
+
+def _count(file: WeightFile, stem: str) -> int:
+    return next(i for i in itertools.count() if not file.has(f"{stem}{i}."))
+
+
+def _linear(out: dict[str, Source], ours: str, *theirs: str, change: str = "") -> None:
+    """Weight and bias of a layer; a bias is never reshaped."""
+    out[f"{ours}.weight"] = Source(tuple(f"{t}.weight" for t in theirs), change)
+    out[f"{ours}.bias"] = Source(tuple(f"{t}.bias" for t in theirs), "" if change == "conv" else change)
+
+
+def diffusers_mmdit(file: WeightFile, prefix: str) -> dict[str, Source]:
+    """Where SD3Transformer2DModel keeps our MMDiT's tensors: q, k and v apart, and scale before shift in the norms of
+    the last block's text and of the output.
+    """
+    out = {"pos_embed": Source(("pos_embed.pos_embed",))}
+    for ours, theirs in _EMBEDDERS.items():
+        _linear(out, ours, theirs)
+    _linear(out, "final_layer.adaLN_modulation.1", "norm_out.linear", change="swap")
+    depth = _count(file, f"{prefix}transformer_blocks.")
+    for i in range(depth):
+        block = f"transformer_blocks.{i}."
+        streams = (
+            ("x_block", _X_BLOCK, "to_{}", "norm_{}"),
+            ("context_block", _CONTEXT_BLOCK, "add_{}_proj", "norm_added_{}"),
+        )
+        for stream, layers, project, norm in streams:
+            stem = f"joint_blocks.{i}.{stream}."
+            for ours, theirs in layers.items():
+                last_norm = i == depth - 1 and theirs == "norm1_context.linear"
+                _linear(out, stem + ours, block + theirs, change="swap" if last_norm else "")
+            for attn in ("attn", "attn2"):
+                _linear(out, f"{stem}{attn}.qkv", *(f"{block}{attn}.{project.format(x)}" for x in "qkv"))
+                for x in "qk":
+                    out[f"{stem}{attn}.ln_{x}.weight"] = Source((f"{block}{attn}.{norm.format(x)}.weight",))
+    return out
+
+
+def diffusers_vae(file: WeightFile, prefix: str) -> dict[str, Source]:
+    """Where AutoencoderKL keeps our VAE's tensors: decoder levels counted from the other end, attention as matrices."""
+    out: dict[str, Source] = {}
+    for side, ours_level, theirs_level in (("encoder", "down", "down_blocks"), ("decoder", "up", "up_blocks")):
+        for ours, theirs in (("conv_in", "conv_in"), ("conv_out", "conv_out"), ("norm_out", "conv_norm_out")):
+            _linear(out, f"{side}.{ours}", f"{side}.{theirs}")
+        blocks = {f"mid.block_{j + 1}": f"mid_block.resnets.{j}" for j in (0, 1)}
+        levels = _count(file, f"{prefix}{side}.{theirs_level}.")
+        for i in range(levels):
+            level = f"{ours_level}.{i if side == 'encoder' else levels - 1 - i}"
+            for j in range(_count(file, f"{prefix}{side}.{theirs_level}.{i}.resnets.")):
+                blocks[f"{level}.block.{j}"] = f"{theirs_level}.{i}.resnets.{j}"
+            sample = "downsample" if side == "encoder" else "upsample"
+            _linear(out, f"{side}.{level}.{sample}.conv", f"{side}.{theirs_level}.{i}.{sample}rs.0.conv")
+        for ours, theirs in blocks.items():
+            for a, b in _VAE_BLOCK.items():
+                _linear(out, f"{side}.{ours}.{a}", f"{side}.{theirs}.{b}")
+        attention = f"{side}.mid_block.attentions.0"
+        _linear(out, f"{side}.mid.attn_1.norm", f"{attention}.group_norm")
+        for a, b in _VAE_ATTENTION.items():
+            _linear(out, f"{side}.mid.attn_1.{a}", f"{attention}.{b}", change="conv")
+    return out
+
+
 # ---- finding -------------------------------------------------------------------------------------
 
 
 def find_encoder(role: str, model_file: WeightFile, folders: list[Path]) -> Part:
-    """The text encoder `role` (clip_l, clip_g, t5xxl): in the model's own file, else in `folders` or their
+    """The text encoder `role` (clip_l, clip_g, t5xxl): in the model's own file or folder, else in `folders` or their
     `text_encoders/`. Raises FileNotFoundError that says where it was looked for and how to get it.
     """
-    prefix = ENCODER_PREFIX.format(role)
-    if model_file.has(prefix):
-        return encoder_part(role, model_file, prefix)
+    for prefix in (ENCODER_PREFIX.format(role), ENCODER_FOLDERS[role]):
+        if model_file.has(prefix):
+            return encoder_part(role, model_file, prefix)
     for folder in folders:
         for place in (folder, folder / "text_encoders"):
             for name in ENCODER_FILES[role]:
@@ -323,7 +533,7 @@ def find_encoder(role: str, model_file: WeightFile, folders: list[Path]) -> Part
 def encoder_part(role: str, file: WeightFile, prefix: str) -> Part:
     """The encoder's tensors; T5's embedding is `encoder.embed_tokens.weight` or `shared.weight`, either or both."""
     if role == "t5xxl" and prefix + "encoder.embed_tokens.weight" not in file.entries:
-        return Part(file, prefix, {"encoder.embed_tokens.weight": "shared.weight"})
+        return Part(file, prefix, {"encoder.embed_tokens.weight": Source(("shared.weight",))})
     return Part(file, prefix)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from checkpoint import Part, WeightFile
+from checkpoint import Part, Source, WeightFile
 from mmditx import MMDiT, MMDiTConfig, PatchEmbed, StreamBlock, TimestepEmbedder, VectorEmbedder
 from other_impls import Shapes, count_layers
 
@@ -113,7 +113,7 @@ class ControlNet(nn.Module):
 
 def controlnet_part(file: WeightFile) -> Part:
     """The tensors of a ControlNet file under our names."""
-    return Part(file, "", RENAMES)
+    return Part(file, "", {ours: Source((theirs,)) for ours, theirs in RENAMES.items()})
 
 
 def control_kind(part: Part) -> str:

@@ -425,17 +425,26 @@ def anchored_mix(context: Tensor, origin: Tensor, weight: float) -> Tensor:
 class Pass:
     """One run of the network: what a hook is told before it.
 
-    step: which of `steps`, from 0; sigma in [0, 1]; cond: the first so many rows are conditional, the rest not;
-    text: the object that holds the text, the same one as long as the text is; skip_layers: blocks not run.
+    step: which of `steps`, from 0; sigma in [0, 1]; cond and uncond: places of the conditional and the unconditional
+    rows of the batch, each with both ends, either may be empty; text: the object that holds the text, the same one
+    as long as the text is, None where that cannot be told; skip_layers: blocks not run.
     """
 
     step: int
     steps: int
     sigma: float
-    cond: int
-    rows: int
+    cond: slice
+    uncond: slice
     text: Any = None
     skip_layers: Collection[int] = ()
+
+    @classmethod
+    def of_rows(cls, step: int, steps: int, sigma: float, rows: int, first: str, halves: bool, **others: Any) -> Pass:
+        """A pass of `rows` rows, all of the branch `first` (cond or uncond), or with `halves` both, that one first."""
+        middle = rows // 2 if halves else rows
+        places = (slice(0, middle), slice(middle, rows))
+        cond, uncond = places if first == "cond" else places[::-1]
+        return cls(step, steps, sigma, cond, uncond, **others)
 
 
 class ResidualStream:
@@ -465,20 +474,23 @@ class ResidualStream:
             return None
         self.sigma = at.sigma
         self.factor = schedule_factor(config.schedule, at.sigma)
-        self.rows = slice(None)
-        if config.branch != "both" and at.rows:
-            self.rows = slice(0, at.cond) if config.branch == "cond" else slice(at.cond, at.rows)
+        self.whole, self.text = config.branch == "both", at.text
+        if not self.whole:
+            self.rows, others = (at.cond, at.uncond) if config.branch == "cond" else (at.uncond, at.cond)
             if self.rows.start == self.rows.stop:
                 return None
-        self.whole = self.rows == slice(None) or (self.rows.start, self.rows.stop) == (0, at.rows)
-        self.text = at.text
+            self.whole = others.start == others.stop
         return self
+
+    def forget(self) -> None:
+        """Drops what is known of texts: another picture begins."""
+        self._of_text.clear()
 
     def __call__(self, i: int, context: Tensor) -> Tensor:
         """context (B, T, D) about to enter block i; a new tensor where i is a target."""
         if i == self.config.origin:
             self.kept = context if self.whole else context[self.rows]  # before any mixing here
-            self.prepared = self._known() if i == 0 and self.text is not None else {}
+            self.prepared = self._known() if i == 0 and self.text is not None and not context.requires_grad else {}
         if i not in self.weights:
             return context
         weight = self.weights[i] * self.factor

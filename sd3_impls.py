@@ -135,9 +135,8 @@ class Denoiser:
             if rows.shape[0] > 1:
                 rows = rows.repeat(x.shape[0] // rows.shape[0], 1, 1, 1)
             controls = self.controlnet(self.model, x, t, text.pooled, rows, self.control_strength)
-        rows = x.shape[0]
-        cond = rows // 2 if self.guided and text is self.text else rows
-        at = Pass(self.step, self.steps_run, sigma, cond, rows, text, skip)
+        halves = self.guided and text is self.text
+        at = Pass.of_rows(self.step, self.steps_run, sigma, x.shape[0], "cond", halves, text=text, skip_layers=skip)
         return self.model(x, t, text.pooled, text.context, controls, skip, hook_for(self.hooks, at)).float()
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:

@@ -34,7 +34,7 @@ import signal  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
 import warnings  # noqa: E402
-from collections.abc import Callable, Iterator, Sequence  # noqa: E402
+from collections.abc import Callable, Iterator, Mapping, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -253,11 +253,11 @@ class SD3Inferencer:
         self.encoder_device = self.device if same else choose_device(text_encoder_device, "text_encoder_device")
         self.no_t5 = no_t5
         self.model_file = self._open("model", model, fetch_model(model))
-        self.folders = [Path(model_folder)] if model_folder else [self.model_file.path.parent]
+        own = self.model_file.path if self.model_file.folder else self.model_file.path.parent
+        self.folders = [Path(model_folder)] if model_folder else [own]
         if not model_folder and self.folders != [Path("models")]:
             self.folders.append(Path("models"))
-        prefix = checkpoint.MMDIT_PREFIX if self.model_file.has(checkpoint.MMDIT_PREFIX) else ""
-        self.mmdit_part = self.model_file.part(prefix)
+        self.mmdit_part = checkpoint.mmdit_part(self.model_file)
         self.config: MMDiTConfig = self.mmdit_part.config(MMDiTConfig.from_shapes, "an SD3 or SD3.5 model")
         self.mmdit_part.check(on_meta(lambda: MMDiT(self.config)))
         self.dtype = choose_dtype(dtype, self.device, self.mmdit_part.dtype_name())
@@ -285,9 +285,8 @@ class SD3Inferencer:
 
     def _open_vae(self, path: str | None) -> None:
         file = self._open("vae", path) if path else self.model_file
-        prefix = checkpoint.VAE_PREFIX if file.has(checkpoint.VAE_PREFIX) else ""
-        self.vae_part = file.part(prefix)
-        if not path and not prefix:
+        self.vae_part = checkpoint.vae_part(file)
+        if not path and not self.vae_part.prefix:
             raise FileNotFoundError(f"--model {file.path}: holds no VAE; give one with --vae sd3_vae.safetensors")
         self.vae_config: VAEConfig = self.vae_part.config(VAEConfig.from_shapes, "a VAE")
         self.vae_part.check(on_meta(lambda: VAE(self.vae_config)))
@@ -373,6 +372,18 @@ class SD3Inferencer:
         if key not in self._cond:
             self.encode([key])
         return self._cond[key]
+
+    def text_mask(self, prompt: str, length: int) -> Tensor:
+        """Which of a prompt's text tokens, encoded at T5 length `length`, are no padding: (T,) bool on the CPU."""
+        clip = self.clip_tokenizer.tokenize(prompt, self.positions)
+        words = clip.ids.index(self.clip_tokenizer.end, 1) + 1  # start, words and end
+        pieces = 0 if self.t5_tokenizer is None else len(self.t5_tokenizer.tokenize(prompt, 0).ids)
+        rest = self.positions if self.t5_tokenizer is None else length
+        return torch.cat([torch.arange(self.positions) < words, torch.arange(rest) < pieces])
+
+    def forget_text(self) -> None:
+        """Drops the prompts encoded so far; they are encoded again where they come again."""
+        self._cond.clear()
 
     @torch.no_grad()
     def encode(self, wanted: Sequence[tuple[str, int]]) -> None:
@@ -625,7 +636,7 @@ class SD3Inferencer:
         for batch in self.batches(pictures):
             numbers, settings = zip(*batch, strict=True)
             what = f"picture {numbers[0] + 1}/{len(pictures)}"
-            latents = self._sample_batch(list(settings), images, what)
+            latents = self.sample(settings, images, what)
             check_finite(latents, "the latent", self.dtype)
             self.get_vae()
             for number, s, latent in zip(numbers, settings, latents, strict=True):
@@ -646,7 +657,18 @@ class SD3Inferencer:
         if s.controlnet_ckpt and self.controlnet_part is None:
             raise ValueError("--controlnet_ckpt: no ControlNet is loaded")
 
-    def _sample_batch(self, batch: list[Settings], images: dict[tuple, Image.Image], what: str) -> Tensor:
+    def sample(
+        self,
+        batch: Sequence[Settings],
+        images: Mapping[tuple, Image.Image] | None = None,
+        what: str = "",
+        hooks: Sequence[ContextHook] = (),
+    ) -> Tensor:
+        """Latents (B, 16, h, w) in VAE space of pictures that can share a run (see `batches`).
+
+        images: opened ones by (flag, path, width, height); what: the progress bar's name; hooks: see `do_sampling`.
+        """
+        images = images or {}
         s = batch[0]
         length = self.pair_length(s.prompt, s.negative_prompt)
         seeds = [b.seed for b in batch]
@@ -681,6 +703,7 @@ class SD3Inferencer:
                 shift=s.shift,
                 controlnet_strength=s.controlnet_strength,
                 callback=lambda step: bar.update(),
+                hooks=hooks,
             )
 
     def gen_image(
@@ -1049,7 +1072,7 @@ def infer(
 
     Args:
         prompt: what the picture should show, or a .txt file with one prompt a line.
-        model: the .safetensors file with the MMDiT (models/sd3_medium.safetensors).
+        model: the .safetensors file with the MMDiT, or a folder in diffusers layout (models/sd3_medium.safetensors).
         out_dir: pictures go to OUT_DIR/<model>/<prompt><postfix>/000000.png (outputs).
         postfix: end of the folder's name (the date and time).
         seed: first seed (23), for seed_type fixed and roll.

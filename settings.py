@@ -65,10 +65,19 @@ SKIP_LAYERS = {"sd3.5_medium": SkipLayerConfig(2.5, 0.01, 0.20, (7, 8, 9), cfg=4
 
 
 def model_key(model: str | Path) -> str:
-    """The released model that a file's name starts with (`sd3_medium_incl_clips` -> `sd3_medium`), or ``."""
-    stem = Path(model).name.removesuffix(".safetensors")
-    fits = [k for k in MODELS if stem == k or re.match(re.escape(k) + r"[_.\-]", stem)]
-    return max(fits, key=len, default="")
+    """The released model that a file's name starts with (`sd3_medium_incl_clips` -> `sd3_medium`), or a folder's, as
+    the hub or its cache names it (`stable-diffusion-3.5-medium` -> `sd3.5_medium`), or ``.
+    """
+    path = Path(model)
+    names = [path.name.removesuffix(".safetensors")]
+    if not path.name.endswith(".safetensors"):
+        parts = [p.rsplit("--", 1)[-1] for p in reversed(path.parts)]
+        names += [p.replace("stable-diffusion-", "sd").replace("-", "_") for p in parts if "stable-diffusion-" in p]
+    for name in names:
+        fits = [k for k in MODELS if name == k or re.match(re.escape(k) + r"[_.\-]", name)]
+        if fits:
+            return max(fits, key=len)
+    return ""
 
 
 # ---- reading single values -----------------------------------------------------------------------
@@ -262,7 +271,7 @@ def read_size(flag: str, value: Any) -> int:
 # ---- prompts -------------------------------------------------------------------------------------
 
 
-def read_prompts(prompt: Any) -> tuple[list[str], str]:
+def read_prompts(prompt: Any, flag: str = "prompt") -> tuple[list[str], str]:
     """The prompts and the name of their folder, from a text or a `.txt` file with one prompt a line.
 
     Blank lines, CRLF and a byte-order mark are fine. Raises FileNotFoundError or ValueError.
@@ -270,18 +279,18 @@ def read_prompts(prompt: Any) -> tuple[list[str], str]:
     text = str(prompt)
     if not text.lower().endswith(".txt"):
         if not text.strip():
-            raise ValueError("--prompt: is empty; say what the picture should show, or name a .txt file")
+            raise ValueError(f"--{flag}: is empty; say what the picture should show, or name a .txt file")
         return [text], folder_name(text)
     path = Path(text)
     if not path.is_file():
-        raise FileNotFoundError(f"--prompt {text}: no such file (a prompt that ends in .txt is a file of prompts)")
+        raise FileNotFoundError(f"--{flag} {text}: no such file (a prompt that ends in .txt is a file of prompts)")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"--prompt {text}: cannot be read as UTF-8 text ({error})") from None
+        raise ValueError(f"--{flag} {text}: cannot be read as UTF-8 text ({error})") from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"--prompt {text}: the file holds no prompt")
+        raise ValueError(f"--{flag} {text}: the file holds no prompt")
     return prompts, folder_name(text)
 
 
@@ -550,40 +559,44 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "no_metadata": read_bool,
     "list_models": read_bool,
 }
-SWITCHES = tuple(name for name, reader in READERS.items() if reader is read_bool)
 
 
-def check_flag(name: str) -> None:
+def check_flag(name: str, readers: Mapping[str, Any] = READERS) -> None:
     """Raises ValueError with the nearest match where there is no such flag."""
-    if name not in READERS:
-        raise ValueError(f"--{name}: unknown flag{nearest(name, READERS)} (--help lists all)")
+    if name not in readers:
+        raise ValueError(f"--{name}: unknown flag{nearest(name, readers)} (--help lists all)")
 
 
-def read_arguments(arguments: Sequence[str]) -> dict[str, str]:
-    """Flags and their values exactly as typed: `--name value`, `--name=value`, a bare switch, a bare prompt.
+def read_arguments(
+    arguments: Sequence[str], readers: Mapping[str, Any] = READERS, bare: str | None = "prompt"
+) -> dict[str, str]:
+    """Flags and their values exactly as typed: `--name value`, `--name=value`, a switch, one word for flag `bare`.
 
     The word after a flag is its value whatever it looks like (`-0.5`, `-`, `None`), unless it is a flag itself.
-    Raises ValueError for an unknown flag, a missing value and for stray words; the last of equal flags counts.
+    readers: the flags there are; those read by `read_bool` are switches. Raises ValueError for an unknown flag, a
+    missing value and for stray words; the last of equal flags counts.
     """
+    switches = [name for name, reader in readers.items() if reader is read_bool]
+    is_flag = lambda word: word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in readers  # noqa: E731
     out: dict[str, str] = {}
     words = list(arguments)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            if "prompt" in out or word.startswith("-"):
+            if bare is None or bare in out or word.startswith("-"):
                 raise ValueError(f"{word}: not understood; flags start with --, and lists with spaces need quotes")
-            out["prompt"] = word
+            out[bare] = word
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
-        if name.startswith("no") and name[2:] in SWITCHES:  # fire's way to say False
+        if name.startswith("no") and name[2:] in switches:  # fire's way to say False
             name, equals, value = name[2:], "=", "False"
-        check_flag(name)
+        check_flag(name, readers)
         if not equals:
             following = words[0] if words else None
-            if name in SWITCHES:
+            if name in switches:
                 value = words.pop(0) if following is not None and _is_bool(following) else "True"
-            elif following is None or _is_flag(following):
+            elif following is None or is_flag(following):
                 raise ValueError(f"--{name}: needs a value")
             else:
                 value = words.pop(0)
@@ -593,10 +606,6 @@ def read_arguments(arguments: Sequence[str]) -> dict[str, str]:
 
 def _is_bool(word: str) -> bool:
     return word.strip().lower() in ("true", "false", "1", "0", "yes", "no", "on", "off")
-
-
-def _is_flag(word: str) -> bool:
-    return word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in READERS
 
 
 # ---- from flags to pictures ----------------------------------------------------------------------
