@@ -209,8 +209,8 @@ def draw(prompt: Prompt, rng: random.Random) -> np.ndarray:
 # ---- tables --------------------------------------------------------------------------------------
 
 
-def interval(hits: Sequence[bool], seed: int = 0, draws: int = 4000) -> tuple[float, float]:
-    """95 % bootstrap interval of the share of hits."""
+def interval(hits: Sequence[float], seed: int = 0, draws: int = 4000) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean: of hits, their share."""
     rng = np.random.default_rng(seed)
     values = np.asarray(hits, dtype=float)
     means = values[rng.integers(0, len(values), (draws, len(values)))].mean(axis=1)
@@ -233,6 +233,25 @@ def table(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
             low, high = interval(own)
             cells.append(f"{np.mean(own):.2f} ({low:.2f} to {high:.2f})")
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def paired(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
+    """Markdown: a row per setting, what it gains on `off` with the same prompts and seeds, with bootstrap intervals
+    of the paired differences.
+    """
+    names = ("overall", *KINDS)
+    lines = ["| setting less off | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    for setting, hits in results.items():
+        if setting.startswith("off"):
+            continue
+        gains = [float(a) - float(b) for a, b in zip(hits, results["off"], strict=True)]
+        cells = []
+        for kind in names:
+            own = [g for g, p in zip(gains, prompts, strict=True) if kind in (p.kind, "overall")]
+            low, high = interval(own)
+            cells.append(f"{np.mean(own):+.2f} ({low:+.2f} to {high:+.2f})")
+        lines.append(f"| {setting} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -262,24 +281,30 @@ def shuffled(prompts: Sequence[Prompt], seen: Sequence[list[Seen]], seed: int = 
 RESIDUAL_SETTINGS = ("off", "0:3,5,7:0.1", "0:3,5,7:0.3", "0:3,5,7:0.8,0.6,0.4", "1:2,3,4,5,6,7:0.1")
 
 
-def sample(engine, prompts: Sequence[Prompt], setting: str, seed: int, batch: int, **values) -> list[np.ndarray]:
-    """A picture for every prompt (seeds count up from `seed`) under `off` or `ORIGIN:TARGETS:WEIGHTS`."""
+def residual_of(setting: str, rotations: str | None = None):
+    """The configuration of `off` or `[MODE:]ORIGIN:TARGETS:WEIGHTS`; raises ValueError for anything else."""
     from residual import ResidualConfig
 
-    config = ResidualConfig()
-    if setting != "off":
-        origin, targets, weights = setting.split(":")
-        if "," not in weights:
-            weights = ",".join([weights] * len(targets.split(",")))
-        config = ResidualConfig.parse(origin, targets, weights)
+    if setting == "off":
+        return ResidualConfig()
+    fields = setting.split(":", 3)
+    mode = fields.pop(0) if fields[0].isalpha() else "add"
+    if len(fields) != 3:
+        raise ValueError(f"--settings {setting}: must be off or [MODE:]ORIGIN:TARGETS:WEIGHTS")
+    return ResidualConfig.parse(*fields, mode=mode, rotations=rotations if mode == "aligned" else None)
+
+
+def sample(
+    engine, prompts: Sequence[Prompt], setting: str, seed: int, batch: int, rotations: str | None = None, **values
+) -> list[np.ndarray]:
+    """A picture for every prompt (seeds count up from `seed`) under `off` or `[MODE:]ORIGIN:TARGETS:WEIGHTS`."""
+    from sd3_infer import residual_settings
+
     pictures = engine.plan(
         [p.text for p in prompts],
         [seed + i for i in range(len(prompts))],
-        residual_origin_layer=config.origin,
-        residual_target_layers=config.targets,
-        residual_weights=config.weights,
         batch_size=batch,
-        **(engine.defaults | values),
+        **(engine.defaults | values | residual_settings(residual_of(setting, rotations))),
     )
     return [np.asarray(image) for _, _, image in engine.make(pictures)]
 
@@ -292,11 +317,13 @@ def main(
     batch: int = 40,
     settings: Sequence[str] = RESIDUAL_SETTINGS,
     save: str = "",
+    rotations: str | None = None,
     **values,
 ) -> None:
-    """Prints the table of scores: a column per setting (`off;0:3,5,7:0.1`, ORIGIN:TARGETS:WEIGHTS).
+    """Prints the table of scores: a column per setting (`off;0:3,5,7:0.1`, [MODE:]ORIGIN:TARGETS:WEIGHTS), and where
+    one of them is `off`, the differences to it.
 
-    `values` (steps, cfg, shift, sampler) replace the model's usual ones.
+    rotations: the file of mode aligned. `values` (steps, cfg, shift, sampler) replace the model's usual ones.
     """
     prompts = held_out_prompts(per_kind)
     if check_scorer:
@@ -308,7 +335,7 @@ def main(
     engine.quiet = not sys.stderr.isatty()
     results, columns = {}, settings.split(";") if isinstance(settings, str) else settings
     for setting in columns:
-        pictures = sample(engine, prompts, setting, seed, batch, **values)
+        pictures = sample(engine, prompts, setting, seed, batch, rotations, **values)
         seen = [read_picture(p) for p in pictures]
         results[setting] = [score(p, s) for p, s in zip(prompts, seen, strict=True)]
         if setting == "off":
@@ -319,6 +346,8 @@ def main(
     told = ", ".join(f"{k} {used[k]}" for k in ("steps", "sampler", "cfg", "shift"))
     print(f"{len(prompts)} prompts, seeds {seed} to {seed + len(prompts) - 1}, {told}, {engine.dtype}")
     print(table(results, prompts))
+    if "off" in results and len(columns) > 1:
+        print("\n" + paired(results, prompts))
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], columns: int) -> Image.Image:

@@ -1,0 +1,61 @@
+"""Captions of coloured-shape scenes with labels, as `sd3_probe.py` reads them.
+
+python -m demo.captions --count 400 --out captions.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import fire
+
+from demo.scenes import ALL_COMBINATIONS, HELD_OUT, SEEN, Scene, sample_scene
+
+SETS = {"seen": SEEN, "held_out": tuple(sorted(HELD_OUT)), "all": ALL_COMBINATIONS}
+
+
+def labels(scene: Scene) -> dict[str, str]:
+    """What there is to know of a scene: shape and colour of the object named first, the relation, the number."""
+    first = scene.things[0]
+    out = {"shape": first.shape, "colour": first.colour}
+    if scene.kind == "relation":
+        out["relation"] = scene.relation
+    if scene.kind == "count":
+        out["count"] = str(len(scene.things))
+    return out
+
+
+def captions(count: int, combinations: str = "seen", seed: int = 0, kind: str | None = None) -> list[dict]:
+    """`count` different captions with their labels; combinations: seen (in training), held_out or all.
+
+    Raises ValueError where there are not so many.
+    """
+    if combinations not in SETS:
+        raise ValueError(f"--combinations {combinations}: must be {', '.join(SETS)}")
+    rng = random.Random(seed)
+    out: dict[str, dict] = {}
+    for _ in range(200 * count):
+        scene = sample_scene(rng, kind, SETS[combinations])
+        out.setdefault(scene.caption, {"prompt": scene.caption, "labels": labels(scene)})
+        if len(out) == count:
+            return list(out.values())
+    raise ValueError(f"--count {count}: there are only about {len(out)} such captions")
+
+
+def main(
+    count: int = 400, out: str = "captions.jsonl", combinations: str = "seen", seed: int = 0, kind: str | None = None
+) -> None:
+    """Writes a .jsonl file of captions."""
+    try:
+        rows = captions(count, combinations, seed, kind)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    Path(out).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(f"{out}: {len(rows)} captions")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
