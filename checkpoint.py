@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -400,6 +399,12 @@ def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
+def count_layers(names: Iterable[str], stem: str) -> int:
+    """One more than the highest number that follows `stem` in a name; gaps show as missing tensors later."""
+    numbers = (name[len(stem) :].split(".", 1)[0] for name in names if name.startswith(stem))
+    return max((int(n) + 1 for n in numbers if n.isdigit()), default=0)
+
+
 # ---- models in diffusers layout ------------------------------------------------------------------
 
 # our name -> theirs, below a block
@@ -447,10 +452,6 @@ def vae_part(file: WeightFile) -> Part:
     return Part(file)
 
 
-def _count(file: WeightFile, stem: str) -> int:
-    return next(i for i in itertools.count() if not file.has(f"{stem}{i}."))
-
-
 def _linear(out: dict[str, Source], ours: str, *theirs: str, change: str = "") -> None:
     """Weight and bias of a layer; a bias is never reshaped."""
     out[f"{ours}.weight"] = Source(tuple(f"{t}.weight" for t in theirs), change)
@@ -465,7 +466,7 @@ def diffusers_mmdit(file: WeightFile, prefix: str) -> dict[str, Source]:
     for ours, theirs in _EMBEDDERS.items():
         _linear(out, ours, theirs)
     _linear(out, "final_layer.adaLN_modulation.1", "norm_out.linear", change="swap")
-    depth = _count(file, f"{prefix}transformer_blocks.")
+    depth = count_layers(file.entries, f"{prefix}transformer_blocks.")
     for i in range(depth):
         block = f"transformer_blocks.{i}."
         streams = (
@@ -491,10 +492,10 @@ def diffusers_vae(file: WeightFile, prefix: str) -> dict[str, Source]:
         for ours, theirs in (("conv_in", "conv_in"), ("conv_out", "conv_out"), ("norm_out", "conv_norm_out")):
             _linear(out, f"{side}.{ours}", f"{side}.{theirs}")
         blocks = {f"mid.block_{j + 1}": f"mid_block.resnets.{j}" for j in (0, 1)}
-        levels = _count(file, f"{prefix}{side}.{theirs_level}.")
+        levels = count_layers(file.entries, f"{prefix}{side}.{theirs_level}.")
         for i in range(levels):
             level = f"{ours_level}.{i if side == 'encoder' else levels - 1 - i}"
-            for j in range(_count(file, f"{prefix}{side}.{theirs_level}.{i}.resnets.")):
+            for j in range(count_layers(file.entries, f"{prefix}{side}.{theirs_level}.{i}.resnets.")):
                 blocks[f"{level}.block.{j}"] = f"{theirs_level}.{i}.resnets.{j}"
             sample = "downsample" if side == "encoder" else "upsample"
             _linear(out, f"{side}.{level}.{sample}.conv", f"{side}.{theirs_level}.{i}.{sample}rs.0.conv")

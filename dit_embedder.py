@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from checkpoint import Part, Source, WeightFile
+from checkpoint import Part, Source, WeightFile, count_layers
 from mmditx import MMDiT, MMDiTConfig, PatchEmbed, StreamBlock, TimestepEmbedder, VectorEmbedder
-from other_impls import Shapes, count_layers
+from other_impls import Shapes
 
 CONTROL_TYPES = {0: "blur", 1: "canny", 2: "depth"}
 # Our names -> the file's, for the timestep and pooled-text embedders.
@@ -46,7 +46,7 @@ class ControlNetConfig:
             latent_channels=latent_channels,
             patch=patch,
             width=width,
-            depth=count_layers(shapes, "transformer_blocks.{}.attn.qkv.weight"),
+            depth=count_layers(shapes, "transformer_blocks."),
             pooled_width=shapes["y_embedder.mlp.0.weight"][1],
             mlp_width=shapes["transformer_blocks.0.mlp.fc1.weight"][0],
             patch_embedding="pos_embed.proj.weight" in shapes,

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from other_impls import Mlp, Shapes, attention, count_layers
+from checkpoint import count_layers
+from other_impls import Mlp, Shapes, attention
 
 HEAD_WIDTH = 64  # features per attention head in every MMDiT of the family
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
@@ -43,7 +44,7 @@ class MMDiTConfig:
     def from_shapes(cls, shapes: Shapes) -> MMDiTConfig:
         """Reads the sizes off tensor names and shapes (no prefix). Raises KeyError for a missing tensor."""
         width, latent_channels, patch, _ = shapes["x_embedder.proj.weight"]
-        depth = count_layers(shapes, "joint_blocks.{}.x_block.attn.qkv.weight")
+        depth = count_layers(shapes, "joint_blocks.")
         dual = (i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes)
         return cls(
             latent_channels=latent_channels,

@@ -13,15 +13,9 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
+from checkpoint import count_layers
+
 Shapes = Mapping[str, Sequence[int]]
-
-
-def count_layers(shapes: Shapes, pattern: str) -> int:
-    """How many of `pattern.format(0)`, `pattern.format(1)`, ... there are, in a row."""
-    n = 0
-    while pattern.format(n) in shapes:
-        n += 1
-    return n
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **options) -> Tensor:
@@ -77,7 +71,7 @@ class CLIPConfig:
         vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
         return cls(
             width=width,
-            depth=count_layers(shapes, "text_model.encoder.layers.{}.layer_norm1.weight"),
+            depth=count_layers(shapes, "text_model.encoder.layers."),
             mlp_width=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
             vocabulary=vocabulary,
             positions=shapes["text_model.embeddings.position_embedding.weight"][0],
@@ -191,7 +185,7 @@ class T5Config:
         vocabulary, width = shapes[T5_EMBEDDING]
         return cls(
             width=width,
-            depth=count_layers(shapes, "encoder.block.{}.layer.0.SelfAttention.q.weight"),
+            depth=count_layers(shapes, "encoder.block."),
             heads=heads,
             inner=shapes[first + "0.SelfAttention.q.weight"][0],
             mlp_width=shapes[first + "1.DenseReluDense.wi_0.weight"][0],

@@ -276,8 +276,10 @@ class SD3Inferencer:
     def _open(flag: str, path: str, fetch: str = "") -> WeightFile:
         try:
             return WeightFile(path)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"--{flag} {path}: no such file{fetch}") from None
+        except FileNotFoundError as error:
+            inside = os.path.exists(path)  # a folder that lacks something
+            told = f"--{flag} {error}" if inside else f"--{flag} {path}: no such file{fetch}"
+            raise FileNotFoundError(told) from None
         except ValueError as error:
             raise ValueError(f"--{flag} {error}") from None
         except OSError as error:

@@ -657,7 +657,8 @@ def suggest(record: Mapping[str, Any], tolerance: float = 0.05) -> tuple[int, li
     worst = min(forgetful, key=lambda i: level[i])
     why.append(
         f"targets {targets[0]} to {targets[-1]}: block {targets[0]} is the first to know less by more than "
-        f"{tolerance:g} ({level[targets[0]]:.2f}); least is known at block {worst} ({level[worst]:.2f}), at the last {level[-1]:.2f}"
+        f"{tolerance:g} ({level[targets[0]]:.2f}); least is known at block {worst} ({level[worst]:.2f}), at the last "
+        f"{level[-1]:.2f}"
     )
     return origin, targets, "\n".join(why)
 

@@ -15,11 +15,11 @@ import torch
 from conftest import relative
 from safetensors.torch import load_file
 
-from checkpoint import MMDIT_PREFIX, VAE_PREFIX, Part, WeightFile, encoder_part
+from checkpoint import MMDIT_PREFIX, VAE_PREFIX, Part, WeightFile, encoder_part, mmdit_part
 from dit_embedder import ControlNet, ControlNetConfig, controlnet_part
 from mmditx import MMDiT, MMDiTConfig
 from other_impls import CLIP, T5, CLIPConfig, CLIPTokenizer, T5Config, T5Tokenizer
-from residual import ResidualConfig, ResidualStream, residual_stream
+from residual import ResidualConfig, ResidualStream, Rotations, residual_stream
 from sd3_impls import (
     SAMPLERS,
     Conditioning,
@@ -102,6 +102,54 @@ def test_mmdit(name, key):
     if key.startswith("residual_"):
         options["hook"] = ResidualStream(RESIDUAL[key.split("_")[1]])
     got = model(g["x"], g["t"], g["y"], g["context"], **options)
+    assert relative(got, g[key]) < MODULE
+
+
+REINJECTION = {
+    "plain": ResidualConfig(),
+    "anchored": ResidualConfig(1, (2, 3), (0.5, 0.25), mode="anchored"),
+    "anchored_origin0": ResidualConfig(0, (1, 2, 3), (0.9, 0.4, 0.1), mode="anchored"),
+    "aligned": ResidualConfig(1, (2, 3), (0.5, 0.25), mode="aligned"),
+}
+REINJECTION_KEYS = [k for k in keys("reinjection_diffusers") if k in REINJECTION]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key", REINJECTION_KEYS)
+def test_reinjection(key):
+    g, file = golden("reinjection_diffusers"), FOLDER / "reinjection_diffusers.weights.safetensors"
+    model = build(mmdit_part(WeightFile(file)), MMDiT, MMDiTConfig.from_shapes)
+    stream = residual_stream(REINJECTION[key], Rotations(1, (2, 3), g["rotations"][None]))
+    text = (g["pooled_projections"], g["encoder_hidden_states"])
+    got = model(g["hidden_states"], g["timestep"], *text, hook=stream)
+    assert relative(got, g[key]) < MODULE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("key", REINJECTION_KEYS)
+def test_reinjection_by_hooks_on_diffusers_own_model(key):
+    diffusers = pytest.importorskip("diffusers")
+    from residual_diffusers import apply_residual
+
+    g, weights = golden("reinjection_diffusers"), load_file(FOLDER / "reinjection_diffusers.weights.safetensors")
+    width, context = weights["context_embedder.weight"].shape
+    dual = [i for i in range(4) if f"transformer_blocks.{i}.attn2.to_q.weight" in weights]
+    model = diffusers.SD3Transformer2DModel(
+        num_layers=4,
+        num_attention_heads=width // 64,
+        attention_head_dim=64,
+        joint_attention_dim=context,
+        caption_projection_dim=width,
+        pooled_projection_dim=weights["time_text_embed.text_embedder.linear_1.weight"].shape[1],
+        pos_embed_max_size=round(weights["pos_embed.pos_embed"].shape[1] ** 0.5),
+        dual_attention_layers=dual,
+        qk_norm="rms_norm" if "transformer_blocks.0.attn.norm_q.weight" in weights else None,
+    ).eval()
+    model.load_state_dict(weights)
+    names = ("hidden_states", "timestep", "pooled_projections", "encoder_hidden_states")
+    rotations = Rotations(1, (2, 3), g["rotations"][None]) if key == "aligned" else None
+    with apply_residual(model, REINJECTION[key], rotations):
+        got = model(**{name: g[name] for name in names}).sample
     assert relative(got, g[key]) < MODULE
 
 

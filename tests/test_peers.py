@@ -71,24 +71,6 @@ def test_t5(length):
     assert relative(ours(ids), theirs(ids).last_hidden_state) < LIMIT
 
 
-def peer_transformer(config):
-    return diffusers.SD3Transformer2DModel(
-        sample_size=2 * config.grid,
-        patch_size=config.patch,
-        in_channels=config.latent_channels,
-        num_layers=config.depth,
-        attention_head_dim=64,
-        num_attention_heads=config.heads,
-        joint_attention_dim=config.context_width,
-        caption_projection_dim=config.width,
-        pooled_projection_dim=config.pooled_width,
-        out_channels=config.latent_channels,
-        pos_embed_max_size=config.grid,
-        dual_attention_layers=tuple(config.dual_layers),
-        qk_norm="rms_norm" if config.qk_norm else None,
-    ).eval()
-
-
 CASES = {
     "sd3": {"qk_norm": False, "dual_layers": frozenset()},
     "sd3.5 large": {"qk_norm": True, "dual_layers": frozenset()},
@@ -102,7 +84,7 @@ def test_transformer(case):
     # diffusers' feed-forward is four times as wide as the model
     config = mmdit_config(**CASES[case], mlp_width=512)
     ours = randomise(MMDiT(config), 13)
-    theirs = peer_transformer(config)
+    theirs = to_diffusers.peer_transformer(config)
     theirs.load_state_dict(to_diffusers.transformer(ours), strict=True)
     x, context, y = torch.randn(2, 16, 12, 20), torch.randn(2, 23, 160), torch.randn(2, 128)
     t = torch.tensor([1000.0, 37.5])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmditx import MMDiT
+from checkpoint import ENCODER_FOLDERS, ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
+from mmditx import MMDiT, MMDiTConfig
 from vae import VAE
 
 
@@ -113,3 +118,62 @@ def vae(model: VAE) -> dict[str, Tensor]:
             if hasattr(level, which):
                 _linear(out, f"{name}.{which}rs.0.conv", getattr(level, which).conv)
     return out
+
+
+def peer_transformer(config: MMDiTConfig):
+    """diffusers' SD3 transformer of the same sizes, with weights of its own."""
+    import diffusers
+
+    return diffusers.SD3Transformer2DModel(
+        sample_size=2 * config.grid,
+        patch_size=config.patch,
+        in_channels=config.latent_channels,
+        num_layers=config.depth,
+        attention_head_dim=64,
+        num_attention_heads=config.heads,
+        joint_attention_dim=config.context_width,
+        caption_projection_dim=config.width,
+        pooled_projection_dim=config.pooled_width,
+        out_channels=config.latent_channels,
+        pos_embed_max_size=config.grid,
+        dual_attention_layers=tuple(config.dual_layers),
+        qk_norm="rms_norm" if config.qk_norm else None,
+    ).eval()
+
+
+def folder(path: Path, parts: dict[str, nn.Module], tokenizers: Path) -> Path:
+    """Writes modules (by the prefix they have in one file) as a diffusers folder, the transformer and T5 in shards."""
+    import transformers
+
+    ours: MMDiT = parts[MMDIT_PREFIX]
+    theirs = peer_transformer(ours.config)
+    theirs.load_state_dict(transformer(ours))
+    theirs.save_pretrained(path / "transformer", max_shard_size="1MB")
+    (path / "vae").mkdir()
+    tensors = {k: v.detach().contiguous() for k, v in vae(parts[VAE_PREFIX]).items()}
+    save_file(tensors, path / "vae" / "diffusion_pytorch_model.safetensors")
+    for role, name in ENCODER_FOLDERS.items():
+        (path / name).mkdir()
+        state = {k: v.detach().contiguous() for k, v in parts[ENCODER_PREFIX.format(role)].state_dict().items()}
+        if role != "t5xxl":
+            save_file(state, path / name / "model.safetensors")
+            continue
+        c = parts[ENCODER_PREFIX.format(role)].config
+        t5 = transformers.T5EncoderModel(
+            transformers.T5Config(
+                vocab_size=c.vocabulary,
+                d_model=c.width,
+                d_kv=c.inner // c.heads,
+                d_ff=c.mlp_width,
+                num_layers=c.depth,
+                num_heads=c.heads,
+                feed_forward_proj="gated-gelu",
+            )
+        )
+        t5.load_state_dict(state | {"shared.weight": state["encoder.embed_tokens.weight"]})
+        t5.save_pretrained(path / name, max_shard_size="300KB")
+    for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
+        (path / name).symlink_to(tokenizers / name.replace("_2", ""))
+    (path / "scheduler").mkdir()
+    (path / "scheduler" / "scheduler_config.json").write_text(json.dumps({"shift": 2.5}))
+    return path
