@@ -73,13 +73,14 @@ class ResidualConfig:
     rotations: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for anything that contradicts itself."""
+        """Spreads the weights over the targets; raises ValueError for anything that contradicts itself."""
         check_residual(self.origin, self.targets, self.weights)
         check_residual_window(self.start, self.end)
         read_choice("residual_mode", self.mode, RESIDUAL_MODES)
         read_choice("residual_branch", self.branch, RESIDUAL_BRANCHES)
         read_schedule("residual_schedule", self.schedule)
-        weights = spread_weights(self.weights, len(self.targets)) if self.targets else ()
+        weights = read_weights("residual_weights", self.weights)
+        weights = spread_weights(weights, len(self.targets)) if self.targets else ()
         object.__setattr__(self, "weights", weights)
 
     @classmethod
@@ -470,7 +471,8 @@ class ResidualStream:
     def begin(self, at: Pass) -> ResidualStream | None:
         """Gets ready for a pass; returns the hook for it, None where nothing is mixed in it."""
         config = self.config
-        if not config.start * at.steps <= at.step < config.end * at.steps:
+        place = at.step + 1e-9  # 0.7 * 10 is a little more than 7
+        if not config.start * at.steps <= place < config.end * at.steps:
             return None
         self.sigma = at.sigma
         self.factor = schedule_factor(config.schedule, at.sigma)

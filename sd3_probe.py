@@ -230,7 +230,6 @@ def load(flags: Mapping[str, Any]) -> tuple[SD3Inferencer, dict[str, Any]]:
         dtype=read.dtype,
         no_t5=read.no_t5,
     )
-    engine.quiet = not sys.stderr.isatty()
     values, _ = resolve(read, engine.model_file.metadata)
     return engine, values | {"negative_prompt": read.negative_prompt, "batch_size": read.batch_size}
 
@@ -530,7 +529,7 @@ def measure(flags: Mapping[str, Any]) -> Path:
         "kept_tokens": measurement.filled,
         "neighbours": min(flags["neighbours"], measurement.filled - 1),
         "tokens": measurement.sums[0][0].tokens,
-        "settings": values,
+        "settings": saving.public_settings(engine.plan([""], [flags.get("seed", 0)], **values)[0]),
         "dtype": str(engine.dtype).removeprefix("torch."),
         "versions": saving.versions(),
         "chance": measurement.chance(),
@@ -714,13 +713,7 @@ class Calibration:
     def solve(self, centre: bool, quiet: bool) -> Tensor:
         """(B, N, D, D): the orthogonal R that makes o R nearest to t, U V^T of the cross product's U S V^T
         (Schoenemann 1966). centre: of features without their means over tokens.
-
-        Raises ValueError for a bucket without tokens.
         """
-        if empty := [b for b in range(self.buckets) if not self.tokens[b]]:
-            raise ValueError(
-                f"--buckets {self.buckets}: no step falls into bucket {empty[0]}; take fewer, or more --steps"
-            )
         out = torch.zeros_like(self.cross)
         pairs = [(b, j) for b in range(self.buckets) for j in range(len(self.targets))]
         for b, j in tqdm(pairs, desc="solving", unit="rotation", disable=quiet, leave=False):
@@ -777,9 +770,12 @@ def calibrate(flags: Mapping[str, Any]) -> Path:
     config = ResidualConfig(flags["origin"], flags["targets"])
     config.check(engine.config.depth)
     engine.check_settings(engine.plan([prompts[0].prompt], [0], **values)[0])
+    work = Calibration(config.origin, config.targets, flags["buckets"], engine.config.width)
+    met = {work.bucket(sigma) for sigma in flow_schedule(values["steps"], values["shift"]).tolist()[:-1]}
+    if empty := sorted(set(range(work.buckets)) - met):
+        raise ValueError(f"--buckets {work.buckets}: no step falls into bucket {empty[0]}; take fewer, or more --steps")
     out.parent.mkdir(parents=True, exist_ok=True)
     seed = flags.get("seed", 0)
-    work = Calibration(config.origin, config.targets, flags["buckets"], engine.config.width)
     identity = _identity(engine, prompts, values, flags)
     state_file = out.with_name(f".{out.name}.state")
     done = _resume(work, state_file, identity)
@@ -834,8 +830,9 @@ def calibrate(flags: Mapping[str, Any]) -> Path:
 
 def _identity(engine: SD3Inferencer, prompts: Sequence[Labelled], values: Mapping, flags: Mapping) -> str:
     """A hash of all that decides a calibration's sums; its state goes on only with the same."""
+    files = sorted({entry.path for entry in engine.model_file.entries.values()})
     decides = {
-        "model": [engine.model_file.path.name, os.path.getsize(engine.model_file.path)],
+        "model": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
         "prompts": [p.prompt for p in prompts],
         "values": dict(values),
         "dtype": str(engine.dtype),

@@ -154,7 +154,20 @@ BAD_FLAGS = [
     (["--controlnet_ckpt", "x.safetensors", "--controlnet_cond_image", "x.png"], "x.safetensors: no such file"),
     (["--residual_target_layers", "3,9"], "9: no such layer (this model has 4 joint blocks: 0 to 3)"),
     (["--residual_target_layers", "9", "--residual_origin_layer", "7"], "7: no such layer"),
-    (["--residual_target_layers", "1,2", "--residual_weights", "1"], "1 given for 2 target layers"),
+    (["--residual_target_layers", "1-3", "--residual_weights", "1,2"], "2 given for 3 target layers"),
+    (["--residual_target_layers", "3-1"], "--residual_target_layers 3-1: a range counts up"),
+    (["--residual_target_layers", "1-9"], "4: no such layer (this model has 4 joint blocks: 0 to 3)"),
+    (["--residual_target_layers", "1", "--residual_weights", "linear:1"], "a ramp such as linear:0.8:0.2"),
+    (["--residual_mode", "anchor"], "--residual_mode anchor: must be one of add, anchored, aligned; did you mean"),
+    (["--residual_target_layers", "1", "--residual_mode", "aligned"], "aligned: needs --residual_rotations FILE"),
+    (["--residual_schedule", "cosin"], "--residual_schedule cosin: must be constant, linear, cosine or exp:ALPHA"),
+    (["--residual_schedule", "exp:a"], "--residual_schedule a: must be a number"),
+    (["--residual_start", "0.5", "--residual_end", "0.4"], "--residual_start 0.5: must be below --residual_end 0.4"),
+    (["--residual_end", "1.5"], "--residual_end 1.5: must be from 0.0 to 1.0"),
+    (["--residual_branch", "conds"], "--residual_branch conds: must be one of both, cond, uncond; did you mean cond?"),
+    (["--residual_config", "none.json"], "--residual_config none.json: no such file"),
+    (["--residual_target_layers", "1", "--residual_mode", "aligned", "--residual_rotations", "none.pt"],
+     "--residual_rotations none.pt: no such file"),
     (["--residual_target_layers", "1,1"], "1 is there twice"),
     (["--residual_target_layers", "0", "--residual_origin_layer", "1"], "lies below the origin layer 1"),
     (["--residual_target_layers", "a"], "--residual_target_layers a: must be a whole number"),
@@ -195,6 +208,12 @@ def bad_files(tmp_path: Path, small_model: Path) -> dict[str, tuple[list[str], s
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
     (tmp_path / "file").write_text("")
     (tmp_path / "words.safetensors").write_text("just words")
+    (tmp_path / "typo.json").write_text('{"orgin_layer": 1}')
+    (tmp_path / "deep.json").write_text('{"target_layers": [2, 22]}')
+    (tmp_path / "aligned.json").write_text('{"target_layers": [2], "mode": "aligned"}')
+    notes = {"origin_layer": "0", "target_layers": "[1]"}
+    save_file({"rotation_matrices": torch.eye(64)[None]}, tmp_path / "narrow.safetensors", notes)
+    aligned = ["--residual_target_layers", "1", "--residual_mode", "aligned", "--residual_rotations"]
     return {
         "empty prompt file": (["--prompt", "blank.txt"], "the file holds no prompt"),
         "binary prompt file": (["--prompt", "binary.txt"], "cannot be read as UTF-8"),
@@ -211,6 +230,18 @@ def bad_files(tmp_path: Path, small_model: Path) -> dict[str, tuple[list[str], s
         "no T5": (["--model", "no_t5.safetensors"], "no t5xxl.safetensors or t5xxl_fp16.safetensors"),
         "no VAE": (["--model", "no_vae.safetensors"], "holds no VAE; give one with --vae"),
         "no tokenizer": (["--model", "whole.safetensors"], "no tokenizer (vocab.json and merges.txt"),
+        "a typo in a config": (
+            ["--residual_config", "typo.json"],
+            "unknown key orgin_layer; did you mean origin_layer?",
+        ),
+        "a config for more layers": (["--residual_config", "deep.json"], "22: no such layer (this model has 4"),
+        "a config without rotations": (["--residual_config", "aligned.json"], "aligned: needs --residual_rotations"),
+        "words for a config": (["--residual_config", "blank.txt"], "is neither JSON nor a .pth file"),
+        "rotations of another width": (
+            [*aligned, "narrow.safetensors"],
+            "is for a model of width 64, this one has 128",
+        ),
+        "a model for rotations": ([*aligned, str(small_model)], "has no rotation_matrices: not a rotation file"),
     }
 
 
@@ -230,6 +261,12 @@ BAD_FILES = (
     "no T5",
     "no VAE",
     "no tokenizer",
+    "a typo in a config",
+    "a config for more layers",
+    "a config without rotations",
+    "words for a config",
+    "rotations of another width",
+    "a model for rotations",
 )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import DEMO
 from PIL import Image
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -36,7 +37,12 @@ def engine_on_meta(model, controlnet=None, dtype="bfloat16") -> SD3Inferencer:
     return engine
 
 
-def whole_path(engine: SD3Inferencer, controlled: bool, sampler: str, skip: tuple[int, ...] = (1,)) -> torch.Tensor:
+ADD = ResidualConfig(0, (1, 2), (0.5, 0.5))
+
+
+def whole_path(
+    engine: SD3Inferencer, controlled: bool, sampler: str, skip: tuple[int, ...] = (1,), residual: ResidualConfig = ADD
+) -> torch.Tensor:
     """Encode text and images, sample with every kind of guidance, decode: (1, 3, H, W) on the engine's device."""
     image = Image.new("RGB", (64, 48))
     length = engine.pair_length("a red circle", "a star")
@@ -53,7 +59,7 @@ def whole_path(engine: SD3Inferencer, controlled: bool, sampler: str, skip: tupl
         control,
         denoise=0.8,
         skip_layer_config=SkipLayerConfig(2.5, 0.0, 0.9, skip, cfg=4.0),
-        residual_config=ResidualConfig(0, (1, 2), (0.5, 0.5)),
+        residual_config=residual,
     )
     return engine.decode_pixels(out)
 
@@ -68,6 +74,21 @@ def test_nothing_is_misplaced(small_model, control, sampler, monkeypatch):
         pixels = whole_path(engine, bool(control), sampler)
     assert pixels.device.type == "meta"
     assert pixels.shape == (1, 3, 48, 64)
+
+
+@pytest.mark.parametrize("branch", ["both", "cond", "uncond"])
+@pytest.mark.parametrize("origin", [0, 1])
+@pytest.mark.parametrize("mode", ["anchored", "aligned"])
+def test_residual_modes_are_where_the_model_is(small_model, mode, origin, branch, tmp_path):
+    """Rotations are read on the CPU and moved to the model."""
+    path = tmp_path / "r.safetensors"
+    notes = {"origin_layer": str(origin), "target_layers": "[2, 3]"}
+    edges = torch.tensor([0.0, 500.0, 1000.0])
+    save_file({"rotation_matrices": torch.eye(128).repeat(2, 2, 1, 1), "timestep_bucket_edges": edges}, path, notes)
+    config = ResidualConfig(origin, (2, 3), (0.5,), mode, "cosine", branch=branch, rotations=str(path))
+    engine = engine_on_meta(small_model)
+    with OneDevice():
+        assert whole_path(engine, False, "euler", residual=config).device.type == "meta"
 
 
 def test_the_shipped_model_too():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -172,12 +173,25 @@ def test_the_window_counts_steps_that_run(start, end, active):
     plain, plain_final = run(ResidualConfig(), cfg=1)
     on = []
     for (at, states), (_, before) in zip(passes, plain, strict=True):
-        on.append(start <= at.step / at.steps < end)
         assert at.steps == 5
+        on.append(start <= at.step / at.steps < end)
         if not any(on):
             assert all(torch.equal(states[i], before[i]) for i in states)
     assert sum(on) == active
     assert torch.equal(final, plain_final) == (active == 0)
+
+
+@pytest.mark.parametrize("steps", [7, 10, 28, 50])
+def test_windows_that_meet_leave_no_step_out_and_none_twice(steps):
+    edges = [i / steps for i in range(steps + 1)]
+    for start, middle in itertools.pairwise(edges):
+        streams = [ResidualStream(ResidualConfig(0, (1,), start=start, end=middle))]
+        streams += [ResidualStream(ResidualConfig(0, (1,), start=middle))] if middle < 1 else []
+        passes = [Pass.of_rows(i, steps, 0.5, 1, "cond", False) for i in range(steps)]
+        on = [[stream.begin(at) is not None for at in passes] for stream in streams]
+        first = round(start * steps)
+        assert on[0] == [i == first for i in range(steps)]
+        assert len(on) == 1 or on[1] == [i > first for i in range(steps)]
 
 
 @pytest.mark.parametrize("mode", ["add", "anchored", "aligned"])
@@ -281,6 +295,13 @@ def test_each_mistake_is_named(fields, message):
     with pytest.raises(ValueError, match="--residual_") as error:
         ResidualConfig.parse(**fields)
     assert message in str(error.value)
+
+
+def test_weights_given_in_python_are_checked_too():
+    with pytest.raises(ValueError, match="--residual_weights linear: must be a number"):
+        ResidualConfig(0, (1,), "linear")
+    with pytest.raises(ValueError, match="must be numbers, or a ramp"):
+        ResidualConfig(0, (1,), "linear:1:x")
 
 
 def test_aligned_needs_rotations():

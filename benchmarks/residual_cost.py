@@ -1,0 +1,129 @@
+"""What residual text streaming costs: a denoising step with it over the same step without, at SD3 Medium's size.
+
+    python benchmarks/residual_cost.py
+
+Random weights from the manifest, 512 x 512, both halves of guidance, 154 text tokens, bfloat16, targets 2 to 22. Every
+step with a setting runs between two without; a ratio is its time over their mean. The row A/A does the same with
+nothing switched on: what it differs from 1 by is noise. "in the stream" is the time spent in the stream's own calls, of
+the same steps: on a CPU, where nothing runs ahead, that is what it adds.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fire
+import torch
+from random_weights import write_random
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from residual import Pass, ResidualConfig, ResidualStream, Rotations, residual_stream
+from sd3_impls import Conditioning, Denoiser, seeded_noise
+from sd3_infer import SD3Inferencer
+
+TOKENS = 154
+TARGETS = tuple(range(2, 23))
+SETTINGS = {
+    "A/A": ResidualConfig(),
+    "add, origin 0": ResidualConfig(0, TARGETS, (0.1,)),
+    "add, origin 1": ResidualConfig(1, TARGETS, (0.1,)),
+    "anchored, origin 0": ResidualConfig(0, TARGETS, (0.1,), mode="anchored"),
+    "anchored, origin 1": ResidualConfig(1, TARGETS, (0.1,), mode="anchored"),
+    "aligned, origin 0": ResidualConfig(0, TARGETS, (0.1,), mode="aligned"),
+    "aligned, origin 1": ResidualConfig(1, TARGETS, (0.1,), mode="aligned"),
+}
+
+
+class Timed:
+    """A stream that adds up the time spent in it."""
+
+    def __init__(self, stream: ResidualStream):
+        self.stream, self.spent = stream, 0.0
+
+    def begin(self, at: Pass) -> Timed:
+        """Passes it on."""
+        self.stream.begin(at)
+        return self
+
+    def __call__(self, i: int, context: torch.Tensor) -> torch.Tensor:
+        """Passes it on, and looks at the clock."""
+        start = time.perf_counter()
+        context = self.stream(i, context)
+        self.spent += time.perf_counter() - start
+        return context
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def main(rounds: int = 7, size: int = 512, dtype: str = "bfloat16", folder: str = "") -> None:
+    """Prints a row per setting: the median ratio, the middle half of all ratios, and how many there are."""
+    with tempfile.TemporaryDirectory(dir=folder or None) as place:
+        path = Path(place) / "sd3_medium.safetensors"
+        write_random("sd3_medium", path)
+        engine = SD3Inferencer().load(str(path), load_tokenizers=False, device="cpu", dtype=dtype)
+        model = engine.get_mmdit()
+        config = engine.config
+        rotations = {
+            origin: Rotations(origin, TARGETS, torch.eye(config.width).roll(1, 0).expand(1, len(TARGETS), -1, -1))
+            for origin in (0, 1)
+        }
+        draw = lambda seed, *shape: seeded_noise(seed, shape).to(engine.dtype)  # noqa: E731
+        texts = [
+            Conditioning(draw(i, 1, TOKENS, config.context_width), draw(9 + i, 1, config.pooled_width)) for i in (0, 1)
+        ]
+        x = seeded_noise(5, (1, config.latent_channels, size // 8, size // 8))
+
+        def stepper(setting: ResidualConfig, clock: dict[str, Timed], name: str) -> Callable[[], object]:
+            """One step of a run under a setting; the run's once-per-picture work is done by the first call."""
+            stream = residual_stream(setting, rotations[setting.origin])
+            if stream is not None:
+                clock[name] = Timed(stream)
+            denoiser = Denoiser(model, *texts, 5.0, 10_000, hooks=[clock.get(name)])
+            return lambda: denoiser(x, 0.7)
+
+        clock: dict[str, Timed] = {}
+        off = stepper(ResidualConfig(), clock, "off")
+        steps = {name: stepper(setting, clock, name) for name, setting in SETTINGS.items()}
+        for run in tqdm([off, *steps.values()], desc="warming up", leave=False):
+            run()
+        once = {name: timed.spent for name, timed in clock.items()}
+        for timed in clock.values():
+            timed.spent = 0.0
+        ratios: dict[str, list[float]] = {name: [] for name in SETTINGS}
+        order, without = random.Random(0), []
+        with tqdm(total=rounds * len(SETTINGS), desc="measuring", unit="pair", leave=False) as bar:
+            for _ in range(rounds):
+                without.append(seconds(off))
+                for name in order.sample(list(SETTINGS), len(SETTINGS)):
+                    own = seconds(steps[name])
+                    without.append(seconds(off))
+                    ratios[name].append(own / (sum(without[-2:]) / 2))
+                    bar.update()
+        step = statistics.median(without)
+    print(f"SD3 Medium's size, {size} x {size}, 2 x {TOKENS} text tokens, {dtype}, {torch.get_num_threads()} threads")
+    print("| setting | step with / step without | middle half | pairs | in the stream / step | in the first step |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, values in ratios.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        inside = first = ""
+        if name in clock:
+            inside, first = f"{clock[name].spent / rounds / step:.4f}", f"{once[name] / step:.4f}"
+        print(f"| {name} | {middle:.4f} | {low:.4f} to {high:.4f} | {len(values)} | {inside} | {first} |")
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
