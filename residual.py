@@ -30,6 +30,7 @@ from settings import (
     RESIDUAL_BRANCHES,
     RESIDUAL_MODES,
     check_residual,
+    check_residual_choices,
     check_residual_window,
     nearest,
     read_choice,
@@ -76,9 +77,7 @@ class ResidualConfig:
         """Spreads the weights over the targets; raises ValueError for anything that contradicts itself."""
         check_residual(self.origin, self.targets, self.weights)
         check_residual_window(self.start, self.end)
-        read_choice("residual_mode", self.mode, RESIDUAL_MODES)
-        read_choice("residual_branch", self.branch, RESIDUAL_BRANCHES)
-        read_schedule("residual_schedule", self.schedule)
+        check_residual_choices(self.mode, self.schedule, self.branch)
         weights = read_weights("residual_weights", self.weights)
         weights = spread_weights(weights, len(self.targets)) if self.targets else ()
         object.__setattr__(self, "weights", weights)

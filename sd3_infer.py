@@ -70,6 +70,7 @@ from settings import (  # noqa: E402
     DEFAULT_SEED,
     Settings,
     SkipLayerConfig,
+    model_key,
     picture_seeds,
     read_prompts,
     resolve,
@@ -864,6 +865,14 @@ def list_models(folder: str) -> str:
     if not place.is_dir():
         raise FileNotFoundError(f"--model_folder {folder}: no such folder")
     lines, seen = [f"{place}:"], set()
+    for path in sorted(p.parent for p in place.glob("*/transformer") if p.is_dir()):
+        try:
+            file = WeightFile(path)
+            size = sum(p.stat().st_size for p in {e.path for e in file.entries.values()}) / 2**20
+            lines.append(f"  found    {path.relative_to(place)}/  a model in diffusers layout, {size:,.0f} MB")
+            seen.add(f"{model_key(path)}.safetensors")
+        except (ValueError, OSError) as error:
+            lines.append(f"  damaged  {error}")
     for path in sorted([*place.glob("*.safetensors"), *place.glob("*/*.safetensors")]):
         try:
             file = WeightFile(path)
@@ -1135,25 +1144,22 @@ def _show_warning(message, *_: Any, **__: Any) -> None:
     tqdm.write(f"note: {message}", file=sys.stderr)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 2 for a mistake in flags or files, 130 and 143 if stopped."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if {"--help", "-h"} & set(arguments):
-        print(help_text())
-        return 0
+def guarded(work: Callable[[], Any], smaller: str) -> int:
+    """Does a command line's work; returns the exit status: 0, 2 for a mistake in flags or files, 1 where memory ran out
+    (`smaller`: the flags to turn down), 130 and 143 if stopped.
+    """
     previous = None
     if threading.current_thread() is threading.main_thread():
         previous = signal.signal(signal.SIGTERM, _stop)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            values = read_arguments(arguments)
-            fire.Fire(infer, command=[f"--{n}={v}" for n, v in values.items()], name="sd3_infer.py")
+            work()
         return 0
     except USER_ERRORS as error:
         return fail(error)
     except (torch.OutOfMemoryError, MemoryError) as error:
-        print(f"error: out of memory; try a smaller --width, --height or --batch_size ({error})", file=sys.stderr)
+        print(f"error: out of memory; try a smaller {smaller} ({error})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
@@ -1162,6 +1168,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status, see `guarded`."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if {"--help", "-h"} & set(arguments):
+        print(help_text())
+        return 0
+
+    def work() -> None:
+        values = read_arguments(arguments)
+        fire.Fire(infer, command=[f"--{n}={v}" for n, v in values.items()], name="sd3_infer.py")
+
+    return guarded(work, "--width, --height or --batch_size")
 
 
 if __name__ == "__main__":

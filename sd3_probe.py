@@ -16,7 +16,6 @@ import os
 import random
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,7 +169,7 @@ from residual import (  # noqa: E402
     standardise,
 )
 from sd3_impls import flow_schedule  # noqa: E402
-from sd3_infer import USER_ERRORS, SD3Inferencer, fail, residual_settings  # noqa: E402
+from sd3_infer import USER_ERRORS, SD3Inferencer, guarded, residual_settings  # noqa: E402
 from settings import Flags, resolve  # noqa: E402
 
 # ---- prompts -------------------------------------------------------------------------------------
@@ -873,29 +872,18 @@ def _resume(work: Calibration, path: Path, identity: str) -> int:
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def _show_warning(message: Any, *_: Any, **__: Any) -> None:
-    tqdm.write(f"note: {message}", file=sys.stderr)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 2 for a mistake in flags or files, 130 if stopped."""
+    """Runs the command line; returns the exit status, see `sd3_infer.guarded`."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments or {"--help", "-h"} & set(arguments):
         print(HELP)
         return 0 if arguments else 2
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            command, flags = read_flags(arguments)
-            {"measure": measure, "suggest": run_suggest, "calibrate": calibrate}[command](flags)
-        return 0
-    except USER_ERRORS as error:
-        return fail(error)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        print(f"error: out of memory; try a smaller --batch_size ({error})", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+
+    def work() -> None:
+        command, flags = read_flags(arguments)
+        {"measure": measure, "suggest": run_suggest, "calibrate": calibrate}[command](flags)
+
+    return guarded(work, "--width, --height or --batch_size")
 
 
 if __name__ == "__main__":

@@ -356,9 +356,7 @@ class Settings:
         read_int("batch_size", self.batch_size, 1)
         check_residual(self.residual_origin_layer, self.residual_target_layers, self.residual_weights)
         check_residual_window(self.residual_start, self.residual_end)
-        read_choice("residual_mode", self.residual_mode, RESIDUAL_MODES)
-        read_choice("residual_branch", self.residual_branch, RESIDUAL_BRANCHES)
-        read_schedule("residual_schedule", self.residual_schedule)
+        check_residual_choices(self.residual_mode, self.residual_schedule, self.residual_branch)
 
     def asdict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -404,6 +402,13 @@ def check_residual_window(start: float, end: float) -> None:
     read_float("residual_end", end, 0.0, 1.0)
     if start >= end:
         raise ValueError(f"--residual_start {start:g}: must be below --residual_end {end:g}; no step is left")
+
+
+def check_residual_choices(mode: str, schedule: str, branch: str) -> None:
+    """Raises ValueError for a mode, schedule or branch that there is not."""
+    read_choice("residual_mode", mode, RESIDUAL_MODES)
+    read_schedule("residual_schedule", schedule)
+    read_choice("residual_branch", branch, RESIDUAL_BRANCHES)
 
 
 # ---- the command line ----------------------------------------------------------------------------

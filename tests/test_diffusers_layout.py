@@ -67,6 +67,20 @@ def test_the_command_line_and_the_schedulers_shift(layout, tmp_path, capsys):
     assert picture["settings"]["model"] == "stable-diffusion-3-small"
 
 
+def test_a_vae_in_diffusers_layout_serves_another_model(layout, one_file):
+    vae = str(layout / "vae" / "diffusion_pytorch_model.safetensors")
+    engines = [SD3Inferencer().load(str(one_file), v, device="cpu", dtype="float32") for v in (None, vae)]
+    latent = torch.randn(1, 16, 6, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(*(engine.decode_pixels(latent) for engine in engines), atol=1e-5)
+
+
+def test_folders_are_listed(layout, capsys):
+    assert main(["--list_models", "--model_folder", str(layout.parent)]) == 0
+    shown = capsys.readouterr().out
+    assert "found    stable-diffusion-3-small/  a model in diffusers layout" in shown
+    assert "missing  sd3_medium.safetensors" in shown
+
+
 NAMES = {
     "stable-diffusion-3-medium-diffusers": "sd3_medium",
     "/hub/models--stabilityai--stable-diffusion-3.5-large-turbo/snapshots/0a1b2c": "sd3.5_large_turbo",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from checkpoint import ENCODER_FOLDERS, ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
 from mmditx import MMDiT, MMDiTConfig
+from other_impls import T5
 from vae import VAE
 
 
@@ -141,10 +142,31 @@ def peer_transformer(config: MMDiTConfig):
     ).eval()
 
 
-def folder(path: Path, parts: dict[str, nn.Module], tokenizers: Path) -> Path:
-    """Writes modules (by the prefix they have in one file) as a diffusers folder, the transformer and T5 in shards."""
+def peer_t5(ours: T5):
+    """transformers' T5 encoder with our weights."""
     import transformers
 
+    c, state = ours.config, ours.state_dict()
+    theirs = transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=c.vocabulary,
+            d_model=c.width,
+            d_kv=c.inner // c.heads,
+            d_ff=c.mlp_width,
+            num_layers=c.depth,
+            num_heads=c.heads,
+            relative_attention_num_buckets=c.buckets,
+            relative_attention_max_distance=128,
+            feed_forward_proj="gated-gelu",
+            layer_norm_epsilon=1e-6,
+        )
+    )
+    theirs.load_state_dict(state | {"shared.weight": state["encoder.embed_tokens.weight"]}, strict=True)
+    return theirs.eval()
+
+
+def folder(path: Path, parts: dict[str, nn.Module], tokenizers: Path) -> Path:
+    """Writes modules (by the prefix they have in one file) as a diffusers folder, the transformer and T5 in shards."""
     ours: MMDiT = parts[MMDIT_PREFIX]
     theirs = peer_transformer(ours.config)
     theirs.load_state_dict(transformer(ours))
@@ -158,19 +180,7 @@ def folder(path: Path, parts: dict[str, nn.Module], tokenizers: Path) -> Path:
         if role != "t5xxl":
             save_file(state, path / name / "model.safetensors")
             continue
-        c = parts[ENCODER_PREFIX.format(role)].config
-        t5 = transformers.T5EncoderModel(
-            transformers.T5Config(
-                vocab_size=c.vocabulary,
-                d_model=c.width,
-                d_kv=c.inner // c.heads,
-                d_ff=c.mlp_width,
-                num_layers=c.depth,
-                num_heads=c.heads,
-                feed_forward_proj="gated-gelu",
-            )
-        )
-        t5.load_state_dict(state | {"shared.weight": state["encoder.embed_tokens.weight"]})
+        t5 = peer_t5(parts[ENCODER_PREFIX.format(role)])
         t5.save_pretrained(path / name, max_shard_size="300KB")
     for name in ("tokenizer", "tokenizer_2", "tokenizer_3"):
         (path / name).symlink_to(tokenizers / name.replace("_2", ""))
