@@ -154,7 +154,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     Raises FileNotFoundError, or ValueError that names file and key.
     """
     where = f"--residual_config {path}"
-    pickled = _starts(path, where)[:2] in (b"PK", b"\x80\x02")
+    pickled = _pickled(path, where)
     if pickled:
         raw = _unpickle(path, where)
     else:
@@ -191,14 +191,18 @@ def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def _starts(path: str | Path, where: str) -> bytes:
+def _pickled(path: str | Path, where: str) -> bool:
+    """Whether a file is one of torch.save's: a zip archive or a bare pickle. A safetensors file may start with the
+    same two bytes, its header's length, but has the header's brace after eight.
+    """
     if os.path.isdir(path):
         raise ValueError(f"{where}: is a folder; a file is needed")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{where}: no such file")
     try:
         with open(path, "rb") as f:
-            return f.read(16)
+            start = f.read(9)
+        return start[:2] in (b"PK", b"\x80\x02") and start[8:] != b"{"
     except OSError as error:
         raise ValueError(f"{where}: cannot be read ({error.strerror})") from None
 
@@ -292,8 +296,7 @@ def read_rotations(path: str | Path, config: ResidualConfig | None = None, width
     import torch
 
     where = f"--residual_rotations {path}"
-    start = _starts(path, where)
-    if start[:2] in (b"PK", b"\x80\x02"):
+    if _pickled(path, where):
         raw = _unpickle(path, where)
         if not isinstance(raw, Mapping):
             raise ValueError(f"{where}: must hold a dictionary with rotation_matrices")

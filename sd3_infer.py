@@ -904,17 +904,9 @@ class Stopped(BaseException):
     """SIGTERM arrived."""
 
 
-def run(flags: Flags, given: Sequence[str] = ()) -> Path | None:
-    """Does what the flags say; returns the folder of the pictures. Raises ValueError or FileNotFoundError for what
-    is wrong with them before any weights load.
-    """
-    if flags.list_models:
-        print(list_models(flags.model_folder or "models"))
-        return None
-    started = time.time()
-    prompts, name = read_prompts(flags.prompt)
-    saving.check_writable(flags.out_dir)
-    engine = SD3Inferencer().load(
+def load_for(flags: Flags) -> SD3Inferencer:
+    """An engine with the files, the device and the dtype that flags name; raises as `SD3Inferencer.load` does."""
+    return SD3Inferencer().load(
         flags.model,
         flags.vae,
         flags.shift,
@@ -926,6 +918,19 @@ def run(flags: Flags, given: Sequence[str] = ()) -> Path | None:
         dtype=flags.dtype,
         no_t5=flags.no_t5,
     )
+
+
+def run(flags: Flags, given: Sequence[str] = ()) -> Path | None:
+    """Does what the flags say; returns the folder of the pictures. Raises ValueError or FileNotFoundError for what
+    is wrong with them before any weights load.
+    """
+    if flags.list_models:
+        print(list_models(flags.model_folder or "models"))
+        return None
+    started = time.time()
+    prompts, name = read_prompts(flags.prompt)
+    saving.check_writable(flags.out_dir)
+    engine = load_for(flags)
     values, skip_layer = resolve(flags, engine.model_file.metadata, engine.large_controlnet)
     residual = ResidualConfig.from_flags(flags.residual(), flags.residual_config)
     pictures = engine.plan(

@@ -169,7 +169,7 @@ from residual import (  # noqa: E402
     standardise,
 )
 from sd3_impls import flow_schedule  # noqa: E402
-from sd3_infer import USER_ERRORS, SD3Inferencer, guarded, residual_settings  # noqa: E402
+from sd3_infer import USER_ERRORS, SD3Inferencer, guarded, load_for, residual_settings  # noqa: E402
 from settings import Flags, resolve  # noqa: E402
 
 # ---- prompts -------------------------------------------------------------------------------------
@@ -218,17 +218,8 @@ def read_labelled(path: str, flag: str = "prompts") -> list[Labelled]:
 def load(flags: Mapping[str, Any]) -> tuple[SD3Inferencer, dict[str, Any]]:
     """The engine for some flags, and the settings that its pictures share."""
     given = {name: flags[name] for name in (*_ENGINE, *_RUN) if name in flags}
-    read = Flags(**given | {"model": flags.get("model", "models/sd3_medium.safetensors")})
-    engine = SD3Inferencer().load(
-        read.model,
-        read.vae,
-        read.shift,
-        model_folder=read.model_folder,
-        text_encoder_device=read.text_encoder_device,
-        device=read.device,
-        dtype=read.dtype,
-        no_t5=read.no_t5,
-    )
+    read = Flags(**given)
+    engine = load_for(read)
     values, _ = resolve(read, engine.model_file.metadata)
     return engine, values | {"negative_prompt": read.negative_prompt, "batch_size": read.batch_size}
 

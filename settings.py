@@ -243,7 +243,7 @@ def spread_weights(weights: Sequence[float] | str, count: int) -> tuple[float, .
     """
     if isinstance(weights, str):
         first, last = _ramp(weights) or (1.0, 1.0)
-        return tuple(first + (last - first) * i / max(count - 1, 1) for i in range(count))
+        return tuple(round(first + (last - first) * i / max(count - 1, 1), 12) for i in range(count))
     return (*(weights or (1.0,)),) * count if len(weights) < 2 else tuple(weights)
 
 

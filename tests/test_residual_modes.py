@@ -262,7 +262,8 @@ def test_ranges(text, layers):
 def test_one_weight_for_all_and_ramps():
     assert ResidualConfig.parse(0, "1-3", "0.3").weights == (0.3, 0.3, 0.3)
     assert ResidualConfig.parse(0, "1-3", -1).weights == (-1, -1, -1)
-    assert ResidualConfig.parse(0, "1-4", "linear:0.8:0.2").weights == pytest.approx((0.8, 0.6, 0.4, 0.2))
+    assert ResidualConfig.parse(0, "1-4", "linear:0.8:0.2").weights == (0.8, 0.6, 0.4, 0.2)
+    assert ResidualConfig.parse(0, "3-7", "linear:0.2:0.05").weights[-1] == 0.05
     assert ResidualConfig.parse(0, "1", "linear:0.8:0.2").weights == (0.8,)
     assert ResidualConfig.parse(0, "1-2", "linear:-1:1").weights == (-1, 1)
 
@@ -444,6 +445,16 @@ def test_rotation_files(tmp_path, suffix, edges):
     everything = read_rotations(tmp_path / f"r{suffix}")
     assert everything.targets == (2, 3, 4)
     assert torch.equal(everything.matrices, whole)
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x4B50])
+def test_a_header_length_that_looks_like_a_pickle(tmp_path, length):
+    path = write(tmp_path / "r.safetensors", orthogonal(3, 16, 16))
+    data = path.read_bytes()
+    old = int.from_bytes(data[:8], "little")
+    path.write_bytes(length.to_bytes(8, "little") + data[8 : 8 + old] + b" " * (length - old) + data[8 + old :])
+    assert path.read_bytes()[:2] in (b"PK", b"\x80\x02")
+    assert torch.equal(read_rotations(path).matrices[0], orthogonal(3, 16, 16))
 
 
 def test_rotations_stored_in_bfloat16_are_taken(tmp_path):
