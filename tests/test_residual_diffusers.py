@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import to_diffusers
 import torch
@@ -273,6 +275,8 @@ def qwen():
         "timestep": torch.tensor([0.4]),
         "img_shapes": [[(1, 3, 4)]],
     }
+    if "txt_seq_lens" in inspect.signature(model.forward).parameters:  # older ones ask for it
+        inputs["txt_seq_lens"] = [7]
     return model, inputs
 
 
