@@ -46,16 +46,21 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             write(f)
             f.flush()
             os.fsync(f.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
+        rename_finished(Path(name), path)
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError):
             why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
             raise OSError(error.errno, f"{path}: cannot be written: {why}") from None
         raise
+
+
+def rename_finished(partial: Path, path: Path) -> None:
+    """Gives a finished temporary file its name, and the rights that any new file here gets."""
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(partial, 0o666 & ~umask)
+    os.replace(partial, path)
 
 
 def make_folder(parent: Path, name: str, postfix: str | None, now: datetime.datetime | None = None) -> Path:

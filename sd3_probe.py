@@ -839,7 +839,7 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata)
-        os.replace(partial, path)
+        saving.rename_finished(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, USER_ERRORS) or "SafetensorError" in type(error).__name__:

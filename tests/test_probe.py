@@ -262,6 +262,8 @@ def test_calibrate(small_model, tmp_path, capsys, buckets):
     few = min(json.loads(WeightFile(out).metadata["tokens"])) < 128
     assert ("note: only" in told.err) == few
     assert os.listdir(out.parent) == ["r.safetensors"]
+    check.touch()
+    assert out.stat().st_mode == check.stat().st_mode  # as readable as any new file
     got = read_rotations(out, ResidualConfig(1, (1, 3)), 128)
     assert got.matrices.shape == (buckets, 2, 128, 128)
     assert got.edges == ((0.5,) if buckets == 2 else ())
