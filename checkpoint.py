@@ -448,8 +448,8 @@ def vae_part(file: WeightFile) -> Part:
         if file.has(prefix + "encoder.down_blocks."):
             return Part(file, prefix, diffusers_vae(file, prefix))
         if prefix and file.has(prefix):
-            return Part(file, prefix)
-    return Part(file)
+            return file.part(prefix)
+    return file.part()
 
 
 def _linear(out: dict[str, Source], ours: str, *theirs: str, change: str = "") -> None:

@@ -75,10 +75,10 @@ class ResidualConfig:
 
     def __post_init__(self) -> None:
         """Spreads the weights over the targets; raises ValueError for anything that contradicts itself."""
-        check_residual(self.origin, self.targets, self.weights)
+        weights = read_weights("residual_weights", self.weights)
+        check_residual(self.origin, self.targets, weights)
         check_residual_window(self.start, self.end)
         check_residual_choices(self.mode, self.schedule, self.branch)
-        weights = read_weights("residual_weights", self.weights)
         weights = spread_weights(weights, len(self.targets)) if self.targets else ()
         object.__setattr__(self, "weights", weights)
 
@@ -88,7 +88,7 @@ class ResidualConfig:
         read: dict[str, Any] = {}
         for name, value in {"origin": origin, "targets": targets, "weights": weights, **others}.items():
             if value is not None:
-                read[name] = _READ[name](f"residual_{_FLAGS.get(name, name)}", value)
+                read[name] = _READ[name](RESIDUAL_FLAGS[name], value)
         return cls(**read)
 
     @classmethod
@@ -132,6 +132,8 @@ def _optional_name(flag: str, value: Any) -> str:
 
 
 _FLAGS = {"origin": "origin_layer", "targets": "target_layers"}  # field -> flag without `residual_`
+# field -> flag, which is also the field of `Settings`
+RESIDUAL_FLAGS = {f.name: f"residual_{_FLAGS.get(f.name, f.name)}" for f in dataclasses.fields(ResidualConfig)}
 _NAMES = {flag: name for name, flag in _FLAGS.items()}
 _KEYS = _FLAGS | {"weights": "residual_weights"}  # field -> key in a file, as the published ones spell it
 _READ: dict[str, Callable[[str, Any], Any]] = {

@@ -64,7 +64,14 @@ from other_impls import (  # noqa: E402
     join_text,
     t5_position_bias,
 )
-from residual import ResidualConfig, Rotations, build_residual_config, read_rotations, residual_stream  # noqa: E402
+from residual import (  # noqa: E402
+    RESIDUAL_FLAGS,
+    ResidualConfig,
+    Rotations,
+    build_residual_config,
+    read_rotations,
+    residual_stream,
+)
 from settings import (  # noqa: E402
     DEFAULT_DENOISE,
     DEFAULT_SEED,
@@ -80,17 +87,6 @@ from vae import VAE, VAEConfig  # noqa: E402
 __all__ = ["SD3Inferencer", "build_residual_config", "choose_device", "choose_dtype", "main"]
 
 RESIDUAL_FILE = "residual.json"  # in every run's folder, as --residual_config reads it
-RESIDUAL_SETTINGS = {  # field of ResidualConfig -> field of Settings
-    "origin": "residual_origin_layer",
-    "targets": "residual_target_layers",
-    "weights": "residual_weights",
-    "mode": "residual_mode",
-    "schedule": "residual_schedule",
-    "start": "residual_start",
-    "end": "residual_end",
-    "branch": "residual_branch",
-    "rotations": "residual_rotations",
-}
 CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 FETCH = {
     "sd3_medium": "stabilityai/stable-diffusion-3-medium",
@@ -811,12 +807,12 @@ def _skip_layer(config: SkipLayerConfig | dict[str, Any] | None) -> SkipLayerCon
 
 def residual_of(s: Settings) -> ResidualConfig:
     """The residual configuration that a picture's settings hold."""
-    return ResidualConfig(**{name: getattr(s, setting) for name, setting in RESIDUAL_SETTINGS.items()})
+    return ResidualConfig(**{name: getattr(s, setting) for name, setting in RESIDUAL_FLAGS.items()})
 
 
 def residual_settings(config: ResidualConfig) -> dict[str, Any]:
     """A residual configuration as fields of `Settings`; rotations that no mode uses are left out."""
-    values = {setting: getattr(config, name) for name, setting in RESIDUAL_SETTINGS.items()}
+    values = {setting: getattr(config, name) for name, setting in RESIDUAL_FLAGS.items()}
     return values if config.mode == "aligned" else values | {"residual_rotations": None}
 
 

@@ -7,6 +7,7 @@ python sd3_probe.py calibrate --prompts prompts.txt --origin 1 --targets 2-22 --
 
 from __future__ import annotations
 
+import bisect
 import csv
 import hashlib
 import io
@@ -24,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 from settings import (
     READERS,
     nearest,
+    range_int,
     read_arguments,
     read_bool,
     read_float,
-    read_int,
     read_layers,
     read_prompts,
 )
@@ -54,28 +55,24 @@ def _fraction(flag: str, value: Any) -> float:
     return read_float(flag, value, 0.0, 1.0)
 
 
-def _whole(low: int, high: int) -> Callable[[str, Any], int]:
-    return lambda flag, value: read_int(flag, value, low, high)
-
-
 COMMANDS: dict[str, dict[str, Callable[[str, Any], Any]]] = {
     "measure": _SHARED
     | {name: reader for name, reader in READERS.items() if name.startswith("residual_")}
     | {
         "out": READERS["model"],
-        "origin": _whole(0, 10_000),
-        "timesteps": _whole(1, 1000),
-        "kept_prompts": _whole(2, 100_000),
-        "kept_tokens": _whole(16, 1_000_000),
-        "neighbours": _whole(1, 1000),
+        "origin": range_int(0, 10_000),
+        "timesteps": range_int(1, 1000),
+        "kept_prompts": range_int(2, 100_000),
+        "kept_tokens": range_int(16, 1_000_000),
+        "neighbours": range_int(1, 1000),
     },
     "suggest": {"measurement": READERS["model"], "tolerance": _fraction},
     "calibrate": _SHARED
     | {
         "out": READERS["model"],
-        "origin": _whole(0, 10_000),
+        "origin": range_int(0, 10_000),
         "targets": read_layers,
-        "buckets": _whole(1, 100),
+        "buckets": range_int(1, 100),
         "centre": read_bool,
         "check_prompts": READERS["model"],
     },
@@ -606,12 +603,17 @@ def plot(record: Mapping[str, Any], path: Path) -> None:
 # ---- suggest -------------------------------------------------------------------------------------
 
 
+def knowing(record: Mapping[str, Any]) -> list[str]:
+    """Names of the measures that say how much of the prompt is known."""
+    return [name for name in measures(record) if name == "retrieval" or name.startswith("probe ")]
+
+
 def known(record: Mapping[str, Any]) -> list[float]:
     """How much of the prompt the tokens entering each block let one know: 1 all, 0 no more than chance.
 
     The mean over retrieval and the linear probes of (measure - chance) / (1 - chance).
     """
-    names = [n for n in measures(record) if n == "retrieval" or n.startswith("probe ")]
+    names = knowing(record)
     out = [0.0] * record["depth"]
     for name in names:
         chance = record["chance"][name]
@@ -630,10 +632,9 @@ def suggest(record: Mapping[str, Any], tolerance: float = 0.05) -> tuple[int, li
     early = level[: max(2, depth // 3)]
     origin = next(i for i, value in enumerate(early) if value >= max(early) - tolerance / 5)
     forgetful = [i for i in range(origin + 1, depth) if level[i] < level[origin] - tolerance]
-    names = [n for n in measures(record) if n == "retrieval" or n.startswith("probe ")]
     why = [
         f"origin {origin}: its tokens know {level[origin]:.2f} of the prompt (1: all, 0: chance; mean of "
-        f"{', '.join(names)}), the most of blocks 0 to {len(early) - 1} is {max(early):.2f}"
+        f"{', '.join(knowing(record))}), the most of blocks 0 to {len(early) - 1} is {max(early):.2f}"
     ]
     if not forgetful:
         lowest = min(range(origin + 1, depth), key=lambda i: level[i])
@@ -682,8 +683,8 @@ class Calibration:
         self.tokens = torch.zeros(buckets, dtype=torch.int64)
 
     def bucket(self, sigma: float) -> int:
-        """Buckets split [0, 1] evenly; an edge belongs to the upper."""
-        return min(int(sigma * self.buckets), self.buckets - 1)
+        """Buckets split [0, 1] evenly; an edge belongs to the upper, as in `Rotations.bucket`."""
+        return bisect.bisect_right(self.edges()[1:-1], TIMESTEPS * sigma)
 
     def edges(self) -> list[float]:
         """Timesteps 0 to 1000 between and around the buckets."""
@@ -853,9 +854,10 @@ def _resume(work: Calibration, path: Path, identity: str) -> int:
         metadata = WeightFile(path).metadata
         if metadata.get("identity") != identity:
             return 0
-        for name, tensor in load_file(path).items():
-            getattr(work, name).copy_(tensor)
-        return int(metadata["done"])
+        done, tensors = int(metadata["done"]), load_file(path)
+        for name in work.state():
+            getattr(work, name).copy_(tensors[name])
+        return done
     except (OSError, ValueError, KeyError):
         return 0
 

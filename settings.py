@@ -237,12 +237,13 @@ def _ramp(text: str) -> tuple[float, float] | None:
 
 
 def spread_weights(weights: Sequence[float] | str, count: int) -> tuple[float, ...]:
-    """One weight for each of `count` targets: none given means 1.0, one holds for all, a ramp is filled in.
+    """One weight for each of `count` targets: none given means 1.0, one holds for all, a ramp (as `read_weights` spells
+    it) is filled in.
 
     Another number of weights comes back as it is, for `check_residual` to name.
     """
     if isinstance(weights, str):
-        first, last = _ramp(weights) or (1.0, 1.0)
+        first, last = map(float, weights.split(":")[1:])
         return tuple(round(first + (last - first) * i / max(count - 1, 1), 12) for i in range(count))
     return (*(weights or (1.0,)),) * count if len(weights) < 2 else tuple(weights)
 
@@ -429,7 +430,8 @@ def _optional_path(flag: str, value: Any) -> str | None:
     return None if str(value).strip() in ("", "None") else str(value)
 
 
-def _range_int(low: int, high: int | None = None) -> Callable[[str, Any], int]:
+def range_int(low: int, high: int | None = None) -> Callable[[str, Any], int]:
+    """A reader of whole numbers in [low, high]."""
     return lambda flag, value: read_int(flag, value, low, high)
 
 
@@ -527,10 +529,10 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "model": _filled,
     "out_dir": _filled,
     "postfix": _text,
-    "seed": _range_int(0, SEED_LIMIT - 1),
+    "seed": range_int(0, SEED_LIMIT - 1),
     "seed_type": _choice(SEED_TYPES),
     "sampler": _choice(SAMPLERS),
-    "steps": _range_int(1, 10_000),
+    "steps": range_int(1, 10_000),
     "cfg": lambda flag, value: read_float(flag, value, 0.0, 100.0),
     "shift": lambda flag, value: read_float(flag, value, above=0.0),
     "width": read_size,
@@ -544,7 +546,7 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "verbose": read_bool,
     "model_folder": _optional_path,
     "text_encoder_device": read_device,
-    "residual_origin_layer": _range_int(0),
+    "residual_origin_layer": range_int(0),
     "residual_target_layers": read_layers,
     "residual_weights": read_weights,
     "residual_mode": _choice(RESIDUAL_MODES),
@@ -555,8 +557,8 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "residual_rotations": _optional_path,
     "residual_config": _optional_path,
     "negative_prompt": _text,
-    "num_images": _range_int(1, 1_000_000),
-    "batch_size": _range_int(1, 1024),
+    "num_images": range_int(1, 1_000_000),
+    "batch_size": range_int(1, 1024),
     "controlnet_strength": read_float,
     "device": read_device,
     "dtype": lambda flag, value: read_dtype(value),
