@@ -73,6 +73,16 @@ class Entry:
     name: str
 
 
+def file_sha256(*paths: Path) -> str:
+    """Hash of a file, or of several one after the other."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        with open(path, "rb") as f:
+            while block := f.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
 class WeightFile:
     """A safetensors file, or a folder in diffusers layout: headers are read at once (no torch needed), tensors when
     asked for. The tensors of a folder are named `transformer/...`, `vae/...`, `text_encoder/...` and so on.
@@ -87,12 +97,7 @@ class WeightFile:
     @cached_property
     def sha256(self) -> str:
         """Hash of the whole file, as A1111-style tools compute it; of a folder's transformer, file after file."""
-        digest = hashlib.sha256()
-        for path in sorted({e.path for n, e in self.entries.items() if not self.folder or n.startswith(TRANSFORMER)}):
-            with open(path, "rb") as f:
-                while block := f.read(2**22):
-                    digest.update(block)
-        return digest.hexdigest()
+        return file_sha256(*{e.path for n, e in self.entries.items() if not self.folder or n.startswith(TRANSFORMER)})
 
     def part(self, prefix: str = "") -> Part:
         """The tensors whose names start with `prefix`, without it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import errno
+import io
 import json
 import os
 import platform
@@ -14,10 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from settings import Settings
+from settings import Settings, base_name
 
 A1111_SAMPLERS = {"euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
 SETTINGS_CHUNK = "sd3_residual"  # the PNG text chunk with the full settings as JSON
@@ -97,18 +98,6 @@ def check_writable(out_dir: str) -> None:
         raise ValueError(f"--out_dir {out_dir}: {place} cannot be written")
 
 
-def _base(path: str | None) -> str | None:
-    return None if path is None else os.path.basename(path.replace("\\", "/"))
-
-
-def public_settings(settings: Settings) -> dict[str, Any]:
-    """Settings for a record that others may see: file names without their folders."""
-    values = settings.asdict()
-    for name in ("model", "vae", "init_image", "controlnet_ckpt", "controlnet_cond_image", "residual_rotations"):
-        values[name] = _base(values[name])
-    return values
-
-
 def _quoted(value: Any) -> str:
     """A value of an A1111 parameter line: quoted as JSON where it would break the line apart."""
     text = str(value)
@@ -117,7 +106,7 @@ def _quoted(value: Any) -> str:
 
 def parameters(settings: Settings, model_hash: str, software: Mapping[str, str]) -> str:
     """The `parameters` text of A1111-style readers: prompt, negative prompt, one line of `Name: value` pairs."""
-    model = _base(settings.model) or ""
+    model = base_name(settings.model) or ""
     pairs: dict[str, Any] = {
         "Steps": settings.steps,
         "Sampler": A1111_SAMPLERS[settings.sampler],
@@ -129,13 +118,13 @@ def parameters(settings: Settings, model_hash: str, software: Mapping[str, str])
         "Shift": settings.shift,
     }
     if settings.vae:
-        pairs["VAE"] = _base(settings.vae)
+        pairs["VAE"] = base_name(settings.vae)
     if settings.init_image:
         pairs["Denoising strength"] = settings.denoise
-        pairs["Init image"] = _base(settings.init_image)
+        pairs["Init image"] = base_name(settings.init_image)
     if settings.controlnet_ckpt:
-        pairs["ControlNet"] = _base(settings.controlnet_ckpt)
-        pairs["ControlNet image"] = _base(settings.controlnet_cond_image)
+        pairs["ControlNet"] = base_name(settings.controlnet_ckpt)
+        pairs["ControlNet image"] = base_name(settings.controlnet_cond_image)
         pairs["ControlNet strength"] = settings.controlnet_strength
     if settings.skip_layer:
         slg = settings.skip_layer
@@ -149,7 +138,7 @@ def parameters(settings: Settings, model_hash: str, software: Mapping[str, str])
             if (value := getattr(settings, f"residual_{name}")) != usual:
                 pairs[f"Residual {name}"] = value
         if settings.residual_rotations:
-            pairs["Residual rotations"] = _base(settings.residual_rotations)
+            pairs["Residual rotations"] = base_name(settings.residual_rotations)
     if settings.no_t5:
         pairs["T5"] = "off"
     pairs["Dtype"] = settings.dtype
@@ -160,16 +149,49 @@ def parameters(settings: Settings, model_hash: str, software: Mapping[str, str])
 
 
 def save_picture(
-    path: Path, image: Image.Image, settings: Settings, model_hash: str = "", with_metadata: bool = True
+    path: Path, image: Image.Image, settings: Settings, made_with: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes a PNG atomically, with its settings as text chunks unless `with_metadata` is off."""
+    """Writes a PNG atomically. With `made_with` (at least model_sha256), it carries its settings as text chunks."""
+    data = encode_picture(image, settings, made_with)
+    atomic_write(path, lambda f: f.write(data))
+
+
+def encode_picture(image: Image.Image, settings: Settings, made_with: Mapping[str, Any] | None = None) -> bytes:
+    """The bytes of a PNG; `made_with` as for `save_picture`."""
     info = PngInfo()
-    if with_metadata:
+    if made_with is not None:
         software = versions()
-        record = {"settings": public_settings(settings), "model_sha256": model_hash, "versions": software}
-        info.add_text("parameters", parameters(settings, model_hash, software))
+        record = {"settings": settings.public(), **made_with, "versions": software}
+        info.add_text("parameters", parameters(settings, made_with.get("model_sha256", ""), software))
         info.add_text(SETTINGS_CHUNK, json.dumps(record, ensure_ascii=False))
-    atomic_write(path, lambda f: image.save(f, format="PNG", pnginfo=info))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def read_record(path: str | Path, flag: str = "replay") -> dict[str, Any]:
+    """What a PNG of ours says of itself: settings, model_sha256, versions and what else was recorded.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged or says nothing.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"--{flag} {path}: no such file")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            record = json.loads(getattr(image, "text", {})[SETTINGS_CHUNK])
+        if not isinstance(record["settings"], dict):
+            raise TypeError
+        return record
+    except UnidentifiedImageError:
+        raise ValueError(f"--{flag} {path}: is not a picture") from None
+    except KeyError:
+        told = "holds no settings: made with --no_metadata, by another program, or saved again by one"
+        raise ValueError(f"--{flag} {path}: {told}") from None
+    except (json.JSONDecodeError, TypeError, AttributeError):
+        raise ValueError(f"--{flag} {path}: its settings cannot be read") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"--{flag} {path}: cannot be read ({error})") from None
 
 
 def write_json(path: Path, value: Any) -> None:

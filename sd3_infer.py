@@ -20,7 +20,9 @@ def fail(error: BaseException) -> int:
 
 if __name__ == "__main__" and not {"--help", "-h"} & set(sys.argv[1:]):
     try:
-        Flags.read(read_arguments(sys.argv[1:]))  # a mistyped flag need not wait for torch
+        raw = read_arguments(sys.argv[1:])  # a mistyped flag need not wait for torch
+        if "replay" not in raw:  # else they are checked together with the picture's own
+            Flags.read(raw)
     except USER_ERRORS as early:
         sys.exit(fail(early))
 
@@ -29,6 +31,7 @@ import dataclasses  # noqa: E402
 import datetime  # noqa: E402
 import inspect  # noqa: E402
 import os  # noqa: E402
+import platform  # noqa: E402
 import re  # noqa: E402
 import signal  # noqa: E402
 import threading  # noqa: E402
@@ -48,7 +51,7 @@ from tqdm import tqdm  # noqa: E402
 import checkpoint  # noqa: E402
 import saving  # noqa: E402
 import sd3_impls  # noqa: E402
-from checkpoint import Part, WeightFile  # noqa: E402
+from checkpoint import Part, WeightFile, file_sha256  # noqa: E402
 from dit_embedder import ControlNet, ControlNetConfig, control_kind, control_pixels, controlnet_part  # noqa: E402
 from mmditx import ContextHook, MMDiT, MMDiTConfig  # noqa: E402
 from other_impls import (  # noqa: E402
@@ -64,6 +67,7 @@ from other_impls import (  # noqa: E402
     join_text,
     t5_position_bias,
 )
+from replay import Replay  # noqa: E402
 from residual import (  # noqa: E402
     RESIDUAL_FLAGS,
     ResidualConfig,
@@ -75,8 +79,10 @@ from residual import (  # noqa: E402
 from settings import (  # noqa: E402
     DEFAULT_DENOISE,
     DEFAULT_SEED,
+    FILE_SETTINGS,
     Settings,
     SkipLayerConfig,
+    folder_name,
     model_key,
     picture_seeds,
     read_prompts,
@@ -121,11 +127,26 @@ def choose_dtype(name: str, device: torch.device, stored: str = "F16") -> torch.
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cpu":
-        cpuinfo = Path("/proc/cpuinfo")
-        fast = cpuinfo.exists() and "bf16" in cpuinfo.read_text(errors="ignore")
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if "bf16" in _cpuinfo() else torch.float32
     own = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     return own.get(stored, torch.bfloat16)
+
+
+def device_record(device: torch.device) -> dict[str, Any]:
+    """What a device is called, and on a CPU how many threads compute: both can change the last bits of a picture."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device)}
+    if device.type != "cpu":
+        return {"device": device.type}
+    named = re.search(r"model name\s*: (.*)", _cpuinfo())
+    return {"device": named[1].strip() if named else platform.machine(), "threads": torch.get_num_threads()}
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text(errors="ignore")
+    except OSError:
+        return ""
 
 
 def encoder_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -159,6 +180,17 @@ def open_image(flag: str, path: str, width: int, height: int) -> Image.Image:
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         why = "is not a picture" if isinstance(error, UnidentifiedImageError) else f"cannot be read ({error})"
         raise ValueError(f"--{flag} {path}: {why}") from None
+
+
+def open_images(pictures: Sequence[Settings]) -> dict[tuple[str, str, int, int], Image.Image]:
+    """Pictures that settings start from or are guided by, by (flag, path, width, height); raises as `open_image`."""
+    wanted = {
+        (flag, path, s.width, s.height)
+        for s in pictures
+        for flag, path in (("init_image", s.init_image), ("controlnet_cond_image", s.controlnet_cond_image))
+        if path
+    }
+    return {key: open_image(*key) for key in sorted(wanted)}
 
 
 def unit_pixels(image: Image.Image) -> Tensor:
@@ -338,6 +370,15 @@ class SD3Inferencer:
         self.clip_tokenizer = CLIPTokenizer(checkpoint.find_tokenizer("clip", folders))
         self.t5_tokenizer = None if self.no_t5 else T5Tokenizer(checkpoint.find_tokenizer("t5", folders))
         self.positions = clip_l.positions
+
+    def encoder_files(self) -> dict[str, dict[str, Any]]:
+        """Name and bytes of the text encoders that are files of their own, by role."""
+        out = {}
+        for role, part in self.encoder_parts.items():
+            if part.file is not self.model_file:
+                size = sum(p.stat().st_size for p in {e.path for e in part.file.entries.values()})
+                out[role] = {"name": part.file.path.name, "bytes": size}
+        return out
 
     def check_size(self, width: int, height: int) -> None:
         """Raises ValueError for a size that the model's position grid or its cells do not allow."""
@@ -611,37 +652,59 @@ class SD3Inferencer:
         lengths = {self.pair_length(s.prompt, s.negative_prompt) for s in (a, b)}
         return shared and len(lengths) == 1
 
-    def make(self, pictures: Sequence[Settings]) -> Iterator[tuple[int, Settings, Image.Image]]:
+    def make(
+        self, pictures: Sequence[Settings], pad_batch: bool = False
+    ) -> Iterator[tuple[int, Settings, Image.Image]]:
         """Makes every picture; yields (number, settings, image) as each is done.
 
+        The settings' batch_size is then the number of rows that ran at once. pad_batch: fills a partial batch up to
+        batch_size, so that a picture does not depend, in its last bits, on how many were made with it.
         All prompts are encoded first. Raises ValueError before any weights load where a setting does not fit the
         model, and where a latent turns NaN or infinite.
         """
         for s in pictures:
             self.check_settings(s)
-        wanted = []
-        for s in pictures:
-            length = self.pair_length(s.prompt, s.negative_prompt)
-            wanted += [(s.prompt, length)] + ([(s.negative_prompt, length)] if s.cfg != 1 else [])
-        images = {
-            (flag, path, s.width, s.height): open_image(flag, path, s.width, s.height)
-            for s in pictures
-            for flag, path in (("init_image", s.init_image), ("controlnet_cond_image", s.controlnet_cond_image))
-            if path
-        }
-        self.encode(wanted)
+        images = open_images(pictures)
+        self.encode([text for s in pictures for text in self.texts(s)])
         self.get_mmdit()
         self.get_controlnet()
         for batch in self.batches(pictures):
             numbers, settings = zip(*batch, strict=True)
             what = f"picture {numbers[0] + 1}/{len(pictures)}"
-            latents = self.sample(settings, images, what)
-            check_finite(latents, "the latent", self.dtype)
-            self.get_vae()
-            for number, s, latent in zip(numbers, settings, latents, strict=True):
+            for number, made in zip(numbers, self.make_batch(settings, images, what, pad_batch), strict=True):
+                if isinstance(made[1], ValueError):
+                    raise made[1]
+                yield number, *made
+
+    def texts(self, s: Settings) -> list[tuple[str, int]]:
+        """What has to be encoded for a picture: (prompt, T5 length), see `encode`."""
+        length = self.pair_length(s.prompt, s.negative_prompt)
+        return [(s.prompt, length)] + ([(s.negative_prompt, length)] if s.cfg != 1 else [])
+
+    def make_batch(
+        self,
+        batch: Sequence[Settings],
+        images: Mapping[tuple, Image.Image] | None = None,
+        what: str = "",
+        pad_batch: bool = False,
+    ) -> Iterator[tuple[Settings, Image.Image | ValueError]]:
+        """The pictures of one batch (see `batches`); in place of one that turned NaN or infinite its error.
+
+        images: see `sample`; pad_batch: see `make`.
+        """
+        rows = batch[0].batch_size if pad_batch else len(batch)
+        latents = self.sample([*batch, *[batch[-1]] * (rows - len(batch))], images, what)
+        self.get_vae()
+        for s, latent in zip(batch, latents[: len(batch)], strict=True):
+            s = dataclasses.replace(s, batch_size=rows)
+            try:
+                check_finite(latent, "the latent", self.dtype)
                 with self.timed("decoding"):
                     image = self.vae_decode(latent[None])
-                yield number, s, image
+            except ValueError as error:
+                yield s, error
+            else:
+                yield s, image
 
     def check_settings(self, s: Settings) -> None:
         """Raises ValueError where settings do not fit the loaded model."""
@@ -725,6 +788,7 @@ class SD3Inferencer:
         negative_prompt: str = "",
         num_images: int = 1,
         batch_size: int = 1,
+        pad_batch: bool = False,
         controlnet_strength: float = 1.0,
         with_metadata: bool = True,
     ) -> list[Path]:
@@ -756,11 +820,11 @@ class SD3Inferencer:
         )
         folder = Path(out_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        digest = ModelHash(self.model_file) if with_metadata else None
+        made_with = MadeWith(self, pictures[0]) if with_metadata else None
         paths = []
-        for number, settings, image in self.make(pictures):
+        for number, settings, image in self.make(pictures, pad_batch):
             paths.append(folder / f"{number:06d}.png")
-            saving.save_picture(paths[-1], image, settings, digest.wait() if digest else "", with_metadata)
+            saving.save_picture(paths[-1], image, settings, made_with and made_with.wait())
         return paths
 
     def plan(self, prompts: Sequence[str], seeds: Sequence[int], **values: Any) -> list[Settings]:
@@ -825,21 +889,41 @@ def residual_notes(flags: Flags, config: ResidualConfig) -> Iterator[str]:
         yield f"note: --residual_rotations is not used: --residual_mode is {config.mode}, not aligned"
 
 
-class ModelHash:
-    """sha256 of the model file, computed while the first picture is made."""
+def _sha256(path: Path) -> str:
+    return file_sha256(*path.rglob("*.safetensors")) if path.is_dir() else file_sha256(path)
 
-    def __init__(self, file: WeightFile):
-        self.file = file
-        self.value = ""
+
+class MadeWith:
+    """What pictures are made with beside their settings: hashes of the files, text encoders and the device. The
+    hashes are computed while the first picture is made.
+    """
+
+    def __init__(self, engine: SD3Inferencer, settings: Settings):
+        self.engine, self.settings = engine, settings
+        self.value: dict[str, Any] = {}
+        self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
-        self.value = self.file.sha256
+        try:
+            engine, s = self.engine, self.settings
+            named = {name: getattr(s, name) for name in FILE_SETTINGS if name != "model"}
+            files = {name: _sha256(Path(path)) for name, path in named.items() if path}
+            self.value = {
+                "model_sha256": engine.model_file.sha256,
+                **({"files": files} if files else {}),
+                **({"encoders": named} if (named := engine.encoder_files()) else {}),
+                "device": device_record(engine.device),
+            }
+        except BaseException as error:  # handed to whoever waits
+            self.error = error
 
-    def wait(self) -> str:
-        """The hash, once it is there."""
+    def wait(self) -> dict[str, Any]:
+        """The record, once it is there; raises OSError where a file could not be read."""
         self.thread.join()
+        if self.error is not None:
+            raise self.error
         return self.value
 
 
@@ -916,38 +1000,56 @@ def load_for(flags: Flags) -> SD3Inferencer:
     )
 
 
-def run(flags: Flags, given: Sequence[str] = ()) -> Path | None:
-    """Does what the flags say; returns the folder of the pictures. Raises ValueError or FileNotFoundError for what
-    is wrong with them before any weights load.
+def plan_for(
+    engine: SD3Inferencer,
+    flags: Flags,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    skip_layer: SkipLayerConfig | None = None,
+) -> list[Settings]:
+    """Settings of every picture that flags ask for, checked against the loaded model and the files they name.
+
+    seeds: as many per prompt as there are pictures of it; skip_layer: in place of the model's own. Raises ValueError
+    or FileNotFoundError.
     """
-    if flags.list_models:
-        print(list_models(flags.model_folder or "models"))
-        return None
-    started = time.time()
-    prompts, name = read_prompts(flags.prompt)
-    saving.check_writable(flags.out_dir)
-    engine = load_for(flags)
-    values, skip_layer = resolve(flags, engine.model_file.metadata, engine.large_controlnet)
-    residual = ResidualConfig.from_flags(flags.residual(), flags.residual_config)
+    values, known = resolve(flags, engine.model_file.metadata, engine.large_controlnet)
     pictures = engine.plan(
         prompts,
-        flags.seeds(len(prompts)),
+        seeds,
         negative_prompt=flags.negative_prompt,
         init_image=flags.init_image,
         denoise=flags.denoise,
         controlnet_cond_image=flags.controlnet_cond_image,
         controlnet_strength=flags.controlnet_strength,
-        skip_layer=skip_layer,
+        skip_layer=skip_layer or known,
         batch_size=flags.batch_size,
         **values,
-        **residual_settings(residual),
+        **residual_settings(ResidualConfig.from_flags(flags.residual(), flags.residual_config)),
     )
-    for s in pictures[:1]:  # they differ in prompt and seed only
-        engine.check_settings(s)
-        for flag, path in (("init_image", s.init_image), ("controlnet_cond_image", s.controlnet_cond_image)):
-            if path:
-                open_image(flag, path, s.width, s.height)
-    if flags.skip_layer_cfg and skip_layer is None:
+    engine.check_settings(pictures[0])  # they differ in prompt and seed only
+    open_images(pictures[:1])
+    return pictures
+
+
+def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -> Path | None:
+    """Does what the flags say; returns the folder of the pictures. Raises ValueError or FileNotFoundError for what
+    is wrong with them before any weights load.
+
+    replay: the picture that is made again; the flags then hold its settings.
+    """
+    if flags.list_models:
+        print(list_models(flags.model_folder or "models"))
+        return None
+    started = time.time()
+    if replay and "prompt" not in replay.given:
+        prompts, name = [flags.prompt], folder_name(flags.prompt)
+    else:
+        prompts, name = read_prompts(flags.prompt)
+    saving.check_writable(flags.out_dir)
+    engine = load_for(flags)
+    residual = ResidualConfig.from_flags(flags.residual(), flags.residual_config)
+    pictures = plan_for(engine, flags, prompts, flags.seeds(len(prompts)), replay.skip_layer() if replay else None)
+    if flags.skip_layer_cfg and pictures[0].skip_layer is None:
         engine.say(f"note: no skip-layer settings are known for {Path(flags.model).name}; --skip_layer_cfg is off")
     for note in residual_notes(flags, residual):
         engine.say(note)
@@ -959,13 +1061,16 @@ def run(flags: Flags, given: Sequence[str] = ()) -> Path | None:
     folder = saving.make_folder(Path(flags.out_dir) / model_name, name, flags.postfix)
     record = RunRecord(folder, flags, given, len(pictures), engine)
     saving.write_json(folder / RESIDUAL_FILE, residual.as_file(folder))
-    digest = None if flags.no_metadata else ModelHash(engine.model_file)
+    made_with = MadeWith(engine, pictures[0])
     try:
-        for number, settings, image in engine.make(pictures):
+        for number, settings, image in engine.make(pictures, flags.pad_batch):
             path = folder / f"{number:06d}.png"
-            saving.save_picture(path, image, settings, digest.wait() if digest else "", not flags.no_metadata)
-            record.add(path, settings, digest.wait() if digest else "")
+            saving.save_picture(path, image, settings, None if flags.no_metadata else made_with.wait())
+            record.add(path, settings, made_with)
             tqdm.write(str(path))
+            if replay and number == 0:
+                for line in replay.report(image, settings, made_with.wait()):
+                    engine.say(line)
         record.status = "finished"
     except (KeyboardInterrupt, Stopped):
         record.status = "stopped"
@@ -998,15 +1103,15 @@ class RunRecord:
         self.engine = engine
         self.status = "running"
         self.pictures: list[dict[str, Any]] = []
-        self.model_sha256 = ""
+        self.made_with: dict[str, Any] = {}
         self.started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         self.start = self.written = time.time()
         self.flags, self.given, self.total = flags, list(given), total
 
-    def add(self, path: Path, settings: Settings, model_sha256: str) -> None:
+    def add(self, path: Path, settings: Settings, made_with: MadeWith) -> None:
         """Notes a finished picture."""
-        self.model_sha256 = model_sha256
-        self.pictures.append({"file": path.name, "settings": saving.public_settings(settings)})
+        self.made_with = made_with.wait()
+        self.pictures.append({"file": path.name, "settings": settings.public()})
         if time.time() - self.written > self.EVERY:
             self.write()
 
@@ -1017,11 +1122,10 @@ class RunRecord:
             "started": self.started,
             "seconds": round(time.time() - self.start, 2),
             "stages": {name: round(spent, 2) for name, spent in self.engine.stages.items()},
-            "device": str(self.engine.device),
             "dtype": str(self.engine.dtype).removeprefix("torch."),
             "arguments": self.given,
             "flags": self.flags,
-            "model_sha256": self.model_sha256,
+            **self.made_with,
             "versions": saving.versions(),
             "planned": self.total,
             "pictures": self.pictures,
@@ -1077,7 +1181,9 @@ def infer(
     device=None,
     dtype=None,
     no_t5=None,
+    pad_batch=None,
     no_metadata=None,
+    replay=None,
     list_models=None,
 ):
     """Makes pictures from an SD3 or SD3.5 weight file, with residual text streaming.
@@ -1122,11 +1228,29 @@ def infer(
         device: auto, cpu, cuda, cuda:N or mps.
         dtype: auto, float32, bfloat16 or float16 (fp32, bf16, fp16).
         no_t5: zeros in place of T5's tokens; T5 need not be there.
+        pad_batch: fills a partial batch up, so that no picture depends on how many are made with it.
         no_metadata: pictures carry no settings.
+        replay: a picture of ours that is made again; other flags replace single settings of it.
         list_models: shows what is in the models folder, what is missing and how to get it.
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    run(Flags.read(given), [f"--{name}={value}" for name, value in given.items()])
+    typed = [f"--{name}={value}" for name, value in given.items()]
+    if replay is None:
+        run(Flags.read(given), typed)
+    else:
+        picture = Replay.read(given)
+        run(Flags.read(picture.flags(available_devices(picture.record["settings"]))), typed, picture)
+
+
+def available_devices(settings: Mapping[str, Any]) -> dict[str, str]:
+    """`auto` for each device that a picture was made on and that is not here."""
+    out = {}
+    for flag in ("device", "text_encoder_device"):
+        try:
+            choose_device(settings.get(flag, "auto"), flag)
+        except (ValueError, RuntimeError):
+            out[flag] = "auto"
+    return out
 
 
 def help_text() -> str:

@@ -516,7 +516,7 @@ def measure(flags: Mapping[str, Any]) -> Path:
         "kept_tokens": measurement.filled,
         "neighbours": min(flags["neighbours"], measurement.filled - 1),
         "tokens": measurement.sums[0][0].tokens,
-        "settings": saving.public_settings(engine.plan([""], [flags.get("seed", 0)], **values)[0]),
+        "settings": engine.plan([""], [flags.get("seed", 0)], **values)[0].public(),
         "dtype": str(engine.dtype).removeprefix("torch."),
         "versions": saving.versions(),
         "chance": measurement.chance(),

@@ -199,10 +199,12 @@ def _unquote(item: str) -> str:
 
 
 def read_layers(flag: str, value: Any) -> tuple[int, ...]:
-    """Layer numbers, each at least 0, and ranges: `2-22` (both ends count) and `2-22:2` (every second).
+    """Layer numbers, each at least 0, and ranges: `2-22` (both ends count) and `2-22:2` (every second); `none`.
 
     The upper end is checked once the model's depth is known.
     """
+    if isinstance(value, str) and value.strip().lower() == "none":
+        return ()
     return tuple(layer for item in read_list(flag, value) for layer in _layer_range(flag, item))
 
 
@@ -307,6 +309,14 @@ def folder_name(text: str) -> str:
 # ---- one picture ---------------------------------------------------------------------------------
 
 
+FILE_SETTINGS = ("model", "vae", "init_image", "controlnet_ckpt", "controlnet_cond_image", "residual_rotations")
+
+
+def base_name(path: str | None) -> str | None:
+    """A path without its folders, whichever system wrote it."""
+    return None if path is None else os.path.basename(path.replace("\\", "/").rstrip("/"))
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides one picture. Files are named as given; what they hold is the business of others."""
@@ -341,7 +351,7 @@ class Settings:
     dtype: str = "auto"
     device: str = "auto"
     text_encoder_device: str = "auto"
-    batch_size: int = 1
+    batch_size: int = 1  # rows that were sampled at once
 
     def __post_init__(self) -> None:
         """Checks every field; raises ValueError naming the flag."""
@@ -363,9 +373,16 @@ class Settings:
         """Plain values, ready for JSON."""
         return dataclasses.asdict(self)
 
+    def public(self) -> dict[str, Any]:
+        """Plain values for a record that others may see: files by their names, without folders."""
+        values = self.asdict()
+        return values | {name: base_name(values[name]) for name in FILE_SETTINGS}
+
     def digest(self) -> str:
-        """A canonical hash of what decides the picture: the same for the same settings on any machine."""
-        return hashlib.sha256(json.dumps(self.asdict(), sort_keys=True).encode()).hexdigest()
+        """A canonical hash of what decides the picture: the same for the same settings on any machine, wherever the
+        files lie there.
+        """
+        return hashlib.sha256(json.dumps(self.public(), sort_keys=True).encode()).hexdigest()
 
 
 def check_residual(
@@ -481,7 +498,9 @@ class Flags:
     device: str = "auto"
     dtype: str = "auto"
     no_t5: bool = False
+    pad_batch: bool = False
     no_metadata: bool = False
+    replay: str | None = None
     list_models: bool = False
 
     @classmethod
@@ -563,7 +582,9 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "device": read_device,
     "dtype": lambda flag, value: read_dtype(value),
     "no_t5": read_bool,
+    "pad_batch": read_bool,
     "no_metadata": read_bool,
+    "replay": _filled,
     "list_models": read_bool,
 }
 

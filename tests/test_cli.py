@@ -446,11 +446,11 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path):
 
 
 def test_a_full_disk_is_one_line(small_model, tmp_path, monkeypatch, capsys):
-    def full(self, f, *a, **k):
-        f.write(b"half")
-        raise OSError(28, "No space left on device")
+    def full(handle):
+        if os.pread(handle, 4, 0) == b"\x89PNG":
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(saving.os, "fsync", full)
     assert cli(*quick(small_model, tmp_path, "--prompt", "a star", "--steps", 1)) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(error) == 1

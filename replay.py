@@ -1,0 +1,144 @@
+"""`--replay FILE.png`: the settings that a picture carries, as flags again, and what became different since."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+import saving
+from settings import FILE_SETTINGS, READERS, Settings, SkipLayerConfig, read_layers
+
+RECORDS = ("run.json", "sweep.json")  # files beside or above a picture that name its files with their folders
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A picture's record, and the flags given beside `--replay`, which replace single settings."""
+
+    path: Path
+    record: Mapping[str, Any]
+    given: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> Replay:
+        """From raw flags, `replay` among them; raises FileNotFoundError, or ValueError where there are no settings."""
+        path = given["replay"]
+        record = saving.read_record(path)
+        known = {f.name for f in dataclasses.fields(Settings)}
+        if unknown := sorted(set(record["settings"]) - known):
+            raise ValueError(f"--replay {path}: was made by another version; unknown here: {', '.join(unknown)}")
+        if missing := sorted({"prompt", "model"} - set(record["settings"])):
+            raise ValueError(f"--replay {path}: its settings cannot be read: {', '.join(missing)} missing")
+        return cls(Path(path), record, given)
+
+    def flags(self, available: Mapping[str, str]) -> dict[str, Any]:
+        """Raw flags that make the picture again, the given ones in their place.
+
+        available: devices to take in place of the recorded ones, by flag. Raises FileNotFoundError for a file that
+        is not found by its name (see `find`).
+        """
+        raw = {n: v for n, v in self.record["settings"].items() if v is not None and n in READERS}
+        if "residual_config" in self.given:
+            raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
+        targets = self.given.get("residual_target_layers", raw.get("residual_target_layers"))
+        if not read_layers("residual_target_layers", targets):  # off: the rest would only be in the way
+            raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
+        weights = raw.get("residual_weights")
+        if weights and len(set(weights)) == 1:
+            raw["residual_weights"] = weights[:1]  # so that it holds for other targets too
+        if self.given.get("residual_mode", raw.get("residual_mode")) != "aligned":
+            raw.pop("residual_rotations", None)
+        raw["skip_layer_cfg"] = self.record["settings"].get("skip_layer") is not None
+        raw["pad_batch"] = True
+        raw |= available
+        for name in FILE_SETTINGS:
+            if name in raw and name not in self.given:
+                raw[name] = self.find(name, raw[name])
+        return raw | self.given
+
+    def skip_layer(self) -> SkipLayerConfig | None:
+        """The recorded skip-layer guidance, unless the flag was given again."""
+        values = self.record["settings"].get("skip_layer")
+        if not values or "skip_layer_cfg" in self.given:
+            return None
+        try:
+            return SkipLayerConfig(**values | {"layers": tuple(values["layers"])})
+        except (TypeError, KeyError):
+            raise ValueError(f"--replay {self.path}: its skip-layer settings cannot be read") from None
+
+    def find(self, flag: str, name: str) -> str:
+        """The path of a file that the picture names without its folder: where the record of its run says, beside the
+        picture, here, or in `models` (or --model_folder).
+        """
+        places = list(dict.fromkeys(self._places(flag, name)))
+        for place in places:
+            if os.path.exists(place):
+                return str(place)
+        looked = ", ".join(sorted({os.path.dirname(p) or "." for p in map(str, places)}))
+        raise FileNotFoundError(
+            f"--replay {self.path}: was made with {flag} {name}, which is not in {looked}; name it with --{flag}"
+        )
+
+    def _places(self, flag: str, name: str) -> Iterator[Path]:
+        for folder in (self.path.parent, self.path.parent.parent):
+            for record in RECORDS:
+                try:
+                    values = json.loads((folder / record).read_text(encoding="utf-8"))
+                    paths = [values["flags"].get(flag), *values.get("files", {})]
+                except (OSError, ValueError, KeyError, AttributeError, TypeError):
+                    continue
+                yield from (Path(p) for p in paths if p and os.path.basename(str(p).rstrip("/")) == name)
+        models = Path(self.given.get("model_folder") or "models")
+        yield from (self.path.parent / name, Path(name), models / name)
+        yield from sorted(models.glob(f"*/{glob.escape(name)}"))
+
+    def changed(self, settings: Settings) -> list[str]:
+        """Settings that the picture made now does not share with the recorded ones."""
+        now, then = json.loads(json.dumps(settings.public())), self.record["settings"]
+        return [f"{n} {then[n]} -> {now[n]}" for n in now if n in then and then[n] != now[n]]
+
+    def differs(self, made_with: Mapping[str, Any]) -> list[str]:
+        """What else differs between then and now: files, versions, the device."""
+        now = json.loads(json.dumps({**made_with, "versions": saving.versions()}))
+        out = []
+        if self.record.get("model_sha256") and now.get("model_sha256") != self.record["model_sha256"]:
+            out.append("the model file's contents")
+        for kind, what in (("files", "contents of {}"), ("encoders", "text encoder {}")):
+            then = self.record.get(kind, {})
+            out += [what.format(n) for n in then if now.get(kind, {}).get(n) != then[n]]
+        for kind in ("versions", "device"):
+            then, here = self.record.get(kind, {}), now.get(kind, {})
+            out += [f"{n} {then[n]} -> {here.get(n, 'none')}" for n in then if then[n] != here.get(n)]
+        return out
+
+    def report(self, image: Image.Image, settings: Settings, made_with: Mapping[str, Any]) -> list[str]:
+        """Lines for the shell: whether `image` is the picture bit for bit, and what is known to differ."""
+        changed, differs = self.changed(settings), self.differs(made_with)
+        lines = [f"replay: changed {', '.join(changed)}"] if changed else []
+        lines += [f"replay: not as it was then: {', '.join(differs)}"] if differs else []
+        told = compare(self.path, image)
+        if told and not changed and not differs:
+            told += "; nothing that was recorded differs"
+        return [*lines, f"replay: {told}" if told else f"replay: the same picture as {self.path}, bit for bit"]
+
+
+def compare(path: Path, image: Image.Image) -> str:
+    """How a picture differs from the one in a file, or `` where all pixels are equal."""
+    with Image.open(path) as there:
+        then = np.asarray(there.convert("RGB"), dtype=np.int16)
+    now = np.asarray(image.convert("RGB"), dtype=np.int16)
+    if then.shape != now.shape:
+        return f"{path} is {then.shape[1]} x {then.shape[0]}, this one {now.shape[1]} x {now.shape[0]}"
+    apart = np.abs(then - now).max(axis=-1)
+    if not apart.any():
+        return ""
+    return f"{(apart > 0).mean():.1%} of the pixels differ from {path}, by at most {apart.max()} of 255"
