@@ -93,7 +93,7 @@ class Replay:
             for record in RECORDS:
                 try:
                     values = json.loads((folder / record).read_text(encoding="utf-8"))
-                    paths = [values["flags"].get(flag), *values.get("files", {})]
+                    paths = [values.get("flags", {}).get(flag), *values.get("files", {})]
                 except (OSError, ValueError, KeyError, AttributeError, TypeError):
                     continue
                 yield from (Path(p) for p in paths if p and os.path.basename(str(p).rstrip("/")) == name)

@@ -421,6 +421,11 @@ class SD3Inferencer:
         rest = self.positions if self.t5_tokenizer is None else length
         return torch.cat([torch.arange(self.positions) < words, torch.arange(rest) < pieces])
 
+    def know_text(self, text: Mapping[tuple[str, int], tuple[Tensor, Tensor]]) -> None:
+        """Takes prompts that another engine of the same files encoded: by (prompt, T5 length), see `get_cond`."""
+        for key, cond in text.items():
+            self._cond[key] = tuple(part.to(self.device, self.dtype) for part in cond)
+
     def forget_text(self) -> None:
         """Drops the prompts encoded so far; they are encoded again where they come again."""
         self._cond.clear()

@@ -382,7 +382,12 @@ class Settings:
         """A canonical hash of what decides the picture: the same for the same settings on any machine, wherever the
         files lie there.
         """
-        return hashlib.sha256(json.dumps(self.public(), sort_keys=True).encode()).hexdigest()
+        return digest_of(self.public())
+
+
+def digest_of(public: Mapping[str, Any]) -> str:
+    """The digest of settings by their public values, as a picture's record holds them."""
+    return hashlib.sha256(json.dumps(public, sort_keys=True).encode()).hexdigest()
 
 
 def check_residual(

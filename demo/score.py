@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import fire
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from demo.scenes import (
     BACKGROUNDS,
@@ -33,6 +32,7 @@ from demo.scenes import (
     relation_cells,
     render,
 )
+from saving import tile
 
 KINDS = ("single object", "two objects", "counting", "colours", "position", "colour attribution")
 LEAST_AREA = 0.008  # of the picture; smaller specks are no objects (a drawn object covers 0.03 and more)
@@ -101,6 +101,8 @@ def shape_of(mask: np.ndarray) -> str:
 
 def read_picture(picture: np.ndarray) -> list[Seen]:
     """The objects of a picture, uint8 (H, W, 3): what differs from the background, in connected pieces."""
+    from scipy import ndimage  # here, so that the statistics below need no scipy
+
     pixels = picture.astype(np.float32)
     background = np.median(pixels.reshape(-1, 3), axis=0)
     difference = np.linalg.norm(pixels - background, axis=-1)
@@ -341,23 +343,13 @@ def main(
         if setting == "off":
             results["off, shuffled prompts"] = shuffled(prompts, seen)
             if save:
-                contact_sheet(pictures, 20).save(save)
+                tile([Image.fromarray(p) for p in pictures], 20).save(save)
     used = engine.defaults | values
     told = ", ".join(f"{k} {used[k]}" for k in ("steps", "sampler", "cfg", "shift"))
     print(f"{len(prompts)} prompts, seeds {seed} to {seed + len(prompts) - 1}, {told}, {engine.dtype}")
     print(table(results, prompts))
     if "off" in results and len(columns) > 1:
         print("\n" + paired(results, prompts))
-
-
-def contact_sheet(pictures: Sequence[np.ndarray], columns: int) -> Image.Image:
-    """All pictures in one, row by row."""
-    height, width = pictures[0].shape[:2]
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * width, rows * height))
-    for i, picture in enumerate(pictures):
-        sheet.paste(Image.fromarray(picture), (i % columns * width, i // columns * height))
-    return sheet
 
 
 if __name__ == "__main__":

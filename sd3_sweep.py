@@ -1,0 +1,124 @@
+"""Many settings at once: a grid over any flag of sd3_infer.py, made with one load, resumable, with a report.
+
+python sd3_sweep.py --out swept --prompt prompts.txt --seed 0-3 --residual_target_layers "3,5;4" --residual_weights "0.3;1"
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from settings import READERS, range_int, read_arguments, read_bool, read_choice
+from sweep.grid import NO_PLACE, SWEPT, Grid
+
+LAYOUTS = ("geneval", "dpg", "t2i_compbench")
+SCORERS = ("demo", "clip")
+
+
+def _text(flag: str, value: Any) -> str:
+    return READERS["model"](flag, value)
+
+
+OWN: dict[str, Callable[[str, Any], Any]] = {
+    "out": _text,
+    "grid": _text,
+    "dry_run": read_bool,
+    "score": lambda flag, value: read_choice(flag, value, SCORERS),
+    "per_kind": range_int(1, 10_000),
+    "clip_model": _text,
+    "layout": lambda flag, value: read_choice(flag, value, LAYOUTS),
+    "ray": _text,
+    "cpus_per_worker": range_int(1, 10_000),
+}
+
+HELP = """usage: sd3_sweep.py --out FOLDER [--flag value ...]
+
+makes every combination of prompts, seeds and settings, and for each of them one without residual text streaming, off;
+run again, it goes on where it was
+  --out                   the sweep's folder: pictures/, index.html, sheet.png, results.csv, log.jsonl (needed)
+  --grid                  a YAML file with the same flags and, below `variants`, named settings
+  --dry_run               prints how many pictures there are, how many are done, and how long the rest will take
+  --prompt                a text, or a .txt file with a prompt a line, or .jsonl with {"prompt": ...} a line
+  --seed                  seeds and ranges, such as 0-3 or "0-3;10" (23)
+  --batch_size            pictures of one variant that share a run; a partial batch is filled up (1)
+  --score                 demo: the six kinds of the shipped model (without --prompt on its own prompts); clip
+  --per_kind              prompts of each kind with --score demo and no --prompt (40)
+  --clip_model            for --score clip: a folder with a CLIP model in transformers' layout
+  --layout                geneval, dpg or t2i_compbench: --prompt is that benchmark's own prompt file or folder, and
+                          FOLDER/<layout>/<variant> what its evaluator reads
+  --ray                   auto, or a cluster's address: one worker per GPU, or per --cpus_per_worker CPUs
+  --cpus_per_worker       threads of a worker where there is no GPU (all of a machine)
+
+any other flag of sd3_infer.py, with alternatives parted by `;`: --residual_weights "0.3;0.6" --cfg "3;5"
+(python sd3_infer.py --help); status: 0 all made, 1 some failed, 2 a mistake in flags or files"""
+
+
+def read_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The sweep's own flags, read, and those of the grid as typed; raises ValueError."""
+    raw = read_arguments(arguments, OWN | SWEPT | dict.fromkeys(NO_PLACE, _text))
+    flags = {name: OWN[name](name, value) for name, value in raw.items() if name in OWN}
+    if "out" not in flags:
+        raise ValueError("--out: is needed: the sweep's folder")
+    if "clip_model" in flags and flags.get("score") != "clip":
+        raise ValueError("--clip_model: is for --score clip")
+    if "per_kind" in flags and (flags.get("score") != "demo" or "prompt" in raw):
+        raise ValueError("--per_kind: is for --score demo without --prompt")
+    if "cpus_per_worker" in flags and "ray" not in flags:
+        raise ValueError("--cpus_per_worker: is for --ray")
+    return flags, {name: value for name, value in raw.items() if name not in OWN}
+
+
+def read_grid(flags: dict[str, Any], raw: Mapping[str, str]) -> tuple[Grid, Any]:
+    """The grid and, with --layout, its entries; raises ValueError or FileNotFoundError.
+
+    `flags` keep per_kind only where the prompts are those of --score demo.
+    """
+    prompts, entries = None, None
+    if "layout" in flags:
+        from sweep.layouts import read_entries
+
+        if "prompt" not in raw:
+            raise ValueError(f"--layout {flags['layout']}: needs --prompt, the benchmark's own prompts")
+        entries = read_entries(flags["layout"], raw["prompt"])
+        prompts = [e.prompt for e in entries]
+    elif flags.get("score") == "demo" and "prompt" not in raw and not _in_file(flags, "prompt"):
+        from sweep.scores import demo_prompts
+
+        prompts = demo_prompts(flags.setdefault("per_kind", 40))
+    grid = Grid.read(raw, flags.get("grid"), prompts)
+    if entries is not None:
+        from sweep.layouts import check_entries
+
+        check_entries(flags["layout"], entries, grid)
+    return grid, entries
+
+
+def _in_file(flags: Mapping[str, Any], name: str) -> bool:
+    from sweep.grid import read_yaml
+
+    return "grid" in flags and name in read_yaml(flags["grid"])[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 1 where pictures failed, else see `sd3_infer.guarded`."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or {"--help", "-h"} & set(arguments):
+        print(HELP)
+        return 0 if arguments else 2
+    try:
+        flags, raw = read_flags(arguments)
+        grid, entries = read_grid(flags, raw)  # before torch is imported: a mistake need not wait for it
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    from sd3_infer import guarded
+    from sweep.run import run
+
+    failed: list[int] = []
+    status = guarded(lambda: failed.append(run(flags, grid, entries, arguments)), "--width, --height or --batch_size")
+    return status or int(bool(failed and failed[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

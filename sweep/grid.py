@@ -1,0 +1,266 @@
+"""The grid of a sweep: which prompts, which seeds, which variants of all other settings. Needs no torch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from settings import (
+    DEFAULT_SEED,
+    READERS,
+    SEED_LIMIT,
+    Flags,
+    base_name,
+    check_flag,
+    read_int,
+    read_layers,
+    read_list,
+    read_prompts,
+)
+
+NO_PLACE = {
+    "out_dir": "use --out",
+    "postfix": "use --out",
+    "seed_type": "name the seeds, such as --seed 0-3",
+    "num_images": "name the seeds, such as --seed 0-3",
+    "pad_batch": "batches are always filled up",
+    "no_metadata": "finished pictures are known by their settings",
+    "replay": "that is for sd3_infer.py",
+    "list_models": "that is for sd3_infer.py",
+    "verbose": "log.jsonl has it all",
+}
+SWEPT = {name: reader for name, reader in READERS.items() if name not in NO_PLACE}
+WHOLE = ("prompt", "negative_prompt", "seed")  # `;` has no meaning in these
+LISTS = ("residual_target_layers", "residual_weights")
+MOST_SEEDS = 100_000
+MOST_PICTURES = 1_000_000
+OFF = "off"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A column: raw flags of `sd3_infer.py` but for prompt and seed, and the column it is compared with (None for a
+    baseline itself).
+    """
+
+    name: str
+    raw: Mapping[str, Any]
+    baseline: str | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """prompts times seeds times variants; variants are in the order in which they are made, baselines first."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    variants: tuple[Variant, ...]
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any], file: str | None = None, prompts: Sequence[str] | None = None) -> Grid:
+        """From flags as typed, alternatives parted by `;`, and a YAML file whose values they replace.
+
+        prompts: in place of --prompt. Raises ValueError or FileNotFoundError, for every value that `sd3_infer.py`
+        refuses too.
+        """
+        values, named = read_yaml(file) if file else ({}, {})
+        values |= raw
+        check_names(values)
+        if prompts is None:
+            prompts = read_axis_prompts(values.get("prompt"))
+        seeds = read_seeds(values.get("seed", DEFAULT_SEED))
+        axes = {n: alternatives(n, v) for n, v in values.items() if n not in ("prompt", "seed")}
+        variants = cross(axes, named)
+        count = len(prompts) * len(seeds) * len(variants)
+        if count > MOST_PICTURES:
+            raise ValueError(f"this grid has {count:,} pictures; at most {MOST_PICTURES:,}")
+        return cls(tuple(dict.fromkeys(prompts)), seeds, variants)
+
+
+def check_names(values: Iterable[str]) -> None:
+    """Raises ValueError for a flag that there is not, or that has no place in a sweep."""
+    for name in values:
+        if name in NO_PLACE:
+            raise ValueError(f"--{name}: has no place in a sweep; {NO_PLACE[name]}")
+        check_flag(name, SWEPT)
+
+
+def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Values by flag and named variants of a YAML file; every number and word stays the text that stands there."""
+    try:
+        import yaml
+    except ImportError:
+        raise ValueError("--grid: needs PyYAML; get it with: pip install -r requirements-sweep.txt") from None
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--grid {path}: no such file")
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"--grid {path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"--grid {path}: must name flags and their values, such as `seed: 0-3`")
+    named = values.pop("variants", None) or {}
+    if not isinstance(named, dict) or not all(isinstance(v, dict) for v in named.values()):
+        raise ValueError(f"--grid {path}: variants must be names with flags below them")
+    for name, flags in named.items():
+        if name.strip().lower() in (OFF, ""):
+            raise ValueError(f"--grid {path}: a variant {name!r} cannot be named so; off is always there")
+        check_names(flags)
+        for flag in ("prompt", "seed"):
+            if flag in flags:
+                raise ValueError(f"--grid {path}: {name}: {flag} cannot differ between variants")
+        for flag, value in flags.items():
+            if len(alternatives(flag, value)) != 1:
+                raise ValueError(f"--grid {path}: {name}: {flag} must have one value in a named variant")
+    return values, named
+
+
+def alternatives(flag: str, value: Any) -> list[Any]:
+    """The values of an axis: what stands between `;`, or the items of a list. A list of plain numbers is one value of
+    the flags that take lists.
+    """
+    if isinstance(value, (list, tuple)):
+        plain = all(not isinstance(v, (list, tuple)) and re.fullmatch(r"\s*-?[\d.]+\s*", str(v)) for v in value)
+        items = [value] if flag in LISTS and plain else list(value)
+    elif isinstance(value, str) and ";" in value and flag not in WHOLE:
+        items = [part.strip() for part in value.split(";")]
+        items = items[:-1] if items[-1] == "" else items
+    else:
+        items = [value]
+    if not items:
+        raise ValueError(f"--{flag}: is an empty list")
+    return items
+
+
+def read_axis_prompts(value: Any) -> list[str]:
+    """Prompts from a text, a .txt or .jsonl file, or a list of texts; raises ValueError or FileNotFoundError."""
+    if value is None:
+        raise ValueError("--prompt: is needed: a text, or a .txt file with one prompt a line")
+    if isinstance(value, (list, tuple)):
+        if not value or not all(isinstance(v, str) and v.strip() for v in value):
+            raise ValueError("--prompt: must be texts")
+        return list(value)
+    if str(value).endswith(".jsonl"):
+        return [str(line["prompt"]) for line in read_jsonl("prompt", str(value), ("prompt",))]
+    return read_prompts(value)[0]
+
+
+def read_jsonl(flag: str, path: str, needed: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object a line; raises FileNotFoundError, or ValueError naming the line."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--{flag} {path}: no such file")
+    out = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"--{flag} {path}: cannot be read as UTF-8 text ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--{flag} {path}: line {number} is not JSON ({error})") from None
+        if not isinstance(item, dict) or any(not isinstance(item.get(n), str) for n in needed):
+            raise ValueError(f"--{flag} {path}: line {number} must be an object with {' and '.join(needed)}")
+        out.append(item)
+    if not out:
+        raise ValueError(f"--{flag} {path}: the file holds no prompt")
+    return out
+
+
+def read_seeds(value: Any) -> tuple[int, ...]:
+    """Seeds and ranges of seeds: `0-3`, `0-3;10`, `1,5,9`, each once."""
+    items = value.split(";") if isinstance(value, str) else value
+    seeds: dict[int, None] = {}
+    for item in read_list("seed", items):
+        match = re.fullmatch(r"(\d+)-(\d+)", str(item))
+        first, last = (int(match[1]), int(match[2])) if match else (item, item)
+        first, last = (read_int("seed", n, 0, SEED_LIMIT - 1) for n in (first, last))
+        if last < first or last - first >= MOST_SEEDS:
+            raise ValueError(f"--seed {item}: a range counts up, such as 0-3, and has at most {MOST_SEEDS:,} seeds")
+        seeds |= dict.fromkeys(range(first, last + 1))
+    if not seeds:
+        raise ValueError("--seed: names no seed")
+    return tuple(seeds)
+
+
+def is_residual(flag: str) -> bool:
+    """Whether a flag says something of residual text streaming only."""
+    return flag.startswith("residual_")
+
+
+def cross(axes: Mapping[str, Sequence[Any]], named: Mapping[str, Mapping[str, Any]]) -> tuple[Variant, ...]:
+    """The off variants, one for each combination of the axes that are not residual, then the combinations with residual
+    axes, then the named variants, which stand in place of residual axes.
+    """
+    plain = {n: v for n, v in axes.items() if not is_residual(n)}
+    residual = {n: v for n, v in axes.items() if is_residual(n)}
+    out: dict[str, Variant] = {}
+
+    def add(label: str, raw: dict[str, Any], baseline: str | None) -> str:
+        Flags.read(raw)
+        name, number = label, 2
+        while name in out:
+            name, number = f"{label} ({number})", number + 1
+        out[name] = Variant(name, raw, baseline)
+        return name
+
+    def off(raw: Mapping[str, Any]) -> str:
+        """The name of the baseline for settings, which is added where it is not there yet."""
+        own = {n: v for n, v in raw.items() if not is_residual(n)}
+        for variant in out.values():
+            if variant.baseline is None and dict(variant.raw) == own:
+                return variant.name
+        return add(", ".join([OFF, *labels(own, plain)]), own, None)
+
+    for raw in combinations(plain):
+        off(raw)
+    chosen = []  # named variants: name, raw flags, raw flags of what it is compared with
+    for name, flags in named.items():
+        for raw in combinations({n: v for n, v in plain.items() if n not in flags}):
+            own, first = raw | dict(flags), {n: v[0] for n, v in plain.items() if n in flags}
+            chosen.append((name, raw, own, own if any(map(is_residual, flags)) else first | raw))
+            off(chosen[-1][-1])
+    if residual:
+        for raw in combinations(plain | residual):
+            if residual_label(raw) != OFF:
+                add(", ".join([residual_label(raw), *labels(raw, plain)]), raw, off(raw))
+    for name, raw, own, without in chosen:
+        add(", ".join([name, *labels(raw, plain)]), own, off(without))
+    return tuple(out.values())
+
+
+def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every choice of one value per axis; the last axis turns fastest."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def labels(raw: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> list[str]:
+    """`cfg 3`, for every flag that is not residual and not the same in all variants."""
+    differs = [n for n in raw if not is_residual(n) and (n not in axes or len(axes[n]) > 1)]
+    return [f"{n} {base_name(str(raw[n]))}" for n in differs]
+
+
+def residual_label(raw: Mapping[str, Any]) -> str:
+    """`[MODE:]ORIGIN:TARGETS:WEIGHTS` and what else is set, or off."""
+    if "residual_config" not in raw and not read_layers("targets", raw.get("residual_target_layers")):
+        return OFF
+    text = {n.removeprefix("residual_"): _spelt(v) for n, v in raw.items() if is_residual(n)}
+    out = [base_name(text.pop("config"))] if "config" in text else []
+    mode = text.pop("mode", "add")
+    main = [text.pop("origin_layer", "0"), text.pop("target_layers", ""), text.pop("weights", "1.0")]
+    if main[1]:
+        out.insert(0, ":".join([*([mode] if mode != "add" else []), *main]))
+    elif mode != "add":
+        out.append(mode)
+    return ", ".join(out + [f"{n} {base_name(v)}" for n, v in text.items()])
+
+
+def _spelt(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else re.sub(r"\s*,\s*|\s+", ",", str(value))

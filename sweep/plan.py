@@ -1,0 +1,161 @@
+"""From a grid to pictures: their settings, identities and batches."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from sd3_infer import SD3Inferencer, load_for, plan_for
+from settings import FILE_SETTINGS, SKIP_LAYERS, Flags, Settings, model_key
+from sweep.grid import Grid, Variant
+
+ENGINE = ("model", "vae", "controlnet_ckpt", "model_folder", "device", "text_encoder_device", "dtype", "no_t5")
+SHORT = 20  # letters of a digest in a file's name
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One picture of a sweep: where it stands (variant, prompt and seed by number) and what decides it."""
+
+    variant: int
+    prompt: int
+    seed: int
+    settings: Settings
+    length: int  # T5 tokens, which pictures of a batch share
+    id: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures that share a run, at most batch_size; `engine` is the number of the engine that makes them."""
+
+    engine: int
+    pictures: tuple[Planned, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a sweep will hold, in the order in which it is made."""
+
+    grid: Grid
+    variants: tuple[Variant, ...]  # those of the grid, without such as come to the same settings
+    baselines: tuple[int, ...]  # by variant: the variant it is compared with, itself for a baseline
+    engines: tuple[Flags, ...]  # flags that an engine is loaded with
+    engine_of: tuple[int, ...]  # by variant
+    pictures: tuple[Planned, ...]
+
+    def batches(self, wanted: Collection[str]) -> list[Batch]:
+        """The pictures whose ids are wanted, in order, in batches of one variant and one T5 length."""
+        out: list[Batch] = []
+        for number in range(len(self.variants)):
+            own = [p for p in self.of(number) if p.id in wanted]
+            own.sort(key=lambda p: p.length)
+            while own:
+                size = own[0].settings.batch_size
+                batch = [p for p in own[:size] if p.length == own[0].length]
+                out.append(Batch(self.engine_of[number], tuple(batch)))
+                own = own[len(batch) :]
+        out.sort(key=lambda b: b.engine)  # stable: one load per engine
+        return out
+
+    def of(self, variant: int) -> Sequence[Planned]:
+        """The pictures of a variant."""
+        each = len(self.grid.prompts) * len(self.grid.seeds)
+        return self.pictures[variant * each : (variant + 1) * each]
+
+    def baseline(self, picture: Planned) -> Planned:
+        """The picture of the same prompt and seed that this one is compared with."""
+        each = len(self.grid.prompts) * len(self.grid.seeds)
+        place = self.grid.seeds.index(picture.seed)
+        return self.pictures[self.baselines[picture.variant] * each + picture.prompt * len(self.grid.seeds) + place]
+
+
+def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
+    """Settings of every picture, checked against the models that the variants name; headers are read, no weights.
+
+    Returns the plan and notes for the shell. Raises ValueError or FileNotFoundError as `sd3_infer.py` would.
+    """
+    engines: dict[tuple, tuple[Flags, SD3Inferencer]] = {}
+    kept: dict[tuple, int] = {}  # settings but for prompt and seed -> variant's number
+    numbers: dict[str, int] = {}
+    variants, engine_of, pictures, notes = [], [], [], []
+    paths: dict[tuple[str, str], str] = {}
+    for variant in grid.variants:
+        flags = Flags.read(variant.raw)
+        key = tuple(getattr(flags, name) for name in ENGINE)
+        if key not in engines:
+            engine = load_for(flags)
+            engine.quiet = True
+            engines[key] = (flags, engine)
+            if line := engine.unknown_words([*grid.prompts, flags.negative_prompt]):
+                notes.append(line)
+        engine = engines[key][1]
+        seeds = list(grid.seeds) * len(grid.prompts)
+        settings = plan_for(engine, flags, grid.prompts, seeds)
+        check_names(settings[0], paths)
+        identity = (settings[0].digest(), key)
+        if identity in kept:
+            numbers[variant.name] = kept[identity]
+            notes.append(f"note: {variant.name} comes to the same as {variants[kept[identity]].name}; made once")
+            continue
+        kept[identity] = numbers[variant.name] = number = len(variants)
+        variants.append(variant)
+        engine_of.append(list(engines).index(key))
+        lengths = [engine.pair_length(p, flags.negative_prompt) for p in grid.prompts]
+        pictures += [
+            Planned(number, i // len(grid.seeds), s.seed, s, lengths[i // len(grid.seeds)], s.digest()[:SHORT])
+            for i, s in enumerate(settings)
+        ]
+    return Plan(
+        grid,
+        tuple(variants),
+        tuple(numbers[v.baseline] if v.baseline else i for i, v in enumerate(variants)),
+        tuple(flags for flags, _ in engines.values()),
+        tuple(engine_of),
+        tuple(pictures),
+    ), notes
+
+
+def check_names(settings: Settings, paths: dict[tuple[str, str], str]) -> None:
+    """Raises ValueError where two files of a sweep share a name, by which pictures are known."""
+    for (flag, name), path in file_paths(settings).items():
+        if paths.setdefault((flag, name), path) != path:
+            raise ValueError(f"--{flag} {path}: is called as {paths[flag, name]} is; rename one of them")
+
+
+def file_paths(settings: Settings) -> dict[tuple[str, str], str]:
+    """Paths of the files that a picture is made from, by flag and public name."""
+    public, values = settings.public(), settings.asdict()
+    return {(name, public[name]): values[name] for name in FILE_SETTINGS if values[name]}
+
+
+def command(settings: Settings, raw: Flags) -> list[str]:
+    """The words of the command that makes a picture of these settings, but for prompt and seed."""
+    usual = Settings(prompt="", model="")
+    words = ["python", "sd3_infer.py", f"--model={settings.model}"]
+    for name in ("sampler", "steps", "cfg", "shift", "width", "height"):
+        words.append(f"--{name}={getattr(settings, name)}")
+    for name, value in settings.asdict().items():
+        skipped = ("prompt", "seed", "model", "skip_layer", "sampler", "steps", "cfg", "shift", "width", "height")
+        if name in skipped or value == getattr(usual, name):
+            continue
+        words.append(f"--{name}={','.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
+    if raw.model_folder:
+        words.append(f"--model_folder={raw.model_folder}")
+    if settings.skip_layer is not None and settings.skip_layer == SKIP_LAYERS.get(model_key(settings.model)):
+        words.append("--skip_layer_cfg")
+    if settings.batch_size > 1:
+        words.append("--pad_batch")
+    return [shlex.quote(w) for w in words]
+
+
+def describe(plan: Plan) -> Iterator[str]:
+    """Lines that name the parts of a plan."""
+    prompts, seeds = len(plan.grid.prompts), len(plan.grid.seeds)
+    parts = [(prompts, "prompt"), (seeds, "seed"), (len(plan.variants), "variant")]
+    counts = " x ".join(f"{n} {what}{'s' if n != 1 else ''}" for n, what in parts)
+    yield f"{counts} = {len(plan.pictures)} picture{'s' if len(plan.pictures) != 1 else ''}"
+    for variant in plan.variants:
+        against = f"  (against {variant.baseline})" if variant.baseline not in (None, "off") else ""
+        yield f"  {variant.name}{against}"

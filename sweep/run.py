@@ -1,0 +1,166 @@
+"""One sweep from its grid to its report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from sweep.folder import SweepFolder
+from sweep.grid import Grid
+from sweep.plan import Batch, Plan, describe, make_plan
+from sweep.report import Report
+from sweep.scores import Scorer, clip_scorer, demo_scorer
+from sweep.work import Done, make_here
+
+Work = Callable[[Plan, Sequence[Batch]], Iterator[Done]]
+
+
+def say(text: str) -> None:
+    """A line for the person at the shell, above any progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def run(flags: Mapping[str, Any], grid: Grid, entries: Sequence[Any] | None, arguments: Sequence[str]) -> int:
+    """Makes what the grid still lacks; returns how many pictures failed. Raises ValueError or FileNotFoundError for
+    mistakes, before any weights load.
+    """
+    started = time.time()
+    folder = SweepFolder(flags["out"])
+    work: Work = make_here
+    if "ray" in flags:
+        from sweep.cluster import on_ray
+
+        work = on_ray(flags["ray"], flags.get("cpus_per_worker"))
+        plan, notes = work.plan(grid)
+    else:
+        plan, notes = make_plan(grid)
+    scorer = make_scorer(flags, grid)
+    folder.check(plan)
+    for note in notes:
+        say(note)
+    if flags.get("dry_run"):
+        dry_run(folder, plan)
+        return 0
+    folder.open()
+    try:
+        return _run(flags, folder, plan, entries, arguments, work, scorer, started)
+    finally:
+        folder.close()
+
+
+def make_scorer(flags: Mapping[str, Any], grid: Grid) -> Scorer | None:
+    """The scorer that --score names; raises ValueError or FileNotFoundError."""
+    if flags.get("score") == "demo":
+        scorer = demo_scorer(grid, flags.get("per_kind"))
+        if "per_kind" not in flags:
+            scorer(Image.new("RGB", (96, 96)), grid.prompts[0])
+        return scorer
+    return clip_scorer(flags.get("clip_model")) if flags.get("score") == "clip" else None
+
+
+def dry_run(folder: SweepFolder, plan: Plan) -> None:
+    """Prints how many pictures there are, how many are done and how long the rest will take."""
+    done, damaged = folder.finished(plan)
+    for line in [*describe(plan), *damaged]:
+        print(line)
+    left = len({p.id for p in plan.pictures}) - len(done)
+    spent = folder.seconds()
+    pictures = sum(count for _, count in spent)
+    told = "time unknown until the first pictures are made here"
+    if pictures:
+        each = sum(seconds for seconds, _ in spent) / pictures
+        told = f"about {duration(left * each)} ({each:.2f} s a picture, from the {pictures} made here)"
+    print(f"{len(done)} done, {left} to make: {told}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _run(
+    flags: Mapping[str, Any],
+    folder: SweepFolder,
+    plan: Plan,
+    entries: Sequence[Any] | None,
+    arguments: Sequence[str],
+    work: Work,
+    scorer: Scorer | None,
+    started: float,
+) -> int:
+    done, damaged = folder.finished(plan)
+    for line in damaged:
+        say(line)
+    folder.write_record(plan, arguments)
+    wanted = {p.id for p in plan.pictures} - done
+    batches = plan.batches(wanted)
+    folder.log("start", pictures=len(plan.pictures), done=len(done), batches=len(batches))
+    if earlier := len(folder.present() - {p.id for p in plan.pictures}):
+        say(f"note: {earlier} pictures of an earlier grid stay in {folder.path}, and are not in this report")
+    report = Report(folder, plan, flags.get("score"))
+    for p in plan.pictures:
+        if p.id in done:
+            finish(folder, plan, p, scorer, report)
+    report.write(running=bool(batches))
+    failed = made = 0
+    hashes: dict[str, str] = {}
+    status = "finished"
+    try:
+        with tqdm(total=len(plan.pictures), initial=len(done), unit="picture", desc=str(folder.path)) as bar:
+            for one in work(plan, batches):
+                for event in one.events:
+                    folder.log(**event)
+                for picture, result in zip(one.batch.pictures, one.results, strict=True):
+                    if isinstance(result, str):
+                        failed += 1
+                        where = f"{plan.variants[picture.variant].name}, seed {picture.seed}"
+                        say(f'failed: {where}, "{plan.grid.prompts[picture.prompt]}": {result}')
+                        folder.log("failed", picture=picture.id, why=result)
+                    else:
+                        folder.save(picture, result)
+                        folder.log("made", picture=picture.id)
+                        made += 1
+                        finish(folder, plan, picture, scorer, report)
+                    bar.update()
+                kept = [p.id for p, r in zip(one.batch.pictures, one.results, strict=True) if not isinstance(r, str)]
+                if kept:
+                    folder.log("batch", pictures=kept, seconds=round(one.seconds, 4))
+                if dict(one.hashes).items() - hashes.items():
+                    hashes |= one.hashes
+                    folder.write_record(plan, arguments, hashes)
+                report.write_now_and_then()
+    except BaseException:
+        status = "stopped"
+        say(f"stopped: {len(done) + made} of {len(plan.pictures)} pictures are in {folder.path}; run it again to go on")
+        raise
+    finally:
+        folder.log(status, made=made, failed=failed)
+        report.write(running=False, whole=status == "finished")
+    if entries is not None:
+        from sweep.layouts import write_layout
+
+        for path in write_layout(flags["layout"], entries, plan, folder):
+            say(f"{flags['layout']}: {path}")
+    if report.rows:
+        print(report.table())
+    seconds = time.time() - started
+    say(f"{made} made, {len(done)} were there, {failed} failed, in {seconds:.1f} s: {folder.path / 'index.html'}")
+    return failed
+
+
+def finish(folder: SweepFolder, plan: Plan, picture: Any, scorer: Scorer | None, report: Report) -> None:
+    """What follows from a finished picture: its difference to the baseline, its score, its place in the report."""
+    folder.save_difference(plan, picture)
+    if scorer is not None and (report.score, picture.id) not in report.scores:
+        with Image.open(folder.picture(picture.id)) as image:
+            scores = scorer(image, plan.grid.prompts[picture.prompt])
+        folder.add_scores(picture.id, scores, report.score)
+        report.scores[report.score, picture.id] = scores
+    report.add(picture)

@@ -1,0 +1,126 @@
+"""What makes the pictures of a sweep: one engine, loaded once, batch after batch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+import saving
+from sd3_infer import MadeWith, load_for, open_images
+from settings import FILE_SETTINGS, Flags, Settings
+from sweep.plan import Batch, Plan
+
+Result = bytes | str  # a finished PNG, or why there is none
+Text = dict[tuple[str, int], tuple[Tensor, Tensor]]
+
+
+class Maker:
+    """An engine with what a sweep needs around it. `events` collects what is to be logged."""
+
+    def __init__(self, flags: Flags, quiet: bool = False):
+        """Reads headers only; raises as `SD3Inferencer.load` does."""
+        self.engine = load_for(flags)
+        self.engine.quiet = quiet
+        self.events: list[dict[str, Any]] = []
+        self._made_with: dict[tuple, MadeWith] = {}
+
+    def encode(self, pictures: Sequence[Settings]) -> None:
+        """Encodes every distinct text of these pictures, each once."""
+        texts = list(dict.fromkeys(t for s in pictures for t in self.engine.texts(s)))
+        start = time.perf_counter()
+        self.engine.encode(texts)
+        self.events.append(
+            {
+                "event": "encode",
+                "texts": len({prompt for prompt, _ in texts}),
+                "prompts": sorted({prompt for prompt, _ in texts}),
+                "seconds": round(time.perf_counter() - start, 3),
+            }
+        )
+
+    def known(self, pictures: Sequence[Settings]) -> Text:
+        """The encoded texts of these pictures, on the CPU."""
+        texts = {t for s in pictures for t in self.engine.texts(s)}
+        return {t: tuple(part.cpu() for part in self.engine.get_cond(*t)) for t in texts}
+
+    def know(self, text: Text) -> None:
+        """Takes texts that were encoded elsewhere."""
+        self.engine.know_text(text)
+
+    def load(self) -> None:
+        """Loads the weights, unless they are there."""
+        if self.engine.mmdit is None:
+            start = time.perf_counter()
+            self.engine.get_mmdit()
+            self.engine.get_controlnet()
+            self.engine.get_vae()
+            model = str(self.engine.model_file.path.name)
+            self.events.append({"event": "load", "model": model, "seconds": round(time.perf_counter() - start, 3)})
+
+    def make(self, batch: Sequence[Settings]) -> list[Result]:
+        """The pictures of a batch, filled up to its batch_size; where that failed, why."""
+        self.load()
+        self.engine.quiet = True
+        try:
+            made = list(self.engine.make_batch(batch, open_images(batch[:1]), pad_batch=True))
+        except (RuntimeError, ValueError, OSError, MemoryError) as error:
+            return [" ".join(f"{type(error).__name__}: {error}".split())[:500]] * len(batch)
+        out: list[Result] = []
+        for settings, image in made:
+            if isinstance(image, ValueError):
+                out.append(str(image))
+            else:
+                out.append(saving.encode_picture(image, settings, self.made_with(settings).wait()))
+        return out
+
+    def made_with(self, settings: Settings) -> MadeWith:
+        """The record of files and device; files are read once."""
+        key = tuple(getattr(settings, name) for name in FILE_SETTINGS)
+        if key not in self._made_with:
+            self._made_with[key] = MadeWith(self.engine, settings)
+        return self._made_with[key]
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 by path of the files that were hashed so far."""
+        out = {}
+        for key, made_with in self._made_with.items():
+            paths = dict(zip(FILE_SETTINGS, key, strict=True))
+            record = made_with.wait()
+            out[paths["model"]] = record["model_sha256"]
+            out |= {paths[name]: value for name, value in record.get("files", {}).items()}
+        return out
+
+    def drain(self) -> list[dict[str, Any]]:
+        """What is to be logged since the last time."""
+        events, self.events = self.events, []
+        return events
+
+
+@dataclass(frozen=True)
+class Done:
+    """A batch with its results, the seconds it took, what is to be logged and the hashes of files known by then."""
+
+    batch: Batch
+    results: Sequence[Result]
+    seconds: float
+    events: Sequence[Mapping[str, Any]] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+
+def make_here(plan: Plan, batches: Sequence[Batch]) -> Iterator[Done]:
+    """Makes batches in this process; one engine is loaded at a time, and each once."""
+    maker, current = None, None
+    for batch in batches:
+        start = time.perf_counter()
+        if maker is None or batch.engine != current:
+            maker, current = None, batch.engine  # the former engine's memory goes first
+            maker = Maker(plan.engines[current])
+            maker.encode([p.settings for b in batches if b.engine == current for p in b.pictures])
+            maker.load()
+            start = time.perf_counter()
+        results = maker.make([p.settings for p in batch.pictures])
+        yield Done(batch, results, time.perf_counter() - start, maker.drain(), maker.hashes())
