@@ -1,6 +1,6 @@
 """Many settings at once: a grid over any flag of sd3_infer.py, made with one load, resumable, with a report.
 
-python sd3_sweep.py --out swept --prompt prompts.txt --seed 0-3 --residual_target_layers "3,5;4" --residual_weights "0.3;1"
+python sd3_sweep.py --out swept --prompt prompts.txt --seed 0-3 --residual_target_layers "3,5;4" --cfg "2.5;4"
 """
 
 from __future__ import annotations

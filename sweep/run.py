@@ -31,11 +31,11 @@ def run(flags: Mapping[str, Any], grid: Grid, entries: Sequence[Any] | None, arg
     """
     started = time.time()
     folder = SweepFolder(flags["out"])
-    work: Work = make_here
+    work: Any = make_here
     if "ray" in flags:
-        from sweep.cluster import on_ray
+        from sweep.cluster import OnRay
 
-        work = on_ray(flags["ray"], flags.get("cpus_per_worker"))
+        work = OnRay(flags["ray"], flags.get("cpus_per_worker"))
         plan, notes = work.plan(grid)
     else:
         plan, notes = make_plan(grid)

@@ -1,0 +1,175 @@
+"""Prompts of public benchmarks, and pictures in the folders that their evaluators read.
+
+GenEval (github.com/djghosh13/geneval): evaluation_metadata.jsonl, an object with `prompt` and `tag` a line; the
+evaluator walks 00000/, 00001/ ... for metadata.jsonl (one object) and samples/0000.png, 0001.png ...
+DPG-Bench (github.com/TencentQQGYLab/ELLA): dpg_bench/prompts/ID.txt, or dpg_bench.csv with item_id and text; the
+evaluator reads ID.png, which it cuts into 2 x 2 pictures of equal, square size.
+T2I-CompBench (github.com/Karine-Huang/T2I-CompBench): a prompt a line; the evaluators read samples/PROMPT_INDEX.png,
+take what precedes the first `_` for the prompt and the number after the last for the order.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+import saving
+from settings import read_prompts
+from sweep.grid import Grid, read_jsonl
+
+if TYPE_CHECKING:
+    from sweep.folder import SweepFolder
+    from sweep.plan import Plan
+
+DPG_PICTURES = 4
+LONGEST_NAME = 255  # bytes of a file's name
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A benchmark's prompt, the name that its evaluator knows it by, and the rest of its line."""
+
+    prompt: str
+    id: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def read_entries(layout: str, path: str) -> list[Entry]:
+    """The prompts of a benchmark's own file or folder; raises FileNotFoundError or ValueError naming what is wrong."""
+    entries = {"geneval": _read_geneval, "dpg": _read_dpg, "t2i_compbench": _read_compbench}[layout](path)
+    if not entries:
+        raise ValueError(f"--prompt {path}: holds no prompt")
+    return entries
+
+
+def _read_geneval(path: str) -> list[Entry]:
+    lines = read_jsonl("prompt", path, ("prompt", "tag"))
+    return [Entry(line["prompt"], f"{i:05d}", line) for i, line in enumerate(lines)]
+
+
+def _read_dpg(path: str) -> list[Entry]:
+    place = Path(path)
+    if place.is_dir():
+        texts = {p.stem: p.read_text(encoding="utf-8-sig").strip() for p in sorted(place.glob("*.txt"))}
+        return [Entry(text, name) for name, text in texts.items() if text]
+    if not place.is_file():
+        raise FileNotFoundError(f"--prompt {path}: no such file or folder")
+    with open(place, encoding="utf-8-sig", newline="") as file:
+        try:
+            lines = list(csv.DictReader(file))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompt {path}: cannot be read as CSV ({error})") from None
+    if not lines or not {"item_id", "text"} <= set(lines[0]):
+        raise ValueError(
+            f"--prompt {path}: must be DPG-Bench's folder of .txt files, or its .csv with item_id and text"
+        )
+    return list({line["item_id"]: Entry(line["text"].strip(), line["item_id"]) for line in lines}.values())
+
+
+def _read_compbench(path: str) -> list[Entry]:
+    if not path.endswith(".txt"):
+        raise ValueError(f"--prompt {path}: must be T2I-CompBench's .txt file with one prompt a line")
+    return [Entry(prompt, str(i)) for i, prompt in enumerate(read_prompts(path)[0])]
+
+
+def check_entries(layout: str, entries: Sequence[Entry], grid: Grid) -> None:
+    """Raises ValueError where pictures of this grid would not make what the evaluator reads."""
+    if layout == "dpg" and len(grid.seeds) != DPG_PICTURES:
+        raise ValueError(f"--layout dpg: needs {DPG_PICTURES} seeds for its 2 x 2 pictures, such as --seed 0-3")
+    for entry in entries:
+        if layout == "dpg" and re.search(r"[/\\]", entry.id):
+            raise ValueError(f"--prompt: the id {entry.id} cannot be the name of a file")
+        if layout == "t2i_compbench":
+            if re.search(r"[/_\x00]", entry.prompt):
+                raise ValueError(
+                    f'--layout t2i_compbench: "{entry.prompt}" has / or _, which its evaluators cannot read'
+                )
+            if len(compbench_name(entry.prompt, 0).encode()) > LONGEST_NAME:
+                raise ValueError(f'--layout t2i_compbench: "{entry.prompt[:60]}..." is too long for the name of a file')
+
+
+def compbench_name(prompt: str, index: int) -> str:
+    """`<prompt>_<index>.png`."""
+    return f"{prompt}_{index:06d}.png"
+
+
+def folder_of(name: str) -> str:
+    """A folder's name from a variant's."""
+    return re.sub(r"[^\w\-.,=]+", "_", name).strip("._") or "variant"
+
+
+def write_layout(layout: str, entries: Sequence[Entry], plan: Plan, folder: SweepFolder) -> Iterator[Path]:
+    """Writes FOLDER/<layout>/<variant> for every variant of which pictures are there; yields those folders."""
+    taken: set[str] = set()
+    for number, variant in enumerate(plan.variants):
+        name = folder_of(variant.name)
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        target = folder.path / layout / name
+        pictures = {(plan.grid.prompts[p.prompt], p.seed): folder.picture(p.id) for p in plan.of(number)}
+        rows = [(e, [q for s in plan.grid.seeds if (q := pictures[e.prompt, s]).exists()]) for e in entries]
+        if any(own for _, own in rows):
+            {"geneval": _write_geneval, "dpg": _write_dpg, "t2i_compbench": _write_compbench}[layout](target, rows)
+            yield target
+
+
+def _write_geneval(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> None:
+    for entry, pictures in rows:
+        if not pictures:
+            continue
+        own = target / entry.id
+        (own / "samples").mkdir(parents=True, exist_ok=True)
+        line = json.dumps(entry.metadata, ensure_ascii=False) + "\n"
+        saving.atomic_write(own / "metadata.jsonl", lambda f, line=line: f.write(line.encode()))
+        for i, picture in enumerate(pictures):
+            _place(picture, own / "samples" / f"{i:04d}.png")
+        _save(saving.tile([_open(p) for p in pictures], min(len(pictures), 4)), own / "grid.png")
+
+
+def _write_dpg(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for entry, pictures in rows:
+        if len(pictures) == DPG_PICTURES:  # one less would be another picture's place
+            _save(saving.tile([_open(p) for p in pictures], 2), target / f"{entry.id}.png")
+
+
+def _write_compbench(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> None:
+    (target / "samples").mkdir(parents=True, exist_ok=True)
+    index = 0
+    for entry, pictures in rows:
+        for picture in pictures:
+            _place(picture, target / "samples" / compbench_name(entry.prompt, index))
+            index += 1
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    data = io.BytesIO()
+    image.save(data, format="PNG")
+    saving.atomic_write(path, lambda f: f.write(data.getvalue()))
+
+
+def _place(picture: Path, target: Path) -> None:
+    """Links a picture to a second place, or copies it where the disk cannot."""
+    partial = target.with_name(f".{target.name[:40]}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(picture, partial)
+    except OSError:
+        partial.write_bytes(picture.read_bytes())
+    os.replace(partial, target)
+    partial.unlink(missing_ok=True)  # where both were the same file already, the name stays
