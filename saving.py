@@ -86,7 +86,7 @@ def make_folder(parent: Path, name: str, postfix: str | None, now: datetime.date
             raise ValueError(f"--out_dir: cannot make {folder} ({error.strerror})") from None
 
 
-def check_writable(out_dir: str) -> None:
+def check_writable(out_dir: str, flag: str = "out_dir") -> None:
     """Raises ValueError where pictures could not be written below `out_dir`; makes nothing."""
     place = Path(out_dir)
     while not place.exists():
@@ -94,9 +94,9 @@ def check_writable(out_dir: str) -> None:
             break
         place = place.parent
     if not place.is_dir():
-        raise ValueError(f"--out_dir {out_dir}: {place} is not a folder")
+        raise ValueError(f"--{flag} {out_dir}: {place} is not a folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"--out_dir {out_dir}: {place} cannot be written")
+        raise ValueError(f"--{flag} {out_dir}: {place} cannot be written")
 
 
 def _quoted(value: Any) -> str:

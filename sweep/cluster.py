@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,8 @@ class OnRay:
         """See `make_plan`; raises what it raises."""
         return self._get(self.workers[0].plan.remote(grid))
 
-    def __call__(self, plan: Plan, batches: Sequence[Batch]) -> Iterator[Done]:
-        """Makes batches on all workers; yields them as they are done."""
+    def __call__(self, plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], None]) -> Iterator[Done]:
+        """Makes batches on all workers; yields them as they are done. begin: told each batch as it is handed out."""
         for number in sorted({b.engine for b in batches}):
             own, flags = [b for b in batches if b.engine == number], plan.engines[number]
             pictures = [p.settings for b in own for p in b.pictures]
@@ -95,6 +95,7 @@ class OnRay:
             while waiting or running:
                 while waiting and idle:
                     worker, batch = idle.pop(), waiting.popleft()
+                    begin(batch)
                     running[worker.make.remote(number, flags, shared, [p.settings for p in batch.pictures])] = (
                         worker,
                         batch,

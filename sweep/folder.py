@@ -46,7 +46,7 @@ class SweepFolder:
             elif left := [p.name for p in self.path.iterdir() if p.name not in (".lock", "log.jsonl")]:
                 raise ValueError(f"--{flag} {path}: holds {left[0]}, and no sweep; name a new or empty folder")
         else:
-            saving.check_writable(str(path))
+            saving.check_writable(str(path), flag)
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -60,15 +60,17 @@ class SweepFolder:
 
     def open(self) -> None:
         """Makes the folder and takes it for this process; raises ValueError where another one has it."""
-        for name in ("pictures", "difference"):
-            (self.path / name).mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.path / ".lock", timeout=0)
         try:
+            for name in ("pictures", "difference"):
+                (self.path / name).mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.path / ".lock", timeout=0)
             self.lock.acquire()
         except Timeout:
             raise ValueError(
                 f"--{self.flag} {self.path}: another sweep is running in this folder; wait for it or name another"
             ) from None
+        except OSError as error:
+            raise ValueError(f"--{self.flag} {self.path}: cannot be written ({error.strerror})") from None
         for partial in (*self.path.glob(".*.partial"), *self.path.glob("*/.*.partial")):
             partial.unlink(missing_ok=True)  # left by a process that was killed
 

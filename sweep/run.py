@@ -17,7 +17,7 @@ from sweep.report import Report
 from sweep.scores import Scorer, clip_scorer, demo_scorer
 from sweep.work import Done, make_here
 
-Work = Callable[[Plan, Sequence[Batch]], Iterator[Done]]
+Work = Callable[[Plan, Sequence[Batch], Callable[[Batch], None]], Iterator[Done]]
 
 
 def say(text: str) -> None:
@@ -114,7 +114,7 @@ def _run(
     status = "finished"
     try:
         with tqdm(total=len(plan.pictures), initial=len(done), unit="picture", desc=str(folder.path)) as bar:
-            for one in work(plan, batches):
+            for one in work(plan, batches, lambda b: folder.log("begin", pictures=[p.id for p in b.pictures])):
                 for event in one.events:
                     folder.log(**event)
                 for picture, result in zip(one.batch.pictures, one.results, strict=True):

@@ -111,11 +111,14 @@ def clip_scorer(model: str | None, device: str = "auto") -> Scorer:
     if not Path(model).is_dir():
         raise FileNotFoundError(f"--clip_model {model}: no such folder")
     try:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
     except ImportError:
         raise ValueError("--score clip: needs transformers; get it with: pip install transformers") from None
     try:
-        network = CLIPModel.from_pretrained(model, local_files_only=True).eval()
+        network = CLIPModel.from_pretrained(model, local_files_only=True, use_safetensors=True).eval()
         tokenizer = CLIPTokenizerFast.from_pretrained(model, local_files_only=True)
         processor = CLIPImageProcessor.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:

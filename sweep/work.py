@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,8 +111,8 @@ class Done:
     hashes: Mapping[str, str] = field(default_factory=dict)
 
 
-def make_here(plan: Plan, batches: Sequence[Batch]) -> Iterator[Done]:
-    """Makes batches in this process; one engine is loaded at a time, and each once."""
+def make_here(plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], None]) -> Iterator[Done]:
+    """Makes batches in this process; one engine is loaded at a time, and each once. begin: told each batch first."""
     maker, current = None, None
     for batch in batches:
         start = time.perf_counter()
@@ -122,5 +122,6 @@ def make_here(plan: Plan, batches: Sequence[Batch]) -> Iterator[Done]:
             maker.encode([p.settings for b in batches if b.engine == current for p in b.pictures])
             maker.load()
             start = time.perf_counter()
+        begin(batch)
         results = maker.make([p.settings for p in batch.pictures])
         yield Done(batch, results, time.perf_counter() - start, maker.drain(), maker.hashes())
