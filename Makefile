@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
-NEEDS = requirements.txt requirements-demo.txt requirements-diffusers.txt requirements-plots.txt requirements-dev.txt
+NEEDS = requirements.txt requirements-demo.txt requirements-diffusers.txt requirements-plots.txt \
+	requirements-sweep.txt requirements-ray.txt requirements-dev.txt
 
 .PHONY: setup test test-all lint format
 

@@ -130,11 +130,13 @@ def connect(address: str) -> Any:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     sent = {"working_dir": str(CODE), "excludes": NOT_SENT}
     try:
-        return ray.init(address=address, runtime_env=sent, **quiet) and ray
+        ray.init(address=address, runtime_env=sent, **quiet)
+        return ray
     except (ConnectionError, ValueError, RuntimeError) as error:
         if address != "auto":
             raise ValueError(
                 f"--ray {address}: no cluster answers there ({' '.join(str(error).split())[:200]})"
             ) from None
     here = {"env_vars": {"PYTHONPATH": str(CODE)}}
-    return ray.init(runtime_env=here, include_dashboard=False, **quiet) and ray
+    ray.init(runtime_env=here, include_dashboard=False, **quiet)
+    return ray

@@ -164,7 +164,7 @@ BAD = [
     (["--prompt", "x", "--grid", "torn.yaml"], "--grid torn.yaml: cannot be read as YAML"),
     (["--prompt", "x", "--grid", "list.yaml"], "must name flags and their values"),
     (["--prompt", "x", "--grid", "off.yaml"], "off is always there"),
-    (["--prompt", "x", "--grid", "typo.yaml"], "--residual_target_layer: unknown flag; did you mean residual_target_layers?"),
+    (["--prompt", "x", "--grid", "typo.yaml"], "--residual_target_layer: unknown flag; did you mean residual_target_l"),
     (["--prompt", "x", "--grid", "two.yaml"], "cfg must have one value in a named variant"),
     (["--layout", "geneval"], "--layout geneval: needs --prompt"),
     (["--prompt", "x", "--out", "file"], "--out file: is not a folder"),

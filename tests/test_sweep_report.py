@@ -1,0 +1,195 @@
+"""The report in a browser: headless Chromium, the page opened as a file, no server and no network."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+
+import pytest
+from conftest import DEMO
+from PIL import Image
+
+import sd3_sweep
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", "--no-first-run")  # fmt: skip
+PROMPTS = ["a red circle", "a red circle left of a blue square", "two green stars"]
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """A sweep of 3 prompts, 2 seeds and 5 variants of the small model, scored."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    arguments = ["--model", DEMO, "--device", "cpu", "--prompt", folder / "prompts.txt", "--seed", "0;7"]
+    arguments += ["--residual_target_layers", "3,5,7;4", "--residual_weights", "0.1;1.5", "--score", "demo"]
+    assert sd3_sweep.main(["--out", str(folder / "out"), "--batch_size", "2", *map(str, arguments)]) == 0
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as p:
+        chromium = p.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser, swept):
+    page = browser.new_page(viewport={"width": 1280, "height": 800})
+    page.problems, page.asked = [], []
+    page.on("pageerror", lambda e: page.problems.append(str(e)))
+    page.on("console", lambda m: page.problems.append(m.text) if m.type == "error" else None)
+    page.on("request", lambda r: page.asked.append(r.url))
+    page.goto((swept / "index.html").as_uri())
+    page.wait_for_selector(".cell img")
+    yield page
+    assert page.problems == []
+    assert all(url.startswith("file:") for url in page.asked)  # nothing from a network
+    page.close()
+
+
+def data_of(swept) -> dict:
+    return json.loads((swept / "data.js").read_text().removeprefix("window.sweepData(").removesuffix(");\n"))
+
+
+def cell(variant: int, prompt: int) -> str:
+    return f".cell[data-variant='{variant}'][data-prompt='{prompt}']"
+
+
+def shown(page) -> tuple[int, int]:
+    """Rows and columns of the grid."""
+    return page.locator(".row.body").count(), page.locator(".row.head > div").count() - 1
+
+
+def picture(swept, variant: int, prompt: int, seed: int) -> str:
+    return next(p[3] for p in data_of(swept)["pictures"] if p[:3] == [variant, prompt, seed])
+
+
+def test_prompts_are_rows_and_variants_columns(page, swept):
+    assert shown(page) == (3, 5)
+    assert page.locator("#progress").inner_text() == "30 of 30 pictures"
+    assert page.locator(".side").all_inner_texts()[1:] == PROMPTS
+    heads = page.locator(".row.head > div").all_inner_texts()[1:]
+    assert [h.split("\n")[0] for h in heads] == ["off", "0:3,5,7:0.1", "0:3,5,7:1.5", "0:4:0.1", "0:4:1.5"]
+    loaded = page.eval_on_selector(f"{cell(0, 0)} img", "i => i.decode().then(() => i.naturalWidth)")
+    assert loaded == 96
+
+
+def test_filters(page):
+    page.click("button[data-setting='residual_target_layers'][data-value='4']")
+    assert shown(page) == (3, 2)
+    page.click("button[data-setting='residual_weights'][data-value='1.5']")
+    assert shown(page) == (3, 1)
+    page.click("button[data-setting='residual_target_layers'][data-value='4']")
+    page.click("button[data-setting='residual_weights'][data-value='1.5']")
+    page.fill("#search", "stars")
+    assert shown(page) == (1, 5)
+    page.fill("#search", "")
+    page.fill("#search-variants", "off")
+    assert shown(page) == (3, 1)
+    page.fill("#search", "nothing like it")
+    assert page.get_by_text("no picture fits the filters").is_visible()
+
+
+def test_flips_through_seeds(page, swept):
+    source = f"{cell(2, 1)} img"
+    assert page.get_attribute(source, "src") == f"pictures/{picture(swept, 2, 1, 0)}.png"
+    page.click("#forth")
+    assert page.inner_text("#seed") == "7"
+    assert page.get_attribute(source, "src") == f"pictures/{picture(swept, 2, 1, 1)}.png"
+    page.keyboard.press("ArrowLeft")
+    assert page.inner_text("#seed") == "0"
+
+
+def test_differences(page, swept):
+    page.click("#difference")
+    assert page.get_attribute(f"{cell(2, 1)} img", "src") == f"difference/{picture(swept, 2, 1, 0)}.png"
+    assert page.get_attribute(f"{cell(0, 1)} img", "src").startswith("pictures/")  # a baseline has none
+    page.keyboard.press("d")
+    assert page.get_attribute(f"{cell(2, 1)} img", "src").startswith("pictures/")
+
+
+def test_enlarges_with_settings_score_and_command(page, swept):
+    page.click(cell(2, 1))
+    assert page.locator("#dialog").is_visible()
+    assert page.locator("#big img").count() == 3  # itself, the baseline, the difference
+    entry = next(p for p in data_of(swept)["pictures"] if p[:3] == [2, 1, 0])
+    assert page.inner_text("#dialog-scores") == f"position: {int(entry[5]['position'])}"
+    words = shlex.split(page.inner_text("#command"))
+    assert words[:2] == ["python", "sd3_infer.py"]
+    assert {f"--prompt={PROMPTS[1]}", "--seed=0", "--residual_target_layers=3,5,7"} <= set(words)
+    assert "1.5,1.5,1.5" in page.inner_text("#settings")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click("#copy")
+    page.wait_for_function("document.getElementById('copy').textContent === 'copied'")
+    assert page.evaluate("navigator.clipboard.readText()") == page.inner_text("#command")
+    page.click("#copy-replay")
+    replay = shlex.split(page.evaluate("navigator.clipboard.readText()"))
+    assert replay[-1] == str(swept / "pictures" / f"{entry[3]}.png")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#dialog-seed") == "seed 7"
+    page.keyboard.press("Escape")
+    assert not page.locator("#dialog").is_visible()
+
+
+def test_scores_are_those_of_the_table(page, swept):
+    page.click("#scores summary")
+    rows = page.locator("#table tr").all_inner_texts()
+    assert rows[0].split("\t")[:2] == ["variant", "overall"]
+    off = next(line for line in (swept / "scores.csv").read_text().splitlines() if ",off,overall," in line)
+    mean = float(off.split(",")[4])
+    assert rows[1].split("\t")[1].startswith(f"{mean:.2f} (")
+    marks = page.locator(".note").all_inner_texts()
+    assert all(m[0] in "✓✗" for m in marks)
+
+
+def test_it_grows_while_the_sweep_runs(browser, swept, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(swept, copy)
+    whole = data_of(swept)
+    half = whole | {"running": True, "pictures": whole["pictures"][:6]}
+    (copy / "data.js").write_text(f"window.sweepData({json.dumps(half)});")
+    page = browser.new_page()
+    page.clock.install()
+    page.goto((copy / "index.html").as_uri())
+    page.wait_for_selector(".cell.missing")
+    assert page.inner_text("#progress") == "6 of 30 pictures, running"
+    page.fill("#search", "red")
+    shutil.copy(swept / "data.js", copy / "data.js")
+    page.clock.fast_forward(11_000)
+    page.wait_for_function("document.getElementById('progress').textContent === '30 of 30 pictures'")
+    assert page.locator(".cell.missing").count() == 0
+    assert page.locator(".row.body").count() == 2  # the filter stays
+    page.close()
+
+
+def test_prompts_are_shown_as_text(browser, tmp_path):
+    """A prompt is never markup, neither in the page nor in its data."""
+    odd = "</script><img src=x onerror=document.title='hit'> & \u2028 'quoted'"
+    (tmp_path / "prompts.txt").write_text(odd, encoding="utf-8")
+    arguments = ["--model", DEMO, "--device", "cpu", "--steps", 1, "--prompt", odd]
+    assert sd3_sweep.main(["--out", str(tmp_path / "out"), *map(str, arguments)]) == 0
+    page = browser.new_page()
+    page.goto((tmp_path / "out" / "index.html").as_uri())
+    page.wait_for_selector(".cell img")
+    assert page.locator(".side").nth(1).text_content() == odd
+    assert page.title() == "out – sweep"
+    page.click(cell(0, 0))
+    assert shlex.split(page.locator("#command").text_content())[-2] == f"--prompt={odd}"
+    page.close()
+
+
+def test_the_contact_sheet_shows_the_pictures(swept):
+    with Image.open(swept / "sheet.png") as sheet:
+        wide, high = sheet.size
+        colours = sheet.convert("RGB").getcolors(wide * high)
+    assert wide >= 5 * 96
+    assert high >= 6 * 96
+    assert len(colours) > 1000
