@@ -29,6 +29,7 @@ from settings import (
     read_arguments,
     read_bool,
     read_float,
+    read_jsonl,
     read_layers,
     read_prompts,
 )
@@ -186,27 +187,16 @@ def read_labelled(path: str, flag: str = "prompts") -> list[Labelled]:
         if not path.lower().endswith(".txt"):
             raise ValueError(f"--{flag} {path}: must be a .txt or .jsonl file")
         return [Labelled(p) for p in dict.fromkeys(read_prompts(path, flag)[0])]
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"--{flag} {path}: no such file")
+    form = '{"prompt": "...", "labels": {"shape": "star"}}'
     out: dict[str, Labelled] = {}
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"--{flag} {path}: cannot be read as UTF-8 text ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            labels = {str(k): str(v) for k, v in (row.get("labels") or {}).items() if v is not None}
-            out.setdefault(str(row["prompt"]), Labelled(str(row["prompt"]), labels))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f'--{flag} {path}: line {number} is not of the form {{"prompt": "...", "labels": {{"shape": "star"}}}}'
-            ) from None
-    if not out:
-        raise ValueError(f"--{flag} {path}: the file holds no prompt")
+    for row in read_jsonl(flag, path, _is_labelled, form):
+        labels = {str(k): str(v) for k, v in (row.get("labels") or {}).items() if v is not None}
+        out.setdefault(row["prompt"], Labelled(row["prompt"], labels))
     return list(out.values())
+
+
+def _is_labelled(row: dict[str, Any]) -> bool:
+    return isinstance(row["prompt"], str) and isinstance(row.get("labels") or {}, dict)
 
 
 # ---- running prompts -----------------------------------------------------------------------------

@@ -287,14 +287,41 @@ def read_prompts(prompt: Any, flag: str = "prompt") -> tuple[list[str], str]:
     path = Path(text)
     if not path.is_file():
         raise FileNotFoundError(f"--{flag} {text}: no such file (a prompt that ends in .txt is a file of prompts)")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"--{flag} {text}: cannot be read as UTF-8 text ({error})") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in read_lines(flag, path) if line.strip()]
     if not prompts:
         raise ValueError(f"--{flag} {text}: the file holds no prompt")
     return prompts, folder_name(text)
+
+
+def read_lines(flag: str, path: str | Path) -> list[str]:
+    """The lines of a text file; raises ValueError where it is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"--{flag} {path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def read_jsonl(flag: str, path: str, fits: Callable[[dict[str, Any]], bool], form: str) -> list[dict[str, Any]]:
+    """The objects of a file with one JSON object a line. fits: whether an object is as it should be, as `form` shows it.
+
+    Raises FileNotFoundError, or ValueError naming the line.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"--{flag} {path}: no such file")
+    out = []
+    for number, line in enumerate(read_lines(flag, path), 1):
+        if not line.strip():
+            continue
+        try:
+            out.append(json.loads(line))
+            good = fits(out[-1])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            good = False
+        if not good:
+            raise ValueError(f"--{flag} {path}: line {number} is not of the form {form}")
+    if not out:
+        raise ValueError(f"--{flag} {path}: the file holds no prompt")
+    return out
 
 
 def folder_name(text: str) -> str:

@@ -206,11 +206,11 @@ class SweepFolder:
 
     def scores(self) -> dict[tuple[str, str], dict[str, float]]:
         """Scores by (scorer, picture)."""
-        return {(line["scorer"], line["id"]): line["scores"] for line in self._lines("scores.jsonl") if "id" in line}
+        return {(line["scorer"], line["id"]): line["scores"] for line in self.lines("scores.jsonl") if "id" in line}
 
     def seconds(self) -> list[tuple[float, int]]:
         """Seconds and pictures of the batches made so far."""
-        lines = [line for line in self._lines("log.jsonl") if line.get("event") == "batch"]
+        lines = [line for line in self.lines("log.jsonl") if line.get("event") == "batch"]
         return [(line["seconds"], len(line["pictures"])) for line in lines]
 
     def _append(self, name: str, value: Any) -> None:
@@ -223,7 +223,8 @@ class SweepFolder:
         with open(path, "a", encoding="utf-8") as f:
             f.write(("\n" if torn else "") + json.dumps(value, ensure_ascii=False) + "\n")
 
-    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
+    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The objects of a file with one JSON object a line; a line that a kill tore is left out."""
         try:
             lines = (self.path / name).read_text(encoding="utf-8").splitlines()
         except OSError:
@@ -232,7 +233,7 @@ class SweepFolder:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError:
-                continue  # torn by a kill
+                continue
 
 
 def pixels(path: Path) -> np.ndarray:

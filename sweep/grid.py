@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from settings import (
     base_name,
     check_flag,
     read_int,
+    read_jsonl,
     read_layers,
     read_list,
     read_prompts,
@@ -146,32 +146,9 @@ def read_axis_prompts(value: Any) -> list[str]:
             raise ValueError("--prompt: must be texts")
         return list(value)
     if str(value).endswith(".jsonl"):
-        return [str(line["prompt"]) for line in read_jsonl("prompt", str(value), ("prompt",))]
+        form = '{"prompt": "..."}'
+        return [row["prompt"] for row in read_jsonl("prompt", str(value), lambda r: isinstance(r["prompt"], str), form)]
     return read_prompts(value)[0]
-
-
-def read_jsonl(flag: str, path: str, needed: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object a line; raises FileNotFoundError, or ValueError naming the line."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--{flag} {path}: no such file")
-    out = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"--{flag} {path}: cannot be read as UTF-8 text ({error})") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--{flag} {path}: line {number} is not JSON ({error})") from None
-        if not isinstance(item, dict) or any(not isinstance(item.get(n), str) for n in needed):
-            raise ValueError(f"--{flag} {path}: line {number} must be an object with {' and '.join(needed)}")
-        out.append(item)
-    if not out:
-        raise ValueError(f"--{flag} {path}: the file holds no prompt")
-    return out
 
 
 def read_seeds(value: Any) -> tuple[int, ...]:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 import saving
-from settings import read_prompts
-from sweep.grid import Grid, read_jsonl
+from settings import read_jsonl, read_prompts
+from sweep.grid import Grid
 
 if TYPE_CHECKING:
     from sweep.folder import SweepFolder
@@ -52,7 +52,8 @@ def read_entries(layout: str, path: str) -> list[Entry]:
 
 
 def _read_geneval(path: str) -> list[Entry]:
-    lines = read_jsonl("prompt", path, ("prompt", "tag"))
+    form = '{"tag": "...", "include": [...], "prompt": "..."}'
+    lines = read_jsonl("prompt", path, lambda r: isinstance(r["prompt"], str) and isinstance(r["tag"], str), form)
     return [Entry(line["prompt"], f"{i:05d}", line) for i, line in enumerate(lines)]
 
 

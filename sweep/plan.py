@@ -64,6 +64,13 @@ class Plan:
         each = len(self.grid.prompts) * len(self.grid.seeds)
         return self.pictures[variant * each : (variant + 1) * each]
 
+    def compared_with(self, picture: Planned) -> list[Planned]:
+        """The pictures whose baseline this one is."""
+        each = len(self.grid.prompts) * len(self.grid.seeds)
+        place = picture.prompt * len(self.grid.seeds) + self.grid.seeds.index(picture.seed)
+        own = picture.variant
+        return [self.pictures[v * each + place] for v, base in enumerate(self.baselines) if base == own != v]
+
     def baseline(self, picture: Planned) -> Planned:
         """The picture of the same prompt and seed that this one is compared with."""
         each = len(self.grid.prompts) * len(self.grid.seeds)

@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,8 @@ class Report:
         flags = [plan.engines[plan.engine_of[i]] for i in range(len(plan.variants))]
         self.commands = [" ".join(command(s, f)) for s, f in zip(first, flags, strict=True)]
 
-    def _seconds(self):
-        for line in self.folder._lines("log.jsonl"):
+    def _seconds(self) -> Iterator[tuple[str, float]]:
+        for line in self.folder.lines("log.jsonl"):
             if line.get("event") == "batch":
                 yield from ((i, line["seconds"] / len(line["pictures"])) for i in line["pictures"])
 

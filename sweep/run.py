@@ -105,9 +105,9 @@ def _run(
     if earlier := len(folder.present() - {p.id for p in plan.pictures}):
         say(f"note: {earlier} pictures of an earlier grid stay in {folder.path}, and are not in this report")
     report = Report(folder, plan, flags.get("score"))
-    for p in plan.pictures:
-        if p.id in done:
-            finish(folder, plan, p, scorer, report)
+    there = [p for p in plan.pictures if p.id in done]
+    for p in tqdm(there, desc="looking at what is there", unit="picture", leave=False):
+        finish(folder, plan, p, scorer, report)
     report.write(running=bool(batches))
     failed = made = 0
     hashes: dict[str, str] = {}
@@ -158,6 +158,10 @@ def _run(
 def finish(folder: SweepFolder, plan: Plan, picture: Any, scorer: Scorer | None, report: Report) -> None:
     """What follows from a finished picture: its difference to the baseline, its score, its place in the report."""
     folder.save_difference(plan, picture)
+    for other in plan.compared_with(picture):  # on several workers a baseline need not be the first
+        if other.id in report.done:
+            folder.save_difference(plan, other)
+            report.add(other)
     if scorer is not None and (report.score, picture.id) not in report.scores:
         with Image.open(folder.picture(picture.id)) as image:
             scores = scorer(image, plan.grid.prompts[picture.prompt])

@@ -449,3 +449,35 @@ def test_settings_that_come_to_the_same_are_made_once(tmp_path, capsys):
     assert sweep(tmp_path / "out", *QUICK, "--prompt", PROMPTS[0], "--cfg", "2;2.0") == 0
     assert "note: off, cfg 2.0 comes to the same as off, cfg 2; made once" in capsys.readouterr().err
     assert len(hashes(tmp_path / "out")) == 1
+
+
+def test_a_baseline_that_comes_late_is_compared_all_the_same(tmp_path, prompts, monkeypatch):
+    real = sd3_infer.SD3Inferencer.sample
+
+    def sample(self, batch, *more):
+        if not batch[0].residual_target_layers:
+            raise RuntimeError("not now")
+        return real(self, batch, *more)
+
+    monkeypatch.setattr(sd3_infer.SD3Inferencer, "sample", sample)
+    out = tmp_path / "out"
+    arguments = [*QUICK, "--prompt", prompts, "--seed", "0-1", "--residual_target_layers", "3;4"]
+    assert sweep(out, *arguments) == 1
+    assert not [*(out / "difference").iterdir()]
+    monkeypatch.undo()
+    assert sweep(out, *arguments) == 0
+    assert len([*(out / "difference").iterdir()]) == 12
+    assert all(line["mean_difference"] for line in results(out) if line["variant"] != "off")
+
+
+def test_scores_can_be_asked_for_afterwards(tmp_path, prompts, capsys):
+    out = tmp_path / "out"
+    arguments = [*QUICK, "--prompt", prompts, "--seed", "0-1", "--residual_target_layers", "3"]
+    assert sweep(out, *arguments) == 0
+    assert not (out / "scores.csv").exists()
+    assert sweep(out, *arguments, "--score", "demo") == 0
+    assert "0 made, 12 were there" in capsys.readouterr().err
+    scored = (out / "scores.jsonl").read_text().splitlines()
+    assert len(scored) == 12
+    assert sweep(out, *arguments, "--score", "demo") == 0
+    assert (out / "scores.jsonl").read_text().splitlines() == scored  # each once

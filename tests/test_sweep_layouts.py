@@ -110,8 +110,8 @@ def test_t2i_compbench(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--layout", "geneval", "--prompt", "plain.txt"], "line 1 is not JSON"),
-        (["--layout", "geneval", "--prompt", "no_tag.jsonl"], "line 2 must be an object with prompt and tag"),
+        (["--layout", "geneval", "--prompt", "plain.txt"], "line 1 is not of the form"),
+        (["--layout", "geneval", "--prompt", "no_tag.jsonl"], 'line 2 is not of the form {"tag"'),
         (["--layout", "geneval", "--prompt", "none.jsonl"], "--prompt none.jsonl: no such file"),
         (["--layout", "dpg", "--prompt", "none"], "--prompt none: no such file or folder"),
         (["--layout", "dpg", "--prompt", "plain.txt", "--seed", "0-3"], "must be DPG-Bench's folder"),
