@@ -302,7 +302,7 @@ def read_lines(flag: str, path: str | Path) -> list[str]:
 
 
 def read_jsonl(flag: str, path: str, fits: Callable[[dict[str, Any]], bool], form: str) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object a line. fits: whether an object is as it should be, as `form` shows it.
+    """The objects of a file with one JSON object a line. fits: whether an object is as it should be, see `form`.
 
     Raises FileNotFoundError, or ValueError naming the line.
     """

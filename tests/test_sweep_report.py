@@ -88,6 +88,7 @@ def test_filters(page):
     page.click("button[data-setting='residual_weights'][data-value='1.5']")
     assert shown(page) == (3, 1)
     page.click("button[data-setting='residual_target_layers'][data-value='4']")
+    assert shown(page) == (3, 2)
     page.click("button[data-setting='residual_weights'][data-value='1.5']")
     page.fill("#search", "stars")
     assert shown(page) == (1, 5)
