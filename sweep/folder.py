@@ -23,7 +23,7 @@ from PIL import Image
 
 import saving
 from checkpoint import file_sha256
-from settings import Settings, digest_of
+from settings import Settings, base_name, digest_of
 from sweep.plan import SHORT, Plan, Planned, file_paths
 
 SWEEP = "sweep.json"
@@ -158,9 +158,10 @@ class SweepFolder:
                 f"--{self.flag} {self.path}: holds another sweep ({len(self.record['planned'])} pictures, none of them "
                 "of this grid); name another folder"
             )
-        for path, was in self.record.get("files", {}).items():
-            place = Path(path)
-            if path not in files_of(plan) or not was.get("sha256") or not place.is_file():
+        now = {base_name(path): path for path in files_of(plan)}  # they may lie elsewhere by now
+        for before, was in self.record.get("files", {}).items():
+            path = now.get(base_name(before))
+            if path is None or not was.get("sha256") or not (place := Path(path)).is_file():
                 continue
             stat = place.stat()
             same = (stat.st_size, stat.st_mtime_ns) == (was["bytes"], was["mtime_ns"])

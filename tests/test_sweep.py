@@ -417,6 +417,25 @@ def test_a_file_that_changed_since(tmp_path, capsys):
     capsys.readouterr()
     assert sweep(tmp_path / "out", *arguments, "--seed", "23-24") == 2
     assert "is not the file that this sweep began with" in capsys.readouterr().err
+    (tmp_path / "moved").mkdir()
+    moved = picture.rename(tmp_path / "moved" / "in.png")
+    arguments[arguments.index(picture)] = moved
+    assert sweep(tmp_path / "out", *arguments) == 2
+    assert f"{moved} is not the file that this sweep began with" in capsys.readouterr().err
+
+
+def test_the_folder_and_the_model_may_move(tmp_path, prompts, monkeypatch, capsys):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+    (tmp_path / "here" / "models").symlink_to(DEMO.parent)
+    arguments = ["--device", "cpu", "--steps", 2, "--prompt", prompts, "--model"]
+    monkeypatch.chdir(tmp_path / "here")
+    assert sweep(Path("out"), *arguments, "models/demo.safetensors") == 0
+    (tmp_path / "here" / "out").rename(tmp_path / "there" / "swept")
+    monkeypatch.chdir(tmp_path / "there")
+    capsys.readouterr()
+    assert sweep(Path("swept"), *arguments, DEMO) == 0
+    assert "0 made, 3 were there" in capsys.readouterr().err
 
 
 def test_two_files_of_one_name(tmp_path, capsys):
