@@ -675,7 +675,8 @@ class SD3Inferencer:
         self.get_controlnet()
         for batch in self.batches(pictures):
             numbers, settings = zip(*batch, strict=True)
-            what = f"picture {numbers[0] + 1}/{len(pictures)}"
+            more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
+            what = f"picture {numbers[0] + 1}/{len(pictures)}{more}"
             for number, made in zip(numbers, self.make_batch(settings, images, what, pad_batch), strict=True):
                 if isinstance(made[1], ValueError):
                     raise made[1]
@@ -751,8 +752,6 @@ class SD3Inferencer:
             image = images["controlnet_cond_image", s.controlnet_cond_image, s.width, s.height]
             control = sd3_impls.latent_in(self.vae_encode(image, seeds, control=True))
         total = s.steps - int(s.steps * (1 - denoise))
-        if len(batch) > 1:
-            what += f" and {len(batch) - 1} more"
         bar = tqdm(total=total, desc=what, unit="step", disable=self.quiet, leave=False)
         with bar, self.timed("sampling"):
             return self.do_sampling(
@@ -913,14 +912,13 @@ class MadeWith:
     def _run(self) -> None:
         try:
             engine, s = self.engine, self.settings
-            named = {name: getattr(s, name) for name in FILE_SETTINGS if name != "model"}
-            files = {name: _sha256(Path(path)) for name, path in named.items() if path}
-            self.value = {
-                "model_sha256": engine.model_file.sha256,
-                **({"files": files} if files else {}),
-                **({"encoders": named} if (named := engine.encoder_files()) else {}),
+            paths = {name: getattr(s, name) for name in FILE_SETTINGS if name != "model"}
+            more = {
+                "files": {name: _sha256(Path(path)) for name, path in paths.items() if path},
+                "encoders": engine.encoder_files(),
                 "device": device_record(engine.device),
             }
+            self.value = {"model_sha256": engine.model_file.sha256, **{n: v for n, v in more.items() if v}}
         except BaseException as error:  # handed to whoever waits
             self.error = error
 
@@ -1066,15 +1064,16 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
     folder = saving.make_folder(Path(flags.out_dir) / model_name, name, flags.postfix)
     record = RunRecord(folder, flags, given, len(pictures), engine)
     saving.write_json(folder / RESIDUAL_FILE, residual.as_file(folder))
-    made_with = MadeWith(engine, pictures[0])
+    made_with = None if flags.no_metadata and not replay else MadeWith(engine, pictures[0])
     try:
         for number, settings, image in engine.make(pictures, flags.pad_batch):
             path = folder / f"{number:06d}.png"
-            saving.save_picture(path, image, settings, None if flags.no_metadata else made_with.wait())
-            record.add(path, settings, made_with)
+            known = made_with.wait() if made_with else {}
+            saving.save_picture(path, image, settings, None if flags.no_metadata else known)
+            record.add(path, settings, known)
             tqdm.write(str(path))
             if replay and number == 0:
-                for line in replay.report(image, settings, made_with.wait()):
+                for line in replay.report(image, settings, known):
                     engine.say(line)
         record.status = "finished"
     except (KeyboardInterrupt, Stopped):
@@ -1113,9 +1112,9 @@ class RunRecord:
         self.start = self.written = time.time()
         self.flags, self.given, self.total = flags, list(given), total
 
-    def add(self, path: Path, settings: Settings, made_with: MadeWith) -> None:
+    def add(self, path: Path, settings: Settings, made_with: dict[str, Any]) -> None:
         """Notes a finished picture."""
-        self.made_with = made_with.wait()
+        self.made_with = made_with
         self.pictures.append({"file": path.name, "settings": settings.public()})
         if time.time() - self.written > self.EVERY:
             self.write()

@@ -84,7 +84,7 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
     Returns the plan and notes for the shell. Raises ValueError or FileNotFoundError as `sd3_infer.py` would.
     """
     engines: dict[tuple, tuple[Flags, SD3Inferencer]] = {}
-    kept: dict[tuple, int] = {}  # settings but for prompt and seed -> variant's number
+    kept: dict[str, tuple[int, tuple]] = {}  # first picture's digest -> variant's number, engine's flags
     numbers: dict[str, int] = {}
     variants, engine_of, pictures, notes = [], [], [], []
     paths: dict[tuple[str, str], str] = {}
@@ -101,12 +101,16 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
         seeds = list(grid.seeds) * len(grid.prompts)
         settings = plan_for(engine, flags, grid.prompts, seeds)
         check_names(settings[0], paths)
-        identity = (settings[0].digest(), key)
-        if identity in kept:
-            numbers[variant.name] = kept[identity]
-            notes.append(f"note: {variant.name} comes to the same as {variants[kept[identity]].name}; made once")
+        number, same = kept.setdefault(settings[0].digest(), (len(variants), key))
+        numbers[variant.name] = number
+        if same != key:
+            raise ValueError(
+                f"{variant.name} and {variants[number].name}: differ only in the text encoders' folder, which "
+                "pictures do not name; make two sweeps"
+            )
+        if number < len(variants):
+            notes.append(f"note: {variant.name} comes to the same as {variants[number].name}; made once")
             continue
-        kept[identity] = numbers[variant.name] = number = len(variants)
         variants.append(variant)
         engine_of.append(list(engines).index(key))
         lengths = [engine.pair_length(p, flags.negative_prompt) for p in grid.prompts]

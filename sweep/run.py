@@ -56,10 +56,7 @@ def run(flags: Mapping[str, Any], grid: Grid, entries: Sequence[Any] | None, arg
 def make_scorer(flags: Mapping[str, Any], grid: Grid) -> Scorer | None:
     """The scorer that --score names; raises ValueError or FileNotFoundError."""
     if flags.get("score") == "demo":
-        scorer = demo_scorer(grid, flags.get("per_kind"))
-        if "per_kind" not in flags:
-            scorer(Image.new("RGB", (96, 96)), grid.prompts[0])
-        return scorer
+        return demo_scorer(grid, flags.get("per_kind"))
     return clip_scorer(flags.get("clip_model")) if flags.get("score") == "clip" else None
 
 

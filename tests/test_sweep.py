@@ -464,6 +464,12 @@ def test_a_folder_in_use(tmp_path, prompts):
         process.wait()
 
 
+def test_folders_of_text_encoders_cannot_be_told_apart(tmp_path, small_model, capsys):
+    folders = f"{small_model.parent};{small_model.parent}/"
+    assert sweep(tmp_path / "out", "--model", small_model, "--prompt", "a star", "--model_folder", folders) == 2
+    assert "differ only in the text encoders' folder" in capsys.readouterr().err
+
+
 def test_settings_that_come_to_the_same_are_made_once(tmp_path, capsys):
     assert sweep(tmp_path / "out", *QUICK, "--prompt", PROMPTS[0], "--cfg", "2;2.0") == 0
     assert "note: off, cfg 2.0 comes to the same as off, cfg 2; made once" in capsys.readouterr().err
