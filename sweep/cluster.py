@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -81,8 +82,11 @@ class OnRay:
         self.workers = [worker.remote(threads, os.getcwd()) for _ in range(count)]
 
     def plan(self, grid: Grid) -> tuple[Plan, list[str]]:
-        """See `make_plan`; raises what it raises."""
-        return self._get(self.workers[0].plan.remote(grid))
+        """See `make_plan`; raises what it raises, and ValueError where no worker can start."""
+        try:
+            return self._get(self.workers[0].plan.remote(grid))
+        except self.ray.exceptions.RayActorError as error:
+            raise ValueError(f"--ray: no worker can start ({' '.join(str(error).split())[-300:]})") from None
 
     def __call__(self, plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], None]) -> Iterator[Done]:
         """Makes batches on all workers; yields them as they are done. begin: told each batch as it is handed out."""
@@ -119,6 +123,17 @@ class OnRay:
             raise (error.cause if isinstance(error.cause, (ValueError, OSError)) else error) from None
 
 
+def knock(address: str) -> None:
+    """Raises ValueError where nothing listens at `HOST:PORT` or `ray://HOST:PORT`: Ray itself would try for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"--ray {address}: must be auto, or a cluster's address such as 10.0.0.1:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"--ray {address}: no cluster answers there ({error})") from None
+
+
 def connect(address: str) -> Any:
     """Ray, connected to a cluster; `auto` starts one on this machine where none runs."""
     try:
@@ -127,6 +142,8 @@ def connect(address: str) -> Any:
         raise ValueError("--ray: needs Ray; get it with: pip install -r requirements-ray.txt") from None
     if ray.is_initialized():
         return ray
+    if address != "auto":
+        knock(address)
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     sent = {"working_dir": str(CODE), "excludes": NOT_SENT}
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sd3_infer import SD3Inferencer, load_for, plan_for
 from settings import FILE_SETTINGS, SKIP_LAYERS, Flags, Settings, model_key
@@ -84,7 +84,7 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
     Returns the plan and notes for the shell. Raises ValueError or FileNotFoundError as `sd3_infer.py` would.
     """
     engines: dict[tuple, tuple[Flags, SD3Inferencer]] = {}
-    kept: dict[str, tuple[int, tuple]] = {}  # first picture's digest -> variant's number, engine's flags
+    kept: dict[str, tuple[int, str | None]] = {}  # first picture's digest -> variant's number, text encoders' folder
     numbers: dict[str, int] = {}
     variants, engine_of, pictures, notes = [], [], [], []
     paths: dict[tuple[str, str], str] = {}
@@ -94,16 +94,16 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
         if key not in engines:
             engine = load_for(flags)
             engine.quiet = True
-            engines[key] = (flags, engine)
+            engines[key] = (resolved(flags, engine), engine)
             if line := engine.unknown_words([*grid.prompts, flags.negative_prompt]):
                 notes.append(line)
         engine = engines[key][1]
         seeds = list(grid.seeds) * len(grid.prompts)
         settings = plan_for(engine, flags, grid.prompts, seeds)
         check_names(settings[0], paths)
-        number, same = kept.setdefault(settings[0].digest(), (len(variants), key))
+        number, same = kept.setdefault(settings[0].digest(), (len(variants), flags.model_folder))
         numbers[variant.name] = number
-        if same != key:
+        if same != flags.model_folder:
             raise ValueError(
                 f"{variant.name} and {variants[number].name}: differ only in the text encoders' folder, which "
                 "pictures do not name; make two sweeps"
@@ -126,6 +126,12 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
         tuple(engine_of),
         tuple(pictures),
     ), notes
+
+
+def resolved(flags: Flags, engine: SD3Inferencer) -> Flags:
+    """Flags with the devices and the dtype that an engine decided on, so that all workers take the same."""
+    devices = {"device": str(engine.device), "text_encoder_device": str(engine.encoder_device)}
+    return replace(flags, dtype=str(engine.dtype).removeprefix("torch."), **devices)
 
 
 def check_names(settings: Settings, paths: dict[tuple[str, str], str]) -> None:

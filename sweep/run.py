@@ -36,6 +36,7 @@ def run(flags: Mapping[str, Any], grid: Grid, entries: Sequence[Any] | None, arg
         from sweep.cluster import OnRay
 
         work = OnRay(flags["ray"], flags.get("cpus_per_worker"))
+        say(f"{len(work.workers)} worker{'s' if len(work.workers) != 1 else ''} on Ray")
         plan, notes = work.plan(grid)
     else:
         plan, notes = make_plan(grid)

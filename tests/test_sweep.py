@@ -474,6 +474,7 @@ def test_settings_that_come_to_the_same_are_made_once(tmp_path, capsys):
     assert sweep(tmp_path / "out", *QUICK, "--prompt", PROMPTS[0], "--cfg", "2;2.0") == 0
     assert "note: off, cfg 2.0 comes to the same as off, cfg 2; made once" in capsys.readouterr().err
     assert len(hashes(tmp_path / "out")) == 1
+    assert sweep(tmp_path / "b", "--model", DEMO, "--steps", 1, "--prompt", PROMPTS[0], "--device", "auto;cpu") == 0
 
 
 def test_a_baseline_that_comes_late_is_compared_all_the_same(tmp_path, prompts, monkeypatch):
