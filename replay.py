@@ -44,8 +44,14 @@ class Replay:
         """Raw flags that make the picture again, the given ones in their place.
 
         available: devices to take in place of the recorded ones, by flag. Raises FileNotFoundError for a file that
-        is not found by its name (see `find`).
+        is not found by its name (see `find`), ValueError for a record that is not of our making.
         """
+        try:
+            return self._flags() | dict(available) | self._found() | dict(self.given)
+        except (TypeError, AttributeError):
+            raise ValueError(f"--replay {self.path}: its settings cannot be read") from None
+
+    def _flags(self) -> dict[str, Any]:
         raw = {n: v for n, v in self.record["settings"].items() if v is not None and n in READERS}
         if "residual_config" in self.given:
             raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
@@ -58,12 +64,11 @@ class Replay:
         if self.given.get("residual_mode", raw.get("residual_mode")) != "aligned":
             raw.pop("residual_rotations", None)
         raw["skip_layer_cfg"] = self.record["settings"].get("skip_layer") is not None
-        raw["pad_batch"] = True
-        raw |= available
-        for name in FILE_SETTINGS:
-            if name in raw and name not in self.given:
-                raw[name] = self.find(name, raw[name])
-        return raw | self.given
+        return raw | {"pad_batch": True}
+
+    def _found(self) -> dict[str, str]:
+        raw = self._flags()
+        return {n: self.find(n, raw[n]) for n in FILE_SETTINGS if n in raw and n not in self.given}
 
     def skip_layer(self) -> SkipLayerConfig | None:
         """The recorded skip-layer guidance, unless the flag was given again."""
@@ -113,10 +118,10 @@ class Replay:
         if self.record.get("model_sha256") and now.get("model_sha256") != self.record["model_sha256"]:
             out.append("the model file's contents")
         for kind, what in (("files", "contents of {}"), ("encoders", "text encoder {}")):
-            then = self.record.get(kind, {})
+            then = _object(self.record.get(kind))
             out += [what.format(n) for n in then if now.get(kind, {}).get(n) != then[n]]
         for kind in ("versions", "device"):
-            then, here = self.record.get(kind, {}), now.get(kind, {})
+            then, here = _object(self.record.get(kind)), now.get(kind, {})
             out += [f"{n} {then[n]} -> {here.get(n, 'none')}" for n in then if then[n] != here.get(n)]
         return out
 
@@ -129,6 +134,11 @@ class Replay:
         if told and not changed and not differs:
             told += "; nothing that was recorded differs"
         return [*lines, f"replay: {told}" if told else f"replay: the same picture as {self.path}, bit for bit"]
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """A part of a record, where it is what it should be."""
+    return value if isinstance(value, dict) else {}
 
 
 def compare(path: Path, image: Image.Image) -> str:

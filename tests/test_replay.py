@@ -137,7 +137,13 @@ def test_bad_pictures(tmp_path, capsys):
     (path,) = run(tmp_path / "a", *BASE)
     (tmp_path / "half.png").write_bytes(path.read_bytes()[:-200])
     record = json.loads(text_of(path)[saving.SETTINGS_CHUNK])
-    for name, change in {"newer": {"hat": 1}, "odd": {"steps": "many"}, "list": {"seed": [1, 2]}}.items():
+    for name, change in {
+        "newer": {"hat": 1},
+        "odd": {"steps": "many"},
+        "list": {"seed": [1, 2]},
+        "number": {"model": 3},
+        "nested": {"residual_target_layers": [3, 5], "residual_weights": 0.5},
+    }.items():
         info = saving.PngInfo()
         info.add_text(saving.SETTINGS_CHUNK, json.dumps(record | {"settings": record["settings"] | change}))
         Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png", pnginfo=info)
@@ -150,9 +156,12 @@ def test_bad_pictures(tmp_path, capsys):
         "newer": "was made by another version; unknown here: hat",
         "odd": "--steps many: must be a whole number",
         "list": "--seed [1, 2]: must be a whole number",
+        "nested": "its settings cannot be read",
     }.items():
         assert sd3_infer.main(["--replay", str(tmp_path / f"{name}.png"), "--model", str(DEMO)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert error.count("\n") == 1
         assert message in error
+    assert sd3_infer.main(["--replay", str(tmp_path / "number.png")]) == 2
+    assert "its settings cannot be read" in capsys.readouterr().err
