@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ class Grid:
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     variants: tuple[Variant, ...]
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """Where each seed stands among them."""
+        return {seed: i for i, seed in enumerate(self.seeds)}
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], file: str | None = None, prompts: Sequence[str] | None = None) -> Grid:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -49,13 +50,12 @@ class Plan:
         """The pictures whose ids are wanted, in order, in batches of one variant and one T5 length."""
         out: list[Batch] = []
         for number in range(len(self.variants)):
-            own = [p for p in self.of(number) if p.id in wanted]
-            own.sort(key=lambda p: p.length)
-            while own:
-                size = own[0].settings.batch_size
-                batch = [p for p in own[:size] if p.length == own[0].length]
-                out.append(Batch(self.engine_of[number], tuple(batch)))
-                own = own[len(batch) :]
+            own = sorted((p for p in self.of(number) if p.id in wanted), key=lambda p: p.length)
+            for _, group in itertools.groupby(own, lambda p: p.length):
+                together = list(group)
+                size = together[0].settings.batch_size
+                for start in range(0, len(together), size):
+                    out.append(Batch(self.engine_of[number], tuple(together[start : start + size])))
         out.sort(key=lambda b: b.engine)  # stable: one load per engine
         return out
 
@@ -67,14 +67,14 @@ class Plan:
     def compared_with(self, picture: Planned) -> list[Planned]:
         """The pictures whose baseline this one is."""
         each = len(self.grid.prompts) * len(self.grid.seeds)
-        place = picture.prompt * len(self.grid.seeds) + self.grid.seeds.index(picture.seed)
+        place = picture.prompt * len(self.grid.seeds) + self.grid.places[picture.seed]
         own = picture.variant
         return [self.pictures[v * each + place] for v, base in enumerate(self.baselines) if base == own != v]
 
     def baseline(self, picture: Planned) -> Planned:
         """The picture of the same prompt and seed that this one is compared with."""
         each = len(self.grid.prompts) * len(self.grid.seeds)
-        place = self.grid.seeds.index(picture.seed)
+        place = self.grid.places[picture.seed]
         return self.pictures[self.baselines[picture.variant] * each + picture.prompt * len(self.grid.seeds) + place]
 
 

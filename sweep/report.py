@@ -85,7 +85,7 @@ class Report:
             if p.id in self.done:
                 difference = self.done[p.id]
                 short = {k: round(v, 3) for k, v in scores.get(p.id, {}).items()}
-                pictures.append([p.variant, p.prompt, grid.seeds.index(p.seed), p.id, difference, short])
+                pictures.append([p.variant, p.prompt, grid.places[p.seed], p.id, difference, short])
         first = self.plan.pictures[0].settings
         return {
             "title": self.folder.path.resolve().name,

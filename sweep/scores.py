@@ -15,7 +15,6 @@ from demo.score import score as shows
 from sweep.grid import Grid
 from sweep.plan import Plan
 
-SCORERS = ("demo", "clip")
 Scorer = Callable[[Image.Image, str], dict[str, float]]  # picture and prompt -> scores by kind
 OVERALL = "overall"
 
