@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 import saving
-from settings import FILE_SETTINGS, READERS, Settings, SkipLayerConfig, read_layers
+from settings import FILE_SETTINGS, READERS, Settings, SkipLayerConfig, base_name, read_layers
 
 RECORDS = ("run.json", "sweep.json")  # files beside or above a picture that name its files with their folders
 
@@ -47,7 +47,9 @@ class Replay:
         is not found by its name (see `find`), ValueError for a record that is not of our making.
         """
         try:
-            return self._flags() | dict(available) | self._found() | dict(self.given)
+            raw = self._flags() | dict(available)
+            found = {n: self.find(n, raw[n]) for n in FILE_SETTINGS if n in raw and n not in self.given}
+            return raw | found | self._model_folder() | dict(self.given)
         except (TypeError, AttributeError):
             raise ValueError(f"--replay {self.path}: its settings cannot be read") from None
 
@@ -66,9 +68,11 @@ class Replay:
         raw["skip_layer_cfg"] = self.record["settings"].get("skip_layer") is not None
         return raw | {"pad_batch": True}
 
-    def _found(self) -> dict[str, str]:
-        raw = self._flags()
-        return {n: self.find(n, raw[n]) for n in FILE_SETTINGS if n in raw and n not in self.given}
+    def _model_folder(self) -> dict[str, str]:
+        """Where the text encoders lay, as the record of the run says."""
+        folders = [_object(values.get("flags")).get("model_folder") for values in self._records()]
+        there = [f for f in folders if isinstance(f, str) and os.path.isdir(f)]
+        return {"model_folder": there[0]} if there else {}
 
     def skip_layer(self) -> SkipLayerConfig | None:
         """The recorded skip-layer guidance, unless the flag was given again."""
@@ -94,17 +98,21 @@ class Replay:
         )
 
     def _places(self, flag: str, name: str) -> Iterator[Path]:
-        for folder in (self.path.parent, self.path.parent.parent):
-            for record in RECORDS:
-                try:
-                    values = json.loads((folder / record).read_text(encoding="utf-8"))
-                    paths = [values.get("flags", {}).get(flag), *values.get("files", {})]
-                except (OSError, ValueError, KeyError, AttributeError, TypeError):
-                    continue
-                yield from (Path(p) for p in paths if p and os.path.basename(str(p).rstrip("/")) == name)
+        for values in self._records():
+            paths = [_object(values.get("flags")).get(flag), *_object(values.get("files"))]
+            yield from (Path(p) for p in paths if isinstance(p, str) and base_name(p) == name)
         models = Path(self.given.get("model_folder") or "models")
         yield from (self.path.parent / name, Path(name), models / name)
         yield from sorted(models.glob(f"*/{glob.escape(name)}"))
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        """The records of the run beside the picture, or in the folder above."""
+        for folder in (self.path.parent, self.path.parent.parent):
+            for record in RECORDS:
+                try:
+                    yield _object(json.loads((folder / record).read_text(encoding="utf-8")))
+                except (OSError, ValueError):
+                    continue
 
     def changed(self, settings: Settings) -> list[str]:
         """Settings that the picture made now does not share with the recorded ones."""
@@ -120,7 +128,7 @@ class Replay:
         for kind, what in (("files", "contents of {}"), ("encoders", "text encoder {}")):
             then = _object(self.record.get(kind))
             out += [what.format(n) for n in then if now.get(kind, {}).get(n) != then[n]]
-        for kind in ("versions", "device"):
+        for kind in ("versions", "hardware"):
             then, here = _object(self.record.get(kind)), now.get(kind, {})
             out += [f"{n} {then[n]} -> {here.get(n, 'none')}" for n in then if then[n] != here.get(n)]
         return out

@@ -206,11 +206,11 @@ def tile(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[Path | None]], labels: Sequence[str], columns: Sequence[str], size: int = 256
+    rows: Sequence[Sequence[Path]], labels: Sequence[str], columns: Sequence[str], size: int = 256
 ) -> Image.Image:
     """Pictures from files under column names, rows labelled at their left; each at most `size` pixels on a side.
 
-    None and files that are not there stay empty.
+    Files that are not there stay empty.
     """
     shown = [[_thumbnail(path, size) for path in row] for row in rows]
     sizes = [picture.size for row in shown for picture in row if picture is not None] or [(size, size)]
@@ -234,8 +234,8 @@ def contact_sheet(
     return sheet
 
 
-def _thumbnail(path: Path | None, size: int) -> Image.Image | None:
-    if path is None or not path.exists():
+def _thumbnail(path: Path, size: int) -> Image.Image | None:
+    if not path.exists():
         return None
     with Image.open(path) as image:
         picture = image.convert("RGB")

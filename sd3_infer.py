@@ -916,7 +916,7 @@ class MadeWith:
             more = {
                 "files": {name: _sha256(Path(path)) for name, path in paths.items() if path},
                 "encoders": engine.encoder_files(),
-                "device": device_record(engine.device),
+                "hardware": device_record(engine.device),
             }
             self.value = {"model_sha256": engine.model_file.sha256, **{n: v for n, v in more.items() if v}}
         except BaseException as error:  # handed to whoever waits
@@ -1126,6 +1126,7 @@ class RunRecord:
             "started": self.started,
             "seconds": round(time.time() - self.start, 2),
             "stages": {name: round(spent, 2) for name, spent in self.engine.stages.items()},
+            "device": str(self.engine.device),
             "dtype": str(self.engine.dtype).removeprefix("torch."),
             "arguments": self.given,
             "flags": self.flags,

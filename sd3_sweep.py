@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from settings import READERS, range_int, read_arguments, read_bool, read_choice
-from sweep.grid import NO_PLACE, SWEPT, Grid
+from sweep.grid import NO_PLACE, SWEPT, Grid, read_yaml
 
 LAYOUTS = ("geneval", "dpg", "t2i_compbench")
 SCORERS = ("demo", "clip")
@@ -62,8 +62,6 @@ def read_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]
         raise ValueError("--out: is needed: the sweep's folder")
     if "clip_model" in flags and flags.get("score") != "clip":
         raise ValueError("--clip_model: is for --score clip")
-    if "per_kind" in flags and (flags.get("score") != "demo" or "prompt" in raw):
-        raise ValueError("--per_kind: is for --score demo without --prompt")
     if "cpus_per_worker" in flags and "ray" not in flags:
         raise ValueError("--cpus_per_worker: is for --ray")
     return flags, {name: value for name, value in raw.items() if name not in OWN}
@@ -75,6 +73,9 @@ def read_grid(flags: dict[str, Any], raw: Mapping[str, str]) -> tuple[Grid, Any]
     `flags` keep per_kind only where the prompts are those of --score demo.
     """
     prompts, entries = None, None
+    named = "prompt" in raw or ("grid" in flags and "prompt" in read_yaml(flags["grid"])[0])
+    if "per_kind" in flags and (flags.get("score") != "demo" or named):
+        raise ValueError("--per_kind: is for --score demo without prompts of your own")
     if "layout" in flags:
         from sweep.layouts import read_entries
 
@@ -82,7 +83,7 @@ def read_grid(flags: dict[str, Any], raw: Mapping[str, str]) -> tuple[Grid, Any]
             raise ValueError(f"--layout {flags['layout']}: needs --prompt, the benchmark's own prompts")
         entries = read_entries(flags["layout"], raw["prompt"])
         prompts = [e.prompt for e in entries]
-    elif flags.get("score") == "demo" and "prompt" not in raw and not _in_file(flags, "prompt"):
+    elif flags.get("score") == "demo" and not named:
         from sweep.scores import demo_prompts
 
         prompts = demo_prompts(flags.setdefault("per_kind", 40))
@@ -92,12 +93,6 @@ def read_grid(flags: dict[str, Any], raw: Mapping[str, str]) -> tuple[Grid, Any]
 
         check_entries(flags["layout"], entries, grid)
     return grid, entries
-
-
-def _in_file(flags: Mapping[str, Any], name: str) -> bool:
-    from sweep.grid import read_yaml
-
-    return "grid" in flags and name in read_yaml(flags["grid"])[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

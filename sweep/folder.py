@@ -33,20 +33,19 @@ FORMAT = 1
 class SweepFolder:
     """The folder that --out names. Raises ValueError where it is in use, belongs to another sweep, or is no sweep's."""
 
-    def __init__(self, path: str | Path, flag: str = "out"):
+    def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.flag = flag
         self.lock: FileLock | None = None
         self.record: dict[str, Any] = {}
         if self.path.exists():
             if not self.path.is_dir():
-                raise ValueError(f"--{flag} {path}: is not a folder")
+                raise ValueError(f"--out {path}: is not a folder")
             if (self.path / SWEEP).exists():
                 self.record = self._read()
             elif left := [p.name for p in self.path.iterdir() if p.name not in (".lock", "log.jsonl")]:
-                raise ValueError(f"--{flag} {path}: holds {left[0]}, and no sweep; name a new or empty folder")
+                raise ValueError(f"--out {path}: holds {left[0]}, and no sweep; name a new or empty folder")
         else:
-            saving.check_writable(str(path), flag)
+            saving.check_writable(str(path), "out")
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -56,7 +55,7 @@ class SweepFolder:
             return record
         except (OSError, ValueError, KeyError, TypeError):
             told = "cannot be read, or is of another version; name a new folder"
-            raise ValueError(f"--{self.flag} {self.path}: its {SWEEP} {told}") from None
+            raise ValueError(f"--out {self.path}: its {SWEEP} {told}") from None
 
     def open(self) -> None:
         """Makes the folder and takes it for this process; raises ValueError where another one has it."""
@@ -67,10 +66,10 @@ class SweepFolder:
             self.lock.acquire()
         except Timeout:
             raise ValueError(
-                f"--{self.flag} {self.path}: another sweep is running in this folder; wait for it or name another"
+                f"--out {self.path}: another sweep is running in this folder; wait for it or name another"
             ) from None
         except OSError as error:
-            raise ValueError(f"--{self.flag} {self.path}: cannot be written ({error.strerror})") from None
+            raise ValueError(f"--out {self.path}: cannot be written ({error.strerror})") from None
         for partial in (*self.path.glob(".*.partial"), *self.path.glob("*/.*.partial")):
             partial.unlink(missing_ok=True)  # left by a process that was killed
 
@@ -155,7 +154,7 @@ class SweepFolder:
         own = {p.id for p in plan.pictures}
         if not own & (set(self.record["planned"]) | self.present()):
             raise ValueError(
-                f"--{self.flag} {self.path}: holds another sweep ({len(self.record['planned'])} pictures, none of them "
+                f"--out {self.path}: holds another sweep ({len(self.record['planned'])} pictures, none of them "
                 "of this grid); name another folder"
             )
         now = {base_name(path): path for path in files_of(plan)}  # they may lie elsewhere by now
@@ -167,12 +166,12 @@ class SweepFolder:
             same = (stat.st_size, stat.st_mtime_ns) == (was["bytes"], was["mtime_ns"])
             if not same and file_sha256(place) != was["sha256"]:
                 raise ValueError(
-                    f"--{self.flag} {self.path}: {path} is not the file that this sweep began with; name another folder"
+                    f"--out {self.path}: {path} is not the file that this sweep began with; name another folder"
                 )
 
     def write_record(self, plan: Plan, arguments: Collection[str], hashes: Mapping[str, str] | None = None) -> None:
         """Writes sweep.json. hashes: sha256 by path, where they are known by now."""
-        before = self.record.get("files", {})
+        before = {base_name(path): was["sha256"] for path, was in self.record.get("files", {}).items()}
         files = {}
         for path in files_of(plan):
             place = Path(path)
@@ -180,7 +179,7 @@ class SweepFolder:
             files[path] = {
                 "bytes": stat.st_size if stat else None,
                 "mtime_ns": stat.st_mtime_ns if stat else None,
-                "sha256": (hashes or {}).get(path) or before.get(path, {}).get("sha256"),
+                "sha256": (hashes or {}).get(path) or before.get(base_name(path)),
             }
         self.record = {
             "format": FORMAT,
@@ -207,12 +206,12 @@ class SweepFolder:
 
     def scores(self) -> dict[tuple[str, str], dict[str, float]]:
         """Scores by (scorer, picture)."""
-        return {(line["scorer"], line["id"]): line["scores"] for line in self.lines("scores.jsonl") if "id" in line}
+        return {(line["scorer"], line["id"]): line["scores"] for line in self._lines("scores.jsonl") if "id" in line}
 
-    def seconds(self) -> list[tuple[float, int]]:
-        """Seconds and pictures of the batches made so far."""
-        lines = [line for line in self.lines("log.jsonl") if line.get("event") == "batch"]
-        return [(line["seconds"], len(line["pictures"])) for line in lines]
+    def seconds(self) -> dict[str, float]:
+        """Seconds that each picture made here took, its share of its batch."""
+        batches = [line for line in self._lines("log.jsonl") if line.get("event") == "batch"]
+        return {id: line["seconds"] / len(line["pictures"]) for line in batches for id in line["pictures"]}
 
     def _append(self, name: str, value: Any) -> None:
         path = self.path / name
@@ -224,7 +223,7 @@ class SweepFolder:
         with open(path, "a", encoding="utf-8") as f:
             f.write(("\n" if torn else "") + json.dumps(value, ensure_ascii=False) + "\n")
 
-    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+    def _lines(self, name: str) -> Iterator[dict[str, Any]]:
         """The objects of a file with one JSON object a line; a line that a kill tore is left out."""
         try:
             lines = (self.path / name).read_text(encoding="utf-8").splitlines()

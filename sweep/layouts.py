@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 import saving
-from settings import read_jsonl, read_prompts
+from settings import read_jsonl, read_lines, read_prompts
 from sweep.grid import Grid
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def _read_geneval(path: str) -> list[Entry]:
 def _read_dpg(path: str) -> list[Entry]:
     place = Path(path)
     if place.is_dir():
-        texts = {p.stem: p.read_text(encoding="utf-8-sig").strip() for p in sorted(place.glob("*.txt"))}
+        texts = {p.stem: " ".join(read_lines("prompt", p)).strip() for p in sorted(place.glob("*.txt"))}
         return [Entry(text, name) for name, text in texts.items() if text]
     if not place.is_file():
         raise FileNotFoundError(f"--prompt {path}: no such file or folder")
@@ -73,6 +74,9 @@ def _read_dpg(path: str) -> list[Entry]:
         raise ValueError(
             f"--prompt {path}: must be DPG-Bench's folder of .txt files, or its .csv with item_id and text"
         )
+    for number, line in enumerate(lines, 2):
+        if not line["item_id"] or not line["text"]:
+            raise ValueError(f"--prompt {path}: line {number} lacks an item_id or a text")
     return list({line["item_id"]: Entry(line["text"].strip(), line["item_id"]) for line in lines}.values())
 
 
@@ -98,6 +102,13 @@ def check_entries(layout: str, entries: Sequence[Entry], grid: Grid) -> None:
                 raise ValueError(f'--layout t2i_compbench: "{entry.prompt[:60]}..." is too long for the name of a file')
 
 
+def check_sizes(layout: str, plan: Plan) -> None:
+    """Raises ValueError where the evaluator could not cut the pictures out again."""
+    for s in (plan.of(i)[0].settings for i in range(len(plan.variants))):
+        if layout == "dpg" and s.width != s.height:
+            raise ValueError(f"--layout dpg: needs square pictures; these are {s.width} x {s.height}")
+
+
 def compbench_name(prompt: str, index: int) -> str:
     """`<prompt>_<index>.png`."""
     return f"{prompt}_{index:06d}.png"
@@ -109,19 +120,27 @@ def folder_of(name: str) -> str:
 
 
 def write_layout(layout: str, entries: Sequence[Entry], plan: Plan, folder: SweepFolder) -> Iterator[Path]:
-    """Writes FOLDER/<layout>/<variant> for every variant of which pictures are there; yields those folders."""
+    """Writes FOLDER/<layout>/<variant> for every variant of which pictures are there; yields those folders.
+
+    All is built anew beside the former one and takes its place, so that nothing of an earlier grid is scored.
+    """
+    whole, new = folder.path / layout, folder.path / f".{layout}.new"
+    shutil.rmtree(new, ignore_errors=True)
     taken: set[str] = set()
     for number, variant in enumerate(plan.variants):
         name = folder_of(variant.name)
         while name in taken:
             name += "_"
-        taken.add(name)
-        target = folder.path / layout / name
+        target = new / name
         pictures = {(plan.grid.prompts[p.prompt], p.seed): folder.picture(p.id) for p in plan.of(number)}
         rows = [(e, [q for s in plan.grid.seeds if (q := pictures[e.prompt, s]).exists()]) for e in entries]
         if any(own for _, own in rows):
+            taken.add(name)
             {"geneval": _write_geneval, "dpg": _write_dpg, "t2i_compbench": _write_compbench}[layout](target, rows)
-            yield target
+    shutil.rmtree(whole, ignore_errors=True)
+    if new.exists():
+        new.rename(whole)
+        yield from sorted(whole.iterdir())
 
 
 def _write_geneval(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> None:
@@ -165,12 +184,8 @@ def _save(image: Image.Image, path: Path) -> None:
 
 
 def _place(picture: Path, target: Path) -> None:
-    """Links a picture to a second place, or copies it where the disk cannot."""
-    partial = target.with_name(f".{target.name[:40]}.partial")
-    partial.unlink(missing_ok=True)
+    """Links a picture to a second place, or copies it where the disk cannot link."""
     try:
-        os.link(picture, partial)
+        os.link(picture, target)
     except OSError:
-        partial.write_bytes(picture.read_bytes())
-    os.replace(partial, target)
-    partial.unlink(missing_ok=True)  # where both were the same file already, the name stays
+        shutil.copyfile(picture, target)

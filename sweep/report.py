@@ -7,7 +7,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,13 @@ class Report:
         self.scores = folder.scores()
         self.rows: list[scoring.Row] = []
         self.done: dict[str, float | None] = {}  # mean difference to the baseline by picture
-        self.seconds = dict(self._seconds())
+        self.seconds = self.folder.seconds()
         self.written = self.cost = 0.0
         first = [plan.of(i)[0].settings for i in range(len(plan.variants))]
         self.settings = [{n: v for n, v in s.public().items() if n not in HIDDEN} for s in first]
         self.varying = [n for n in self.settings[0] if len({json.dumps(s[n]) for s in self.settings}) > 1]
         flags = [plan.engines[plan.engine_of[i]] for i in range(len(plan.variants))]
         self.commands = [" ".join(command(s, f)) for s, f in zip(first, flags, strict=True)]
-
-    def _seconds(self) -> Iterator[tuple[str, float]]:
-        for line in self.folder.lines("log.jsonl"):
-            if line.get("event") == "batch":
-                yield from ((i, line["seconds"] / len(line["pictures"])) for i in line["pictures"])
 
     def add(self, picture: Planned) -> None:
         """Takes a finished picture in."""
@@ -56,7 +51,7 @@ class Report:
         """Writes all files; contact sheets only where `whole`."""
         start = time.perf_counter()
         if not running:
-            self.seconds = dict(self._seconds())
+            self.seconds = self.folder.seconds()
         chosen = {id: s for (scorer, id), s in self.scores.items() if scorer == self.score and id in self.done}
         self.rows = scoring.summarise(self.plan, chosen) if chosen else []
         data = "window.sweepData(" + json.dumps(self.data(chosen, running), ensure_ascii=False) + ");\n"

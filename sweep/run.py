@@ -42,6 +42,10 @@ def run(flags: Mapping[str, Any], grid: Grid, entries: Sequence[Any] | None, arg
         plan, notes = make_plan(grid)
     scorer = make_scorer(flags, grid)
     folder.check(plan)
+    if entries is not None:
+        from sweep.layouts import check_sizes
+
+        check_sizes(flags["layout"], plan)
     for note in notes:
         say(note)
     if flags.get("dry_run"):
@@ -68,11 +72,10 @@ def dry_run(folder: SweepFolder, plan: Plan) -> None:
         print(line)
     left = len({p.id for p in plan.pictures}) - len(done)
     spent = folder.seconds()
-    pictures = sum(count for _, count in spent)
     told = "time unknown until the first pictures are made here"
-    if pictures:
-        each = sum(seconds for seconds, _ in spent) / pictures
-        told = f"about {duration(left * each)} ({each:.2f} s a picture, from the {pictures} made here)"
+    if spent:
+        each = sum(spent.values()) / len(spent)
+        told = f"about {duration(left * each)} ({each:.2f} s a picture, from the {len(spent)} made here)"
     print(f"{len(done)} done, {left} to make: {told}")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import DEMO, controlnet_tensors
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_cli import pictures, settings_of, text_of
 
 import saving
@@ -105,7 +105,7 @@ def test_what_is_not_as_it_was_is_said(files, tmp_path, capsys, monkeypatch):
     (tmp_path / "in.png").write_bytes((files / "photo.png").read_bytes())
     (path,) = run(tmp_path / "a", *BASE, "--init_image", tmp_path / "in.png", "--denoise", 0.5, "--seed", 7)
     record = json.loads(text_of(path)[saving.SETTINGS_CHUNK])
-    assert record["device"]["threads"] == torch.get_num_threads()
+    assert record["hardware"]["threads"] == torch.get_num_threads()
     capsys.readouterr()
     Image.effect_noise((120, 90), 50).convert("RGB").save(tmp_path / "in.png")
     real = saving.versions()
@@ -128,6 +128,26 @@ def test_files_are_looked_for_by_name(tmp_path, monkeypatch, capsys):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "demo").symlink_to(DEMO.parent)
     (again,) = run(tmp_path / "b", "--replay", alone)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_text_encoders_in_a_folder_of_their_own(small_model, tmp_path, monkeypatch):
+    whole = load_file(small_model)
+    encoders, models = tmp_path / "encoders", tmp_path / "models"
+    for folder in (encoders, models):
+        folder.mkdir()
+    for role in ("clip_l", "clip_g", "t5xxl"):
+        prefix = f"text_encoders.{role}.transformer."
+        own = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
+        save_file(own, encoders / f"{role}.safetensors")
+    for name in ("tokenizer", "tokenizer_3"):
+        (encoders / name).symlink_to(DEMO.parent / name)
+    rest = {k: v for k, v in whole.items() if not k.startswith("text_encoders.")}
+    save_file(rest, models / "bare.safetensors", {"width": "64", "height": "48", "steps": "2"})
+    base = ["--model", models / "bare.safetensors", "--model_folder", encoders, "--device", "cpu"]
+    (path,) = run(tmp_path / "a", *base, "--prompt", "a star")
+    assert saving.read_record(path)["encoders"]["clip_l"]["name"] == "clip_l.safetensors"
+    (again,) = run(tmp_path / "b", "--replay", path)  # run.json says where they lie
     assert again.read_bytes() == path.read_bytes()
 
 

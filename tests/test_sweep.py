@@ -8,6 +8,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,7 @@ BAD = [
     (["--prompt", "x", "--grid", "off.yaml"], "off is always there"),
     (["--prompt", "x", "--grid", "typo.yaml"], "--residual_target_layer: unknown flag; did you mean residual_target_l"),
     (["--prompt", "x", "--grid", "two.yaml"], "cfg must have one value in a named variant"),
+    (["--score", "demo", "--per_kind", "3", "--grid", "prompt.yaml"], "--per_kind: is for --score demo without"),
     (["--layout", "geneval"], "--layout geneval: needs --prompt"),
     (["--prompt", "x", "--out", "file"], "--out file: is not a folder"),
     (["--prompt", "x", "--out", "full"], "--out full: holds notes.txt, and no sweep; name a new or empty folder"),
@@ -181,6 +183,7 @@ def test_bad_grids(tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "torn.yaml").write_text("a: [1")
     (tmp_path / "list.yaml").write_text("- 1")
+    (tmp_path / "prompt.yaml").write_text("prompt: a red circle")
     (tmp_path / "off.yaml").write_text("variants: {off: {cfg: 3}}")
     (tmp_path / "typo.yaml").write_text("variants: {a: {residual_target_layer: 3}}")
     (tmp_path / "two.yaml").write_text("variants: {a: {cfg: 2;3}}")
@@ -436,6 +439,15 @@ def test_the_folder_and_the_model_may_move(tmp_path, prompts, monkeypatch, capsy
     capsys.readouterr()
     assert sweep(Path("swept"), *arguments, DEMO) == 0
     assert "0 made, 3 were there" in capsys.readouterr().err
+    copy = tmp_path / "demo"
+    shutil.copytree(DEMO.parent, copy)
+    assert sweep(Path("swept"), *arguments, copy / DEMO.name) == 0  # copied: another time, the same contents
+    with open(copy / DEMO.name, "r+b") as f:
+        f.seek(-2, os.SEEK_END)
+        f.write(b"xy")
+    capsys.readouterr()
+    assert sweep(Path("swept"), *arguments, copy / DEMO.name) == 2
+    assert "is not the file that this sweep began with" in capsys.readouterr().err
 
 
 def test_two_files_of_one_name(tmp_path, capsys):

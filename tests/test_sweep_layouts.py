@@ -102,6 +102,9 @@ def test_t2i_compbench(tmp_path):
     names = os.listdir(folder)
     names.sort(key=lambda n: int(n.split("_")[-1].split(".")[0]))  # as the BLIP-VQA evaluator sorts
     assert [n.split("_")[0] for n in names] == [t for t in texts for _ in range(2)]  # and finds the prompt
+    assert sweep(out, "--layout", "t2i_compbench", "--prompt", prompts, "--seed", "0-2") == 0  # nothing stale stays
+    names = sorted(os.listdir(folder), key=lambda n: int(n.split("_")[-1].split(".")[0]))
+    assert [n.split("_")[0] for n in names] == [t for t in texts for _ in range(3)]
     for text in texts:
         own = [pixels(folder / n) for n in names if n.startswith(text)]
         assert all((a == b).all() for a, b in zip(own, made(out, "off", text), strict=True))
@@ -116,6 +119,8 @@ def test_t2i_compbench(tmp_path):
         (["--layout", "dpg", "--prompt", "none"], "--prompt none: no such file or folder"),
         (["--layout", "dpg", "--prompt", "plain.txt", "--seed", "0-3"], "must be DPG-Bench's folder"),
         (["--layout", "dpg", "--prompt", "texts", "--seed", "0-2"], "needs 4 seeds"),
+        (["--layout", "dpg", "--prompt", "texts", "--seed", "0-3", "--width", "80"], "these are 80 x 96"),
+        (["--layout", "dpg", "--prompt", "short.csv", "--seed", "0-3"], "line 3 lacks an item_id or a text"),
         (["--layout", "dpg", "--prompt", "empty", "--seed", "0-3"], "--prompt empty: holds no prompt"),
         (["--layout", "t2i_compbench", "--prompt", "a red circle"], "must be T2I-CompBench's .txt file"),
         (["--layout", "t2i_compbench", "--prompt", "odd.txt"], "has / or _, which its evaluators cannot read"),
@@ -132,6 +137,7 @@ def test_bad_layouts(tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "1.txt").write_text("a red circle")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "short.csv").write_text("item_id,text\n1,a red circle\n2\n")
     assert sweep("out", *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
