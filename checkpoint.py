@@ -359,12 +359,20 @@ class Part:
         progress: Callable[[int], None] | None = None,
         names: list[str] | None = None,
     ) -> nn.Module:
-        """Gives `model` (built on the meta device) its weights, one tensor at a time; `progress` counts bytes."""
+        """Gives `model` (built on the meta device) its weights, one tensor at a time; `progress` counts bytes.
+
+        Parameters that have memory already are filled; a layer that has `take` holds what it gets in its own way.
+        """
         names = list(model.state_dict()) if names is None else names
         for name, tensor in self.read(names, device, dtype):
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
-            module._parameters[leaf] = _parameter(tensor)
+            if hasattr(module, "take"):
+                module.take(leaf, tensor)
+            elif module._parameters[leaf].is_meta:
+                module._parameters[leaf] = _parameter(tensor)
+            else:
+                module._parameters[leaf].copy_(tensor)
             if progress is not None:
                 progress(tensor.nbytes)
         return model.eval()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import Part, Source, WeightFile, count_layers
@@ -104,9 +105,10 @@ class ControlNet(nn.Module):
         tokens = base.embed_image(x) if self.chained else self.pos_embed(x)
         tokens = tokens + self.pos_embed_input(control)
         c = self.t_embedder(t) + self.y_embedder(y if self.chained else base.y_embedder(y))
+        active = F.silu(c)
         states, out = [], tokens
         for block, project in zip(self.transformer_blocks, self.controlnet_blocks, strict=True):
-            out = block(out if self.chained else tokens, c)
+            out = block(out if self.chained else tokens, active)
             states.append(project(out) * strength)
         return states
 

@@ -7,7 +7,7 @@ off the tensors. Architecture: Esser et al. 2024, arXiv 2403.03206.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import count_layers
-from other_impls import Mlp, Shapes, attention
+from other_impls import Mlp, Shapes
+from weights import HeldLinear
 
 HEAD_WIDTH = 64  # features per attention head in every MMDiT of the family
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
@@ -73,7 +74,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # every later operation is slower on a view
 
 
 class VectorEmbedder(nn.Module):
@@ -106,12 +107,20 @@ class TimestepEmbedder(VectorEmbedder):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, L, D) scaled and shifted by (B, 1, D)."""
-    return torch.addcmul(shift, x, 1 + scale)
+    """x (B, L, D) times `scale` plus `shift`, both (B, 1, D); the 1 of 1 + scale is in `scale` already."""
+    return torch.addcmul(shift, x, scale)
+
+
+def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
+    """x + gate update, in x itself where no gradient needs the old one."""
+    return torch.addcmul(x, gate, update) if torch.is_grad_enabled() else x.addcmul_(gate, update)
 
 
 class SelfAttention(nn.Module):
-    """q, k, v of one stream, with optional RMS norm of q and k per head, and the output projection."""
+    """q, k, v of one stream, with optional RMS norm of q and k per head, and the output projection.
+
+    Without the projection (`project`), nothing that attends from this stream is used: there is no q.
+    """
 
     def __init__(self, width: int, qk_norm: bool, project: bool = True):
         super().__init__()
@@ -123,22 +132,43 @@ class SelfAttention(nn.Module):
         if project:
             self.proj = nn.Linear(width, width)
 
-    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v, each (B, L, D), of x (B, L, D)."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
+    def heads_of(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        """q, k, v, each (B, heads, L, 64), of x (B, L, D): views, of no layout that counts."""
+        if hasattr(self, "proj"):
+            q, k, v = self._split(self.qkv(x))
+        else:
+            q, (k, v) = None, self._split(self._without_q(x))
         if hasattr(self, "ln_q"):
-            q = self.ln_q(q.unflatten(-1, (self.heads, -1))).flatten(2)
-            k = self.ln_k(k.unflatten(-1, (self.heads, -1))).flatten(2)
-        return q, k, v
+            q, k = q if q is None else self.ln_q(q), self.ln_k(k)
+        return tuple(t if t is None else t.transpose(1, 2) for t in (q, k, v))
+
+    def _without_q(self, x: Tensor) -> Tensor:
+        layer, width = self.qkv, x.shape[-1]
+        if isinstance(layer, HeldLinear):
+            return layer(x)  # holds no more than these rows
+        return F.linear(x, layer.weight[width:], layer.bias[width:])
+
+    def _split(self, x: Tensor) -> Sequence[Tensor]:
+        return x.unflatten(-1, (-1, self.heads, HEAD_WIDTH)).unbind(2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(attention(*self.heads_of(x), self.heads))
+        return self.proj(attend(*self.heads_of(x)))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of (B, heads, L, 64) tensors; returns (B, L, D)."""
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def joined(first: Tensor | None, second: Tensor) -> Tensor:
+    """(B, heads, T, 64) and (B, heads, L, 64) -> (B, heads, T + L, 64), laid out as attention is fastest."""
+    return second.contiguous() if first is None else torch.cat([first, second], dim=2)
 
 
 class StreamBlock(nn.Module):
     """One stream's half of a joint block; alone it is a plain transformer block (a ControlNet is made of these).
 
-    `last` marks the context stream of the last block: it only supplies q, k and v.
+    `last` marks the context stream of the last block: it only supplies k and v.
     """
 
     def __init__(self, width: int, mlp_width: int, qk_norm: bool, dual: bool = False, last: bool = False):
@@ -155,27 +185,40 @@ class StreamBlock(nn.Module):
     def norm(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, (self.width,), eps=NORM_EPS)
 
-    def modulation(self, c: Tensor) -> tuple[Tensor, ...]:
-        """shift, scale[, gate, shift_mlp, scale_mlp, gate_mlp[, shift2, scale2, gate2]], each (B, 1, D)."""
-        return self.adaLN_modulation(c)[:, None].chunk(self.chunks, dim=-1)
+    def modulation(self, active: Tensor) -> Tensor:
+        """(B, chunks * D) of SiLU(c) (B, D), see `parts`."""
+        return self.adaLN_modulation[1](active)
 
-    def before(self, x: Tensor, m: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-        """(q, k, v) for the attention, and the gated output of the second attention where there is one."""
+    def ones(self, like: Tensor) -> Tensor:
+        """(chunks * D): 1 where a scale is, as x is multiplied by 1 + scale, else 0."""
+        places = torch.tensor([float(i in SCALES) for i in range(self.chunks)], device=like.device, dtype=like.dtype)
+        return places.repeat_interleave(self.width)
+
+    def parts(self, modulation: Tensor) -> tuple[Tensor, ...]:
+        """shift, scale[, gate, shift_mlp, scale_mlp, gate_mlp[, shift2, scale2, gate2]], each (B, 1, D)."""
+        return modulation[:, None].chunk(self.chunks, dim=-1)
+
+    def before(self, x: Tensor, m: tuple[Tensor, ...]) -> tuple[tuple[Tensor | None, Tensor, Tensor], Tensor | None]:
+        """(q, k, v) for the attention, and the output of the second attention where there is one."""
         n = self.norm(x)
         qkv = self.attn.heads_of(modulate(n, m[0], m[1]))
-        return qkv, (m[8] * self.attn2(modulate(n, m[6], m[7])) if self.chunks == 9 else None)
+        return qkv, (self.attn2(modulate(n, m[6], m[7])) if self.chunks == 9 else None)
 
     def after(self, x: Tensor, m: tuple[Tensor, ...], attended: Tensor, second: Tensor | None) -> Tensor:
-        """x (B, L, D) after attention and MLP."""
+        """x (B, L, D) after attention and MLP; `x` itself stays as it is, others may hold it."""
         x = torch.addcmul(x, m[2], self.attn.proj(attended))
         if second is not None:
-            x = x + second
-        return torch.addcmul(x, m[5], self.mlp(modulate(self.norm(x), m[3], m[4])))
+            x = gated(x, m[8], second)
+        return gated(x, m[5], self.mlp(modulate(self.norm(x), m[3], m[4])))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        m = self.modulation(c)
+    def forward(self, x: Tensor, active: Tensor) -> Tensor:
+        """x (B, L, D) through the block, as SiLU(c) (B, D) says."""
+        m = self.parts(self.modulation(active) + self.ones(active))
         qkv, second = self.before(x, m)
-        return self.after(x, m, attention(*qkv, self.attn.heads), second)
+        return self.after(x, m, attend(*qkv), second)
+
+
+SCALES = (1, 4, 7)  # which parts of a modulation are scales
 
 
 class JointBlock(nn.Module):
@@ -188,16 +231,48 @@ class JointBlock(nn.Module):
         self.context_block = StreamBlock(*sizes, last=last)
         self.x_block = StreamBlock(*sizes, dual=dual)
 
-    def forward(self, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor | None, Tensor]:
-        """context (B, T, D), x (B, L, D), c (B, D) -> both streams; no context after the last block."""
-        m_context, m_x = self.context_block.modulation(c), self.x_block.modulation(c)
+    def modulation(self, active: Tensor) -> Tensor:
+        """(B, all chunks of context and x) of SiLU(c) (B, D), as `forward` takes it."""
+        return torch.cat([b.modulation(active) + b.ones(active) for b in (self.context_block, self.x_block)], dim=-1)
+
+    def forward(self, context: Tensor, x: Tensor, modulation: Tensor) -> tuple[Tensor | None, Tensor]:
+        """context (B, T, D), x (B, L, D) -> both streams, new tensors; no context after the last block."""
+        widths = [b.chunks * b.width for b in (self.context_block, self.x_block)]
+        m_context, m_x = modulation.split(widths, dim=-1)
+        m_context, m_x = self.context_block.parts(m_context), self.x_block.parts(m_x)
         qkv_context, _ = self.context_block.before(context, m_context)
         qkv_x, second = self.x_block.before(x, m_x)
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(qkv_context, qkv_x, strict=True))
-        attended = attention(q, k, v, self.x_block.attn.heads)  # (B, T + L, D)
+        attended = attend(*(joined(*pair) for pair in zip(qkv_context, qkv_x, strict=True)))
+        if self.last:
+            return None, self.x_block.after(x, m_x, attended, second)  # (B, L, D): no query was of the text
         text, image = attended.split([context.shape[1], x.shape[1]], dim=1)
-        x = self.x_block.after(x, m_x, image, second)
-        return (None if self.last else self.context_block.after(context, m_context, text, None)), x
+        # the image first: it is the larger, and what it needed is given back before the text needs more
+        x = self.x_block.after(x, m_x, image.contiguous(), second)
+        return self.context_block.after(context, m_context, text.contiguous(), None), x
+
+
+class Modulators:
+    """The modulations of all blocks in one product."""
+
+    def __init__(self, blocks: Iterable[JointBlock], device: torch.device, dtype: torch.dtype):
+        self.widths: list[int] = []
+        halves = [half for block in blocks for half in (block.context_block, block.x_block)]
+        for block in blocks:
+            self.widths.append(sum(half.chunks * half.width for half in (block.context_block, block.x_block)))
+        width = halves[0].width
+        self.weight = torch.empty(sum(self.widths), width, device=device, dtype=dtype)
+        self.bias = torch.empty(sum(self.widths), device=device, dtype=dtype)
+        self.ones = torch.cat([half.ones(self.bias) for half in halves])
+        row = 0
+        for half in halves:
+            rows = slice(row, row + half.chunks * width)
+            layer, row = half.adaLN_modulation[1], rows.stop
+            layer.weight = nn.Parameter(self.weight[rows], requires_grad=False)
+            layer.bias = nn.Parameter(self.bias[rows], requires_grad=False)
+
+    def __call__(self, active: Tensor) -> Sequence[Tensor]:
+        """What each block takes, of SiLU(c) (B, D)."""
+        return (F.linear(active, self.weight, self.bias) + self.ones).split(self.widths, dim=-1)
 
 
 class FinalLayer(nn.Module):
@@ -209,9 +284,18 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(config.width, config.patch**2 * config.latent_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(F.layer_norm(x, (self.width,), eps=NORM_EPS), shift, scale))
+    def forward(self, x: Tensor, active: Tensor) -> Tensor:
+        """active: SiLU(c) (B, D)."""
+        shift, scale = self.adaLN_modulation[1](active)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(F.layer_norm(x, (self.width,), eps=NORM_EPS), shift, 1 + scale))
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the network makes of a text once, for all steps: tokens (B, T, D), its part of the conditioning (B, D)."""
+
+    context: Tensor
+    pooled: Tensor
 
 
 class MMDiT(nn.Module):
@@ -230,18 +314,34 @@ class MMDiT(nn.Module):
             JointBlock(config, dual=i in config.dual_layers, last=i == depth - 1) for i in range(depth)
         )
         self.final_layer = FinalLayer(config)
+        self.modulators: Modulators | None = None  # see `join_modulations`
+        self._crop: tuple[tuple, Tensor] | None = None  # the last piece of the position grid
+
+    def join_modulations(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Gives the blocks' modulation layers (on the meta device) one weight, to be loaded, of which each has its
+        rows: all modulations of a step are then one product.
+        """
+        self.modulators = Modulators(self.joint_blocks, device, dtype)
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """The middle (rows, columns) of the position grid: (1, rows * columns, D)."""
-        side = self.config.grid
-        top, left = (side - rows) // 2, (side - columns) // 2
-        grid = self.pos_embed.view(1, side, side, -1)
-        return grid[:, top : top + rows, left : left + columns].flatten(1, 2)
+        held = self.pos_embed
+        key = (rows, columns, held.device, held.dtype, held.data_ptr(), held._version)
+        if self._crop is None or self._crop[0] != key:
+            side = self.config.grid
+            top, left = (side - rows) // 2, (side - columns) // 2
+            grid = held.detach().view(1, side, side, -1)
+            self._crop = key, grid[:, top : top + rows, left : left + columns].flatten(1, 2)
+        return self._crop[1]
 
     def embed_image(self, x: Tensor) -> Tensor:
         """Latent (B, C, h, w) -> tokens with their positions (B, h/p * w/p, D)."""
         p = self.config.patch
         return self.x_embedder(x) + self.positions(x.shape[2] // p, x.shape[3] // p)
+
+    def embed_text(self, y: Tensor, context: Tensor) -> Text:
+        """What depends on the text alone: pooled text (B, Y) and text tokens (B, T, X), see `Text`."""
+        return Text(self.context_embedder(context), self.y_embedder(y))
 
     def forward(
         self,
@@ -256,22 +356,39 @@ class MMDiT(nn.Module):
         """Velocity (B, C, h, w).
 
         x: noisy latent (B, C, h, w); t: timesteps (B,) in [0, 1000]; y: pooled text (B, Y); context: text tokens
-        (B, T, X); controls: ControlNet states (B, L, D), spread evenly over the blocks; skip_layers: blocks not
-        run at all; hook: sees, and may change, the text tokens entering every block.
+        (B, T, X); for the others see `velocity`.
+        """
+        return self.velocity(x, t, self.embed_text(y, context), controls, skip_layers, hook)
+
+    def velocity(
+        self,
+        x: Tensor,
+        t: Tensor,
+        text: Text,
+        controls: Sequence[Tensor] = (),
+        skip_layers: Collection[int] = (),
+        hook: ContextHook | None = None,
+    ) -> Tensor:
+        """Velocity (B, C, h, w) for a text that `embed_text` prepared.
+
+        controls: ControlNet states (B, L, D), spread evenly over the blocks; skip_layers: blocks not run at all;
+        hook: sees, and may change, the text tokens entering every block.
         """
         tokens = self.embed_image(x)  # (B, L, D)
-        c = self.t_embedder(t) + self.y_embedder(y)  # (B, D)
-        context = self.context_embedder(context)  # (B, T, D)
+        active = F.silu(self.t_embedder(t) + text.pooled)  # (B, D)
+        context = text.context  # (B, T, D)
+        modulations = None if self.modulators is None else self.modulators(active)
         depth = len(self.joint_blocks)
         for i, block in enumerate(self.joint_blocks):
             if hook is not None:
                 context = hook(i, context)  # residual text streaming, or a probe
             if i in skip_layers:
                 continue
-            context, tokens = block(context, tokens, c)
+            m = block.modulation(active) if modulations is None else modulations[i]
+            context, tokens = block(context, tokens, m)
             if controls:
                 tokens = tokens + controls[i * len(controls) // depth]
-        return self.unpatchify(self.final_layer(tokens, c), x.shape[2], x.shape[3])
+        return self.unpatchify(self.final_layer(tokens, active), x.shape[2], x.shape[3])
 
     def unpatchify(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """(B, L, p * p * C), each token (row, column, channel) of its patch -> (B, C, height, width)."""

@@ -36,16 +36,17 @@ ACTIVATIONS = {
 
 
 class Mlp(nn.Module):
-    """fc1, activation, fc2."""
+    """fc1, activation (``: fc1 has it in it), fc2."""
 
     def __init__(self, width: int, hidden: int, activation: str = "gelu_tanh"):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
+        h = self.fc1(x)
+        return self.fc2(ACTIVATIONS[self.activation](h) if self.activation else h)
 
 
 # ---- CLIP text encoders --------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_embedder import ControlNet
-from mmditx import ContextHook, MMDiT
+from mmditx import ContextHook, MMDiT, Text
 from residual import Pass, hook_for
 from settings import SkipLayerConfig
 
@@ -124,6 +124,15 @@ class Denoiser:
         self.hooks = hooks
         self.steps_run = steps_run or steps or 1
         self.step = 0
+        self._embedded: list[tuple[Conditioning, Text]] = []
+
+    def embedded(self, text: Conditioning) -> Text:
+        """What the network makes of a text, once for all steps."""
+        for known, embedded in self._embedded:
+            if known is text:
+                return embedded
+        self._embedded.append((text, self.model.embed_text(text.pooled, text.context)))
+        return self._embedded[-1][1]
 
     def velocity(self, x: Tensor, sigma: float, text: Conditioning, control: bool, skip: Sequence[int]) -> Tensor:
         """The network's velocity, float32; x (B, C, h, w) float32, one sigma for all rows."""
@@ -137,7 +146,7 @@ class Denoiser:
             controls = self.controlnet(self.model, x, t, text.pooled, rows, self.control_strength)
         halves = self.guided and text is self.text
         at = Pass.of_rows(self.step, self.steps_run, sigma, x.shape[0], "cond", halves, text=text, skip_layers=skip)
-        return self.model(x, t, text.pooled, text.context, controls, skip, hook_for(self.hooks, at)).float()
+        return self.model.velocity(x, t, self.embedded(text), controls, skip, hook_for(self.hooks, at)).float()
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """denoised = x - sigma v, guided; x (B, C, h, w) float32, sigma a number or (B,) of one value."""

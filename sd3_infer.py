@@ -51,6 +51,7 @@ from tqdm import tqdm  # noqa: E402
 import checkpoint  # noqa: E402
 import saving  # noqa: E402
 import sd3_impls  # noqa: E402
+import weights  # noqa: E402
 from checkpoint import Part, WeightFile, file_sha256  # noqa: E402
 from dit_embedder import ControlNet, ControlNetConfig, control_kind, control_pixels, controlnet_part  # noqa: E402
 from mmditx import ContextHook, MMDiT, MMDiTConfig  # noqa: E402
@@ -527,6 +528,9 @@ class SD3Inferencer:
         """The MMDiT, loaded on first use; it stays on its device."""
         if self.mmdit is None:
             model = on_meta(lambda: MMDiT(self.config))
+            model.join_modulations(self.device, self.dtype)
+            if weights.can_pack(self.device, self.dtype):
+                weights.hold_linears(model.joint_blocks, "packed")
             self.mmdit = self._load(self.mmdit_part, model, "MMDiT", self.device, self.dtype)
         return self.mmdit
 

@@ -26,7 +26,7 @@ def by_definition(origin: int, mix: dict[int, float], skip: frozenset[int] = fro
     """The definition, written down block by block: C_i <- C_i + w_i * C_o right before block i."""
     x, t, y, context = INPUTS
     tokens, c = MODEL.embed_image(x), MODEL.t_embedder(t) + MODEL.y_embedder(y)
-    context = MODEL.context_embedder(context)
+    context, active = MODEL.context_embedder(context), torch.nn.functional.silu(c)
     kept = None
     for i in range(DEPTH):
         if i == origin:
@@ -34,8 +34,9 @@ def by_definition(origin: int, mix: dict[int, float], skip: frozenset[int] = fro
         if i in mix:
             context = context + mix[i] * kept
         if i not in skip:
-            context, tokens = MODEL.joint_blocks[i](context, tokens, c)
-    return MODEL.unpatchify(MODEL.final_layer(tokens, c), x.shape[2], x.shape[3])
+            block = MODEL.joint_blocks[i]
+            context, tokens = block(context, tokens, block.modulation(active))
+    return MODEL.unpatchify(MODEL.final_layer(tokens, active), x.shape[2], x.shape[3])
 
 
 @st.composite

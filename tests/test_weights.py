@@ -1,0 +1,91 @@
+"""How linear layers hold their weights: packed for a CPU, or in 8 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import mmdit_config, randomise, relative
+
+from mmditx import MMDiT
+from sd3_infer import on_meta
+from weights import HeldLinear, can_pack, hold_linears, quantise
+
+CONFIG = mmdit_config(depth=3, dual_layers=frozenset({0}), qk_norm=True)
+PLAIN = randomise(MMDiT(CONFIG), 3).to(torch.bfloat16)
+DRAW = torch.Generator().manual_seed(4)
+INPUTS = (
+    torch.randn(2, 16, 8, 6, generator=DRAW).bfloat16(),
+    torch.tensor([700.0, 700.0]),
+    torch.randn(2, CONFIG.pooled_width, generator=DRAW).bfloat16(),
+    torch.randn(2, 11, CONFIG.context_width, generator=DRAW).bfloat16(),
+)
+packs = pytest.mark.skipif(not can_pack("cpu", torch.bfloat16), reason="this CPU has no bfloat16 products")
+
+
+def held(kind: str, join: bool = False, source: MMDiT = PLAIN) -> MMDiT:
+    """The model with its weights held as `kind` says, loaded the way a file is."""
+    model = on_meta(lambda: MMDiT(CONFIG))
+    dtype = source.pos_embed.dtype
+    if join:
+        model.join_modulations("cpu", dtype)
+    if kind:
+        hold_linears(model.joint_blocks, kind)
+    for name, tensor in source.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        if hasattr(module, "take"):
+            module.take(leaf, tensor)
+        elif module._parameters[leaf].is_meta:
+            module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+        else:
+            module._parameters[leaf].copy_(tensor)
+    return model.eval()
+
+
+@torch.no_grad()
+def run(model: MMDiT) -> torch.Tensor:
+    return model(*(i if i.dtype == torch.float32 else i.to(model.pos_embed.dtype) for i in INPUTS))
+
+
+def test_modulations_of_all_blocks_in_one_product_change_nothing_but_rounding():
+    source = randomise(MMDiT(CONFIG), 3)
+    assert relative(run(held("", True, source)), run(source)) < 1e-6
+
+
+@packs
+def test_packed_weights_change_nothing_but_rounding():
+    exact = run(randomise(MMDiT(CONFIG), 3))
+    plain, packed = relative(run(PLAIN).float(), exact), relative(run(held("packed", True)).float(), exact)
+    assert packed < 1.2 * plain
+    assert any(isinstance(m, HeldLinear) for m in held("packed").modules())
+
+
+@packs
+def test_packed_weights_give_the_same_under_torch_compile():
+    model = held("packed", True)
+    layer = model.joint_blocks[0].x_block.mlp
+    x = torch.randn(2, 5, CONFIG.width).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+@pytest.mark.parametrize(("kind", "error"), [("int8", 0.02), ("fp8", 0.06)])
+def test_8_bit_weights_are_near(kind, error):
+    exact = randomise(MMDiT(CONFIG), 3)
+    got = relative(run(held(kind, source=exact)), run(exact))
+    assert 1e-4 < got < error
+    stored = sum(b.nbytes for n, b in held(kind).named_buffers() if n.endswith("stored"))
+    blocks = sum(p.numel() for n, p in PLAIN.joint_blocks.named_parameters() if n.endswith("weight") and p.ndim == 2)
+    assert blocks - CONFIG.width**2 == stored  # a byte each; the last block's unused query is left out
+
+
+def test_float8_weights_of_a_file_are_kept():
+    weight = torch.randn(6, 32).to(torch.float8_e4m3fn).to(torch.bfloat16)
+    stored, scale = quantise(weight, "fp8")
+    assert torch.equal(stored.to(torch.bfloat16) * scale, weight)
+
+
+def test_a_row_of_zeros_stays_zero():
+    for kind in ("int8", "fp8"):
+        stored, scale = quantise(torch.zeros(2, 4), kind)
+        assert torch.equal(stored.float() * scale, torch.zeros(2, 4))
