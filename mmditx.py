@@ -15,12 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import count_layers
+from offload import Offload
 from other_impls import Mlp, Shapes
+from residual import mixed
 from weights import HeldLinear
 
 HEAD_WIDTH = 64  # features per attention head in every MMDiT of the family
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 NORM_EPS = 1e-6
+MOST_CODES = 64  # kinds of block (plain, dual, last) times ways to mix, and batches of one, each compiled once
 
 # Called right before block i with (i, context); what it returns enters the block.
 ContextHook = Callable[[int, Tensor], Tensor]
@@ -275,6 +278,44 @@ class Modulators:
         return (F.linear(active, self.weight, self.bias) + self.ones).split(self.widths, dim=-1)
 
 
+def _mixed_block(
+    block: JointBlock,
+    context: Tensor,
+    x: Tensor,
+    modulation: Tensor,
+    origin: Tensor | None,
+    weight: Tensor | None,
+    anchored: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """A block, and before it what residual text streaming mixes into the text."""
+    return block(context if origin is None else mixed(context, origin, weight, anchored), x, modulation)
+
+
+class Reuse:
+    """First-block caching: where the first block changes the image tokens nearly as it did in the step that was last
+    computed whole, what all other blocks added then is added again. One for each kind of pass of a run.
+
+    threshold: mean change of the first block's output, as a part of its mean size, below which that is done (the
+    criterion of ParaAttention's first-block cache).
+    """
+
+    def __init__(self, threshold: float):
+        self.threshold = threshold
+        self.change: Tensor | None = None  # by the first block, in the last whole step
+        self.rest: Tensor | None = None  # by the others
+        self.reused = 0  # steps that were
+
+    def near(self, change: Tensor) -> bool:
+        """Whether `rest` serves for a step whose first block changes the tokens by `change` (B, L, D)."""
+        if self.rest is not None and self.change.shape == change.shape:
+            difference = (change - self.change).abs().float().mean() / self.change.abs().float().mean()
+            if difference.item() < self.threshold:
+                self.reused += 1
+                return True
+        self.change = change
+        return False
+
+
 class FinalLayer(nn.Module):
     """Modulated norm and projection of every token to its patch: (B, L, D) -> (B, L, p * p * C)."""
 
@@ -315,6 +356,8 @@ class MMDiT(nn.Module):
         )
         self.final_layer = FinalLayer(config)
         self.modulators: Modulators | None = None  # see `join_modulations`
+        self.offload: Offload | None = None  # where blocks are in main memory
+        self.compiled: Callable[..., tuple[Tensor | None, Tensor]] | None = None  # see `compile_blocks`
         self._crop: tuple[tuple, Tensor] | None = None  # the last piece of the position grid
 
     def join_modulations(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -322,6 +365,13 @@ class MMDiT(nn.Module):
         rows: all modulations of a step are then one product.
         """
         self.modulators = Modulators(self.joint_blocks, device, dtype)
+
+    def compile_blocks(self, **options) -> None:
+        """Compiles the blocks, one code for all that are alike, any size and batch; options: of torch.compile."""
+        config = torch._dynamo.config
+        limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+        setattr(config, limit, max(getattr(config, limit), MOST_CODES))
+        self.compiled = torch.compile(_mixed_block, dynamic=True, **options)
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """The middle (rows, columns) of the position grid: (1, rows * columns, D)."""
@@ -368,27 +418,64 @@ class MMDiT(nn.Module):
         controls: Sequence[Tensor] = (),
         skip_layers: Collection[int] = (),
         hook: ContextHook | None = None,
+        reuse: Reuse | None = None,
     ) -> Tensor:
         """Velocity (B, C, h, w) for a text that `embed_text` prepared.
 
         controls: ControlNet states (B, L, D), spread evenly over the blocks; skip_layers: blocks not run at all;
-        hook: sees, and may change, the text tokens entering every block.
+        hook: sees, and may change, the text tokens entering every block; reuse: what an earlier step left.
         """
         tokens = self.embed_image(x)  # (B, L, D)
         active = F.silu(self.t_embedder(t) + text.pooled)  # (B, D)
-        context = text.context  # (B, T, D)
-        modulations = None if self.modulators is None else self.modulators(active)
+        tokens = self._run_blocks(tokens, text.context, active, controls, skip_layers, hook, reuse)
+        return self.unpatchify(self.final_layer(tokens, active), x.shape[2], x.shape[3])
+
+    def _run_blocks(
+        self,
+        tokens: Tensor,
+        context: Tensor,
+        active: Tensor,
+        controls: Sequence[Tensor],
+        skip_layers: Collection[int],
+        hook: ContextHook | None,
+        reuse: Reuse | None,
+    ) -> Tensor:
+        """The image tokens (B, L, D) after all blocks; arguments as `velocity`."""
         depth = len(self.joint_blocks)
+        order = [i for i in range(depth) if i not in skip_layers]
+        modulations = None if self.modulators is None else self.modulators(active)
+        turns = iter(order) if self.offload is None else self.offload.run(order)
+        start, first = tokens, None
         for i, block in enumerate(self.joint_blocks):
-            if hook is not None:
+            mix = None
+            if self.compiled is not None and hasattr(hook, "mix"):
+                mix = hook.mix(i, context)  # compiled together with the block
+            elif hook is not None:
                 context = hook(i, context)  # residual text streaming, or a probe
             if i in skip_layers:
+                context = context if mix is None else mix(context)
                 continue
+            next(turns)  # its weights are on the device now
             m = block.modulation(active) if modulations is None else modulations[i]
-            context, tokens = block(context, tokens, m)
+            if self.compiled is not None:
+                origin = weight = None
+                if mix is not None and mix.rows is None:
+                    origin, weight = mix.origin, torch.tensor(mix.weight)
+                elif mix is not None:
+                    context = mix(context)
+                anchored = origin is not None and mix.anchored
+                context, tokens = self.compiled(block, context, tokens, m, origin, weight, anchored)
+            else:
+                context, tokens = block(context, tokens, m)
             if controls:
                 tokens = tokens + controls[i * len(controls) // depth]
-        return self.unpatchify(self.final_layer(tokens, active), x.shape[2], x.shape[3])
+            if reuse is not None and first is None:
+                first = tokens
+                if reuse.near(first - start):
+                    return first + reuse.rest
+        if first is not None:
+            reuse.rest = tokens - first
+        return tokens
 
     def unpatchify(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """(B, L, p * p * C), each token (row, column, channel) of its patch -> (B, C, height, width)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,14 +112,20 @@ class CLIPLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-class _CLIPEmbeddings(nn.Module):
+CLIP_LAYERS = "text_model.encoder.layers."
+CLIP_EMBEDDINGS = [f"text_model.embeddings.{kind}_embedding.weight" for kind in ("token", "position")]
+
+
+def table_rows(table: Tensor, ids: Iterable[int]) -> Tensor:
+    """Rows (L, D) of an embedding table; one by one, as float8 has no gather."""
+    return torch.stack([table[i] for i in ids])
+
+
+class _CLIPTables(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
         self.token_embedding = nn.Embedding(config.vocabulary, config.width)
         self.position_embedding = nn.Embedding(config.positions, config.width)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
 
 
 class _CLIPLayers(nn.Module):
@@ -129,36 +135,53 @@ class _CLIPLayers(nn.Module):
 
 
 class _CLIPTextModel(nn.Module):
-    def __init__(self, config: CLIPConfig):
+    def __init__(self, config: CLIPConfig, whole: bool):
         super().__init__()
-        self.embeddings = _CLIPEmbeddings(config)
-        self.encoder = _CLIPLayers(config)
+        if whole:
+            self.embeddings = _CLIPTables(config)
+            self.encoder = _CLIPLayers(config)
         self.final_layer_norm = nn.LayerNorm(config.width)
 
 
-class CLIP(nn.Module):
-    """A CLIP text encoder."""
+class CLIPEnd(nn.Module):
+    """What comes after a CLIP's last layer; `whole`: its other tensors are there too."""
 
-    def __init__(self, config: CLIPConfig):
+    def __init__(self, config: CLIPConfig, whole: bool = False):
         super().__init__()
         self.config = config
-        self.text_model = _CLIPTextModel(config)
+        self.text_model = _CLIPTextModel(config, whole)
         if config.projection:
             self.text_projection = nn.Linear(config.width, config.width, bias=False)
 
+    def pooled(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Pooled (B, D) of the last layer's output (B, L, D): the final norm at the end token (the first place of the
+        largest id, ids (B, L)), projected where the file can.
+        """
+        rows = torch.arange(ids.shape[0], device=ids.device)
+        pooled = self.text_model.final_layer_norm(x[rows, ids.argmax(dim=-1)])
+        return self.text_projection(pooled) if self.config.projection else pooled
+
+    forward = pooled
+
+
+class CLIP(CLIPEnd):
+    """A CLIP text encoder, held whole."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__(config, whole=True)
+
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Token ids (B, L) -> hidden (B, L, D), the last but one layer's output without the final norm, and pooled
-        (B, D), the final norm at the end token (the first place of the largest id), projected where the file can.
+        (B, D), see `pooled`.
         """
         model = self.text_model
-        x = model.embeddings(ids)
+        tables = model.embeddings
+        x = tables.token_embedding(ids) + tables.position_embedding.weight[: ids.shape[1]]
         hidden = x
         for layer in model.encoder.layers:
             hidden = x
             x = layer(x)
-        rows = torch.arange(ids.shape[0], device=ids.device)
-        pooled = model.final_layer_norm(x[rows, ids.argmax(dim=-1)])
-        return hidden, (self.text_projection(pooled) if self.config.projection else pooled)
+        return hidden, self.pooled(x, ids)
 
 
 # ---- T5 encoder ----------------------------------------------------------------------------------

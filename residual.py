@@ -412,7 +412,17 @@ def standardise(x: Tensor) -> Tensor:
     return (x - mean) / (deviation + EPS)
 
 
-def anchored_mix(context: Tensor, origin: Tensor, weight: float) -> Tensor:
+def mixed(context: Tensor, origin: Tensor, weight: float | Tensor, anchored: bool) -> Tensor:
+    """context (B, T, D) with `weight` times origin (B, T, D) mixed in: added, or by `anchored_mix`."""
+    return anchored_mix(context, origin, weight) if anchored else _add(context, origin, weight)
+
+
+def _add(x: Tensor, origin: Tensor, weight: float | Tensor) -> Tensor:
+    """x + weight origin; compiled code takes the weight as a tensor (no dimensions), so that it serves for any."""
+    return x.add(origin, alpha=weight) if isinstance(weight, (int, float)) else x + weight * origin
+
+
+def anchored_mix(context: Tensor, origin: Tensor, weight: float | Tensor) -> Tensor:
     """context (B, T, D) mixed with a standardised (for `aligned`: and rotated) origin (B, T, D) float32.
 
     m = standardise(context) + weight origin; layer norm of m; back on the context's own mean and deviation.
@@ -422,7 +432,7 @@ def anchored_mix(context: Tensor, origin: Tensor, weight: float) -> Tensor:
 
     x = context.float()
     mean, deviation = moments(x)
-    m = ((x - mean) / (deviation + EPS)).add_(origin, alpha=weight)
+    m = _add((x - mean) / (deviation + EPS), origin, weight)
     return torch.addcmul(mean, F.layer_norm(m, m.shape[-1:], eps=EPS), deviation).to(context.dtype)
 
 
@@ -450,6 +460,31 @@ class Pass:
         places = (slice(0, middle), slice(middle, rows))
         cond, uncond = places if first == "cond" else places[::-1]
         return cls(step, steps, sigma, cond, uncond, **others)
+
+
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """What is mixed into the text tokens before one block: called with them, returns those that enter it.
+
+    origin: what is added, `weight` times; anchored: by `anchored_mix`; rows: of the batch, None for all.
+    """
+
+    origin: Tensor
+    weight: float
+    anchored: bool
+    rows: slice | None = None
+
+    def __call__(self, context: Tensor) -> Tensor:
+        """context (B, T, D); a new tensor."""
+        if self.rows is None:
+            return self._mixed(context)
+        import torch
+
+        before, after = context[: self.rows.start], context[self.rows.stop :]
+        return torch.cat([before, self._mixed(context[self.rows]), after])
+
+    def _mixed(self, context: Tensor) -> Tensor:
+        return mixed(context, self.origin, self.weight, self.anchored)
 
 
 class ResidualStream:
@@ -494,23 +529,19 @@ class ResidualStream:
 
     def __call__(self, i: int, context: Tensor) -> Tensor:
         """context (B, T, D) about to enter block i; a new tensor where i is a target."""
+        mix = self.mix(i, context)
+        return context if mix is None else mix(context)
+
+    def mix(self, i: int, context: Tensor) -> Mix | None:
+        """What is to be mixed into context (B, T, D), which is about to enter block i; None where nothing is."""
         if i == self.config.origin:
             self.kept = context if self.whole else context[self.rows]  # before any mixing here
             self.prepared = self._known() if i == 0 and self.text is not None and not context.requires_grad else {}
         if i not in self.weights:
-            return context
-        weight = self.weights[i] * self.factor
-        if self.whole:
-            return self._mix(i, context, weight)
-        import torch
-
-        before, after = context[: self.rows.start], context[self.rows.stop :]
-        return torch.cat([before, self._mix(i, context[self.rows], weight), after])
-
-    def _mix(self, i: int, context: Tensor, weight: float) -> Tensor:
-        if self.config.mode == "add":
-            return context.add(self.kept, alpha=weight)
-        return anchored_mix(context, self._origin(i), weight)
+            return None
+        anchored = self.config.mode != "add"
+        origin = self._origin(i) if anchored else self.kept
+        return Mix(origin, self.weights[i] * self.factor, anchored, None if self.whole else self.rows)
 
     def _origin(self, i: int) -> Tensor:
         """The standardised origin, rotated for target i where the mode is aligned: once per pass, or per text."""

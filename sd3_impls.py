@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_embedder import ControlNet
-from mmditx import ContextHook, MMDiT, Text
+from mmditx import ContextHook, MMDiT, Reuse, Text
 from residual import Pass, hook_for
 from settings import SkipLayerConfig
 
@@ -105,11 +105,12 @@ class Denoiser:
         control_strength: float = 1.0,
         hooks: Sequence[ContextHook] = (),
         steps_run: int | None = None,
+        cache: float = 0.0,
     ):
         """steps: the full number, for skip-layer guidance; control: latent of the control image in model space;
         neg_cond: None where cfg is 1 (the unconditional half then has no say and is not run); hooks: called before
         every block, those with a `begin` are told of every pass first; steps_run: how many calls there will be
-        (None: `steps`).
+        (None: `steps`); cache: threshold of `mmditx.Reuse`, 0 for none.
         """
         self.model = model
         self.cond = cond
@@ -124,6 +125,8 @@ class Denoiser:
         self.hooks = hooks
         self.steps_run = steps_run or steps or 1
         self.step = 0
+        self.cache = cache
+        self.reuse: dict[tuple, Reuse] = {}  # by kind of pass
         self._embedded: list[tuple[Conditioning, Text]] = []
 
     def embedded(self, text: Conditioning) -> Text:
@@ -146,7 +149,9 @@ class Denoiser:
             controls = self.controlnet(self.model, x, t, text.pooled, rows, self.control_strength)
         halves = self.guided and text is self.text
         at = Pass.of_rows(self.step, self.steps_run, sigma, x.shape[0], "cond", halves, text=text, skip_layers=skip)
-        return self.model.velocity(x, t, self.embedded(text), controls, skip, hook_for(self.hooks, at)).float()
+        reuse = self.reuse.setdefault((control, tuple(skip)), Reuse(self.cache)) if self.cache else None
+        hook = hook_for(self.hooks, at)
+        return self.model.velocity(x, t, self.embedded(text), controls, skip, hook, reuse).float()
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """denoised = x - sigma v, guided; x (B, C, h, w) float32, sigma a number or (B,) of one value."""

@@ -51,15 +51,20 @@ from tqdm import tqdm  # noqa: E402
 import checkpoint  # noqa: E402
 import saving  # noqa: E402
 import sd3_impls  # noqa: E402
-import weights  # noqa: E402
 from checkpoint import Part, WeightFile, file_sha256  # noqa: E402
 from dit_embedder import ControlNet, ControlNetConfig, control_kind, control_pixels, controlnet_part  # noqa: E402
+from embed_cache import EmbedCache  # noqa: E402
 from mmditx import ContextHook, MMDiT, MMDiTConfig  # noqa: E402
+from offload import Offload  # noqa: E402
 from other_impls import (  # noqa: E402
     CLIP,
+    CLIP_EMBEDDINGS,
+    CLIP_LAYERS,
     T5,
     T5_EMBEDDING,
     CLIPConfig,
+    CLIPEnd,
+    CLIPLayer,
     CLIPTokenizer,
     T5Block,
     T5Config,
@@ -67,6 +72,7 @@ from other_impls import (  # noqa: E402
     T5Tokenizer,
     join_text,
     t5_position_bias,
+    table_rows,
 )
 from replay import Replay  # noqa: E402
 from residual import (  # noqa: E402
@@ -90,10 +96,12 @@ from settings import (  # noqa: E402
     resolve,
 )
 from vae import VAE, VAEConfig  # noqa: E402
+from weights import can_pack, hold_linears  # noqa: E402
 
 __all__ = ["SD3Inferencer", "build_residual_config", "choose_device", "choose_dtype", "main"]
 
 RESIDUAL_FILE = "residual.json"  # in every run's folder, as --residual_config reads it
+VAE_TILE = 512  # pixels, where a picture is too large to be decoded whole
 CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 FETCH = {
     "sd3_medium": "stabilityai/stable-diffusion-3-medium",
@@ -141,6 +149,27 @@ def device_record(device: torch.device) -> dict[str, Any]:
         return {"device": device.type}
     named = re.search(r"model name\s*: (.*)", _cpuinfo())
     return {"device": named[1].strip() if named else platform.machine(), "threads": torch.get_num_threads()}
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory that a device has in all, whoever uses them now; without a way to know, 8 GB."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    if hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(os.sysconf_names):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 8 * 10**9
+
+
+def memory_peak(device: torch.device) -> int:
+    """Most bytes that were in use so far: on a CUDA device there, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _cpuinfo() -> str:
@@ -235,6 +264,7 @@ class SD3Inferencer:
         self.controlnet: ControlNet | None = None
         self.encoders_opened = 0  # how often a text encoder was read from disk
         self.stages: dict[str, float] = {}  # seconds by stage
+        self._resident: dict[tuple[str, int | str], nn.Module] = {}  # layers of text encoders that stay
         self._cond: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._rotations: tuple[tuple, Rotations] | None = None
 
@@ -271,10 +301,17 @@ class SD3Inferencer:
         device: str | torch.device = "auto",
         dtype: str = "auto",
         no_t5: bool = False,
+        t5_resident: bool = False,
+        embed_cache: str | None = None,
+        weights: str = "full",
+        compile: bool = False,
+        offload: bool = False,
     ) -> SD3Inferencer:
         """Reads headers, checks that all files are there and fit each other, decides device and dtype.
 
-        model_folder: where text encoders and tokenizers lie (default: the model file's folder, then `models`).
+        model_folder: where text encoders and tokenizers lie (default: the model file's folder, then `models`);
+        t5_resident: text encoders stay in memory; embed_cache: folder of encoded prompts; weights: full, int8 or fp8;
+        compile: see `MMDiT.compile_blocks`; offload: blocks stay in main memory, see `offload`.
         Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
         """
         self._forget()
@@ -282,6 +319,8 @@ class SD3Inferencer:
         same = text_encoder_device == "auto"
         self.encoder_device = self.device if same else choose_device(text_encoder_device, "text_encoder_device")
         self.no_t5 = no_t5
+        self.t5_resident = t5_resident
+        self.weights, self.compile, self.offload = weights, compile, offload
         self.model_file = self._open("model", model, fetch_model(model))
         own = self.model_file.path if self.model_file.folder else self.model_file.path.parent
         self.folders = [Path(model_folder)] if model_folder else [own]
@@ -293,8 +332,10 @@ class SD3Inferencer:
         self.dtype = choose_dtype(dtype, self.device, self.mmdit_part.dtype_name())
         self._open_vae(vae)
         self.controlnet_part = self._open_controlnet(controlnet_ckpt) if controlnet_ckpt else None
+        self.embed_cache = None
         if load_tokenizers:
             self._open_encoders()
+            self.embed_cache = self._open_embed_cache(embed_cache) if embed_cache else None
         self.defaults, _ = resolve(Flags(model=model, shift=shift), self.model_file.metadata, self.large_controlnet)
         self.shift = self.defaults["shift"]
         if verbose:
@@ -368,9 +409,19 @@ class SD3Inferencer:
             )
         beside = [p.file.path.parent for p in self.encoder_parts.values()]
         folders = list(dict.fromkeys([*self.folders, *beside]))
-        self.clip_tokenizer = CLIPTokenizer(checkpoint.find_tokenizer("clip", folders))
-        self.t5_tokenizer = None if self.no_t5 else T5Tokenizer(checkpoint.find_tokenizer("t5", folders))
+        kinds = ("clip",) if self.no_t5 else ("clip", "t5")
+        self.tokenizer_folders = {kind: checkpoint.find_tokenizer(kind, folders) for kind in kinds}
+        self.clip_tokenizer = CLIPTokenizer(self.tokenizer_folders["clip"])
+        self.t5_tokenizer = None if self.no_t5 else T5Tokenizer(self.tokenizer_folders["t5"])
         self.positions = clip_l.positions
+
+    def _open_embed_cache(self, folder: str) -> EmbedCache:
+        files = {role: {e.path for e in part.file.entries.values()} for role, part in self.encoder_parts.items()}
+        for kind, place in self.tokenizer_folders.items():
+            names = {name for names in checkpoint.TOKENIZER_FILES[kind] for name in names}
+            files[f"{kind} tokenizer"] = {place / name for name in names if (place / name).is_file()}
+        how = {"dtype": str(encoder_dtype(self.dtype)), "device": self.encoder_device.type, "no_t5": self.no_t5}
+        return EmbedCache(folder, files, how)
 
     def encoder_files(self) -> dict[str, dict[str, Any]]:
         """Name and bytes of the text encoders that are files of their own, by role."""
@@ -427,6 +478,11 @@ class SD3Inferencer:
         for key, cond in text.items():
             self._cond[key] = tuple(part.to(self.device, self.dtype) for part in cond)
 
+    @property
+    def known_texts(self) -> int:
+        """How many encoded prompts are held."""
+        return len(self._cond)
+
     def forget_text(self) -> None:
         """Drops the prompts encoded so far; they are encoded again where they come again."""
         self._cond.clear()
@@ -437,6 +493,10 @@ class SD3Inferencer:
         its neighbours. Each encoder is read, used for all and dropped before the next.
         """
         keys = [k for k in dict.fromkeys(wanted) if k not in self._cond]
+        if self.embed_cache is not None:
+            known = {key: text for key in keys if (text := self.embed_cache.read(*key)) is not None}
+            self.know_text(known)
+            keys = [k for k in keys if k not in known]
         if not keys:
             return
         prompts = list(dict.fromkeys(p for p, _ in keys))
@@ -451,63 +511,85 @@ class SD3Inferencer:
             (hidden_l, pooled_l), (hidden_g, pooled_g) = clip["clip_l"][key[0]], clip["clip_g"][key[0]]
             context = join_text(hidden_l, hidden_g, t5[key])
             pooled = torch.cat([pooled_l, pooled_g], dim=-1)
+            if self.embed_cache is not None:
+                self.embed_cache.write(*key, (context, pooled))
             self._cond[key] = tuple(t.to(self.device, self.dtype) for t in (context, pooled))
 
     def _run_clip(self, role: str, prompts: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-        part, config = self.encoder_parts[role], self.encoder_configs[role]
-        model = self._load(part, on_meta(lambda: CLIP(config)), role, self.encoder_device, dtype)
-        self.encoders_opened += 1
-        out = {}
-        for prompt in tqdm(prompts, desc=f"encoding {role}", disable=self.quiet, leave=False):
+        """CLIP layer by layer: each is read, run on all prompts and dropped, so the peak is one layer."""
+        part, config, device = self.encoder_parts[role], self.encoder_configs[role], self.encoder_device
+        self.encoders_opened += (role, 0) not in self._resident
+        words, positions = self._tables(part, CLIP_EMBEDDINGS)
+        positions = table_rows(positions, range(config.positions)).float()
+        ids, states = {}, {}
+        for prompt in prompts:
             pad = 0 if role == "clip_g" else None
             tokens = self.clip_tokenizer.tokenize(prompt, config.positions, pad)
             if tokens.cut:
                 limit = config.positions
                 self.say(f'note: "{_short(prompt)}" is cut: CLIP takes {limit} tokens (T5 reads on)', once=True)
-            out[prompt] = model(torch.tensor([tokens.ids], device=self.encoder_device))
-        return out
+            ids[prompt] = torch.tensor([tokens.ids], device=device)
+            x = table_rows(words, tokens.ids).float() + positions
+            states[prompt] = x.to(device, dtype)[None]
+        del words
+        hidden = {}
+        for i in tqdm(range(config.depth), desc=f"encoding {role}", disable=self.quiet, leave=False):
+            make = lambda: CLIPLayer(config)  # noqa: E731
+            layer = self._layer(role, i, make, part, f"{CLIP_LAYERS}{i}.", dtype)
+            for prompt, x in states.items():
+                hidden[prompt], states[prompt] = x, layer(x)
+        end = self._layer(role, "end", lambda: CLIPEnd(config), part, "", dtype)
+        return {prompt: (hidden[prompt], end(x, ids[prompt])) for prompt, x in states.items()}
 
     def _run_t5(self, keys: list[tuple[str, int]], dtype: torch.dtype) -> dict[tuple[str, int], Tensor]:
-        """T5 block by block: each block is read, run on all prompts and dropped, so the peak is one block."""
+        """T5 block by block, as `_run_clip`."""
         if self.no_t5:
             shape = (1, self.positions, self.config.context_width)
             return {key: torch.zeros(shape, dtype=dtype, device=self.encoder_device) for key in keys}
         part, config, device = self.encoder_parts["t5xxl"], self.encoder_configs["t5xxl"], self.encoder_device
-        self.encoders_opened += 1
+        self.encoders_opened += ("t5xxl", 0) not in self._resident
         states = {}
-        ((_, table),) = part.read([T5_EMBEDDING], "cpu", None)  # mapped: only the rows used are read
+        (table,) = self._tables(part, [T5_EMBEDDING])
         for prompt, length in keys:
             tokens = self.t5_tokenizer.tokenize(prompt, length)
             if tokens.cut:
                 self.say(f'note: "{_short(prompt)}" is cut: T5 reads its first 226 characters', once=True)
-            rows = torch.stack([table[i] for i in tokens.ids])  # row by row: float8 has no gather
-            states[prompt, length] = rows.to(device, torch.float32)[None]
+            states[prompt, length] = table_rows(table, tokens.ids).to(device, torch.float32)[None]
         del table
         biases: dict[int, Tensor] = {}
-        blocks = tqdm(range(config.depth), desc="encoding t5xxl", disable=self.quiet, leave=False)
-        for i in blocks:
-            block = on_meta(lambda i=i: T5Block(config, bias=i == 0))
-            self._load_below(part, block, f"encoder.block.{i}.", device, dtype)
+        for i in tqdm(range(config.depth), desc="encoding t5xxl", disable=self.quiet, leave=False):
+            make = lambda i=i: T5Block(config, bias=i == 0)  # noqa: E731
+            block = self._layer("t5xxl", i, make, part, f"encoder.block.{i}.", dtype)
             if i == 0:
                 bias_table = block.layer[0].SelfAttention.relative_attention_bias.weight
                 lengths = {length for _, length in keys}
                 biases = {length: t5_position_bias(bias_table, length) for length in lengths}
             for key, x in states.items():
                 states[key] = block(x, biases[key[1]])
-        norm = on_meta(lambda: T5Norm(config.width))
-        self._load_below(part, norm, "encoder.final_layer_norm.", device, dtype)
+        norm = self._layer("t5xxl", "end", lambda: T5Norm(config.width), part, "encoder.final_layer_norm.", dtype)
         return {key: norm(x) for key, x in states.items()}
 
     @staticmethod
-    def _load_below(part: Part, module: nn.Module, stem: str, device: torch.device, dtype: torch.dtype) -> None:
-        """Gives `module` the tensors below `stem`."""
-        below = Part(part.file, part.prefix + stem)
-        below.load_into(module, device, dtype)
+    def _tables(part: Part, names: list[str]) -> list[Tensor]:
+        """Embedding tables, mapped: only the rows that are used are read."""
+        tables = dict(part.read(names, "cpu", None))
+        return [tables[name] for name in names]
+
+    def _layer(
+        self, role: str, place: int | str, make: Callable[[], nn.Module], part: Part, stem: str, dtype: torch.dtype
+    ) -> nn.Module:
+        """A layer of a text encoder with its weights, read from below `stem`; kept where encoders stay resident."""
+        if (role, place) in self._resident:
+            return self._resident[role, place]
+        layer = on_meta(make)
+        Part(part.file, part.prefix + stem).load_into(layer, self.encoder_device, dtype)
+        if self.t5_resident:
+            self._resident[role, place] = layer
+        return layer
 
     def _load(self, part: Part, model: nn.Module, what: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         size = sum(p.numel() for p in model.parameters()) * torch.empty((), dtype=dtype).element_size()
-        stage = contextlib.nullcontext() if what.startswith("clip") else self.timed(f"loading {what}")
-        with stage, byte_bar(f"loading {what}", size, self.quiet) as progress:
+        with self.timed(f"loading {what}"), byte_bar(f"loading {what}", size, self.quiet) as progress:
             return part.load_into(model, device, dtype, progress)
 
     # -- pictures to latents and back --
@@ -521,17 +603,32 @@ class SD3Inferencer:
         """The autoencoder, loaded on first use."""
         if self.vae is None:
             model = on_meta(lambda: VAE(self.vae_config))
-            self.vae = self._load(self.vae_part, model, "VAE", self.device, self.vae_dtype)
+            vae = self._load(self.vae_part, model, "VAE", self.device, self.vae_dtype)
+            self.vae = vae.to(memory_format=torch.channels_last)  # the order that convolutions are fastest in
         return self.vae
 
     def get_mmdit(self) -> MMDiT:
         """The MMDiT, loaded on first use; it stays on its device."""
         if self.mmdit is None:
             model = on_meta(lambda: MMDiT(self.config))
-            model.join_modulations(self.device, self.dtype)
-            if weights.can_pack(self.device, self.dtype):
-                weights.hold_linears(model.joint_blocks, "packed")
-            self.mmdit = self._load(self.mmdit_part, model, "MMDiT", self.device, self.dtype)
+            if self.weights != "full":
+                hold_linears(model.joint_blocks, self.weights)
+            elif not self.offload:
+                model.join_modulations(self.device, self.dtype)
+                if can_pack(self.device, self.dtype):
+                    hold_linears(model.joint_blocks, "packed")
+            if self.offload:
+                self._load(self.mmdit_part, model, "MMDiT", torch.device("cpu"), self.dtype)
+                model.offload = Offload(model.joint_blocks, self.device)
+                for module in model.children():
+                    if module is not model.joint_blocks:
+                        module.to(self.device)
+                model.pos_embed.data = model.pos_embed.to(self.device)
+            else:
+                self._load(self.mmdit_part, model, "MMDiT", self.device, self.dtype)
+            if self.compile:
+                model.compile_blocks()
+            self.mmdit = model
         return self.mmdit
 
     def get_controlnet(self) -> ControlNet | None:
@@ -542,11 +639,13 @@ class SD3Inferencer:
         return self.controlnet
 
     @torch.no_grad()
-    def vae_encode(self, image: Image.Image, seed: int | Sequence[int] = DEFAULT_SEED, control: bool = False) -> Tensor:
+    def vae_encode(
+        self, image: Image.Image, seed: int | Sequence[int] = DEFAULT_SEED, control: bool = False, tile: int = 0
+    ) -> Tensor:
         """Latents (one per seed, 16, H/8, W/8), in VAE space, of an RGB image.
 
         The encoding noise is a stream of the seed apart from the start noise; control: the image is for the
-        ControlNet, whose kind decides the pixel range.
+        ControlNet, whose kind decides the pixel range; tile: side of a tile in pixels, 0 for none.
         """
         seeds = [seed] if isinstance(seed, int) else list(seed)
         pixels = unit_pixels(image)
@@ -556,19 +655,26 @@ class SD3Inferencer:
         else:
             pixels = pixels * 2 - 1
         vae = self.get_vae()
-        mean, logvar = vae.moments(pixels.to(self.device, self.vae_dtype))
+        mean, logvar = vae.moments(pixels.to(self.device, self.vae_dtype), tile)
         noise = sd3_impls.start_noise(seeds, mean.shape, "control image" if control else "initial image")
         return vae.sample(mean.float(), logvar.float(), noise.to(self.device))
 
     @torch.no_grad()
-    def decode_pixels(self, latent: Tensor) -> Tensor:
-        """Pixels (B, 3, H, W), about [-1, 1], of latents in VAE space, one at a time."""
+    def decode_pixels(self, latent: Tensor, tile: int = 0) -> Tensor:
+        """Pixels (B, 3, H, W), about [-1, 1], of latents in VAE space, one at a time; tile: see `vae_encode`."""
         vae = self.get_vae()
-        return torch.cat([vae.decode(row[None].to(self.vae_dtype)) for row in latent])
+        return torch.cat([vae.decode(row[None].to(self.vae_dtype), tile) for row in latent])
 
-    def vae_decode(self, latent: Tensor) -> Image.Image:
-        """The first latent of (B, 16, h, w), in VAE space, as a PIL image."""
-        pixels = self.decode_pixels(latent[:1].to(self.device))
+    def vae_tile(self, width: int, height: int) -> int:
+        """Side in pixels of the tiles that a picture is decoded in: 0 (none) where what decoding it whole needs is
+        less than a third of the device's memory.
+        """
+        needed = self.vae_config.decoding_bytes(width, height, self.vae_dtype)
+        return 0 if needed <= device_memory(self.device) / 3 else VAE_TILE
+
+    def vae_decode(self, latent: Tensor, tile: int = 0) -> Image.Image:
+        """The first latent of (B, 16, h, w), in VAE space, as a PIL image; tile: see `vae_encode`."""
+        pixels = self.decode_pixels(latent[:1].to(self.device), tile)
         check_finite(pixels, "the decoded picture", self.vae_dtype)
         return to_image(pixels[0])
 
@@ -593,13 +699,14 @@ class SD3Inferencer:
         controlnet_strength: float = 1.0,
         callback: Callable[[int], Any] | None = None,
         hooks: Sequence[ContextHook] = (),
+        cache: float = 0.0,
     ) -> Tensor:
         """Latents (B, 16, h, w) in VAE space, float32.
 
         latent: start (B, 16, h, w) in model space, zeros for text to image; seed: one per row; conditioning and
         neg_cond: (text tokens (1 or B, T, X), pooled (1 or B, Y)), neg_cond unused where cfg_scale is 1;
         controlnet_cond: latents of the control image in model space; denoise: part of the schedule that runs;
-        hooks: see the text tokens entering every block, after residual streaming.
+        hooks: see the text tokens entering every block, after residual streaming; cache: see `mmditx.Reuse`.
         """
         seeds = [seed] * latent.shape[0] if isinstance(seed, int) else list(seed)
         config = residual_config or ResidualConfig()
@@ -620,6 +727,7 @@ class SD3Inferencer:
             control_strength=controlnet_strength,
             hooks=[*([stream] if stream else []), *hooks],
             steps_run=len(sigmas) - 1,
+            cache=cache,
         )
         latent = latent.to(self.device)
         return sd3_impls.latent_out(sd3_impls.guided_sampling(denoiser, sampler, latent, seeds, sigmas, callback))
@@ -710,7 +818,7 @@ class SD3Inferencer:
             try:
                 check_finite(latent, "the latent", self.dtype)
                 with self.timed("decoding"):
-                    image = self.vae_decode(latent[None])
+                    image = self.vae_decode(latent[None], s.vae_tile)
             except ValueError as error:
                 yield s, error
             else:
@@ -751,10 +859,10 @@ class SD3Inferencer:
         start, control, denoise = torch.zeros(shape), None, 1.0
         if s.init_image:
             image = images["init_image", s.init_image, s.width, s.height]
-            start, denoise = sd3_impls.latent_in(self.vae_encode(image, seeds)), s.denoise
+            start, denoise = sd3_impls.latent_in(self.vae_encode(image, seeds, tile=s.vae_tile)), s.denoise
         if s.controlnet_cond_image:
             image = images["controlnet_cond_image", s.controlnet_cond_image, s.width, s.height]
-            control = sd3_impls.latent_in(self.vae_encode(image, seeds, control=True))
+            control = sd3_impls.latent_in(self.vae_encode(image, seeds, True, s.vae_tile))
         total = s.steps - int(s.steps * (1 - denoise))
         bar = tqdm(total=total, desc=what, unit="step", disable=self.quiet, leave=False)
         with bar, self.timed("sampling"):
@@ -774,6 +882,7 @@ class SD3Inferencer:
                 controlnet_strength=s.controlnet_strength,
                 callback=lambda step: bar.update(),
                 hooks=hooks,
+                cache=s.cache,
             )
 
     def gen_image(
@@ -798,6 +907,8 @@ class SD3Inferencer:
         batch_size: int = 1,
         pad_batch: bool = False,
         controlnet_strength: float = 1.0,
+        cache: float = 0.0,
+        vae_tile: int | None = None,
         with_metadata: bool = True,
     ) -> list[Path]:
         """Makes a picture (or `num_images`) for every prompt and saves them as out_dir/000000.png and on.
@@ -809,12 +920,13 @@ class SD3Inferencer:
         residual = residual_config or ResidualConfig()
         skip_layer = _skip_layer(skip_layer_config)
         cfg = self.defaults["cfg"] if cfg_scale is None else cfg_scale
+        width, height = width or self.defaults["width"], height or self.defaults["height"]
         pictures = self.plan(
             prompts,
             picture_seeds(seed, seed_type, len(prompts), num_images),
             negative_prompt=negative_prompt,
-            width=width or self.defaults["width"],
-            height=height or self.defaults["height"],
+            width=width,
+            height=height,
             steps=self.defaults["steps"] if steps is None else steps,
             cfg=skip_layer.cfg if skip_layer and cfg_scale is None else cfg,
             sampler=sampler or self.defaults["sampler"],
@@ -824,6 +936,8 @@ class SD3Inferencer:
             controlnet_strength=controlnet_strength,
             skip_layer=skip_layer,
             batch_size=batch_size,
+            cache=cache,
+            vae_tile=self.vae_tile(width, height) if vae_tile is None else vae_tile,
             **residual_settings(residual),
         )
         folder = Path(out_dir)
@@ -846,6 +960,8 @@ class SD3Inferencer:
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "text_encoder_device": str(self.encoder_device),
+            "weights": self.weights,
+            "compile": self.compile,
         }
         per_prompt = len(seeds) // len(prompts)
         return [
@@ -991,6 +1107,10 @@ class Stopped(BaseException):
     """SIGTERM arrived."""
 
 
+class SelfCheckFailed(Exception):
+    """A device computes what it should not; what it is has been printed."""
+
+
 def load_for(flags: Flags) -> SD3Inferencer:
     """An engine with the files, the device and the dtype that flags name; raises as `SD3Inferencer.load` does."""
     return SD3Inferencer().load(
@@ -1004,6 +1124,11 @@ def load_for(flags: Flags) -> SD3Inferencer:
         device=flags.device,
         dtype=flags.dtype,
         no_t5=flags.no_t5,
+        t5_resident=flags.t5_resident,
+        embed_cache=flags.embed_cache,
+        weights=flags.weights,
+        compile=flags.compile,
+        offload=flags.offload,
     )
 
 
@@ -1030,6 +1155,8 @@ def plan_for(
         controlnet_strength=flags.controlnet_strength,
         skip_layer=skip_layer or known,
         batch_size=flags.batch_size,
+        cache=flags.cache,
+        vae_tile=engine.vae_tile(values["width"], values["height"]) if flags.vae_tile is None else flags.vae_tile,
         **values,
         **residual_settings(ResidualConfig.from_flags(flags.residual(), flags.residual_config)),
     )
@@ -1062,10 +1189,7 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
         engine.say(note)
     if line := engine.unknown_words([*prompts, flags.negative_prompt]):
         engine.say(line)
-    model_name = Path(flags.model).name.removesuffix(".safetensors")
-    if flags.controlnet_ckpt:
-        model_name += "_" + Path(flags.controlnet_ckpt).name.removesuffix(".safetensors")
-    folder = saving.make_folder(Path(flags.out_dir) / model_name, name, flags.postfix)
+    folder = saving.make_folder(Path(flags.out_dir) / models_folder_name(flags), name, flags.postfix)
     record = RunRecord(folder, flags, given, len(pictures), engine)
     saving.write_json(folder / RESIDUAL_FILE, residual.as_file(folder))
     made_with = None if flags.no_metadata and not replay else MadeWith(engine, pictures[0])
@@ -1099,6 +1223,12 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
         f"{seconds / len(pictures):.1f} s each, in {folder}"
     )
     return folder
+
+
+def models_folder_name(flags: Flags) -> str:
+    """How the folder of a model's pictures is called."""
+    names = [Path(path).name.removesuffix(".safetensors") for path in (flags.model, flags.controlnet_ckpt) if path]
+    return "_".join(names)
 
 
 class RunRecord:
@@ -1191,8 +1321,17 @@ def infer(
     dtype=None,
     no_t5=None,
     pad_batch=None,
+    t5_resident=None,
+    embed_cache=None,
+    compile=None,
+    weights=None,
+    offload=None,
+    cache=None,
+    vae_tile=None,
     no_metadata=None,
     replay=None,
+    serve_stdin=None,
+    self_check=None,
     list_models=None,
 ):
     """Makes pictures from an SD3 or SD3.5 weight file, with residual text streaming.
@@ -1238,14 +1377,35 @@ def infer(
         dtype: auto, float32, bfloat16 or float16 (fp32, bf16, fp16).
         no_t5: zeros in place of T5's tokens; T5 need not be there.
         pad_batch: fills a partial batch up, so that no picture depends on how many are made with it.
+        t5_resident: keeps the text encoders in memory once they ran, where there is room.
+        embed_cache: a folder that keeps encoded prompts; a known prompt opens no text encoder.
+        compile: compiles the MMDiT's blocks; the first step takes longer, the others less.
+        weights: full (as the dtype says), or int8 or fp8: the blocks' weights in 8 bits, for small cards.
+        offload: keeps the blocks in main memory and brings each to the device for its turn.
+        cache: reuses all blocks but the first where that one changed by less than this part (0: never; try 0.1).
+        vae_tile: auto, off, or the side in pixels of tiles that the VAE works on one at a time.
         no_metadata: pictures carry no settings.
         replay: a picture of ours that is made again; other flags replace single settings of it.
+        serve_stdin: loads once, then makes a picture for every line of JSON that it reads, and answers with one.
+        self_check: runs the small model on this device and compares it with stored results.
         list_models: shows what is in the models folder, what is missing and how to get it.
     """
     given = {name: value for name, value in locals().items() if value is not None}
+    flags = None if replay else Flags.read(given)
+    if flags and flags.self_check:
+        import self_check as check
+
+        if not check.run(flags):
+            raise SelfCheckFailed
+        return
+    if flags and flags.serve_stdin:
+        from serve import serve
+
+        serve(flags, given)
+        return
     typed = [f"--{name}={value}" for name, value in given.items()]
-    if replay is None:
-        run(Flags.read(given), typed)
+    if flags:
+        run(flags, typed)
     else:
         picture = Replay.read(given)
         run(Flags.read(picture.flags(available_devices(picture.record["settings"]))), typed, picture)
@@ -1295,6 +1455,8 @@ def guarded(work: Callable[[], Any], smaller: str) -> int:
     except (torch.OutOfMemoryError, MemoryError) as error:
         print(f"error: out of memory; try a smaller {smaller} ({error})", file=sys.stderr)
         return 1
+    except SelfCheckFailed:
+        return 1
     except KeyboardInterrupt:
         return 130
     except Stopped:
@@ -1319,4 +1481,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import sd3_infer  # under its own name, by which serve and self_check know it
+
+    sys.exit(sd3_infer.main())

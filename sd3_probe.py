@@ -47,7 +47,10 @@ FOLDS = 5
 
 # ---- flags ---------------------------------------------------------------------------------------
 
-_ENGINE = ("model", "vae", "model_folder", "text_encoder_device", "device", "dtype", "no_t5")
+_ENGINE = (
+    "model", "vae", "model_folder", "text_encoder_device", "device", "dtype", "no_t5", "embed_cache",
+    "weights", "offload",
+)  # fmt: skip
 _RUN = ("steps", "cfg", "shift", "sampler", "width", "height", "negative_prompt", "batch_size", "seed")
 _SHARED = {name: READERS[name] for name in (*_ENGINE, *_RUN)} | {"prompts": READERS["model"]}
 
@@ -119,7 +122,8 @@ while sampling (orthogonal Procrustes); run again after a stop, it goes on
   --centre                subtracts the mean over tokens first
   --check_prompts         other prompts, on which the rotations are checked
 
-all that run a model: --model --vae --model_folder --text_encoder_device --device --dtype --no_t5 --steps --cfg --shift
+all that run a model: --model --vae --model_folder --text_encoder_device --device --dtype --no_t5
+--embed_cache --weights --offload --steps --cfg --shift
 --sampler --width --height --negative_prompt --batch_size --seed, as in sd3_infer.py (python sd3_infer.py --help)"""
 
 

@@ -30,6 +30,8 @@ RANDOM_SEEDS = 100_000  # seed_type rand draws below this
 DEFAULT_SEED = 23
 DEFAULT_SIZE = 1024
 DEFAULT_DENOISE = 0.8
+WEIGHTS = ("full", "int8", "fp8")
+LEAST_TILE = 128  # pixels; smaller tiles would be mostly overlap
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,17 @@ def read_size(flag: str, value: Any) -> int:
     return size
 
 
+def read_tile(flag: str, value: Any) -> int | None:
+    """Side of a VAE tile in pixels: a multiple of 16, at least 128; 0 and off: no tiles; auto: None."""
+    word = str(value).strip().lower()
+    if word in ("auto", "off", "0"):
+        return None if word == "auto" else 0
+    size = read_size(flag, value)
+    if size < LEAST_TILE:
+        raise ValueError(f"--{flag} {value}: must be auto, off, or at least {LEAST_TILE}")
+    return size
+
+
 # ---- prompts -------------------------------------------------------------------------------------
 
 
@@ -379,6 +392,10 @@ class Settings:
     device: str = "auto"
     text_encoder_device: str = "auto"
     batch_size: int = 1  # rows that were sampled at once
+    compile: bool = False
+    weights: str = "full"
+    cache: float = 0.0
+    vae_tile: int = 0  # side of a tile in pixels; 0: the VAE runs on the whole picture
 
     def __post_init__(self) -> None:
         """Checks every field; raises ValueError naming the flag."""
@@ -392,6 +409,9 @@ class Settings:
         read_float("denoise", self.denoise, 0.0, 1.0)
         read_float("controlnet_strength", self.controlnet_strength)
         read_int("batch_size", self.batch_size, 1)
+        read_choice("weights", self.weights, WEIGHTS)
+        read_float("cache", self.cache, 0.0, 1.0)
+        read_tile("vae_tile", self.vae_tile)
         check_residual(self.residual_origin_layer, self.residual_target_layers, self.residual_weights)
         check_residual_window(self.residual_start, self.residual_end)
         check_residual_choices(self.residual_mode, self.residual_schedule, self.residual_branch)
@@ -401,8 +421,12 @@ class Settings:
         return dataclasses.asdict(self)
 
     def public(self) -> dict[str, Any]:
-        """Plain values for a record that others may see: files by their names, without folders."""
+        """Plain values for a record that others may see: files by their names, without folders.
+
+        Settings that came later are left out at their defaults, so that pictures made before keep their digests.
+        """
         values = self.asdict()
+        values = {n: v for n, v in values.items() if n not in LATER or v != LATER[n]}
         return values | {name: base_name(values[name]) for name in FILE_SETTINGS}
 
     def digest(self) -> str:
@@ -410,6 +434,11 @@ class Settings:
         files lie there.
         """
         return digest_of(self.public())
+
+
+LATER = {
+    f.name: f.default for f in dataclasses.fields(Settings) if f.name in ("compile", "weights", "cache", "vae_tile")
+}
 
 
 def digest_of(public: Mapping[str, Any]) -> str:
@@ -531,8 +560,17 @@ class Flags:
     dtype: str = "auto"
     no_t5: bool = False
     pad_batch: bool = False
+    t5_resident: bool = False
+    embed_cache: str | None = None
+    compile: bool = False
+    weights: str = "full"
+    offload: bool = False
+    cache: float = 0.0
+    vae_tile: int | None = None
     no_metadata: bool = False
     replay: str | None = None
+    serve_stdin: bool = False
+    self_check: bool = False
     list_models: bool = False
 
     @classmethod
@@ -615,8 +653,17 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "dtype": lambda flag, value: read_dtype(value),
     "no_t5": read_bool,
     "pad_batch": read_bool,
+    "t5_resident": read_bool,
+    "embed_cache": _optional_path,
+    "compile": read_bool,
+    "weights": _choice(WEIGHTS),
+    "offload": read_bool,
+    "cache": lambda flag, value: read_float(flag, value, 0.0, 1.0),
+    "vae_tile": read_tile,
     "no_metadata": read_bool,
     "replay": _filled,
+    "serve_stdin": read_bool,
+    "self_check": read_bool,
     "list_models": read_bool,
 }
 

@@ -6,6 +6,8 @@ tensors, so released files and the small demo model load through the same path.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from other_impls import Shapes, attention
+
+PEAK_TENSORS = 3  # of the widest full-size tensor, alive at once while decoding
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,13 @@ class VAEConfig:
             encoder_blocks=count("encoder.down.0.block"),
             decoder_blocks=count("decoder.up.0.block"),
         )
+
+    def decoding_bytes(self, width: int, height: int, dtype: torch.dtype) -> int:
+        """About what decoding a picture of this size whole takes at its peak, beside the weights (measured, see
+        docs/performance.md).
+        """
+        widest = self.widths[1] if len(self.widths) > 1 else self.widths[0]  # its blocks begin at full size with that
+        return int(PEAK_TENSORS * width * height * widest * torch.empty((), dtype=dtype).element_size())
 
     @property
     def downscale(self) -> int:
@@ -201,10 +212,13 @@ class VAE(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def moments(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and raw log-variance, each (B, 16, H/8, W/8), of `image` (B, 3, H, W) in [-1, 1]."""
-        mean, logvar = self.encoder(image).chunk(2, dim=1)
-        return mean, logvar
+    def moments(self, image: Tensor, tile: int = 0) -> tuple[Tensor, Tensor]:
+        """Mean and raw log-variance, each (B, 16, H/8, W/8), of `image` (B, 3, H, W) in [-1, 1].
+
+        tile: side in pixels of tiles that are encoded one at a time and blended, 0 for the whole.
+        """
+        cell = self.config.downscale
+        return tiled(self.encoder, image, tile, lambda n: n // cell, cell).chunk(2, dim=1)
 
     def encode(self, image: Tensor, noise: Tensor) -> Tensor:
         """A sample of the latent; `noise` has the latent's shape."""
@@ -215,6 +229,56 @@ class VAE(nn.Module):
         """mean + std * noise, the log-variance clamped to [-30, 20]."""
         return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise.to(mean)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Pixels (B, 3, 8h, 8w), about [-1, 1] and not clamped, of a raw latent (B, 16, h, w)."""
-        return self.decoder(latent)
+    def decode(self, latent: Tensor, tile: int = 0) -> Tensor:
+        """Pixels (B, 3, 8h, 8w), about [-1, 1] and not clamped, of a raw latent (B, 16, h, w); tile: see `moments`."""
+        cell = self.config.downscale
+        return tiled(self.decoder, latent, tile // cell, lambda n: n * cell)
+
+
+def tiled(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: Callable[[int], int], align: int = 1) -> Tensor:
+    """run(x) from overlapping pieces of x (B, C, H, W), at most `tile` by `tile`, singly; 0 or a smaller x: whole.
+
+    scale: from a place in x to the place in the result, for places that are multiples of `align`. Neighbours share a
+    quarter of a tile or more; there the result goes over from one to the next along a straight ramp.
+    """
+    if not tile or max(x.shape[2:]) <= tile:
+        return run(x.contiguous(memory_format=torch.channels_last)).contiguous()
+    out = weight = None
+    overlap = tile // 4
+    rows, columns = (pieces(size, tile, overlap, align) for size in x.shape[2:])
+    for top, bottom in rows:
+        for left, right in columns:
+            part = run(x[:, :, top:bottom, left:right].contiguous(memory_format=torch.channels_last))
+            if out is None:
+                out = part.new_zeros(*part.shape[:2], scale(x.shape[2]), scale(x.shape[3]))
+                weight = part.new_zeros(out.shape[2:])
+            vertical = ramp(top, bottom, x.shape[2], overlap, scale).to(part)
+            horizontal = ramp(left, right, x.shape[3], overlap, scale).to(part)
+            mask = vertical[:, None] * horizontal[None]
+            place = (slice(scale(top), scale(bottom)), slice(scale(left), scale(right)))
+            out[:, :, place[0], place[1]] += part * mask
+            weight[place] += mask
+    return out / weight
+
+
+def pieces(size: int, tile: int, overlap: int, align: int = 1) -> list[tuple[int, int]]:
+    """Ends of the fewest pieces of length `tile` (or `size`) that cover `size` and overlap by about `overlap` or more,
+    evenly spread; all are multiples of `align` where the lengths are.
+    """
+    if size <= tile:
+        return [(0, size)]
+    count = math.ceil((size - overlap) / (tile - overlap))
+    starts = [round(i * (size - tile) / (count - 1) / align) * align for i in range(count)]
+    return [(start, start + tile) for start in starts]
+
+
+def ramp(start: int, end: int, size: int, overlap: int, scale: Callable[[int], int]) -> Tensor:
+    """Weight of each place of a piece's result along one side: rising from an inner edge over `overlap`, else 1."""
+    length, rise = scale(end - start), scale(overlap)
+    places = torch.arange(length) + 0.5
+    weight = torch.ones(length)
+    if start > 0:
+        weight = torch.minimum(weight, places / rise)
+    if end < size:
+        weight = torch.minimum(weight, (length - places) / rise)
+    return weight

@@ -32,6 +32,8 @@ NO_PLACE = {
     "pad_batch": "batches are always filled up",
     "no_metadata": "finished pictures are known by their settings",
     "replay": "that is for sd3_infer.py",
+    "serve_stdin": "that is for sd3_infer.py",
+    "self_check": "that is for sd3_infer.py",
     "list_models": "that is for sd3_infer.py",
     "verbose": "log.jsonl has it all",
 }

@@ -11,7 +11,10 @@ from sd3_infer import SD3Inferencer, load_for, plan_for
 from settings import FILE_SETTINGS, SKIP_LAYERS, Flags, Settings, model_key
 from sweep.grid import Grid, Variant
 
-ENGINE = ("model", "vae", "controlnet_ckpt", "model_folder", "device", "text_encoder_device", "dtype", "no_t5")
+ENGINE = (
+    "model", "vae", "controlnet_ckpt", "model_folder", "device", "text_encoder_device", "dtype", "no_t5", "t5_resident",
+    "embed_cache", "weights", "compile", "offload",
+)  # fmt: skip
 SHORT = 20  # letters of a digest in a file's name
 
 

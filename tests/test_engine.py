@@ -142,7 +142,7 @@ class Recorder(torch.nn.Module):
     def embed_text(self, pooled, context):
         return context
 
-    def velocity(self, x, t, context, controls, skip, hook):
+    def velocity(self, x, t, context, controls, skip, hook, reuse):
         self.calls.append((x.shape[0], tuple(skip), t[0].item()))
         return x * 0 + context.mean() * (2.0 if skip else 1.0) + context.mean(dim=(1, 2)).view(-1, 1, 1, 1)
 
