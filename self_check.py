@@ -61,8 +61,8 @@ def results(engine: SD3Inferencer) -> dict[str, tuple[Callable[[], Tensor], int]
     start = torch.zeros(1, engine.config.latent_channels, SIDE, SIDE)
     settings = {
         "plain": {},
-        "residual add": {"residual_config": ResidualConfig(0, TARGETS, (0.3,))},
-        "residual anchored": {"residual_config": ResidualConfig(1, TARGETS, (0.3,), "anchored", "cosine")},
+        "residual add": {"residual_config": ResidualConfig(0, TARGETS, (1.0,))},
+        "residual anchored": {"residual_config": ResidualConfig(1, TARGETS, (2.0,), "anchored", "cosine")},
         "skip-layer guidance": {"skip_layer_config": SkipLayerConfig(2.0, 0.01, 0.6, (4, 5), cfg=CFG)},
     }
 
@@ -72,7 +72,7 @@ def results(engine: SD3Inferencer) -> dict[str, tuple[Callable[[], Tensor], int]
 
     def control() -> Tensor:
         latent = latent_in(engine.vae_encode(picture(), SEED, control=True))
-        return sample(controlnet_cond=latent)
+        return sample(controlnet_cond=latent, controlnet_strength=0.3)
 
     runs: dict[str, tuple[Callable[[], Tensor], int]] = {
         "text tokens": (lambda: engine.get_cond(PROMPT, length)[0], 0),

@@ -7,7 +7,7 @@ tensors, so released files and the small demo model load through the same path.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from other_impls import Shapes, attention
 
+LARGE_LEVELS = 2  # levels of full and half size: the only ones that tiles are worth it for
 PEAK_TENSORS = 3  # of the widest full-size tensor, alive at once while decoding
 
 
@@ -65,9 +66,31 @@ class VAEConfig:
         return 2 ** (len(self.widths) - 1)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+class Norm(nn.GroupNorm):
+    """Group norm that can take its mean and deviation from another input than the one it normalises: a tile must be
+    normalised as the whole picture is, else neighbours differ in tone.
+    """
+
+    fixed: tuple[Tensor, Tensor] | None = None  # factor and offset of every channel, (B, C, 1, 1)
+    watched = False  # whether the next input fixes them
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.watched:
+            self.fixed, self.watched = self._line(x), False
+        return super().forward(x) if self.fixed is None else torch.addcmul(self.fixed[1], x, self.fixed[0])
+
+    def _line(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        groups = x.float().reshape(x.shape[0], self.num_groups, -1)
+        variance, mean = torch.var_mean(groups, dim=-1, correction=0)  # (B, groups)
+        each = self.num_channels // self.num_groups
+        inverse, mean = (t.repeat_interleave(each, dim=1) for t in ((variance + self.eps).rsqrt(), mean))  # (B, C)
+        factor = inverse * self.weight
+        return tuple(t[..., None, None].to(x.dtype) for t in (factor, self.bias - mean * factor))
+
+
+def _norm(channels: int) -> Norm:
     # 32 groups at the released widths (128 and up); fewer where a group would hold under 4 channels.
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+    return Norm(min(32, channels // 4), channels, eps=1e-6)
 
 
 def _conv3(inp: int, out: int) -> nn.Conv2d:
@@ -160,12 +183,24 @@ class Encoder(nn.Module):
         self.conv_out = _conv3(width, 2 * config.latent_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down:
+        return self.small(self.large(x))
+
+    def large(self, x: Tensor) -> Tensor:
+        """The levels of full and half size: pixels -> (B, C, H/4, W/4)."""
+        return self._levels(self.conv_in(x), self.down[:LARGE_LEVELS])
+
+    @staticmethod
+    def _levels(x: Tensor, levels: Iterable[nn.Module]) -> Tensor:
+        for level in levels:
             for block in level.block:
                 x = block(x)
             if hasattr(level, "downsample"):
                 x = level.downsample(x)
+        return x
+
+    def small(self, x: Tensor) -> Tensor:
+        """What follows on `large`."""
+        x = self._levels(x, self.down[LARGE_LEVELS:])
         x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
         return self.conv_out(F.silu(self.norm_out(x)))
 
@@ -193,13 +228,26 @@ class Decoder(nn.Module):
         self.conv_out = _conv3(width, config.image_channels)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z)
-        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
-        for level in reversed(self.up):
+        return self.large(self.small(z))
+
+    @staticmethod
+    def _levels(x: Tensor, levels: Iterable[nn.Module]) -> Tensor:
+        for level in levels:
             for block in level.block:
                 x = block(x)
             if hasattr(level, "upsample"):
                 x = level.upsample(x)
+        return x
+
+    def small(self, z: Tensor) -> Tensor:
+        """Attention and the levels of an eighth and a quarter of the size: latents -> (B, C, H/2, W/2)."""
+        x = self.conv_in(z)
+        x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
+        return self._levels(x, reversed(self.up[LARGE_LEVELS:]))
+
+    def large(self, x: Tensor) -> Tensor:
+        """The levels of half and full size: what `small` gave -> pixels."""
+        x = self._levels(x, reversed(self.up[:LARGE_LEVELS]))
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -217,8 +265,10 @@ class VAE(nn.Module):
 
         tile: side in pixels of tiles that are encoded one at a time and blended, 0 for the whole.
         """
-        cell = self.config.downscale
-        return tiled(self.encoder, image, tile, lambda n: n // cell, cell).chunk(2, dim=1)
+        image = image.contiguous(memory_format=torch.channels_last)
+        ratio = 2 ** min(LARGE_LEVELS, len(self.config.widths) - 1)
+        states = tiled(self.encoder.large, image, tile, lambda n: n // ratio, ratio)
+        return self.encoder.small(states).contiguous().chunk(2, dim=1)
 
     def encode(self, image: Tensor, noise: Tensor) -> Tensor:
         """A sample of the latent; `noise` has the latent's shape."""
@@ -231,18 +281,38 @@ class VAE(nn.Module):
 
     def decode(self, latent: Tensor, tile: int = 0) -> Tensor:
         """Pixels (B, 3, 8h, 8w), about [-1, 1] and not clamped, of a raw latent (B, 16, h, w); tile: see `moments`."""
-        cell = self.config.downscale
-        return tiled(self.decoder, latent, tile // cell, lambda n: n * cell)
+        states = self.decoder.small(latent.contiguous(memory_format=torch.channels_last))
+        ratio = self.config.downscale * latent.shape[2] // states.shape[2]
+        return tiled(self.decoder.large, states, tile // ratio, lambda n: n * ratio).contiguous()
 
 
 def tiled(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: Callable[[int], int], align: int = 1) -> Tensor:
-    """run(x) from overlapping pieces of x (B, C, H, W), at most `tile` by `tile`, singly; 0 or a smaller x: whole.
+    """run(x), a method of a module, from overlapping pieces of x (B, C, H, W), at most `tile` by `tile`, one at a time;
+    where tile is 0 or x is no larger, from the whole.
 
     scale: from a place in x to the place in the result, for places that are multiples of `align`. Neighbours share a
-    quarter of a tile or more; there the result goes over from one to the next along a straight ramp.
+    quarter of a tile or more; there the result goes over from one to the next along a straight ramp. All norms take
+    mean and deviation from a small copy of x, so that all pieces are normalised alike.
     """
     if not tile or max(x.shape[2:]) <= tile:
-        return run(x.contiguous(memory_format=torch.channels_last)).contiguous()
+        return run(x)
+    norms = [m for m in run.__self__.modules() if isinstance(m, Norm)]
+    try:
+        for norm in norms:
+            norm.watched = True
+        step = math.ceil(max(x.shape[2:]) / tile)
+        copy = x[:, :, step // 2 :: step, step // 2 :: step]  # single places: means would be smoother than the picture
+        copy = copy[:, :, : copy.shape[2] // align * align, : copy.shape[3] // align * align]
+        run(copy.contiguous(memory_format=torch.channels_last))
+        for norm in norms:
+            norm.watched = False  # those that are not part of `run`
+        return _blended(run, x, tile, scale, align)
+    finally:
+        for norm in norms:
+            norm.fixed, norm.watched = None, False
+
+
+def _blended(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: Callable[[int], int], align: int) -> Tensor:
     out = weight = None
     overlap = tile // 4
     rows, columns = (pieces(size, tile, overlap, align) for size in x.shape[2:])
