@@ -376,7 +376,8 @@ class MMDiT(nn.Module):
     def positions(self, rows: int, columns: int) -> Tensor:
         """The middle (rows, columns) of the position grid: (1, rows * columns, D)."""
         held = self.pos_embed
-        key = (rows, columns, held.device, held.dtype, held.data_ptr(), held._version)
+        version = 0 if held.is_inference() else held._version  # in-place changes count
+        key = (rows, columns, held.device, held.dtype, held.data_ptr(), version)
         if self._crop is None or self._crop[0] != key:
             side = self.config.grid
             top, left = (side - rows) // 2, (side - columns) // 2

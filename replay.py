@@ -66,7 +66,7 @@ class Replay:
         if self.given.get("residual_mode", raw.get("residual_mode")) != "aligned":
             raw.pop("residual_rotations", None)
         raw["skip_layer_cfg"] = self.record["settings"].get("skip_layer") is not None
-        return raw | {"pad_batch": True}
+        return {"vae_tile": 0} | raw | {"pad_batch": True}
 
     def _model_folder(self) -> dict[str, str]:
         """Where the text encoders lay, as the record of the run says."""

@@ -163,11 +163,13 @@ def device_memory(device: torch.device) -> int:
 
 
 def memory_peak(device: torch.device) -> int:
-    """Most bytes that were in use so far: on a CUDA device there, else resident in this process."""
+    """Most bytes that were in use so far: on a CUDA device there, else resident in this process; 0 where unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -512,7 +514,10 @@ class SD3Inferencer:
             context = join_text(hidden_l, hidden_g, t5[key])
             pooled = torch.cat([pooled_l, pooled_g], dim=-1)
             if self.embed_cache is not None:
-                self.embed_cache.write(*key, (context, pooled))
+                try:
+                    self.embed_cache.write(*key, (context, pooled))
+                except OSError as error:  # the prompt is encoded; it is only not kept
+                    self.say(f"note: --embed_cache: {error.strerror or error}", once=True)
             self._cond[key] = tuple(t.to(self.device, self.dtype) for t in (context, pooled))
 
     def _run_clip(self, role: str, prompts: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
@@ -623,7 +628,7 @@ class SD3Inferencer:
                 for module in model.children():
                     if module is not model.joint_blocks:
                         module.to(self.device)
-                model.pos_embed.data = model.pos_embed.to(self.device)
+                model.pos_embed = nn.Parameter(model.pos_embed.to(self.device), requires_grad=False)
             else:
                 self._load(self.mmdit_part, model, "MMDiT", self.device, self.dtype)
             if self.compile:
@@ -1391,6 +1396,8 @@ def infer(
         list_models: shows what is in the models folder, what is missing and how to get it.
     """
     given = {name: value for name, value in locals().items() if value is not None}
+    if replay and (serve_stdin or self_check):
+        raise ValueError("--replay: goes with neither --serve_stdin nor --self_check")
     flags = None if replay else Flags.read(given)
     if flags and flags.self_check:
         import self_check as check

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +17,7 @@ import torch
 
 import saving
 from sd3_infer import MadeWith, RunRecord, SD3Inferencer, load_for, models_folder_name, plan_for
-from settings import Flags, check_flag, read_prompts
+from settings import FILE_SETTINGS, Flags, Settings, check_flag, read_prompts
 
 # Flags that belong to the process: they decide what is loaded and where pictures go.
 FIXED = (
@@ -34,7 +35,7 @@ class Server:
     def __init__(self, engine: SD3Inferencer, flags: Flags, raw: Mapping[str, Any], folder: Path):
         self.engine, self.flags, self.raw, self.folder = engine, flags, dict(raw), folder
         self.record = RunRecord(folder, flags, [f"--{n}={v}" for n, v in raw.items()], 0, engine)
-        self.made_with: MadeWith | None = None
+        self.made_with: dict[tuple, MadeWith] = {}  # by the files that pictures name and when they changed
 
     def answer(self, line: str) -> dict[str, Any]:
         """What a line is answered with: files, seeds and seconds, or the error; `id` comes back as it was given."""
@@ -75,15 +76,21 @@ class Server:
         if self.engine.known_texts > MOST_TEXTS:
             self.engine.forget_text()
         first = len(self.record.pictures)
-        if self.made_with is None:
-            self.made_with = MadeWith(self.engine, pictures[0])
+        made_with = self._files(pictures[0])
         for number, settings, image in self.engine.make(pictures, flags.pad_batch):
             path = self.folder / f"{first + number:06d}.png"
-            known = self.made_with.wait()
+            known = made_with.wait()
             saving.save_picture(path, image, settings, None if flags.no_metadata else known)
             self.record.total = len(self.record.pictures) + 1
             self.record.add(path, settings, known)
             yield path, settings.seed
+
+    def _files(self, settings: Settings) -> MadeWith:
+        paths = [path for name in FILE_SETTINGS if (path := getattr(settings, name))]
+        key = tuple((path, os.stat(path).st_mtime_ns, os.stat(path).st_size) for path in paths)
+        if key not in self.made_with:
+            self.made_with = {key: MadeWith(self.engine, settings)}  # the last one only: they are seldom others
+        return self.made_with[key]
 
 
 def serve(

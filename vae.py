@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from other_impls import Shapes, attention
 
 LARGE_LEVELS = 2  # levels of full and half size: the only ones that tiles are worth it for
-PEAK_TENSORS = 3  # of the widest full-size tensor, alive at once while decoding
+PEAK_TENSORS = 3.5  # of the widest full-size tensor, alive at once while decoding
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,10 @@ class OneDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def engine_on_meta(model, controlnet=None, dtype="bfloat16") -> SD3Inferencer:
+def engine_on_meta(model, controlnet=None, dtype="bfloat16", **options) -> SD3Inferencer:
+    control = controlnet and str(controlnet)
     engine = SD3Inferencer().load(
-        str(model), controlnet_ckpt=controlnet and str(controlnet), device=torch.device("meta"), dtype=dtype
+        str(model), controlnet_ckpt=control, device=torch.device("meta"), dtype=dtype, **options
     )
     engine.quiet = True
     return engine
@@ -89,6 +90,33 @@ def test_residual_modes_are_where_the_model_is(small_model, mode, origin, branch
     engine = engine_on_meta(small_model)
     with OneDevice():
         assert whole_path(engine, False, "euler", residual=config).device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"offload": True},
+        {"weights": "int8"},
+        {"weights": "fp8", "offload": True},
+        {"compile": True},
+        {"t5_resident": True},
+    ],
+    ids=str,
+)
+def test_what_saves_memory_and_time_misplaces_nothing(small_model, options, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # what runs, not the code made of it
+    engine = engine_on_meta(small_model, **options)
+    with OneDevice():
+        assert whole_path(engine, False, "euler").device.type == "meta"
+    if "offload" in options:
+        assert {p.device.type for p in engine.get_mmdit().joint_blocks.parameters()} == {"cpu"}
+
+
+def test_tiles_are_where_the_picture_is(small_model):
+    engine = engine_on_meta(small_model)
+    with OneDevice():
+        latent = engine.vae_encode(Image.new("RGB", (320, 256)), [3], tile=128)
+        assert engine.decode_pixels(latent, 128).shape == (1, 3, 256, 320)
 
 
 def test_the_shipped_model_too():

@@ -80,18 +80,7 @@ def test_transformer(case):
 def test_vae():
     config = VAEConfig(3, 16, 128, (128, 128, 256, 256), 2, 3)
     ours = randomise(VAE(config), 14)
-    theirs = diffusers.AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=config.widths,
-        layers_per_block=2,
-        latent_channels=16,
-        norm_num_groups=32,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
+    theirs = to_diffusers.peer_vae(config)
     theirs.load_state_dict(to_diffusers.vae(ours), strict=True)
     image, latent = torch.rand(1, 3, 48, 32) * 2 - 1, torch.randn(1, 16, 6, 4)
     mean, logvar = ours.moments(image)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from checkpoint import ENCODER_FOLDERS, ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
 from mmditx import MMDiT, MMDiTConfig
 from other_impls import T5
-from vae import VAE
+from vae import VAE, VAEConfig
 
 
 def _swap(tensor: Tensor) -> Tensor:
@@ -139,6 +139,26 @@ def peer_transformer(config: MMDiTConfig):
         pos_embed_max_size=config.grid,
         dual_attention_layers=tuple(config.dual_layers),
         qk_norm="rms_norm" if config.qk_norm else None,
+    ).eval()
+
+
+def peer_vae(config: VAEConfig):
+    """diffusers' autoencoder of the same sizes, with weights of its own."""
+    import diffusers
+
+    return diffusers.AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * len(config.widths),
+        up_block_types=("UpDecoderBlock2D",) * len(config.widths),
+        block_out_channels=config.widths,
+        layers_per_block=config.encoder_blocks,
+        latent_channels=config.latent_channels,
+        norm_num_groups=32,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
     ).eval()
 
 

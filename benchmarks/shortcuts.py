@@ -1,0 +1,106 @@
+"""What step caching (`--cache`) and 8-bit weights (`--weights`) save, and the error they make.
+
+    python benchmarks/shortcuts.py            the shipped model: pictures that mean something
+    python benchmarks/shortcuts.py weights    SD3 Medium at real size: memory of the MMDiT, error and time of a step
+
+Pictures: 12 prompts, 24 Euler steps, cfg 2.5; the error is of the final latents against those of full runs with the
+same seeds (norm of the difference over norm), beside it that of another seed, the largest that makes sense. Full and
+shortened runs alternate; A/A is a full run over its neighbours.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import fire
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from step import DTYPE, compare, inputs, seconds, weights_file  # noqa: E402
+
+from sd3_infer import SD3Inferencer  # noqa: E402
+
+PROMPTS = [f"a {c} {s}" for c in ("red", "green", "blue", "yellow") for s in ("circle", "square", "star")]
+
+
+def engine_for(weights: str = "full", model: str = "models/demo/demo.safetensors", **more) -> SD3Inferencer:
+    """A quiet engine on this CPU, bfloat16."""
+    engine = SD3Inferencer()
+    engine.quiet = True
+    return engine.load(str(ROOT / model), device="cpu", dtype="bfloat16", weights=weights, **more)
+
+
+class Bench:
+    """See the module."""
+
+    def pictures(self, thresholds="0.05,0.1,0.2,0.3") -> None:
+        """A row for every threshold and for the 8-bit weights."""
+        full = engine_for()
+        ways = {"A/A: full, again": (full, 0.0)}
+        for threshold in str(thresholds).strip("()").split(","):
+            ways[f"`--cache {float(threshold):g}`"] = (full, float(threshold))
+        for kind in ("int8", "fp8"):
+            ways[f"`--weights {kind}`"] = (engine_for(kind), 0.0)
+
+        def run(engine: SD3Inferencer, cache: float, prompt: str, seed: int) -> torch.Tensor:
+            plan = engine.plan([prompt], [seed], **engine.defaults, cache=cache)
+            return engine.sample(plan)
+
+        for engine, _ in ways.values():
+            run(engine, 0.0, PROMPTS[0], 0)
+        errors: dict[str, list[float]] = {name: [] for name in [*ways, "another seed"]}
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for seed, prompt in enumerate(PROMPTS):
+            exact = run(full, 0.0, prompt, seed)
+            relative = lambda got, exact=exact: ((got - exact).norm() / exact.norm()).item()  # noqa: E731
+            errors["another seed"].append(relative(run(full, 0.0, prompt, 1000 + seed)))
+            for name, (engine, cache) in ways.items():
+                before = seconds(lambda prompt=prompt, seed=seed: run(full, 0.0, prompt, seed))
+                got = []
+                own = seconds(lambda: got.append(run(engine, cache, prompt, seed)))  # noqa: B023
+                after = seconds(lambda prompt=prompt, seed=seed: run(full, 0.0, prompt, seed))
+                times[name].append(own / ((before + after) / 2))
+                errors[name].append(relative(got[0]))
+        print("the shipped model, 12 pictures, 24 steps, bfloat16")
+        print("| | sampling time over a full run | middle half | error, median | largest |")
+        print("| --- | --- | --- | --- | --- |")
+        for name, values in times.items():
+            low, middle, high = statistics.quantiles(values, n=4)
+            error = f"{statistics.median(errors[name]):.3f} | {max(errors[name]):.3f}"
+            print(f"| {name} | {middle:.2f} | {low:.2f} to {high:.2f} | {error} |")
+        other = errors["another seed"]
+        print(f"| another seed | | | {statistics.median(other):.3f} | {max(other):.3f} |")
+
+    @torch.no_grad()
+    def weights(self, model: str = "sd3_medium", size: int = 256, rounds: int = 3, folder: str = "") -> None:
+        """A row for each kind."""
+        with tempfile.TemporaryDirectory() as place:
+            file = str(weights_file(model, folder or place))
+            engines = {k: engine_for(k, file, load_tokenizers=False) for k in ("full", "int8", "fp8")}
+            models = {kind: engine.get_mmdit() for kind, engine in engines.items()}
+        x, t, y, context = inputs(engines["full"].config, size)
+        steps, results, held = {}, {}, {}
+        for kind, model_ in models.items():
+            text = model_.embed_text(y, context)
+            steps[kind] = lambda m=model_, text=text: m.velocity(x, t, text)
+            results[kind] = steps[kind]().float()
+            joint = [*model_.joint_blocks.parameters(), *model_.joint_blocks.buffers()]
+            packed = [m.packed for m in model_.modules() if hasattr(m, "packed")]
+            held[kind] = sum(p.nbytes for p in joint) + sum(p.numel() * DTYPE.itemsize for p in packed)
+        ratios = compare({kind: (step, steps["full"]) for kind, step in steps.items()}, rounds)
+        print(f"{model}, {size} x {size}, batch of 2, bfloat16; full over full is the A/A")
+        print("| weights | blocks in memory | step time over full | error of the velocity |\n| --- | --- | --- | --- |")
+        for kind, values in ratios.items():
+            error = ((results[kind] - results["full"]).norm() / results["full"].norm()).item()
+            spread = f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+            print(f"| {kind} | {held[kind] / 1e9:.2f} GB | {spread} | {error:.3f} |")
+
+
+if __name__ == "__main__":
+    fire.Fire(Bench, command=sys.argv[1:] or ["pictures"])

@@ -1,0 +1,218 @@
+"""Time of a denoising step against diffusers' transformer, on the same real-size random weights and the same tensors.
+
+    python benchmarks/step.py                               SD3 Medium, 512 x 512 and 256 x 256
+    python benchmarks/step.py --model sd3.5_medium
+    python benchmarks/step.py --compiled --sizes 256
+    python benchmarks/step.py growth                        how the step grows with size and batch (ours alone)
+    python benchmarks/step.py roofline                      what is left between a step and the matrix-product rate
+
+One process, batch of both guidance halves, 154 text tokens, bfloat16; runs are interleaved and every ratio is of
+neighbours in time. The peer runs as its documentation says for inference: eval, no_grad, bfloat16, and with its fused
+qkv projections (`fuse_qkv_projections`), the faster of the two ways here. The row A/A is the peer against itself.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import fire
+import torch
+import torch.nn.functional as F
+from random_weights import write_random
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+
+from mmditx import MMDiT  # noqa: E402
+from sd3_impls import seeded_noise  # noqa: E402
+from sd3_infer import SD3Inferencer, on_meta  # noqa: E402
+
+TOKENS = 154
+DTYPE = torch.bfloat16
+
+
+def weights_file(name: str, folder: str) -> Path:
+    """A random checkpoint of a manifest in `folder`, written if it is not there."""
+    path = Path(folder) / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write_random(name, path)
+    return path
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def inputs(config, size: int, batch: int = 2) -> tuple[torch.Tensor, ...]:
+    """x, t, y and context of a step."""
+    draw = lambda seed, *shape: seeded_noise(seed, shape).to(DTYPE)  # noqa: E731
+    x = draw(1, batch, config.latent_channels, size // 8, size // 8)
+    t = torch.full((batch,), 700.0)
+    return x, t, draw(2, batch, config.pooled_width), draw(3, batch, TOKENS, config.context_width)
+
+
+def peer_model(file: Path):
+    """diffusers' transformer with the weights of a checkpoint of ours."""
+    import to_diffusers
+
+    engine = SD3Inferencer().load(str(file), load_tokenizers=False, device="cpu", dtype="bfloat16")
+    plain = on_meta(lambda: MMDiT(engine.config))
+    engine.mmdit_part.load_into(plain, "cpu", DTYPE)
+    with torch.device("meta"):
+        peer = to_diffusers.peer_transformer(engine.config)
+    peer.load_state_dict(to_diffusers.transformer(plain), assign=True)
+    peer = peer.to(DTYPE).eval()
+    peer.fuse_qkv_projections()
+    return peer
+
+
+def compare(pairs: dict[str, tuple[Callable, Callable]], rounds: int) -> dict[str, list[float]]:
+    """Ratios of the first over the second of every pair: each first runs between two seconds."""
+    for one, other in pairs.values():
+        one(), other()
+    ratios: dict[str, list[float]] = {name: [] for name in pairs}
+    with tqdm(total=rounds * len(pairs), desc="measuring", unit="pair", leave=False) as bar:
+        for _ in range(rounds):
+            for name, (one, other) in pairs.items():
+                before, own, after = seconds(other), seconds(one), seconds(other)
+                ratios[name].append(own / ((before + after) / 2))
+                bar.update()
+    return ratios
+
+
+def table(ratios: dict[str, list[float]], head: str) -> None:
+    """Prints median, middle half and number of ratios."""
+    print(f"| {head} | median | middle half | pairs |\n| --- | --- | --- | --- |")
+    for name, values in ratios.items():
+        low, middle, high = statistics.quantiles(values, n=4)
+        print(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} | {len(values)} |")
+
+
+class Bench:
+    """See the module."""
+
+    @torch.no_grad()
+    def compare(
+        self, model: str = "sd3_medium", sizes="512,256", rounds: int = 5, compiled: bool = False, folder: str = ""
+    ) -> None:
+        """A row per size, and A/A."""
+        with tempfile.TemporaryDirectory() as place:
+            file = weights_file(model, folder or place)
+            engine = SD3Inferencer().load(str(file), load_tokenizers=False, device="cpu", dtype="bfloat16")
+            engine.quiet, engine.compile = True, compiled
+            ours, peer = engine.get_mmdit(), peer_model(file)
+        if compiled:
+            for block in peer.transformer_blocks:
+                block.compile(dynamic=True)
+        pairs, errors = {}, {}
+        for size in [int(s) for s in str(sizes).strip("()").split(",")]:
+            x, t, y, context = inputs(engine.config, size)
+            text = ours.embed_text(y, context)  # once per picture; the peer has no place for that
+            mine = lambda x=x, t=t, text=text: ours.velocity(x, t, text)  # noqa: E731
+            theirs = lambda x=x, t=t, y=y, c=context: peer(x, c, y, t, return_dict=False)[0]  # noqa: E731
+            errors[size] = ((mine() - theirs()).float().norm() / theirs().float().norm()).item()
+            pairs[f"{size} x {size}, ours / diffusers"] = (mine, theirs)
+            pairs[f"{size} x {size}, A/A: diffusers / diffusers"] = (theirs, theirs)
+        how = "compiled" if compiled else "eager"
+        print(f"{model}, batch of 2, {TOKENS} text tokens, bfloat16, {how}, {torch.get_num_threads()} threads")
+        table(compare(pairs, rounds), "step time")
+        print("relative difference of the velocities: " + ", ".join(f"{n}: {e:.2g}" for n, e in errors.items()))
+
+    @torch.no_grad()
+    def growth(self, model: str = "sd3_medium", rounds: int = 3, folder: str = "") -> None:
+        """Steps of other sizes and batches over one of 512 x 512 and both halves."""
+        with tempfile.TemporaryDirectory() as place:
+            file = weights_file(model, folder or place)
+            engine = SD3Inferencer().load(str(file), load_tokenizers=False, device="cpu", dtype="bfloat16")
+            engine.quiet = True
+            ours = engine.get_mmdit()
+
+        def step(size: int, batch: int) -> Callable[[], object]:
+            x, t, y, context = inputs(engine.config, size, batch)
+            text = ours.embed_text(y, context)
+            return lambda: ours.velocity(x, t, text)
+
+        base = step(512, 2)
+        sizes = [(256, 2), (512, 2), (768, 2), (1024, 2), (512, 1), (512, 4)]
+        pairs = {f"{size} x {size}, batch {batch}": (step(size, batch), base) for size, batch in sizes}
+        print(f"{model}, over a step of 512 x 512, batch 2 (that row is A/A), bfloat16, eager")
+        table(compare(pairs, rounds), "step")
+
+    @torch.no_grad()
+    def roofline(self, model: str = "sd3_medium", size: int = 512, rounds: int = 3, folder: str = "") -> None:
+        """Operations, rate, time and share of a step's parts, beside the best rate of one large product here."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with tempfile.TemporaryDirectory() as place:
+            file = weights_file(model, folder or place)
+            engine = SD3Inferencer().load(str(file), load_tokenizers=False, device="cpu", dtype="bfloat16")
+            engine.quiet = True
+            ours = engine.get_mmdit()
+        x, t, y, context = inputs(engine.config, size)
+        text = ours.embed_text(y, context)
+        a, b = (torch.randn(4096, 4096).to(DTYPE) for _ in range(2))
+        peak = max(2 * 4096**3 / seconds(lambda: F.linear(a, b)) for _ in range(5))
+        ours.velocity(x, t, text)
+        steps = []
+        for _ in range(rounds):
+            with profile(activities=[ProfilerActivity.CPU]) as watched:
+                whole = seconds(lambda: ours.velocity(x, t, text))
+            spent: dict[str, float] = {}
+            for event in watched.key_averages():
+                part = next((p for p, names in PARTS.items() if event.key in names), "element-wise, copies, the rest")
+                spent[part] = spent.get(part, 0.0) + event.self_cpu_time_total / 1e6
+            steps.append((whole, spent))
+        whole, spent = sorted(steps, key=lambda s: s[0])[len(steps) // 2]
+        c, image = engine.config, (size // 16) ** 2
+        tokens, text_tokens = image + TOKENS, TOKENS
+        products = 0.0
+        for i in range(c.depth):
+            last = i == c.depth - 1
+            streams = [(image, 4), (text_tokens, 2 if last else 4)] + ([(image, 4)] if i in c.dual_layers else [])
+            products += sum(2 * 2 * rows * n * c.width**2 for rows, n in streams)
+            products += 2 * 2 * 2 * (image + (0 if last else text_tokens)) * c.width * c.mlp_width
+        attention = sum(
+            4
+            * 2
+            * c.width
+            * ((image if i == c.depth - 1 else tokens) * tokens + (image**2 if i in c.dual_layers else 0))
+            for i in range(c.depth)
+        )
+        print(
+            f"{model}, {size} x {size}, batch of 2, {TOKENS} text tokens, bfloat16, eager; one product of 4096 x 4096"
+        )
+        print(f"x 4096 runs at {peak / 1e9:.0f} GFLOP/s")
+        print(
+            "| part | operations | rate | share of the time | at that product's rate |\n| --- | --- | --- | --- | --- |"
+        )
+        operations = {"matrix products": products, "attention": attention}
+        total = sum(spent.values())
+        for part, took in spent.items():
+            done = operations.get(part)
+            rate = f"{done / 1e9:.0f} GFLOP | {done / took / 1e9:.0f} GFLOP/s" if done else " | "
+            bound = f"{done / peak / total:.2f}" if done else "0"
+            print(f"| {part} | {rate} | {took / total:.2f} | {bound} |")
+        print(f"| all | | | 1 ({whole:.1f} s with the profiler) | {(products + attention) / peak / total:.2f} |")
+
+
+PARTS = {
+    "matrix products": ("aten::addmm", "aten::mm", "mkldnn::_linear_pointwise", "aten::bmm", "aten::baddbmm"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+}
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    named = arguments and not arguments[0].startswith("-")
+    fire.Fire(Bench, command=arguments if named else ["compare", *arguments])

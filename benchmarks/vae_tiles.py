@@ -1,0 +1,112 @@
+"""Decoding 1024 x 1024 whole and in tiles: memory, time, largest pixel difference, and what can be seen of the seams.
+
+    python benchmarks/vae_tiles.py
+
+Memory and time: SD3's VAE at real size (random weights), float32, each way in a process of its own, interleaved.
+Differences: the shipped small VAE, which is trained, on a picture of 1024 x 1024 of shapes and ramps; random weights
+would show no picture to see seams in. A seam shows as a jump between neighbouring pixels that the whole decoding does
+not have: the last column compares the mean jump across tile borders with that everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import fire
+import torch
+from random_weights import write_random
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import checkpoint  # noqa: E402
+from checkpoint import WeightFile  # noqa: E402
+from sd3_infer import SD3Inferencer, on_meta  # noqa: E402
+from vae import VAE, VAEConfig, pieces  # noqa: E402
+
+
+@torch.no_grad()
+def one(file: str, size: int, tile: int) -> None:
+    """Decodes once; prints peak memory beyond what the weights took, and seconds."""
+    part = checkpoint.vae_part(WeightFile(file))
+    config = part.config(VAEConfig.from_shapes, "a VAE")
+    vae = part.load_into(on_meta(lambda: VAE(config)), "cpu", torch.float32).to(memory_format=torch.channels_last)
+    latent = torch.randn(1, config.latent_channels, size // 8, size // 8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    vae.decode(latent, tile)
+    spent = time.perf_counter() - started
+    print(json.dumps([1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before), spent]))
+
+
+def test_picture(size: int) -> torch.Tensor:
+    """(1, 3, size, size) in [-1, 1]: discs, bars and ramps."""
+    down, across = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
+    pixels = torch.stack([across, down, -across * down])
+    for i, (x, y, r) in enumerate([(-0.4, -0.3, 0.35), (0.5, 0.1, 0.25), (-0.1, 0.6, 0.3), (0.6, -0.6, 0.15)]):
+        inside = (across - x) ** 2 + (down - y) ** 2 < r**2
+        pixels[:, inside] = torch.tensor(
+            [[0.9, -0.8, -0.6], [-0.7, -0.5, 0.9], [0.8, 0.8, -0.9], [-0.8, 0.6, -0.7]][i]
+        )[:, None]
+    return pixels[None]
+
+
+@torch.no_grad()
+def main(size: int = 1024, tiles="512,256", rounds: int = 2, folder: str = "") -> None:
+    """Prints both tables."""
+    ways = [0, *(int(t) for t in str(tiles).strip("()").split(","))]
+    with tempfile.TemporaryDirectory() as temporary:
+        place = Path(folder or temporary)
+        file = place / "sd3_medium.safetensors"
+        if not file.exists():
+            write_random("sd3_medium", file)
+        got: dict[int, list[list[float]]] = {way: [] for way in ways}
+        for _ in range(rounds):
+            for way in ways:
+                command = [sys.executable, __file__, "one", str(file), str(size), str(way)]
+                got[way].append(json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
+    base = [statistics.mean(v) for v in zip(*got[0], strict=True)]
+    print(f"SD3's VAE, {size} x {size}, float32; every run over the mean of the whole ones (their rows are the A/A)")
+    print("| decoding | peak memory beside the weights | time |\n| --- | --- | --- |")
+    for way, runs in got.items():
+        for peak, spent in runs:
+            print(f"| {_name(way)} | {peak / 1e9:.2f} GB ({peak / base[0]:.2f}) | {spent / base[1]:.2f} |")
+    engine = SD3Inferencer().load(
+        str(ROOT / "models/demo/demo.safetensors"), load_tokenizers=False, device="cpu", dtype="float32"
+    )
+    engine.quiet = True
+    vae = engine.get_vae()
+    picture = test_picture(size)
+    mean, _ = vae.moments(picture)
+    whole = vae.decode(mean)
+    print(f"\nthe shipped VAE, {size} x {size}, pixels from 0 to 255")
+    print("| decoding | largest difference | mean difference | jumps across tile borders over jumps everywhere |")
+    print("| --- | --- | --- | --- |")
+    for way in ways:
+        got_pixels = vae.decode(mean, way)
+        difference = (got_pixels - whole).abs() * 127.5
+        seams = border_jumps(got_pixels - whole, way, size) if way else float("nan")
+        told = "" if way == 0 else f"{seams:.2f}"
+        print(f"| {_name(way)} | {difference.max():.2f} | {difference.mean():.3f} | {told} |")
+
+
+def border_jumps(difference: torch.Tensor, tile: int, size: int) -> float:
+    """Mean step of the difference between columns at the ends of tiles, over that between any columns."""
+    steps = difference.diff(dim=-1).abs().mean(dim=(0, 1, 2))  # (size - 1)
+    ends = sorted({e for piece in pieces(size, tile, tile // 4) for e in piece if 0 < e < size})
+    return (steps[[e - 1 for e in ends]].mean() / steps.mean()).item()
+
+
+def _name(way: int) -> str:
+    return f"tiles of {way}" if way else "whole"
+
+
+if __name__ == "__main__":
+    fire.Fire({"main": main, "one": one}, command=sys.argv[1:] if sys.argv[1:2] == ["one"] else ["main", *sys.argv[1:]])
