@@ -190,15 +190,12 @@ class StreamBlock(nn.Module):
 
     def modulation(self, active: Tensor) -> Tensor:
         """(B, chunks * D) of SiLU(c) (B, D), see `parts`."""
-        return self.adaLN_modulation[1](active)
-
-    def ones(self, like: Tensor) -> Tensor:
-        """(chunks * D): 1 where a scale is, as x is multiplied by 1 + scale, else 0."""
-        places = torch.tensor([float(i in SCALES) for i in range(self.chunks)], device=like.device, dtype=like.dtype)
-        return places.repeat_interleave(self.width)
+        m = self.adaLN_modulation[1](active).unflatten(-1, (self.chunks, self.width))
+        m[:, SCALES] += 1
+        return m.flatten(1)
 
     def parts(self, modulation: Tensor) -> tuple[Tensor, ...]:
-        """shift, scale[, gate, shift_mlp, scale_mlp, gate_mlp[, shift2, scale2, gate2]], each (B, 1, D)."""
+        """shift, 1 + scale[, gate, and the same for the MLP[, and for the second attention]], each (B, 1, D)."""
         return modulation[:, None].chunk(self.chunks, dim=-1)
 
     def before(self, x: Tensor, m: tuple[Tensor, ...]) -> tuple[tuple[Tensor | None, Tensor, Tensor], Tensor | None]:
@@ -216,12 +213,12 @@ class StreamBlock(nn.Module):
 
     def forward(self, x: Tensor, active: Tensor) -> Tensor:
         """x (B, L, D) through the block, as SiLU(c) (B, D) says."""
-        m = self.parts(self.modulation(active) + self.ones(active))
+        m = self.parts(self.modulation(active))
         qkv, second = self.before(x, m)
         return self.after(x, m, attend(*qkv), second)
 
 
-SCALES = (1, 4, 7)  # which parts of a modulation are scales
+SCALES = slice(1, None, 3)  # which parts of a modulation are scales
 
 
 class JointBlock(nn.Module):
@@ -236,7 +233,7 @@ class JointBlock(nn.Module):
 
     def modulation(self, active: Tensor) -> Tensor:
         """(B, all chunks of context and x) of SiLU(c) (B, D), as `forward` takes it."""
-        return torch.cat([b.modulation(active) + b.ones(active) for b in (self.context_block, self.x_block)], dim=-1)
+        return torch.cat([b.modulation(active) for b in (self.context_block, self.x_block)], dim=-1)
 
     def forward(self, context: Tensor, x: Tensor, modulation: Tensor) -> tuple[Tensor | None, Tensor]:
         """context (B, T, D), x (B, L, D) -> both streams, new tensors; no context after the last block."""
@@ -265,10 +262,11 @@ class Modulators:
         width = halves[0].width
         self.weight = torch.empty(sum(self.widths), width, device=device, dtype=dtype)
         self.bias = torch.empty(sum(self.widths), device=device, dtype=dtype)
-        self.ones = torch.cat([half.ones(self.bias) for half in halves])
+        self.ones = torch.zeros_like(self.bias)
         row = 0
         for half in halves:
             rows = slice(row, row + half.chunks * width)
+            self.ones[rows].view(half.chunks, width)[SCALES] = 1
             layer, row = half.adaLN_modulation[1], rows.stop
             layer.weight = nn.Parameter(self.weight[rows], requires_grad=False)
             layer.bias = nn.Parameter(self.bias[rows], requires_grad=False)
