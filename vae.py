@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from other_impls import Shapes, attention
 
+OVERLAP = 64  # pixels that neighbouring tiles share: their edges see about 26 pixels less than the whole does
 LARGE_LEVELS = 2  # levels of full and half size: the only ones that tiles are worth it for
 PEAK_TENSORS = 3.5  # of the widest full-size tensor, alive at once while decoding
 
@@ -267,7 +268,8 @@ class VAE(nn.Module):
         """
         image = image.contiguous(memory_format=torch.channels_last)
         ratio = 2 ** min(LARGE_LEVELS, len(self.config.widths) - 1)
-        states = tiled(self.encoder.large, image, tile, lambda n: n // ratio, ratio)
+        overlap = min(OVERLAP, tile // 4)
+        states = tiled(self.encoder.large, image, tile, overlap, lambda n: n // ratio, ratio)
         return self.encoder.small(states).contiguous().chunk(2, dim=1)
 
     def encode(self, image: Tensor, noise: Tensor) -> Tensor:
@@ -283,15 +285,23 @@ class VAE(nn.Module):
         """Pixels (B, 3, 8h, 8w), about [-1, 1] and not clamped, of a raw latent (B, 16, h, w); tile: see `moments`."""
         states = self.decoder.small(latent.contiguous(memory_format=torch.channels_last))
         ratio = self.config.downscale * latent.shape[2] // states.shape[2]
-        return tiled(self.decoder.large, states, tile // ratio, lambda n: n * ratio).contiguous()
+        overlap = min(OVERLAP, tile // 4) // ratio
+        return tiled(self.decoder.large, states, tile // ratio, overlap, lambda n: n * ratio).contiguous()
 
 
-def tiled(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: Callable[[int], int], align: int = 1) -> Tensor:
+def tiled(
+    run: Callable[[Tensor], Tensor],
+    x: Tensor,
+    tile: int,
+    overlap: int,
+    scale: Callable[[int], int],
+    align: int = 1,
+) -> Tensor:
     """run(x), a method of a module, from overlapping pieces of x (B, C, H, W), at most `tile` by `tile`, one at a time;
     where tile is 0 or x is no larger, from the whole.
 
-    scale: from a place in x to the place in the result, for places that are multiples of `align`. Neighbours share a
-    quarter of a tile or more; there the result goes over from one to the next along a straight ramp. All norms take
+    scale: from a place in x to the place in the result, for places that are multiples of `align`. Neighbours share
+    `overlap` or more; there the result goes over from one to the next along a straight ramp. All norms take
     mean and deviation from a small copy of x, so that all pieces are normalised alike.
     """
     if not tile or max(x.shape[2:]) <= tile:
@@ -306,15 +316,16 @@ def tiled(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: Callable
         run(copy.contiguous(memory_format=torch.channels_last))
         for norm in norms:
             norm.watched = False  # those that are not part of `run`
-        return _blended(run, x, tile, scale, align)
+        return _blended(run, x, tile, overlap, scale, align)
     finally:
         for norm in norms:
             norm.fixed, norm.watched = None, False
 
 
-def _blended(run: Callable[[Tensor], Tensor], x: Tensor, tile: int, scale: Callable[[int], int], align: int) -> Tensor:
+def _blended(
+    run: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, scale: Callable[[int], int], align: int
+) -> Tensor:
     out = weight = None
-    overlap = tile // 4
     rows, columns = (pieces(size, tile, overlap, align) for size in x.shape[2:])
     for top, bottom in rows:
         for left, right in columns:

@@ -133,7 +133,7 @@ def main(folder: str = "", size: int = 512, steps: int = 1, rounds: int = 2) -> 
             if not (place / name).exists():
                 (place / name).symlink_to((Path(tokenizers) / own).resolve())
         theirs = diffusers_folder(place, place / "diffusers")
-        environment = dict(os.environ, HF_HUB_OFFLINE="1")
+        environment = dict(os.environ, HF_HUB_OFFLINE="1", THP_MEM_ALLOC_ENABLE="1")  # large pages for both
         here = Path(__file__).parent
         ours = [sys.executable, str(ROOT / "sd3_infer.py"), "--model", str(place / FILES["sd3_medium"]), "--verbose"]
         ours += ["--prompt", PROMPT, "--width", str(size), "--height", str(size), "--steps", str(steps), "--cfg", "5"]

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 import checkpoint  # noqa: E402
 from checkpoint import WeightFile  # noqa: E402
 from sd3_infer import SD3Inferencer, on_meta  # noqa: E402
-from vae import VAE, VAEConfig, pieces  # noqa: E402
+from vae import OVERLAP, VAE, VAEConfig, pieces  # noqa: E402
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def test_picture(size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def main(size: int = 1024, tiles="512,256", rounds: int = 2, folder: str = "") -> None:
+def main(size: int = 1024, tiles="576,256", rounds: int = 2, folder: str = "") -> None:
     """Prints both tables."""
     ways = [0, *(int(t) for t in str(tiles).strip("()").split(","))]
     with tempfile.TemporaryDirectory() as temporary:
@@ -100,7 +100,7 @@ def main(size: int = 1024, tiles="512,256", rounds: int = 2, folder: str = "") -
 def border_jumps(difference: torch.Tensor, tile: int, size: int) -> float:
     """Mean step of the difference between columns at the ends of tiles, over that between any columns."""
     steps = difference.diff(dim=-1).abs().mean(dim=(0, 1, 2))  # (size - 1)
-    ends = sorted({e for piece in pieces(size, tile, tile // 4) for e in piece if 0 < e < size})
+    ends = sorted({e for piece in pieces(size, tile, min(OVERLAP, tile // 4)) for e in piece if 0 < e < size})
     return (steps[[e - 1 for e in ends]].mean() / steps.mean()).item()
 
 
