@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -17,7 +18,7 @@ FLOAT8 = torch.float8_e4m3fn
 ROOM = torch.finfo(FLOAT8).max
 
 
-class HeldLinear(nn.Linear):
+class HeldLinear(nn.Linear, ABC):
     """A linear layer on the meta device that `take`s its weight when it is loaded, and holds it in its own way.
 
     first: rows of the weight before this one are left out; activation: what is applied to the product.
@@ -36,9 +37,9 @@ class HeldLinear(nn.Linear):
         del self.weight
         self.hold(tensor[self.first :])
 
+    @abstractmethod
     def hold(self, weight: Tensor) -> None:
         """Keeps the rows that are used, (out, in)."""
-        raise NotImplementedError
 
 
 # ---- packed for a CPU ----------------------------------------------------------------------------

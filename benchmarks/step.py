@@ -8,7 +8,7 @@
 
 One process, batch of both guidance halves, 154 text tokens, bfloat16; runs are interleaved and every ratio is of
 neighbours in time. The peer runs as its documentation says for inference: eval, no_grad, bfloat16, and with its fused
-qkv projections (`fuse_qkv_projections`), the faster of the two ways here. The row A/A is the peer against itself.
+qkv projections (`fuse_qkv_projections`) where they run: not in SD3.5 Medium. The row A/A is the peer against itself.
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ def peer_model(file: Path):
         peer = to_diffusers.peer_transformer(engine.config)
     peer.load_state_dict(to_diffusers.transformer(plain), assign=True)
     peer = peer.to(DTYPE).eval()
-    peer.fuse_qkv_projections()
+    if not engine.config.dual_layers:  # with dual attention diffusers' fused projections do not run
+        peer.fuse_qkv_projections()
     return peer
 
 
