@@ -69,8 +69,12 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 @torch.no_grad()
-def main(rounds: int = 7, size: int = 512, dtype: str = "bfloat16", folder: str = "") -> None:
-    """Prints a row per setting: the median ratio, the middle half of all ratios, and how many there are."""
+def main(rounds: int = 7, size: int = 512, dtype: str = "bfloat16", folder: str = "", only: str = "") -> None:
+    """Prints a row per setting: the median ratio, the middle half of all ratios, and how many there are.
+
+    only: settings whose names end so, and A/A.
+    """
+    chosen = {n: s for n, s in SETTINGS.items() if n == "A/A" or n.endswith(only)}
     with tempfile.TemporaryDirectory(dir=folder or None) as place:
         path = Path(place) / "sd3_medium.safetensors"
         write_random("sd3_medium", path)
@@ -97,18 +101,18 @@ def main(rounds: int = 7, size: int = 512, dtype: str = "bfloat16", folder: str 
 
         clock: dict[str, Timed] = {}
         off = stepper(ResidualConfig(), clock, "off")
-        steps = {name: stepper(setting, clock, name) for name, setting in SETTINGS.items()}
+        steps = {name: stepper(setting, clock, name) for name, setting in chosen.items()}
         for run in tqdm([off, *steps.values()], desc="warming up", leave=False):
             run()
         once = {name: timed.spent for name, timed in clock.items()}
         for timed in clock.values():
             timed.spent = 0.0
-        ratios: dict[str, list[float]] = {name: [] for name in SETTINGS}
+        ratios: dict[str, list[float]] = {name: [] for name in chosen}
         order, without = random.Random(0), []
-        with tqdm(total=rounds * len(SETTINGS), desc="measuring", unit="pair", leave=False) as bar:
+        with tqdm(total=rounds * len(chosen), desc="measuring", unit="pair", leave=False) as bar:
             for _ in range(rounds):
                 without.append(seconds(off))
-                for name in order.sample(list(SETTINGS), len(SETTINGS)):
+                for name in order.sample(list(chosen), len(chosen)):
                     own = seconds(steps[name])
                     without.append(seconds(off))
                     ratios[name].append(own / (sum(without[-2:]) / 2))

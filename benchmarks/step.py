@@ -100,7 +100,7 @@ def table(ratios: dict[str, list[float]], head: str) -> None:
     """Prints median, middle half and number of ratios."""
     print(f"| {head} | median | middle half | pairs |\n| --- | --- | --- | --- |")
     for name, values in ratios.items():
-        low, middle, high = statistics.quantiles(values, n=4)
+        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
         print(f"| {name} | {middle:.3f} | {low:.3f} to {high:.3f} | {len(values)} |")
 
 
