@@ -10,8 +10,8 @@ import sys
 
 from settings import Flags, read_arguments
 
-# Large pages for torch's memory on a CPU, where the system grants them on request: loading takes half as long. torch
-# reads this once, so it is set before torch is imported.
+# Large pages for torch's memory on a CPU, where the system grants them on request: most of the time that loading takes
+# is for pages. torch reads this once, so it is set before torch is imported.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 USER_ERRORS = (ValueError, FileNotFoundError, OSError)
