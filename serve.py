@@ -30,10 +30,10 @@ MOST_TEXTS = 256  # encoded prompts that are held in memory
 
 
 class Server:
-    """An engine, the flags that a line's own replace, and the folder of the pictures."""
+    """An engine, the flags as typed, which a line's own replace, and the folder of the pictures."""
 
     def __init__(self, engine: SD3Inferencer, flags: Flags, raw: Mapping[str, Any], folder: Path):
-        self.engine, self.flags, self.raw, self.folder = engine, flags, dict(raw), folder
+        self.engine, self.raw, self.folder = engine, dict(raw), folder
         self.record = RunRecord(folder, flags, [f"--{n}={v}" for n, v in raw.items()], 0, engine)
         self.made_with: dict[tuple, MadeWith] = {}  # by the files that pictures name and when they changed
 
