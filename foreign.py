@@ -1,0 +1,67 @@
+"""The one door through which other people's files are read: whatever goes wrong inside becomes one line with the file.
+
+Needs no torch. Readers open files inside `reading`, after `check_file`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Unreadable(ValueError):
+    """A file that cannot be used, said in one line that names it."""
+
+
+@contextlib.contextmanager
+def reading(where: str, why: str = "cannot be read") -> Iterator[None]:
+    """Turns whatever a library raises inside into `Unreadable` with one line: `where: why (what it said)`.
+
+    where: how the file is named to the user, such as `--model x.safetensors`. `Unreadable`, FileNotFoundError and
+    running out of memory pass unchanged, and so does everything that is not an error (Ctrl-C, SIGTERM).
+    """
+    try:
+        yield
+    except (Unreadable, FileNotFoundError, MemoryError):
+        raise
+    except RecursionError:
+        raise Unreadable(f"{where}: {why} (it is nested too deeply)") from None
+    except Exception as error:
+        raise Unreadable(f"{where}: {why}{_said(error)}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what a library written in Rust raises where it fails
+            raise
+        raise Unreadable(f"{where}: {why}{_said(error)}") from None
+
+
+def _said(error: BaseException) -> str:
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    said = " ".join(said.split())[:200]
+    return f" ({said})" if said else ""
+
+
+def check_file(where: str, path: str | Path) -> None:
+    """Raises FileNotFoundError or `Unreadable` where `path` is no plain file: a pipe or a device would never end."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{where}: no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        raise Unreadable(f"{where}: cannot be opened{_said(error)}") from None
+    if stat.S_ISDIR(mode):
+        raise Unreadable(f"{where}: is a folder; a file is needed")
+    if not stat.S_ISREG(mode):
+        raise Unreadable(f"{where}: is not a file (a pipe, a socket or a device)")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; raises ValueError for anything that is none, nested too deeply among it."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
