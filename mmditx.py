@@ -6,9 +6,11 @@ off the tensors. Architecture: Esser et al. 2024, arXiv 2403.03206.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -291,7 +293,8 @@ def _mixed_block(
 
 class Reuse:
     """First-block caching: where the first block changes the image tokens nearly as it did in the step that was last
-    computed whole, what all other blocks added then is added again. One for each kind of pass of a run.
+    computed whole, what all other blocks added then is added again. One for each kind of pass of one picture's run:
+    the criterion is one number, so the pictures of a batch would decide for each other.
 
     threshold: mean change of the first block's output, as a part of its mean size, below which that is done (the
     criterion of ParaAttention's first-block cache).
@@ -301,7 +304,17 @@ class Reuse:
         self.threshold = threshold
         self.change: Tensor | None = None  # by the first block, in the last whole step
         self.rest: Tensor | None = None  # by the others
+        self.effect: Sequence[Effect | None] = ()  # of the hooks, in the last whole step
+        self.expected: Sequence[Effect | None] = ()  # and in this one
         self.reused = 0  # steps that were
+
+    def expect(self, effect: Sequence[Effect | None]) -> None:
+        """Says, before a step, what hooks mix into the text in it: the first block cannot show what is mixed in
+        later, so a step whose mixing differs from the last whole one's is computed whole too.
+        """
+        self.expected = effect
+        if not all(a == b or _near(a, b, self.threshold) for a, b in itertools.zip_longest(effect, self.effect)):
+            self.rest = None
 
     def near(self, change: Tensor) -> bool:
         """Whether `rest` serves for a step whose first block changes the tokens by `change` (B, L, D)."""
@@ -310,8 +323,20 @@ class Reuse:
             if difference.item() < self.threshold:
                 self.reused += 1
                 return True
-        self.change = change
+        self.change, self.effect = change, self.expected
         return False
+
+
+# What a hook mixes in during a pass: the factor on its weights, and anything else that must be equal for its effect to
+# be. None: nothing.
+Effect = tuple[float, Any]
+
+
+def _near(a: Effect | None, b: Effect | None, threshold: float) -> bool:
+    """Whether two effects of one kind have factors that differ by less than `threshold`, as a part of the larger."""
+    if a is None or b is None or a[1] != b[1]:
+        return False
+    return abs(a[0] - b[0]) < threshold * max(abs(a[0]), abs(b[0]))
 
 
 class FinalLayer(nn.Module):
@@ -376,12 +401,13 @@ class MMDiT(nn.Module):
         held = self.pos_embed
         version = 0 if held.is_inference() else held._version  # in-place changes count
         key = (rows, columns, held.device, held.dtype, held.data_ptr(), version)
-        if self._crop is None or self._crop[0] != key:
+        crop = self._crop  # read once: another thread may replace it
+        if crop is None or crop[0] != key:
             side = self.config.grid
             top, left = (side - rows) // 2, (side - columns) // 2
             grid = held.detach().view(1, side, side, -1)
-            self._crop = key, grid[:, top : top + rows, left : left + columns].flatten(1, 2)
-        return self._crop[1]
+            self._crop = crop = key, grid[:, top : top + rows, left : left + columns].flatten(1, 2)
+        return crop[1]
 
     def embed_image(self, x: Tensor) -> Tensor:
         """Latent (B, C, h, w) -> tokens with their positions (B, h/p * w/p, D)."""

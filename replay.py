@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 import saving
-from settings import FILE_SETTINGS, READERS, Settings, SkipLayerConfig, base_name, read_layers
+from settings import FILE_SETTINGS, READERS, Settings, SkipLayerConfig, base_name, effective, read_layers
 
 RECORDS = ("run.json", "sweep.json")  # files beside or above a picture that name its files with their folders
 
@@ -66,7 +66,11 @@ class Replay:
         if self.given.get("residual_mode", raw.get("residual_mode")) != "aligned":
             raw.pop("residual_rotations", None)
         raw["skip_layer_cfg"] = self.record["settings"].get("skip_layer") is not None
-        return {"vae_tile": 0} | raw | {"pad_batch": True}
+        return {"vae_tile": 0, "offload": self._offload()} | raw | {"pad_batch": True}
+
+    def _offload(self) -> bool:
+        """Whether the run's record says so: pictures themselves once did not."""
+        return any(_object(values.get("flags")).get("offload") is True for values in self._records())
 
     def _model_folder(self) -> dict[str, str]:
         """Where the text encoders lay, as the record of the run says."""
@@ -76,8 +80,15 @@ class Replay:
 
     def skip_layer(self) -> SkipLayerConfig | None:
         """The recorded skip-layer guidance, unless the flag was given again."""
+        return None if "skip_layer_cfg" in self.given else self._skip_layer()
+
+    def settings(self) -> Settings:
+        """The recorded settings."""
+        return Settings(**{"offload": self._offload()} | self.record["settings"] | {"skip_layer": self._skip_layer()})
+
+    def _skip_layer(self) -> SkipLayerConfig | None:
         values = self.record["settings"].get("skip_layer")
-        if not values or "skip_layer_cfg" in self.given:
+        if not values:
             return None
         try:
             return SkipLayerConfig(**values | {"layers": tuple(values["layers"])})
@@ -115,9 +126,11 @@ class Replay:
                     continue
 
     def changed(self, settings: Settings) -> list[str]:
-        """Settings that the picture made now does not share with the recorded ones."""
-        now, then = json.loads(json.dumps(settings.public())), self.record["settings"]
-        return [f"{n} {then[n]} -> {now[n]}" for n in now if n in then and then[n] != now[n]]
+        """Settings that the picture made now does not share with the recorded ones; such as had no effect then do not
+        count.
+        """
+        now, then = (json.loads(json.dumps(s.named())) for s in (settings, effective(self.settings())[0]))
+        return [f"{n} {then[n]} -> {now[n]}" for n in now if then[n] != now[n]]
 
     def differs(self, made_with: Mapping[str, Any]) -> list[str]:
         """What else differs between then and now: files, versions, the device."""

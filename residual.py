@@ -29,6 +29,7 @@ from settings import (
     NEEDS_ROTATIONS,
     RESIDUAL_BRANCHES,
     RESIDUAL_MODES,
+    acts_in_window,
     check_residual,
     check_residual_choices,
     check_residual_window,
@@ -506,12 +507,12 @@ class ResidualStream:
         self._turned: dict[Any, Tensor] = {}  # rotations on the model's device, in its dtype
         self.sigma, self.factor = 1.0, schedule_factor(config.schedule, 1.0)
         self.rows, self.whole, self.text = slice(None), True, None
+        self.acts = True
 
     def begin(self, at: Pass) -> ResidualStream | None:
         """Gets ready for a pass; returns the hook for it, None where nothing is mixed in it."""
-        config = self.config
-        place = at.step + 1e-9  # 0.7 * 10 is a little more than 7
-        if not config.start * at.steps <= place < config.end * at.steps:
+        config, self.acts = self.config, False
+        if not acts_in_window(config.start, config.end, at.step, at.steps):
             return None
         self.sigma = at.sigma
         self.factor = schedule_factor(config.schedule, at.sigma)
@@ -521,7 +522,16 @@ class ResidualStream:
             if self.rows.start == self.rows.stop:
                 return None
             self.whole = others.start == others.stop
+        self.acts = True
         return self
+
+    @property
+    def effect(self) -> tuple[float, Any] | None:
+        """What is mixed in the pass begun last, see `mmditx.Effect`; None where nothing is."""
+        if not self.acts or self.factor == 0:
+            return None
+        rotated = self.rotations is not None and self.config.mode == "aligned"
+        return self.factor, self.rotations.bucket(self.sigma) if rotated else None
 
     def forget(self) -> None:
         """Drops what is known of texts: another picture begins."""
@@ -570,6 +580,11 @@ class ResidualStream:
 def residual_stream(config: ResidualConfig | None, rotations: Rotations | None = None) -> ResidualStream | None:
     """A stream for `config`, or None where there is nothing to mix (the model then runs as without it)."""
     return ResidualStream(config, rotations) if config is not None and config.active else None
+
+
+def effects(hooks: Sequence[Any]) -> list[tuple[float, Any] | None]:
+    """What each hook mixes into the text in the pass begun last; hooks that only look on mix in nothing."""
+    return [getattr(hook, "effect", None) for hook in hooks]
 
 
 def hook_for(hooks: Sequence[Any], at: Pass) -> Callable[[int, Tensor], Tensor] | None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dit_embedder import ControlNet
 from mmditx import ContextHook, MMDiT, Reuse, Text
-from residual import Pass, hook_for
-from settings import SkipLayerConfig
+from residual import Pass, effects, hook_for
+from settings import SkipLayerConfig, skipped_steps, skips_layers
 
 LATENT_SHIFT = 0.0609
 LATENT_SCALE = 1.5305
@@ -50,7 +50,7 @@ def flow_schedule(steps: int, shift: float) -> Tensor:
 
 def remaining(sigmas: Tensor, steps: int, denoise: float) -> Tensor:
     """The part of a schedule that an image-to-image run of strength `denoise` in [0, 1] executes."""
-    return sigmas[int(steps * (1 - denoise)) :]
+    return sigmas[skipped_steps(steps, denoise) :]
 
 
 def seeded_noise(seed: int, shape: Sequence[int], stream: str = "") -> Tensor:
@@ -149,8 +149,10 @@ class Denoiser:
             controls = self.controlnet(self.model, x, t, text.pooled, rows, self.control_strength)
         halves = self.guided and text is self.text
         at = Pass.of_rows(self.step, self.steps_run, sigma, x.shape[0], "cond", halves, text=text, skip_layers=skip)
-        reuse = self.reuse.setdefault((control, tuple(skip)), Reuse(self.cache)) if self.cache else None
-        hook = hook_for(self.hooks, at)
+        hook, reuse = hook_for(self.hooks, at), None
+        if self.cache:
+            reuse = self.reuse.setdefault((control, tuple(skip)), Reuse(self.cache))
+            reuse.expect(effects(self.hooks))
         return self.model.velocity(x, t, self.embedded(text), controls, skip, hook, reuse).float()
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
@@ -163,7 +165,7 @@ class Denoiser:
         else:
             denoised = cond = x - sigma * self.velocity(x, sigma, self.cond, True, ())
         slg = self.skip_layer
-        if slg is not None and slg.start * self.steps < self.step < slg.end * self.steps:
+        if slg is not None and skips_layers(slg, self.step, self.steps):
             without = x - sigma * self.velocity(x, sigma, self.cond, False, slg.layers)
             denoised = denoised + slg.scale * (cond - without)
         self.step += 1

@@ -35,6 +35,7 @@ import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
 import datetime  # noqa: E402
 import inspect  # noqa: E402
+import math  # noqa: E402
 import platform  # noqa: E402
 import re  # noqa: E402
 import signal  # noqa: E402
@@ -93,6 +94,8 @@ from settings import (  # noqa: E402
     FILE_SETTINGS,
     Settings,
     SkipLayerConfig,
+    effective,
+    executed_steps,
     folder_name,
     model_key,
     picture_seeds,
@@ -162,8 +165,18 @@ def device_memory(device: torch.device) -> int:
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     if hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= set(os.sysconf_names):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), container_memory())
     return 8 * 10**9
+
+
+def container_memory() -> float:
+    """Bytes of main memory that the container of this process may use (Linux control groups); without a limit, inf."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            return int(Path(path).read_text(encoding="ascii"))
+        except (OSError, ValueError):  # no such group, or the word max
+            continue
+    return math.inf
 
 
 def memory_peak(device: torch.device) -> int:
@@ -273,6 +286,8 @@ class SD3Inferencer:
         self._resident: dict[tuple[str, int | str], nn.Module] = {}  # layers of text encoders that stay
         self._cond: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._rotations: tuple[tuple, Rotations] | None = None
+        self.notes: list[str] = []  # of the last `plan`
+        self.as_given: dict[str, Any] = {}  # fields of the last `plan` that had no effect, as they were given
 
     def say(self, text: str, once: bool = False) -> None:
         """A line for the person at the shell, above any progress bar."""
@@ -715,9 +730,29 @@ class SD3Inferencer:
         latent: start (B, 16, h, w) in model space, zeros for text to image; seed: one per row; conditioning and
         neg_cond: (text tokens (1 or B, T, X), pooled (1 or B, Y)), neg_cond unused where cfg_scale is 1;
         controlnet_cond: latents of the control image in model space; denoise: part of the schedule that runs;
-        hooks: see the text tokens entering every block, after residual streaming; cache: see `mmditx.Reuse`.
+        hooks: see the text tokens entering every block, after residual streaming; cache: see `mmditx.Reuse`, rows
+        then run one by one.
         """
         seeds = [seed] * latent.shape[0] if isinstance(seed, int) else list(seed)
+        if cache and len(seeds) > 1:
+            return self._one_by_one(
+                latent,
+                seeds,
+                conditioning,
+                neg_cond,
+                controlnet_cond,
+                steps=steps,
+                cfg_scale=cfg_scale,
+                sampler=sampler,
+                denoise=denoise,
+                skip_layer_config=skip_layer_config,
+                residual_config=residual_config,
+                shift=shift,
+                controlnet_strength=controlnet_strength,
+                callback=callback,
+                hooks=hooks,
+                cache=cache,
+            )
         config = residual_config or ResidualConfig()
         config.check(self.config.depth)
         stream = residual_stream(config, self.get_rotations(config))
@@ -740,6 +775,38 @@ class SD3Inferencer:
         )
         latent = latent.to(self.device)
         return sd3_impls.latent_out(sd3_impls.guided_sampling(denoiser, sampler, latent, seeds, sigmas, callback))
+
+    def _one_by_one(
+        self,
+        latent: Tensor,
+        seeds: Sequence[int],
+        conditioning: tuple[Tensor, Tensor],
+        neg_cond: tuple[Tensor, Tensor] | None,
+        control: Tensor | None,
+        **options: Any,
+    ) -> Tensor:
+        """`do_sampling` row by row; what has one row serves for all."""
+
+        def row(tensor: Tensor, i: int) -> Tensor:
+            return tensor[i : i + 1] if tensor.shape[0] > 1 else tensor
+
+        def text(cond: tuple[Tensor, Tensor] | None, i: int) -> tuple[Tensor, Tensor] | None:
+            return None if cond is None else (row(cond[0], i), row(cond[1], i))
+
+        out = []
+        for i, seed in enumerate(seeds):
+            own = None if control is None else row(control, i)
+            out.append(
+                self.do_sampling(
+                    latent[i : i + 1],
+                    [seed],
+                    text(conditioning, i),
+                    text(neg_cond, i),
+                    controlnet_cond=own,
+                    **options,
+                )
+            )
+        return torch.cat(out)
 
     def get_rotations(self, config: ResidualConfig) -> Rotations | None:
         """The rotations that a configuration needs, read and checked once; None where it needs none.
@@ -872,8 +939,7 @@ class SD3Inferencer:
         if s.controlnet_cond_image:
             image = images["controlnet_cond_image", s.controlnet_cond_image, s.width, s.height]
             control = sd3_impls.latent_in(self.vae_encode(image, seeds, True, s.vae_tile))
-        total = s.steps - int(s.steps * (1 - denoise))
-        bar = tqdm(total=total, desc=what, unit="step", disable=self.quiet, leave=False)
+        bar = tqdm(total=executed_steps(s), desc=what, unit="step", disable=self.quiet, leave=False)
         with bar, self.timed("sampling"):
             return self.do_sampling(
                 start,
@@ -959,7 +1025,10 @@ class SD3Inferencer:
         return paths
 
     def plan(self, prompts: Sequence[str], seeds: Sequence[int], **values: Any) -> list[Settings]:
-        """Settings of every picture, prompt by prompt; seeds: as many per prompt as there are pictures of it."""
+        """Settings of every picture, prompt by prompt; seeds: as many per prompt as there are pictures of it.
+
+        What has no effect is set to its default and gets a note, see `settings.effective`; `as_given` has it as it was.
+        """
         shared = {
             "model": str(self.model_file.path),
             "vae": None if self.vae_part.file is self.model_file else str(self.vae_part.file.path),
@@ -971,11 +1040,18 @@ class SD3Inferencer:
             "text_encoder_device": str(self.encoder_device),
             "weights": self.weights,
             "compile": self.compile,
+            "offload": self.offload,
         }
+        if not seeds:
+            return []
         per_prompt = len(seeds) // len(prompts)
-        return [
-            Settings(prompt=prompts[i // per_prompt], seed=seed, **(shared | values)) for i, seed in enumerate(seeds)
-        ]
+        first = Settings(prompt=prompts[0], seed=seeds[0], **(shared | values))
+        shown, self.notes = effective(first)  # prompt and seed have no part in it
+        for note in self.notes:
+            self.say(note, once=True)
+        names = [field.name for field in dataclasses.fields(Settings)]
+        self.as_given = {n: getattr(first, n) for n in names if getattr(first, n) != getattr(shown, n)}
+        return [dataclasses.replace(shown, prompt=prompts[i // per_prompt], seed=seed) for i, seed in enumerate(seeds)]
 
     def unknown_words(self, prompts: Sequence[str]) -> str:
         """A line about words that a model with a short vocabulary (its file names it) never saw, or ``."""
@@ -1169,8 +1245,10 @@ def plan_for(
         **values,
         **residual_settings(ResidualConfig.from_flags(flags.residual(), flags.residual_config)),
     )
-    engine.check_settings(pictures[0])  # they differ in prompt and seed only
-    open_images(pictures[:1])
+    if pictures:  # they differ in prompt and seed only; what has no effect is checked too
+        given = dataclasses.replace(pictures[0], **engine.as_given)
+        engine.check_settings(given)
+        open_images([given])
     return pictures
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import random
 import re
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -396,25 +397,22 @@ class Settings:
     weights: str = "full"
     cache: float = 0.0
     vae_tile: int = 0  # side of a tile in pixels; 0: the VAE runs on the whole picture
+    offload: bool = False  # other products are computed at once then, which changes the last bits
 
     def __post_init__(self) -> None:
-        """Checks every field; raises ValueError naming the flag."""
-        read_int("seed", self.seed, 0, SEED_LIMIT - 1)
-        read_choice("sampler", self.sampler, SAMPLERS)
-        read_int("steps", self.steps, 1, 10_000)
-        read_float("cfg", self.cfg, 0.0, 100.0)
-        read_float("shift", self.shift, above=0.0)
-        read_size("width", self.width)
-        read_size("height", self.height)
-        read_float("denoise", self.denoise, 0.0, 1.0)
-        read_float("controlnet_strength", self.controlnet_strength)
-        read_int("batch_size", self.batch_size, 1)
-        read_choice("weights", self.weights, WEIGHTS)
-        read_float("cache", self.cache, 0.0, 1.0)
-        read_tile("vae_tile", self.vae_tile)
+        """Reads every field as its flag is read, and keeps what was read; raises ValueError naming the flag."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value != field.default and field.name in READERS:
+                object.__setattr__(self, field.name, READERS[field.name](field.name, value))
+        if self.vae_tile is None:
+            raise ValueError("--vae_tile auto: must be a number here; the size is chosen before a picture is described")
+        weights = self.residual_weights
+        if isinstance(weights, str) or (self.residual_target_layers and len(weights) < 2):
+            weights = spread_weights(weights, len(self.residual_target_layers))
+            object.__setattr__(self, "residual_weights", weights)
         check_residual(self.residual_origin_layer, self.residual_target_layers, self.residual_weights)
         check_residual_window(self.residual_start, self.residual_end)
-        check_residual_choices(self.residual_mode, self.residual_schedule, self.residual_branch)
 
     def asdict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -424,9 +422,13 @@ class Settings:
         """Plain values for a record that others may see: files by their names, without folders.
 
         Settings that came later are left out at their defaults, so that pictures made before keep their digests.
+        What has no effect is not seen here: `effective` sets it to its default before a picture is made.
         """
+        return {n: v for n, v in self.named().items() if n not in LATER or v != LATER[n]}
+
+    def named(self) -> dict[str, Any]:
+        """All plain values, files by their names without folders."""
         values = self.asdict()
-        values = {n: v for n, v in values.items() if n not in LATER or v != LATER[n]}
         return values | {name: base_name(values[name]) for name in FILE_SETTINGS}
 
     def digest(self) -> str:
@@ -437,13 +439,157 @@ class Settings:
 
 
 LATER = {
-    f.name: f.default for f in dataclasses.fields(Settings) if f.name in ("compile", "weights", "cache", "vae_tile")
+    f.name: f.default
+    for f in dataclasses.fields(Settings)
+    if f.name in ("compile", "weights", "cache", "vae_tile", "offload")
 }
 
 
 def digest_of(public: Mapping[str, Any]) -> str:
     """The digest of settings by their public values, as a picture's record holds them."""
     return hashlib.sha256(json.dumps(public, sort_keys=True).encode()).hexdigest()
+
+
+def earlier_digest(as_given: Settings) -> str:
+    """The digest that pictures of these settings had in versions that counted every flag as it was given, and did not
+    count `offload`.
+    """
+    return digest_of({n: v for n, v in as_given.public().items() if n != "offload"})
+
+
+# ---- flags without effect ------------------------------------------------------------------------
+
+
+def effective(s: Settings) -> tuple[Settings, list[str]]:
+    """Settings in which every flag that has no effect on the picture is at its default, and a line for each of them.
+
+    Two flags may be without effect only together with others: the rules run in an order in which each sees the
+    result of those before it.
+    """
+    notes: list[str] = []
+    for rule in _RULES:
+        wanted, why = rule(s)
+        changes = {name: value for name, value in wanted.items() if getattr(s, name) != value}
+        if changes:
+            s = dataclasses.replace(s, **changes)
+        if why and (changes or not wanted):
+            notes.append(f"note: {why}")
+    return s, notes
+
+
+def executed_steps(s: Settings) -> int:
+    """How many sampling steps run: all, or with an initial picture the part that `denoise` leaves."""
+    return s.steps - skipped_steps(s.steps, s.denoise if s.init_image else 1.0)
+
+
+def skipped_steps(steps: int, denoise: float) -> int:
+    """How many steps of a schedule an image-to-image run of strength `denoise` in [0, 1] leaves out at its start."""
+    return int(steps * (1 - denoise))
+
+
+def starts_from_noise(steps: int, denoise: float, shift: float) -> bool:
+    """Whether an image-to-image run begins at sigma 1 exactly: the initial picture then weighs nothing.
+
+    Follows `sd3_impls.flow_schedule` in its float32 arithmetic: for some shifts its first sigma is not quite 1.
+    """
+    if skipped_steps(steps, denoise):
+        return False
+    single = lambda x: struct.unpack("f", struct.pack("f", x))[0]  # noqa: E731
+    t = single(single(1000.0 * (shift / (1 + (shift - 1)))) / 1000.0)
+    return single(single(single(shift) * t) / single(1 + single(single(shift - 1) * t))) == 1.0
+
+
+def acts_in_window(start: float, end: float, step: int, steps: int) -> bool:
+    """Whether residual streaming acts in `step` (from 0) of `steps`: start <= step / steps < end."""
+    place = step + 1e-9  # 0.7 * 10 is a little more than 7
+    return start * steps <= place < end * steps
+
+
+def skips_layers(config: SkipLayerConfig, step: int, steps: int) -> bool:
+    """Whether skip-layer guidance acts in `step` (from 0) of a schedule of `steps`."""
+    return config.start * steps < step < config.end * steps
+
+
+_Rule = tuple[dict[str, Any], str]
+_RESIDUAL_OFF = {f.name: f.default for f in dataclasses.fields(Settings) if f.name.startswith("residual_")}
+
+
+def _initial_picture(s: Settings) -> _Rule:
+    if s.init_image is None:
+        return {"denoise": DEFAULT_DENOISE}, "--denoise has no effect without --init_image"
+    if starts_from_noise(s.steps, s.denoise, s.shift):
+        why = f"--denoise {s.denoise:g} at {s.steps} steps starts from pure noise, so --init_image has no effect"
+        return {"init_image": None, "denoise": DEFAULT_DENOISE}, why
+    if executed_steps(s) == 0:
+        return {}, f"--denoise {s.denoise:g} leaves no step to run: the initial picture is only encoded and decoded"
+    return {}, ""
+
+
+def _control(s: Settings) -> _Rule:
+    if s.controlnet_ckpt and s.controlnet_cond_image:
+        return {}, ""
+    changes = {"controlnet_ckpt": None, "controlnet_cond_image": None, "controlnet_strength": 1.0}
+    if s.controlnet_ckpt:
+        return changes, "the ControlNet has no effect without --controlnet_cond_image"
+    return changes, "--controlnet_strength has no effect without --controlnet_cond_image"
+
+
+def _negative_prompt(s: Settings) -> _Rule:
+    if s.cfg != 1:
+        return {}, ""
+    return {"negative_prompt": ""}, "--negative_prompt has no effect at --cfg 1 (guidance is off)"
+
+
+def _skip_layer(s: Settings) -> _Rule:
+    config = s.skip_layer
+    if config is None or (
+        config.scale != 0 and any(skips_layers(config, i, s.steps) for i in range(executed_steps(s)))
+    ):
+        return {}, ""
+    if config.scale == 0:
+        return {"skip_layer": None}, "skip-layer guidance has no effect at scale 0"
+    window = f"between {config.start:g} and {config.end:g} of {s.steps} steps"
+    return {"skip_layer": None}, f"skip-layer guidance has no effect: it acts {window}, and no step lies there"
+
+
+def _residual(s: Settings) -> _Rule:
+    if not s.residual_target_layers:
+        return _RESIDUAL_OFF, ""
+    if s.residual_mode == "add" and not any(s.residual_weights):
+        return _RESIDUAL_OFF, "residual text streaming has no effect: all weights are 0"
+    if s.cfg == 1 and s.residual_branch == "uncond":
+        return _RESIDUAL_OFF, "residual text streaming has no effect: --cfg 1 runs no unconditional pass"
+    steps = executed_steps(s)
+    acts = [acts_in_window(s.residual_start, s.residual_end, i, steps) for i in range(steps)]
+    if not any(acts):
+        window = f"--residual_start {s.residual_start:g} to --residual_end {s.residual_end:g}"
+        return _RESIDUAL_OFF, f"residual text streaming has no effect: {window} holds none of the {steps} steps"
+    changes: dict[str, Any] = {}
+    if all(acts):
+        changes |= {"residual_start": 0.0, "residual_end": 1.0}
+    if s.cfg == 1:
+        changes["residual_branch"] = "both"
+    if s.residual_mode != "aligned":
+        changes["residual_rotations"] = None
+    return changes, ""
+
+
+def _cache(s: Settings) -> _Rule:
+    if not s.cache:
+        return {}, ""
+    if executed_steps(s) < 2:
+        return {"cache": 0.0}, "--cache has no effect: there is no earlier step to reuse"
+    why = f"--batch_size {s.batch_size} with --cache: pictures are made one by one, so that each decides for itself"
+    return {"batch_size": 1}, why
+
+
+def _tiles(s: Settings) -> _Rule:
+    return ({"vae_tile": 0}, "") if s.vae_tile >= max(s.width, s.height) else ({}, "")
+
+
+_RULES: tuple[Callable[[Settings], _Rule], ...] = (
+    _initial_picture, _control, _negative_prompt, _skip_layer, _residual, _cache, _tiles,
+)  # fmt: skip
 
 
 def check_residual(

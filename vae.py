@@ -7,6 +7,7 @@ tensors, so released files and the small demo model load through the same path.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from other_impls import Shapes, attention
 
 OVERLAP = 64  # pixels that neighbouring tiles share: their edges see about 26 pixels less than the whole does
+_ONE_AT_A_TIME = threading.Lock()  # norms hold what a tiled run measured: no other thread may run them meanwhile
 LARGE_LEVELS = 2  # levels of full and half size: the only ones that tiles are worth it for
 PEAK_TENSORS = 3.5  # of the widest full-size tensor, alive at once while decoding
 
@@ -266,6 +268,10 @@ class VAE(nn.Module):
 
         tile: side in pixels of tiles that are encoded one at a time and blended, 0 for the whole.
         """
+        with _ONE_AT_A_TIME:
+            return self._moments(image, tile)
+
+    def _moments(self, image: Tensor, tile: int) -> tuple[Tensor, Tensor]:
         image = image.contiguous(memory_format=torch.channels_last)
         ratio = 2 ** min(LARGE_LEVELS, len(self.config.widths) - 1)
         overlap = min(OVERLAP, tile // 4)
@@ -283,6 +289,10 @@ class VAE(nn.Module):
 
     def decode(self, latent: Tensor, tile: int = 0) -> Tensor:
         """Pixels (B, 3, 8h, 8w), about [-1, 1] and not clamped, of a raw latent (B, 16, h, w); tile: see `moments`."""
+        with _ONE_AT_A_TIME:
+            return self._decode(latent, tile)
+
+    def _decode(self, latent: Tensor, tile: int) -> Tensor:
         states = self.decoder.small(latent.contiguous(memory_format=torch.channels_last))
         ratio = self.config.downscale * latent.shape[2] // states.shape[2]
         overlap = min(OVERLAP, tile // 4) // ratio

@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import shlex
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from sd3_infer import SD3Inferencer, load_for, plan_for
-from settings import FILE_SETTINGS, SKIP_LAYERS, Flags, Settings, model_key
+from settings import FILE_SETTINGS, SKIP_LAYERS, Flags, Settings, earlier_digest, model_key
 from sweep.grid import Grid, Variant
 
 ENGINE = (
@@ -28,6 +28,7 @@ class Planned:
     settings: Settings
     length: int  # T5 tokens, which pictures of a batch share
     id: str
+    earlier: tuple[str, ...] = ()  # ids that versions had for it which counted flags without effect
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,19 @@ class Plan:
         out.sort(key=lambda b: b.engine)  # stable: one load per engine
         return out
 
+    def continued(self, present: Collection[str]) -> Plan:
+        """The plan with those earlier ids under which pictures are present, so that a sweep begun by an earlier version
+        goes on without making any twice. Each earlier id stands for one picture, the first that has it.
+        """
+        taken: set[str] = set()
+        out = []
+        for p in self.pictures:
+            if p.id not in present and (known := [i for i in p.earlier if i in present and i not in taken]):
+                p = replace(p, id=known[0])
+            taken.add(p.id)
+            out.append(p)
+        return replace(self, pictures=tuple(out))
+
     def of(self, variant: int) -> Sequence[Planned]:
         """The pictures of a variant."""
         each = len(self.grid.prompts) * len(self.grid.seeds)
@@ -89,7 +103,8 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
     engines: dict[tuple, tuple[Flags, SD3Inferencer]] = {}
     kept: dict[str, tuple[int, str | None]] = {}  # first picture's digest -> variant's number, text encoders' folder
     numbers: dict[str, int] = {}
-    variants, engine_of, pictures, notes = [], [], [], []
+    variants, engine_of, notes = [], [], []
+    pictures: list[list[Planned]] = []  # by variant
     paths: dict[tuple[str, str], str] = {}
     for variant in grid.variants:
         flags = Flags.read(variant.raw)
@@ -103,6 +118,7 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
         engine = engines[key][1]
         seeds = list(grid.seeds) * len(grid.prompts)
         settings = plan_for(engine, flags, grid.prompts, seeds)
+        notes += [f"{note} ({variant.name})" for note in engine.notes]
         check_names(settings[0], paths)
         number, same = kept.setdefault(settings[0].digest(), (len(variants), flags.model_folder))
         numbers[variant.name] = number
@@ -111,23 +127,31 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
                 f"{variant.name} and {variants[number].name}: differ only in the text encoders' folder, which "
                 "pictures do not name; make two sweeps"
             )
+        earlier = [()] * len(settings)
+        if engine.as_given or settings[0].offload:
+            earlier = [(earlier_digest(replace(s, **engine.as_given))[:SHORT],) for s in settings]
         if number < len(variants):
             notes.append(f"note: {variant.name} comes to the same as {variants[number].name}; made once")
+            merged = zip(pictures[number], earlier, strict=True)
+            pictures[number] = [replace(p, earlier=p.earlier + more) for p, more in merged]
             continue
         variants.append(variant)
         engine_of.append(list(engines).index(key))
-        lengths = [engine.pair_length(p, flags.negative_prompt) for p in grid.prompts]
-        pictures += [
-            Planned(number, i // len(grid.seeds), s.seed, s, lengths[i // len(grid.seeds)], s.digest()[:SHORT])
-            for i, s in enumerate(settings)
-        ]
+        lengths = [engine.pair_length(p, settings[0].negative_prompt) for p in grid.prompts]
+        places = [i // len(grid.seeds) for i in range(len(settings))]
+        pictures.append(
+            [
+                Planned(number, place, s.seed, s, lengths[place], s.digest()[:SHORT], ids)
+                for s, place, ids in zip(settings, places, earlier, strict=True)
+            ]
+        )
     return Plan(
         grid,
         tuple(variants),
         tuple(numbers[v.baseline] if v.baseline else i for i, v in enumerate(variants)),
         tuple(flags for flags, _ in engines.values()),
         tuple(engine_of),
-        tuple(pictures),
+        tuple(itertools.chain.from_iterable(pictures)),
     ), notes
 
 
@@ -152,13 +176,13 @@ def file_paths(settings: Settings) -> dict[tuple[str, str], str]:
 
 def command(settings: Settings, raw: Flags) -> list[str]:
     """The words of the command that makes a picture of these settings, but for prompt and seed."""
-    usual = Settings(prompt="", model="")
+    usual = {field.name: field.default for field in fields(Settings)}
     words = ["python", "sd3_infer.py", f"--model={settings.model}"]
     for name in ("sampler", "steps", "cfg", "shift", "width", "height"):
         words.append(f"--{name}={getattr(settings, name)}")
     for name, value in settings.asdict().items():
         skipped = ("prompt", "seed", "model", "skip_layer", "sampler", "steps", "cfg", "shift", "width", "height")
-        if name in skipped or value == getattr(usual, name):
+        if name in skipped or value == usual[name]:
             continue
         words.append(f"--{name}={','.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
     if raw.model_folder:

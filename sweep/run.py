@@ -41,6 +41,7 @@ def run(flags: Mapping[str, Any], grid: Grid, entries: Sequence[Any] | None, arg
     else:
         plan, notes = make_plan(grid)
     scorer = make_scorer(flags, grid)
+    plan = plan.continued(folder.present())
     folder.check(plan)
     if entries is not None:
         from sweep.layouts import check_sizes

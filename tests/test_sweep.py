@@ -282,7 +282,7 @@ def test_the_copied_command_and_replay_make_the_same_picture(tmp_path, prompts, 
 def test_two_models_and_image_to_image(tmp_path, small_model, prompts):
     Image.effect_noise((80, 60), 90).convert("RGB").save(tmp_path / "in.png")
     out = tmp_path / "out"
-    more = ["--prompt", PROMPTS[0], "--init_image", tmp_path / "in.png", "--denoise", "0.5;1.0", "--device", "cpu"]
+    more = ["--prompt", PROMPTS[0], "--init_image", tmp_path / "in.png", "--denoise", "0.5;0.7", "--device", "cpu"]
     assert sweep(out, "--model", f"{DEMO};{small_model}", "--steps", 4, "--width", 64, "--height", 48, *more) == 0
     assert len(hashes(out)) == 4
     assert len(log(out, "load")) == 2
@@ -455,7 +455,7 @@ def test_two_files_of_one_name(tmp_path, capsys):
         (tmp_path / name).mkdir()
         Image.effect_noise((96, 96), 90).convert("RGB").save(tmp_path / name / "in.png")
     paths = f"{tmp_path / 'a' / 'in.png'};{tmp_path / 'b' / 'in.png'}"
-    assert sweep(tmp_path / "out", *QUICK, "--prompt", PROMPTS[0], "--init_image", paths) == 2
+    assert sweep(tmp_path / "out", *QUICK, "--prompt", PROMPTS[0], "--init_image", paths, "--denoise", "0.4") == 2
     assert "rename one of them" in capsys.readouterr().err
 
 
