@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
 from checkpoint import count_layers
+from foreign import Unreadable, check_file, parse_json, reading
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -70,6 +72,8 @@ class CLIPConfig:
         (a projection that CLIP-L's file may hold is not used).
         """
         vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+        if width > 64 and width % 64:
+            raise ValueError(f"width {width}, which is no multiple of 64")
         return cls(
             width=width,
             depth=count_layers(shapes, "text_model.encoder.layers."),
@@ -207,11 +211,14 @@ class T5Config:
         first = "encoder.block.0.layer."
         buckets, heads = shapes[first + "0.SelfAttention.relative_attention_bias.weight"]
         vocabulary, width = shapes[T5_EMBEDDING]
+        inner = shapes[first + "0.SelfAttention.q.weight"][0]
+        if buckets < 4 or inner % heads:
+            raise ValueError(f"relative_attention_bias of {buckets} x {heads}")
         return cls(
             width=width,
             depth=count_layers(shapes, "encoder.block."),
             heads=heads,
-            inner=shapes[first + "0.SelfAttention.q.weight"][0],
+            inner=inner,
             mlp_width=shapes[first + "1.DenseReluDense.wi_0.weight"][0],
             buckets=buckets,
             vocabulary=vocabulary,
@@ -366,35 +373,71 @@ def _unescape(text: str) -> str:
     return text
 
 
+LONGEST_NUMBER = 400  # letters of a weight; a longer text is none
+
+
 def _segments(text: str, weight: float) -> list[tuple[str, float]]:
-    pieces, start, depth = [], 0, 0
+    """Level by level, without recursion: a prompt may be nested as deeply as it is long."""
+    closing = _closing(text)
+    colons = [i for i, char in enumerate(text) if char == ":"]
+    out: list[tuple[str, float]] = []
+    todo = [(0, len(text), weight, True)]  # from, to, weight, whether there may be parentheses inside
+    while todo:
+        start, end, weight, nested = todo.pop()
+        if not nested:
+            out.append((text[start:end], weight))
+            continue
+        inside = []
+        for a, b in _pieces(text, start, end, closing):
+            if b - a < 2 or text[a] != "(" or text[b - 1] != ")":
+                inside.append((a, b, weight, False))
+            else:
+                inside.append((a + 1, *_weighted(text, a + 1, b - 1, weight, colons), True))
+        todo += inside[::-1]
+    return out
+
+
+def _closing(text: str) -> dict[int, int]:
+    """Where each `(` is closed."""
+    closing, opened = {}, []
     for i, char in enumerate(text):
         if char == "(":
-            if depth == 0:
-                pieces.append(text[start:i])
-                start = i
-            depth += 1
-        elif char == ")":
-            depth -= 1
-            if depth == 0:
-                pieces.append(text[start : i + 1])
-                start = i + 1
-    pieces.append(text[start:])
-    out = []
-    for piece in filter(None, pieces):
-        if len(piece) < 2 or (piece[0], piece[-1]) != ("(", ")"):
-            out.append((piece, weight))
+            opened.append(i)
+        elif char == ")" and opened:
+            closing[opened.pop()] = i
+    return closing
+
+
+def _pieces(text: str, start: int, end: int, closing: dict[int, int]) -> list[tuple[int, int]]:
+    """Splits text[start:end] into what stands in parentheses, with them, and what stands between; from an unclosed `(`
+    on all is one piece, and after a `)` too many the next `(` only makes up for it.
+    """
+    pieces, depth, i = [], 0, start
+    while i < end:
+        if text[i] == "(" and depth == 0:
+            pieces.append((start, i))
+            start, close = i, closing.get(i, end)
+            if close >= end:
+                break
+            pieces.append((start, close + 1))
+            start = i = close + 1
             continue
-        inner, inner_weight = piece[1:-1], weight * NESTING_WEIGHT
-        colon = inner.rfind(":")
-        if colon > 0:
-            try:
-                inner_weight = float(inner[colon + 1 :])
-                inner = inner[:colon]
-            except ValueError:
-                pass  # not a number: the colon is text
-        out += _segments(inner, inner_weight)
-    return out
+        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        i += 1
+    pieces.append((start, end))
+    return [(a, b) for a, b in pieces if a < b]
+
+
+def _weighted(text: str, start: int, end: int, weight: float, colons: list[int]) -> tuple[int, float]:
+    """Where the text in parentheses ends and what it weighs: the number after its last colon, else 1.1 times more."""
+    place = bisect.bisect_left(colons, end) - 1
+    colon = colons[place] if place >= 0 else -1
+    if colon > start and end - colon <= LONGEST_NUMBER:
+        try:
+            return colon, float(text[colon + 1 : end])
+        except ValueError:
+            pass  # not a number: the colon is text
+    return end, weight * NESTING_WEIGHT
 
 
 def weighted_words(text: str) -> list[tuple[str, float]]:
@@ -416,17 +459,54 @@ class Tokens:
     cut: bool
 
 
+TRIED = "a star, \u00e9\u661f\U0001f7ca <|endoftext|>"  # what a tokenizer must be able to split when it is opened
+
+
+def _tokenizer(path: Path, flag: str) -> Tokenizer:
+    """A tokenizer.json, without the padding and the truncation that a program left in it."""
+    where = f"--{flag} {path}"
+    check_file(where, path)
+    with reading(where, "is no usable tokenizer"):
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode(TRIED, add_special_tokens=False)
+        return tokenizer
+
+
+def _largest_id(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab().values(), default=-1)
+
+
+def _check_ids(where: str, largest: int, rows: int | None) -> None:
+    """Raises ValueError where an encoder has no embedding for a token."""
+    if rows is not None and largest >= rows:
+        raise Unreadable(
+            f"{where}: has tokens up to {largest}, the text encoder has {rows} (0 to {rows - 1}): they do not belong "
+            "together"
+        )
+
+
 class CLIPTokenizer:
     """CLIP's byte-level BPE from a folder with vocab.json and merges.txt, or tokenizer.json."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, flag: str = "model_folder", rows: int | None = None):
+        """flag: the one that leads to the folder; rows: of the encoder's embedding table, where known.
+
+        Raises ValueError that names the file that is damaged, or that has ids beyond the table.
+        """
         folder = Path(folder)
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            self.tokenizer = _clip_bpe(folder / "vocab.json", folder / "merges.txt")
+        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            self.path = folder / "vocab.json"
+            self.tokenizer = _clip_bpe(self.path, folder / "merges.txt", flag)
         else:
-            self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self.path = folder / "tokenizer.json"
+            self.tokenizer = _tokenizer(self.path, flag)
         self.start = self.tokenizer.token_to_id("<|startoftext|>")
         self.end = self.tokenizer.token_to_id("<|endoftext|>")
+        if self.start is None or self.end is None:
+            raise Unreadable(f"--{flag} {self.path}: is no CLIP tokenizer: it has no <|startoftext|> or <|endoftext|>")
+        _check_ids(f"--{flag} {self.path}", _largest_id(self.tokenizer), rows)
 
     def tokenize(self, prompt: str, length: int, pad: int | None = None) -> Tokens:
         """Exactly `length` tokens: start, as many words as fit, end, padding (`pad`; None: the end token)."""
@@ -446,12 +526,21 @@ class CLIPTokenizer:
         return Tokens(ids, weights + [1.0] * (length - len(weights)), cut)
 
 
-def _clip_bpe(vocabulary: Path, merges: Path) -> Tokenizer:
+def _clip_bpe(vocabulary: Path, merges: Path, flag: str = "model_folder") -> Tokenizer:
     """The published CLIP tokenizer: NFC, lower case, white space collapsed, then byte-level BPE with word ends."""
     end = "<|endoftext|>"
-    bpe = models.BPE.from_file(
-        str(vocabulary), str(merges), unk_token=end, continuing_subword_prefix="", end_of_word_suffix="</w>"
-    )
+    for path in (vocabulary, merges):
+        check_file(f"--{flag} {path}", path)
+    with reading(f"--{flag} {vocabulary}", "is no usable vocabulary"):
+        known = parse_json(vocabulary.read_bytes())
+        if not isinstance(known, dict) or not all(type(i) is int for i in known.values()):
+            raise ValueError("it must hold a number for every token")
+    with reading(f"--{flag} {merges}", "are no usable merges"):
+        bpe = models.BPE.from_file(
+            str(vocabulary), str(merges), unk_token=end, continuing_subword_prefix="", end_of_word_suffix="</w>"
+        )
+    if end not in known or "<|startoftext|>" not in known:  # else they would be added, with numbers of nobody's
+        raise Unreadable(f"--{flag} {vocabulary}: is no CLIP vocabulary: it has no <|startoftext|> or <|endoftext|>")
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -472,13 +561,17 @@ class T5Tokenizer:
 
     end, pad = 1, 0
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, flag: str = "model_folder", rows: int | None = None):
+        """As `CLIPTokenizer`."""
         folder = Path(folder)
-        if (folder / "tokenizer.json").is_file():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        if (folder / "tokenizer.json").exists():
+            self.path = folder / "tokenizer.json"
+            tokenizer = _tokenizer(self.path, flag)
             self._pieces = lambda word: tokenizer.encode(word, add_special_tokens=False).ids
+            _check_ids(f"--{flag} {self.path}", _largest_id(tokenizer), rows)
         else:
-            self._pieces = _sentencepiece(folder / "spiece.model")
+            self.path = folder / "spiece.model"
+            self._pieces = _sentencepiece(self.path, flag, rows)
 
     def tokenize(self, prompt: str, minimum: int) -> Tokens:
         """The first 226 characters' tokens and the end token, padded with 0 to at least `minimum`."""
@@ -492,12 +585,19 @@ class T5Tokenizer:
         return Tokens(ids, weights + [1.0] * (len(ids) - len(weights)), len(prompt) > T5_CHARACTERS)
 
 
-def _sentencepiece(path: Path) -> Callable[[str], list[int]]:
+def _sentencepiece(path: Path, flag: str = "model_folder", rows: int | None = None) -> Callable[[str], list[int]]:
     """A function from a word to its piece ids; `</s>` and the like in a word are their own ids, as on the hub."""
     from sentencepiece import SentencePieceProcessor
 
-    model = SentencePieceProcessor(model_file=str(path))
-    extra = {f"<extra_id_{i}>": model.get_piece_size() + 99 - i for i in range(100)}
+    where = f"--{flag} {path}"
+    check_file(where, path)
+    with reading(where, "is no usable tokenizer"):
+        model = SentencePieceProcessor(model_file=str(path))
+        model.encode(TRIED)
+        model.id_to_piece(2)
+    size = model.get_piece_size()
+    _check_ids(where, size - 1, rows)
+    extra = {f"<extra_id_{i}>": size + 99 - i for i in range(100) if rows is None or size + 99 - i < rows}
     special = {model.id_to_piece(i): i for i in range(3)} | extra
     split = re.compile("(" + "|".join(map(re.escape, special)) + ")")
 

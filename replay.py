@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import json
@@ -15,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 import saving
-from settings import FILE_SETTINGS, READERS, Settings, SkipLayerConfig, base_name, effective, read_layers
+from foreign import parse_json
+from settings import FILE_SETTINGS, READERS, TEXT_FILES, Settings, SkipLayerConfig, base_name, effective, read_layers
 
 RECORDS = ("run.json", "sweep.json")  # files beside or above a picture that name its files with their folders
 
@@ -49,7 +51,7 @@ class Replay:
         try:
             raw = self._flags() | dict(available)
             found = {n: self.find(n, raw[n]) for n in FILE_SETTINGS if n in raw and n not in self.given}
-            return raw | found | self._model_folder() | dict(self.given)
+            return raw | found | self._text_files() | dict(self.given)
         except (TypeError, AttributeError):
             raise ValueError(f"--replay {self.path}: its settings cannot be read") from None
 
@@ -72,11 +74,16 @@ class Replay:
         """Whether the run's record says so: pictures themselves once did not."""
         return any(_object(values.get("flags")).get("offload") is True for values in self._records())
 
-    def _model_folder(self) -> dict[str, str]:
+    def _text_files(self) -> dict[str, str]:
         """Where the text encoders lay, as the record of the run says."""
-        folders = [_object(values.get("flags")).get("model_folder") for values in self._records()]
-        there = [f for f in folders if isinstance(f, str) and os.path.isdir(f)]
-        return {"model_folder": there[0]} if there else {}
+        out: dict[str, str] = {}
+        for values in self._records():
+            flags = _object(values.get("flags"))
+            for name in TEXT_FILES:
+                path = flags.get(name)
+                if isinstance(path, str) and (os.path.isdir if name == "model_folder" else os.path.isfile)(path):
+                    out.setdefault(name, path)
+        return out
 
     def skip_layer(self) -> SkipLayerConfig | None:
         """The recorded skip-layer guidance, unless the flag was given again."""
@@ -120,10 +127,12 @@ class Replay:
         """The records of the run beside the picture, or in the folder above."""
         for folder in (self.path.parent, self.path.parent.parent):
             for record in RECORDS:
-                try:
-                    yield _object(json.loads((folder / record).read_text(encoding="utf-8")))
-                except (OSError, ValueError):
-                    continue
+                values: Any = None
+                with contextlib.suppress(OSError, ValueError):
+                    if (folder / record).is_file():
+                        values = parse_json((folder / record).read_text(encoding="utf-8"))
+                if isinstance(values, dict):
+                    yield values
 
     def changed(self, settings: Settings) -> list[str]:
         """Settings that the picture made now does not share with the recorded ones; such as had no effect then do not

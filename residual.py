@@ -15,7 +15,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-import json
 import math
 import os
 import warnings
@@ -24,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoint import WeightFile
+from checkpoint import FLOATS, WeightFile
+from foreign import Unreadable, check_file, parse_json, reading
+from headers import describe, is_safetensors
 from settings import (
     NEEDS_ROTATIONS,
     RESIDUAL_BRANCHES,
@@ -161,10 +162,11 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     if pickled:
         raw = _unpickle(path, where)
     else:
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{where}: is neither JSON nor a .pth file ({error})") from None
+        with reading(where, "is neither JSON nor a .pth file"):
+            data = Path(path).read_bytes()
+            if (what := describe(data[:512], len(data))) and what != "JSON":
+                raise Unreadable(f"{where}: is neither JSON nor a .pth file: it is {what}")
+            raw = parse_json(data.decode("utf-8-sig"))
     if not isinstance(raw, Mapping):
         raise ValueError(f'{where}: must hold an object such as {{"origin_layer": 1, "target_layers": "2-22"}}')
     fields = {}
@@ -172,7 +174,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         key = str(key).removeprefix("residual_")
         name = _NAMES.get(key, key)
         if name in _NAMES.values() or name in _READ:
-            fields[name] = _plain(value)
+            fields[name] = _plain(value, f"{where}: {key}")
         elif pickled:
             warnings.warn(f"{where}: not used, unknown: {key}", stacklevel=2)
         else:
@@ -184,41 +186,53 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         fields["rotations"] = str(beside if beside.exists() else fields["rotations"])
     try:
         ResidualConfig.parse(**{k: v for k, v in fields.items() if k in _READ})
-    except ValueError as error:
-        raise ValueError(f"{where}: {str(error).removeprefix('--')}") from None
+    except Exception as error:  # values may be of any kind
+        raise Unreadable(f"{where}: {str(error).removeprefix('--')}") from None
     return fields
 
 
-def _plain(value: Any) -> Any:
-    """Tensors become numbers and lists."""
-    return value.tolist() if hasattr(value, "tolist") else value
+MOST_VALUES = 100_000  # in a list of a file
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Tensors become numbers and lists; raises ValueError for one that is no plain list of real numbers."""
+    if not hasattr(value, "tolist"):
+        return value
+    _check_tensor(value, where)
+    if value.numel() > MOST_VALUES:
+        raise Unreadable(f"{where}: has {value.numel():,} numbers; at most {MOST_VALUES:,} are read")
+    return value.tolist()
+
+
+def _check_tensor(tensor: Tensor, where: str) -> None:
+    """Raises ValueError for a tensor from a pickle that is sparse, without memory, quantised or complex."""
+    import torch
+
+    wrong = tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex()
+    if wrong or tensor.is_nested:
+        kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        raise Unreadable(f"{where}: is not a plain tensor of real numbers ({kind})")
 
 
 def _pickled(path: str | Path, where: str) -> bool:
     """Whether a file is one of torch.save's: a zip archive or a bare pickle. A safetensors file may start with the
     same two bytes, its header's length, but has the header's brace after eight.
+
+    Raises FileNotFoundError, or ValueError for what is no file.
     """
-    if os.path.isdir(path):
-        raise ValueError(f"{where}: is a folder; a file is needed")
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{where}: no such file")
-    try:
-        with open(path, "rb") as f:
-            start = f.read(9)
-        return start[:2] in (b"PK", b"\x80\x02") and start[8:] != b"{"
-    except OSError as error:
-        raise ValueError(f"{where}: cannot be read ({error.strerror})") from None
+    check_file(where, path)
+    with reading(where, "cannot be read"), open(path, "rb") as f:
+        start = f.read(64)
+    return (start[:2] == b"PK" or b"\x80\x02" <= start[:2] <= b"\x80\x0f") and not is_safetensors(start)
 
 
 def _unpickle(path: str | Path, where: str) -> Any:
-    import pickle
-
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError):
-        raise ValueError(f"{where}: is damaged, or holds more than tensors and numbers; it is not loaded") from None
+    except Exception:  # torch's own words are many lines about how to load it all the same
+        raise Unreadable(f"{where}: is damaged, or holds more than tensors and numbers; it is not loaded") from None
 
 
 def build_residual_config(
@@ -303,35 +317,43 @@ def read_rotations(path: str | Path, config: ResidualConfig | None = None, width
         raw = _unpickle(path, where)
         if not isinstance(raw, Mapping):
             raise ValueError(f"{where}: must hold a dictionary with rotation_matrices")
-        notes = {k: _plain(v) for k, v in raw.items() if k != "rotation_matrices"}
+        wanted_notes = ("target_layers", "origin_layer", "timestep_bucket_edges")
+        notes = {k: _plain(raw[k], f"{where}: {k}") for k in wanted_notes if k in raw}
         matrices = raw.get("rotation_matrices")
         shape = tuple(matrices.shape) if isinstance(matrices, torch.Tensor) else None
+        if shape is not None:
+            _check_tensor(matrices, f"{where}: rotation_matrices")
+            if not matrices.is_floating_point():
+                raise Unreadable(f"{where}: rotation_matrices are {matrices.dtype}; numbers with a point are needed")
         take = lambda places: matrices[..., places, :, :]  # noqa: E731
     else:
-        try:
-            file = WeightFile(path)
-        except ValueError as error:
-            raise ValueError(f"--residual_rotations {error}") from None
+        file = WeightFile(path, "residual_rotations")
         shape = file.entries["rotation_matrices"].shape if "rotation_matrices" in file.entries else None
+        if shape is not None and (dtype := file.entries["rotation_matrices"].dtype) not in FLOATS:
+            raise Unreadable(f"{where}: rotation_matrices are {dtype}; numbers with a point are needed")
         notes, take = _safetensors_notes(file, where)
     if shape is None:
-        raise ValueError(f"{where}: has no rotation_matrices: not a rotation file")
+        raise Unreadable(f"{where}: has no rotation_matrices: not a rotation file")
     for name in ("target_layers", "origin_layer"):
         if name not in notes:
-            raise ValueError(f"{where}: does not say its {name}")
+            raise Unreadable(f"{where}: does not say its {name}")
     try:
         targets = read_layers("target_layers", notes["target_layers"])
         origin = read_int("origin_layer", notes["origin_layer"], 0)
-    except ValueError as error:
-        raise ValueError(f"{where}: {str(error).removeprefix('--')}") from None
-    if len(shape) not in (3, 4) or shape[-1] != shape[-2] or shape[-3] != len(targets):
+        if not targets:
+            raise ValueError("target_layers: none are there")
+    except Exception as error:  # values may be of any kind
+        raise Unreadable(f"{where}: {str(error).removeprefix('--')}") from None
+    square = len(shape) in (3, 4) and shape[-1] == shape[-2] and shape[-3] == len(targets)
+    if not square or 0 in shape:
         told = "x".join(map(str, shape))
         raise ValueError(f"{where}: rotation_matrices is {told}; {len(targets)} square matrices are needed")
     edges, falling = _edges(notes.get("timestep_bucket_edges"), shape[0] if len(shape) == 4 else 1, where)
     if config is not None:
         _check_fit(origin, targets, shape[-1], config, width, where)
     wanted = targets if config is None else config.targets
-    stacked = take([targets.index(t) for t in wanted]).float()
+    with reading(where, "cannot be read"):
+        stacked = take([targets.index(t) for t in wanted]).float()
     stacked = stacked if stacked.ndim == 4 else stacked[None]  # (B, N, D, D)
     if falling:
         stacked = stacked.flip(0)
@@ -350,10 +372,9 @@ def _safetensors_notes(file: WeightFile, where: str) -> tuple[dict[str, Any], Ca
     import torch
     from safetensors import safe_open
 
-    try:
-        notes = {k: json.loads(v) for k, v in file.metadata.items() if k in ("target_layers", "origin_layer")}
-    except ValueError:
-        raise ValueError(f"{where}: its metadata is damaged") from None
+    with reading(where, "its metadata is damaged"):
+        names = ("target_layers", "origin_layer")
+        notes = {k: parse_json(v) for k, v in file.metadata.items() if k in names}
 
     def take(places: list[int]) -> Tensor:
         with safe_open(file.path, framework="pt", device="cpu") as f:
@@ -362,8 +383,12 @@ def _safetensors_notes(file: WeightFile, where: str) -> tuple[dict[str, Any], Ca
                 return torch.stack([rows[j] for j in places])
             return torch.stack([torch.stack([rows[b, j] for j in places]) for b in range(rows.get_shape()[0])])
 
-    if "timestep_bucket_edges" in file.entries:
-        with safe_open(file.path, framework="pt", device="cpu") as f:
+    edges = file.entries.get("timestep_bucket_edges")
+    if edges is not None:
+        if edges.dtype in ("BOOL", "C64") or len(edges.shape) != 1 or edges.shape[0] > MOST_VALUES:
+            kind = f"{edges.dtype} {list(edges.shape)}"
+            raise Unreadable(f"{where}: timestep_bucket_edges must be a list of real numbers, not {kind}")
+        with reading(where, "cannot be read"), safe_open(file.path, framework="pt", device="cpu") as f:
             notes["timestep_bucket_edges"] = f.get_tensor("timestep_bucket_edges").tolist()
     return notes, take
 
@@ -372,7 +397,11 @@ def _edges(given: Any, buckets: int, where: str) -> tuple[tuple[float, ...], boo
     """The sigmas between buckets, rising, and whether the file counts from high to low."""
     if buckets == 1:
         return (), False
-    edges = [float(e) for e in given] if isinstance(given, Sequence) and not isinstance(given, str) else []
+    listed = list(given) if isinstance(given, Sequence) and not isinstance(given, (str, bytes)) else []
+    for edge in listed:
+        if type(edge) not in (int, float) or abs(edge) > TIMESTEPS:
+            raise Unreadable(f"{where}: timestep_bucket_edges must be numbers from 0 to {TIMESTEPS}, not {edge!r:.40}")
+    edges = [float(edge) for edge in listed]
     if len(edges) not in (buckets - 1, buckets + 1):
         raise ValueError(
             f"{where}: {buckets} timestep buckets need {buckets - 1} or {buckets + 1} timestep_bucket_edges, "

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from foreign import Unreadable, check_file, parse_json, reading
 from settings import Settings, base_name
 
 A1111_SAMPLERS = {"euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
@@ -175,24 +176,23 @@ def read_record(path: str | Path, flag: str = "replay") -> dict[str, Any]:
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or says nothing.
     """
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"--{flag} {path}: no such file")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            record = json.loads(getattr(image, "text", {})[SETTINGS_CHUNK])
-        if not isinstance(record["settings"], dict):
-            raise TypeError
-        return record
-    except UnidentifiedImageError:
-        raise ValueError(f"--{flag} {path}: is not a picture") from None
-    except KeyError:
+    where = f"--{flag} {path}"
+    check_file(where, path)
+    with reading(where, "cannot be read"):
+        try:
+            with Image.open(path) as image:
+                image.load()
+                text = getattr(image, "text", {}).get(SETTINGS_CHUNK)
+        except UnidentifiedImageError:
+            raise Unreadable(f"{where}: is not a picture") from None
+    if text is None:
         told = "holds no settings: made with --no_metadata, by another program, or saved again by one"
-        raise ValueError(f"--{flag} {path}: {told}") from None
-    except (json.JSONDecodeError, TypeError, AttributeError):
-        raise ValueError(f"--{flag} {path}: its settings cannot be read") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"--{flag} {path}: cannot be read ({error})") from None
+        raise Unreadable(f"{where}: {told}")
+    with reading(where, "its settings cannot be read"):
+        record = parse_json(text)
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise Unreadable(f"{where}: its settings cannot be read")
+    return record
 
 
 def tile(pictures: Sequence[Image.Image], columns: int) -> Image.Image:

@@ -49,7 +49,7 @@ from typing import Any  # noqa: E402
 import fire  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image, UnidentifiedImageError  # noqa: E402
+from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -59,6 +59,7 @@ import sd3_impls  # noqa: E402
 from checkpoint import Part, WeightFile, file_sha256  # noqa: E402
 from dit_embedder import ControlNet, ControlNetConfig, control_kind, control_pixels, controlnet_part  # noqa: E402
 from embed_cache import EmbedCache  # noqa: E402
+from foreign import Unreadable, check_file, reading  # noqa: E402
 from mmditx import ContextHook, MMDiT, MMDiTConfig  # noqa: E402
 from offload import Offload  # noqa: E402
 from other_impls import (  # noqa: E402
@@ -220,15 +221,43 @@ def byte_bar(what: str, total: int, quiet: bool) -> Iterator[Callable[[int], Any
 
 
 def open_image(flag: str, path: str, width: int, height: int) -> Image.Image:
-    """An image as RGB, resized with Lanczos; raises FileNotFoundError or ValueError."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"--{flag} {path}: no such file")
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        why = "is not a picture" if isinstance(error, UnidentifiedImageError) else f"cannot be read ({error})"
-        raise ValueError(f"--{flag} {path}: {why}") from None
+    """An image as every viewer shows it, RGB, resized with Lanczos: turned as its EXIF says, what is transparent over
+    white, of an animation the first frame. Raises FileNotFoundError or ValueError.
+    """
+    where = f"--{flag} {path}"
+    check_file(where, path)
+    with reading(where, "cannot be read"):
+        try:
+            with Image.open(path) as image:
+                shown, see_through = as_shown(image)
+        except UnidentifiedImageError:
+            raise Unreadable(f"{where}: is not a picture") from None
+        if see_through:
+            warnings.warn(f"{where}: is transparent in places; white is taken for what lies behind", stacklevel=2)
+        return shown.resize((width, height), Image.Resampling.LANCZOS)
+    raise AssertionError  # `reading` returns or raises
+
+
+def as_shown(image: Image.Image) -> tuple[Image.Image, bool]:
+    """An opened image as RGB, see `open_image`, and whether anything of it was transparent.
+
+    Raises ValueError for grey values of 32 bits: there is no telling which of them is white.
+    """
+    image = ImageOps.exif_transpose(image)
+    key = image.info.get("transparency")
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image)
+        if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise ValueError("its grey values have 32 bits; save it with 8 or 16")
+        grey = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))  # 65535 is white
+        clear = values != key if isinstance(key, int) else np.ones(values.shape, bool)
+        image = Image.merge("LA", (grey, Image.fromarray(clear.astype(np.uint8) * 255)))
+    if not (image.has_transparency_data or image.mode in ("La", "RGBa")):
+        return image.convert("RGB"), False
+    image = image.convert("RGBA")
+    if image.getextrema()[3][0] == 255:
+        return image.convert("RGB"), False
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"), True
 
 
 def open_images(pictures: Sequence[Settings]) -> dict[tuple[str, str, int, int], Image.Image]:
@@ -254,9 +283,11 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(scaled.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
-def check_finite(x: Tensor, what: str, dtype: torch.dtype) -> None:
-    """Raises ValueError with the dtype to try where `x` holds NaN or infinity."""
+def check_finite(x: Tensor, what: str, dtype: torch.dtype, cause: Callable[[], str] = str) -> None:
+    """Raises ValueError where `x` holds NaN or infinity: with the cause, where that is known, else the dtype to try."""
     if not torch.isfinite(x).all():
+        if line := cause():
+            raise ValueError(f"{line}; {what} became NaN or infinite by it; no picture is saved")
         others = {torch.float16: "try --dtype bfloat16 or float32", torch.bfloat16: "try --dtype float32"}
         advice = others.get(dtype, "the model file may be damaged: download it again")
         name = str(dtype).removeprefix("torch.")
@@ -288,6 +319,7 @@ class SD3Inferencer:
         self._rotations: tuple[tuple, Rotations] | None = None
         self.notes: list[str] = []  # of the last `plan`
         self.as_given: dict[str, Any] = {}  # fields of the last `plan` that had no effect, as they were given
+        self._damage: str | None = None  # see `damage`
 
     def say(self, text: str, once: bool = False) -> None:
         """A line for the person at the shell, above any progress bar."""
@@ -327,12 +359,16 @@ class SD3Inferencer:
         weights: str = "full",
         compile: bool = False,
         offload: bool = False,
+        clip_l: str | None = None,
+        clip_g: str | None = None,
+        t5xxl: str | None = None,
     ) -> SD3Inferencer:
         """Reads headers, checks that all files are there and fit each other, decides device and dtype.
 
         model_folder: where text encoders and tokenizers lie (default: the model file's folder, then `models`);
         t5_resident: text encoders stay in memory; embed_cache: folder of encoded prompts; weights: full, int8 or fp8;
-        compile: see `MMDiT.compile_blocks`; offload: blocks stay in main memory, see `offload`.
+        compile: see `MMDiT.compile_blocks`; offload: blocks stay in main memory, see `offload`; clip_l, clip_g, t5xxl:
+        files of text encoders, in place of those that the model file holds or that are found.
         Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
         """
         self._forget()
@@ -349,13 +385,13 @@ class SD3Inferencer:
             self.folders.append(Path("models"))
         self.mmdit_part = checkpoint.mmdit_part(self.model_file)
         self.config: MMDiTConfig = self.mmdit_part.config(MMDiTConfig.from_shapes, "an SD3 or SD3.5 model")
-        self.mmdit_part.check(on_meta(lambda: MMDiT(self.config)))
+        self._check(self.mmdit_part, lambda: MMDiT(self.config))
         self.dtype = choose_dtype(dtype, self.device, self.mmdit_part.dtype_name())
         self._open_vae(vae)
         self.controlnet_part = self._open_controlnet(controlnet_ckpt) if controlnet_ckpt else None
         self.embed_cache = None
         if load_tokenizers:
-            self._open_encoders()
+            self._open_encoders({"clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl})
             self.embed_cache = self._open_embed_cache(embed_cache) if embed_cache else None
         self.defaults, _ = resolve(Flags(model=model, shift=shift), self.model_file.metadata, self.large_controlnet)
         self.shift = self.defaults["shift"]
@@ -366,24 +402,25 @@ class SD3Inferencer:
 
     @staticmethod
     def _open(flag: str, path: str, fetch: str = "") -> WeightFile:
-        try:
-            return WeightFile(path)
-        except FileNotFoundError as error:
-            inside = os.path.exists(path)  # a folder that lacks something
-            told = f"--{flag} {error}" if inside else f"--{flag} {path}: no such file{fetch}"
-            raise FileNotFoundError(told) from None
-        except ValueError as error:
-            raise ValueError(f"--{flag} {error}") from None
-        except OSError as error:
-            raise ValueError(f"--{flag} {path}: cannot be read ({error.strerror})") from None
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"--{flag} {path}: no such file{fetch}")
+        return WeightFile(path, flag)
+
+    @staticmethod
+    def _check(part: Part, make: Callable[[], nn.Module]) -> None:
+        """Raises ValueError where a part of a file does not fit the module of its sizes, or holds nothing."""
+        with reading(part.file.where, "has sizes of no model"):
+            model = on_meta(make)
+        part.check(model)
+        part.check_filled()
 
     def _open_vae(self, path: str | None) -> None:
         file = self._open("vae", path) if path else self.model_file
         self.vae_part = checkpoint.vae_part(file)
-        if not path and not self.vae_part.prefix:
+        if not path and not checkpoint.has_vae(file):
             raise FileNotFoundError(f"--model {file.path}: holds no VAE; give one with --vae sd3_vae.safetensors")
         self.vae_config: VAEConfig = self.vae_part.config(VAEConfig.from_shapes, "a VAE")
-        self.vae_part.check(on_meta(lambda: VAE(self.vae_config)))
+        self._check(self.vae_part, lambda: VAE(self.vae_config))
         if self.vae_config.latent_channels != self.config.latent_channels:
             raise ValueError(
                 f"--vae {file.path}: has {self.vae_config.latent_channels} latent channels, "
@@ -396,7 +433,8 @@ class SD3Inferencer:
         config.check_base(self.config, path)
         self.controlnet_chained = config.chained(self.config)
         self.controlnet_config = config
-        part.check(on_meta(lambda: ControlNet(config, self.controlnet_chained)))
+        self._check(part, lambda: ControlNet(config, self.controlnet_chained))
+        control_kind(part)
         return part
 
     @property
@@ -404,45 +442,65 @@ class SD3Inferencer:
         """Whether a ControlNet of the 8B kind is given: its usual settings then hold."""
         return self.controlnet_part is not None and self.controlnet_chained
 
-    def _open_encoders(self) -> None:
+    def _open_encoders(self, given: dict[str, str | None]) -> None:
         roles = ("clip_l", "clip_g") if self.no_t5 else checkpoint.ENCODERS
-        self.encoder_parts = {r: checkpoint.find_encoder(r, self.model_file, self.folders) for r in roles}
+        fit = checkpoint.Fit(self.config.pooled_width, self.config.context_width)
+        self.encoder_parts = checkpoint.find_encoders(roles, self.model_file, self.folders, given, fit)
         self.encoder_configs: dict[str, Any] = {}
         for role, part in self.encoder_parts.items():
             if role == "t5xxl":
                 config = part.config(T5Config.from_shapes, "a T5 encoder")
-                part.check(on_meta(lambda c=config: T5(c)))
+                self._check(part, lambda c=config: T5(c))
             else:
                 options = {"activation": CLIP_ACTIVATIONS[role], "projection": role == "clip_g"}
                 config = part.config(lambda s, o=options: CLIPConfig.from_shapes(s, **o), "a CLIP text encoder")
-                part.check(on_meta(lambda c=config: CLIP(c)))
+                self._check(part, lambda c=config: CLIP(c))
             self.encoder_configs[role] = config
         clip_l, clip_g = self.encoder_configs["clip_l"], self.encoder_configs["clip_g"]
         if clip_l.width + clip_g.width != self.config.pooled_width:
             raise ValueError(
-                f"{self.encoder_parts['clip_l'].file.path} and {self.encoder_parts['clip_g'].file.path}: have widths "
+                f"{self.encoder_parts['clip_l'].file.where} and {self.encoder_parts['clip_g'].file.path}: have widths "
                 f"{clip_l.width} + {clip_g.width}, the model needs {self.config.pooled_width}: wrong text encoders"
             )
         if not self.no_t5 and (width := self.encoder_configs["t5xxl"].width) != self.config.context_width:
             raise ValueError(
-                f"{self.encoder_parts['t5xxl'].file.path}: has width {width}, "
+                f"{self.encoder_parts['t5xxl'].file.where}: has width {width}, "
                 f"the model needs {self.config.context_width}: not this model's T5"
             )
         beside = [p.file.path.parent for p in self.encoder_parts.values()]
         folders = list(dict.fromkeys([*self.folders, *beside]))
         kinds = ("clip",) if self.no_t5 else ("clip", "t5")
         self.tokenizer_folders = {kind: checkpoint.find_tokenizer(kind, folders) for kind in kinds}
-        self.clip_tokenizer = CLIPTokenizer(self.tokenizer_folders["clip"])
-        self.t5_tokenizer = None if self.no_t5 else T5Tokenizer(self.tokenizer_folders["t5"])
-        self.positions = clip_l.positions
+        rows = min(clip_l.vocabulary, clip_g.vocabulary)
+        self.clip_tokenizer = CLIPTokenizer(self.tokenizer_folders["clip"], rows=rows)
+        self.t5_tokenizer = None
+        if not self.no_t5:
+            rows = self.encoder_configs["t5xxl"].vocabulary
+            self.t5_tokenizer = T5Tokenizer(self.tokenizer_folders["t5"], rows=rows)
+        self.positions = min(clip_l.positions, clip_g.positions)  # their tokens lie side by side
 
     def _open_embed_cache(self, folder: str) -> EmbedCache:
-        files = {role: {e.path for e in part.file.entries.values()} for role, part in self.encoder_parts.items()}
+        files = {}
+        for role, part in self.encoder_parts.items():
+            files[role] = {e.path for name, e in part.file.entries.items() if name.startswith(part.prefix)}
         for kind, place in self.tokenizer_folders.items():
             names = {name for names in checkpoint.TOKENIZER_FILES[kind] for name in names}
             files[f"{kind} tokenizer"] = {place / name for name in names if (place / name).is_file()}
-        how = {"dtype": str(encoder_dtype(self.dtype)), "device": self.encoder_device.type, "no_t5": self.no_t5}
-        return EmbedCache(folder, files, how)
+        dtype, positions, config = encoder_dtype(self.dtype), self.positions, self.config
+        how = {
+            "dtype": str(dtype),
+            "device": [self.encoder_device.type, device_record(self.encoder_device)],
+            "no_t5": self.no_t5,
+            "prefixes": {role: part.prefix for role, part in self.encoder_parts.items()},
+            "widths": [config.pooled_width, config.context_width, positions],
+            "versions": {n: v for n, v in saving.versions().items() if n in ("torch", "tokenizers")},
+        }
+
+        def fits(length: int, context: Tensor, pooled: Tensor) -> bool:
+            shapes = (1, positions + length, config.context_width), (1, config.pooled_width)
+            return (context.shape, pooled.shape) == shapes and {context.dtype, pooled.dtype} == {dtype}
+
+        return EmbedCache(folder, files, how, fits)
 
     def encoder_files(self) -> dict[str, dict[str, Any]]:
         """Name and bytes of the text encoders that are files of their own, by role."""
@@ -544,13 +602,13 @@ class SD3Inferencer:
         part, config, device = self.encoder_parts[role], self.encoder_configs[role], self.encoder_device
         self.encoders_opened += (role, 0) not in self._resident
         words, positions = self._tables(part, CLIP_EMBEDDINGS)
-        positions = table_rows(positions, range(config.positions)).float()
+        positions = table_rows(positions, range(self.positions)).float()
         ids, states = {}, {}
         for prompt in prompts:
             pad = 0 if role == "clip_g" else None
-            tokens = self.clip_tokenizer.tokenize(prompt, config.positions, pad)
+            tokens = self.clip_tokenizer.tokenize(prompt, self.positions, pad)
             if tokens.cut:
-                limit = config.positions
+                limit = self.positions
                 self.say(f'note: "{_short(prompt)}" is cut: CLIP takes {limit} tokens (T5 reads on)', once=True)
             ids[prompt] = torch.tensor([tokens.ids], device=device)
             x = table_rows(words, tokens.ids).float() + positions
@@ -615,6 +673,19 @@ class SD3Inferencer:
         size = sum(p.numel() for p in model.parameters()) * torch.empty((), dtype=dtype).element_size()
         with self.timed(f"loading {what}"), byte_bar(f"loading {what}", size, self.quiet) as progress:
             return part.load_into(model, device, dtype, progress)
+
+    def damage(self) -> str:
+        """A line about the first weight in a file that is NaN or infinite, or ``: then the dtype is to blame. Reads all
+        files, once.
+        """
+        if self._damage is None:
+            parts = [self.mmdit_part, self.vae_part, self.controlnet_part, *getattr(self, "encoder_parts", {}).values()]
+            self._damage = ""
+            for part in filter(None, parts):
+                if name := part.not_finite():
+                    self._damage = f"{part.file.where}: {name} holds NaN or infinity: download the file again"
+                    break
+        return self._damage
 
     # -- pictures to latents and back --
 
@@ -699,7 +770,7 @@ class SD3Inferencer:
     def vae_decode(self, latent: Tensor, tile: int = 0) -> Image.Image:
         """The first latent of (B, 16, h, w), in VAE space, as a PIL image; tile: see `vae_encode`."""
         pixels = self.decode_pixels(latent[:1].to(self.device), tile)
-        check_finite(pixels, "the decoded picture", self.vae_dtype)
+        check_finite(pixels, "the decoded picture", self.vae_dtype, self.damage)
         return to_image(pixels[0])
 
     # -- sampling --
@@ -892,7 +963,7 @@ class SD3Inferencer:
         for s, latent in zip(batch, latents[: len(batch)], strict=True):
             s = dataclasses.replace(s, batch_size=rows)
             try:
-                check_finite(latent, "the latent", self.dtype)
+                check_finite(latent, "the latent", self.dtype, self.damage)
                 with self.timed("decoding"):
                     image = self.vae_decode(latent[None], s.vae_tile)
             except ValueError as error:
@@ -1161,10 +1232,12 @@ def list_models(folder: str) -> str:
             seen.add(f"{model_key(path)}.safetensors")
         except (ValueError, OSError) as error:
             lines.append(f"  damaged  {error}")
+    held: set[str] = set()  # roles of text encoders that were found, whatever their files are called
     for path in sorted([*place.glob("*.safetensors"), *place.glob("*/*.safetensors")]):
         try:
-            file = WeightFile(path)
+            file = WeightFile(path, folder=False)
             size = path.stat().st_size / 2**20
+            held |= checkpoint.roles_of(file)
             lines.append(f"  found    {path.relative_to(place)}  {file.looks_like()}, {size:,.0f} MB")
             seen.add(path.name)
         except (ValueError, OSError) as error:
@@ -1174,7 +1247,7 @@ def list_models(folder: str) -> str:
             file = f"{name}.safetensors"
             lines.append(f"  missing  {file}  hf download {repository} {file} --local-dir {place}")
     for role, names in checkpoint.ENCODER_FILES.items():
-        if not seen & set(names):
+        if role not in held and not seen & set(names):
             get = checkpoint.fetch_encoder(role, place).removeprefix("get it with: ")
             lines.append(f"  missing  {role}  {get}")
     for kind in checkpoint.TOKENIZER_FOLDERS:
@@ -1214,6 +1287,9 @@ def load_for(flags: Flags) -> SD3Inferencer:
         weights=flags.weights,
         compile=flags.compile,
         offload=flags.offload,
+        clip_l=flags.clip_l,
+        clip_g=flags.clip_g,
+        t5xxl=flags.t5xxl,
     )
 
 
@@ -1389,6 +1465,9 @@ def infer(
     skip_layer_cfg=None,
     verbose=None,
     model_folder=None,
+    clip_l=None,
+    clip_g=None,
+    t5xxl=None,
     text_encoder_device=None,
     residual_origin_layer=None,
     residual_target_layers=None,
@@ -1445,6 +1524,9 @@ def infer(
         skip_layer_cfg: skip-layer guidance, with SD3.5 Medium's settings.
         verbose: says more.
         model_folder: where text encoders and tokenizers lie (the model's folder, then models).
+        clip_l: the file of the text encoder CLIP-L (in the model file, or found in model_folder).
+        clip_g: the file of the text encoder CLIP-G.
+        t5xxl: the file of the text encoder T5.
         text_encoder_device: auto (as device), cpu, cuda, cuda:N or mps.
         residual_origin_layer: block whose incoming text tokens are kept (0).
         residual_target_layers: blocks they are mixed in before, such as 3,5,7 or 2-22 or 2-22:2; none: off.

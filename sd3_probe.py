@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from foreign import check_file, parse_json, reading
 from settings import (
     READERS,
     nearest,
@@ -48,8 +49,8 @@ FOLDS = 5
 # ---- flags ---------------------------------------------------------------------------------------
 
 _ENGINE = (
-    "model", "vae", "model_folder", "text_encoder_device", "device", "dtype", "no_t5", "embed_cache",
-    "weights", "offload",
+    "model", "vae", "model_folder", "clip_l", "clip_g", "t5xxl", "text_encoder_device", "device", "dtype", "no_t5",
+    "embed_cache", "weights", "offload",
 )  # fmt: skip
 _RUN = ("steps", "cfg", "shift", "sampler", "width", "height", "negative_prompt", "batch_size", "seed")
 _SHARED = {name: READERS[name] for name in (*_ENGINE, *_RUN)} | {"prompts": READERS["model"]}
@@ -122,8 +123,8 @@ while sampling (orthogonal Procrustes); run again after a stop, it goes on
   --centre                subtracts the mean over tokens first
   --check_prompts         other prompts, on which the rotations are checked
 
-all that run a model: --model --vae --model_folder --text_encoder_device --device --dtype --no_t5
---embed_cache --weights --offload --steps --cfg --shift
+all that run a model: --model --vae --model_folder --clip_l --clip_g --t5xxl --text_encoder_device --device --dtype
+--no_t5 --embed_cache --weights --offload --steps --cfg --shift
 --sampler --width --height --negative_prompt --batch_size --seed, as in sd3_infer.py (python sd3_infer.py --help)"""
 
 
@@ -647,16 +648,39 @@ def suggest(record: Mapping[str, Any], tolerance: float = 0.05) -> tuple[int, li
     return origin, targets, "\n".join(why)
 
 
+def read_measurement(path: str | Path, flag: str = "measurement") -> dict[str, Any]:
+    """A measure.json of ours; raises FileNotFoundError, or ValueError that says what is wrong with it."""
+    where = f"--{flag} {path}"
+    check_file(where, path)
+    not_one = "is not a measurement of sd3_probe.py"
+    with reading(where, not_one):
+        record = parse_json(Path(path).read_text(encoding="utf-8-sig"))
+        if not isinstance(record, dict):
+            raise ValueError("it is no object")
+        depth, rows, chance = (record[name] for name in ("depth", "rows", "chance"))
+        if type(depth) is not int or not 2 <= depth <= 10_000:
+            raise ValueError(f"depth {depth!r:.40}: must be a number of blocks, from 2 to 10000")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("rows must be a list of objects")
+        if missing := set(range(depth)) - {row["block"] for row in rows if type(row["block"]) is int}:
+            raise ValueError(f"block {min(missing)} has no row")
+        for name in knowing(record):
+            values = [(f"{name} of block {row['block']}", row[name]) for row in rows]
+            for what, value in [*values, (f"chance of {name}", chance[name])]:
+                if type(value) not in (int, float) or not math.isfinite(value):
+                    raise ValueError(f"{what} is {value!r:.40}, not a number")
+        if not knowing(record):
+            raise ValueError("nothing in it says how much of a prompt is known")
+        return record
+    raise AssertionError  # `reading` returns or raises
+
+
 def run_suggest(flags: Mapping[str, Any]) -> None:
     """Prints what `suggest` proposes."""
     path = flags["measurement"]
     if not os.path.isfile(path):
         raise FileNotFoundError(f"--measurement {path}: no such file; sd3_probe.py measure makes one")
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        origin, targets, why = suggest(record, flags["tolerance"])
-    except (ValueError, KeyError, TypeError, IndexError, UnicodeDecodeError, ZeroDivisionError) as error:
-        raise ValueError(f"--measurement {path}: is not a measurement of sd3_probe.py ({error!r})") from None
+    origin, targets, why = suggest(read_measurement(path), flags["tolerance"])
     print(why)
     if targets:
         print(f"--residual_origin_layer {origin} --residual_target_layers {targets[0]}-{targets[-1]}")

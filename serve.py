@@ -21,9 +21,9 @@ from settings import FILE_SETTINGS, Flags, Settings, check_flag, read_prompts
 
 # Flags that belong to the process: they decide what is loaded and where pictures go.
 FIXED = (
-    "model", "vae", "controlnet_ckpt", "model_folder", "text_encoder_device", "device", "dtype", "no_t5", "t5_resident",
-    "embed_cache", "compile", "weights", "offload", "out_dir", "postfix", "no_metadata", "verbose", "serve_stdin",
-    "self_check", "list_models", "replay",
+    "model", "vae", "controlnet_ckpt", "model_folder", "clip_l", "clip_g", "t5xxl", "text_encoder_device", "device",
+    "dtype", "no_t5", "t5_resident", "embed_cache", "compile", "weights", "offload", "out_dir", "postfix",
+    "no_metadata", "verbose", "serve_stdin", "self_check", "list_models", "replay",
 )  # fmt: skip
 EXAMPLE = json.dumps({"prompt": "a red circle", "seed": 3})
 MOST_TEXTS = 256  # encoded prompts that are held in memory

@@ -350,6 +350,7 @@ def folder_name(text: str) -> str:
 # ---- one picture ---------------------------------------------------------------------------------
 
 
+TEXT_FILES = ("model_folder", "clip_l", "clip_g", "t5xxl")  # where text encoders lie; pictures do not name it
 FILE_SETTINGS = ("model", "vae", "init_image", "controlnet_ckpt", "controlnet_cond_image", "residual_rotations")
 
 
@@ -687,6 +688,9 @@ class Flags:
     skip_layer_cfg: bool = False
     verbose: bool = False
     model_folder: str | None = None
+    clip_l: str | None = None
+    clip_g: str | None = None
+    t5xxl: str | None = None
     text_encoder_device: str = "auto"
     residual_origin_layer: int | None = None
     residual_target_layers: tuple[int, ...] | None = None
@@ -780,6 +784,9 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "skip_layer_cfg": read_bool,
     "verbose": read_bool,
     "model_folder": _optional_path,
+    "clip_l": _optional_path,
+    "clip_g": _optional_path,
+    "t5xxl": _optional_path,
     "text_encoder_device": read_device,
     "residual_origin_layer": range_int(0),
     "residual_target_layers": read_layers,

@@ -104,11 +104,14 @@ class QuantLinear(HeldLinear):
 
 
 def quantise(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """8-bit values (out, in) and scales (out, 1) in the weight's dtype; their product is near `weight` (out, in).
+    """8-bit values (out, in) and scales (out, 1) in the weight's dtype; their product is near `weight` (out, in), of
+    any dtype with a point (a scale in whole numbers would be 0 or 1).
 
     int8: rounded to 127ths of a row's largest; fp8: float8 e4m3 with scales that are powers of two, so that weights
     that come from such a file are kept.
     """
+    if not weight.is_floating_point():
+        raise TypeError(f"weights in {weight.dtype} are not held in 8 bits: they have no scale")
     largest = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12)
     if kind == "int8":
         scale = (largest / 127).to(weight.dtype)

@@ -23,7 +23,7 @@ from PIL import Image
 
 import saving
 from checkpoint import file_sha256
-from settings import Settings, base_name, digest_of
+from settings import TEXT_FILES, Settings, base_name, digest_of
 from sweep.plan import SHORT, Plan, Planned, file_paths
 
 SWEEP = "sweep.json"
@@ -187,7 +187,7 @@ class SweepFolder:
             "variants": {v.name: v.raw for v in plan.variants},
             "prompts": plan.grid.prompts,
             "seeds": plan.grid.seeds,
-            "flags": {"model_folder": plan.engines[0].model_folder},
+            "flags": {name: getattr(plan.engines[0], name) for name in TEXT_FILES},
             "files": files,
             "planned": [p.id for p in plan.pictures],
         }

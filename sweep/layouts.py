@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 import saving
+from foreign import check_file, reading
 from settings import read_jsonl, read_lines, read_prompts
 from sweep.grid import Grid
 
@@ -61,15 +62,16 @@ def _read_geneval(path: str) -> list[Entry]:
 def _read_dpg(path: str) -> list[Entry]:
     place = Path(path)
     if place.is_dir():
-        texts = {p.stem: " ".join(read_lines("prompt", p)).strip() for p in sorted(place.glob("*.txt"))}
+        files = sorted(place.glob("*.txt"))
+        for file in files:
+            check_file(f"--prompt {file}", file)
+        texts = {p.stem: " ".join(read_lines("prompt", p)).strip() for p in files}
         return [Entry(text, name) for name, text in texts.items() if text]
-    if not place.is_file():
+    if not place.exists():
         raise FileNotFoundError(f"--prompt {path}: no such file or folder")
-    with open(place, encoding="utf-8-sig", newline="") as file:
-        try:
-            lines = list(csv.DictReader(file))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompt {path}: cannot be read as CSV ({error})") from None
+    check_file(f"--prompt {path}", place)
+    with reading(f"--prompt {path}", "cannot be read as CSV"), open(place, encoding="utf-8-sig", newline="") as file:
+        lines = list(csv.DictReader(file))
     if not lines or not {"item_id", "text"} <= set(lines[0]):
         raise ValueError(
             f"--prompt {path}: must be DPG-Bench's folder of .txt files, or its .csv with item_id and text"

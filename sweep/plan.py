@@ -8,12 +8,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 from sd3_infer import SD3Inferencer, load_for, plan_for
-from settings import FILE_SETTINGS, SKIP_LAYERS, Flags, Settings, earlier_digest, model_key
+from settings import FILE_SETTINGS, SKIP_LAYERS, TEXT_FILES, Flags, Settings, earlier_digest, model_key
 from sweep.grid import Grid, Variant
 
 ENGINE = (
-    "model", "vae", "controlnet_ckpt", "model_folder", "device", "text_encoder_device", "dtype", "no_t5", "t5_resident",
-    "embed_cache", "weights", "compile", "offload",
+    "model", "vae", "controlnet_ckpt", "model_folder", "clip_l", "clip_g", "t5xxl", "device", "text_encoder_device",
+    "dtype", "no_t5", "t5_resident", "embed_cache", "weights", "compile", "offload",
 )  # fmt: skip
 SHORT = 20  # letters of a digest in a file's name
 
@@ -101,7 +101,7 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
     Returns the plan and notes for the shell. Raises ValueError or FileNotFoundError as `sd3_infer.py` would.
     """
     engines: dict[tuple, tuple[Flags, SD3Inferencer]] = {}
-    kept: dict[str, tuple[int, str | None]] = {}  # first picture's digest -> variant's number, text encoders' folder
+    kept: dict[str, tuple[int, tuple]] = {}  # first picture's digest -> variant's number, where text encoders lie
     numbers: dict[str, int] = {}
     variants, engine_of, notes = [], [], []
     pictures: list[list[Planned]] = []  # by variant
@@ -120,11 +120,12 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
         settings = plan_for(engine, flags, grid.prompts, seeds)
         notes += [f"{note} ({variant.name})" for note in engine.notes]
         check_names(settings[0], paths)
-        number, same = kept.setdefault(settings[0].digest(), (len(variants), flags.model_folder))
+        text_files = tuple(getattr(flags, name) for name in TEXT_FILES)
+        number, same = kept.setdefault(settings[0].digest(), (len(variants), text_files))
         numbers[variant.name] = number
-        if same != flags.model_folder:
+        if same != text_files:
             raise ValueError(
-                f"{variant.name} and {variants[number].name}: differ only in the text encoders' folder, which "
+                f"{variant.name} and {variants[number].name}: differ only in the text encoders' folder or files, which "
                 "pictures do not name; make two sweeps"
             )
         earlier = [()] * len(settings)
@@ -185,8 +186,7 @@ def command(settings: Settings, raw: Flags) -> list[str]:
         if name in skipped or value == usual[name]:
             continue
         words.append(f"--{name}={','.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
-    if raw.model_folder:
-        words.append(f"--model_folder={raw.model_folder}")
+    words += [f"--{name}={path}" for name in TEXT_FILES if (path := getattr(raw, name))]
     if settings.skip_layer is not None and settings.skip_layer == SKIP_LAYERS.get(model_key(settings.model)):
         words.append("--skip_layer_cfg")
     if settings.batch_size > 1:

@@ -136,7 +136,7 @@ BAD_FILES = {
     "no tensors": (header({}), "holds no usable tensors"),
     "sizes that lie": (
         header({"a": {"dtype": "F32", "shape": [100], "data_offsets": [0, 8]}}) + b"\0" * 8,
-        "holds no usable tensors",
+        "its header is damaged",
     ),
 }
 
