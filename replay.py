@@ -15,8 +15,18 @@ import numpy as np
 from PIL import Image
 
 import saving
-from settings import FILE_SETTINGS, READERS, Settings, SkipLayerConfig, base_name, read_layers
+from foreign import parse_json
+from settings import (
+    FILE_SETTINGS,
+    READERS,
+    Settings,
+    SkipLayerConfig,
+    base_name,
+    display,
+    read_skip_layer,
+)
 
+LISTS = ("residual_target_layers", "residual_weights")
 RECORDS = ("run.json", "sweep.json")  # files beside or above a picture that name its files with their folders
 
 
@@ -31,12 +41,13 @@ class Replay:
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Replay:
         """From raw flags, `replay` among them; raises FileNotFoundError, or ValueError where there are no settings."""
-        path = given["replay"]
+        path = READERS["replay"]("replay", given["replay"])
         record = saving.read_record(path)
         known = {f.name for f in dataclasses.fields(Settings)}
         if unknown := sorted(set(record["settings"]) - known):
-            raise ValueError(f"--replay {path}: was made by another version; unknown here: {', '.join(unknown)}")
-        if missing := sorted({"prompt", "model"} - set(record["settings"])):
+            names = display(", ".join(unknown))
+            raise ValueError(f"--replay {path}: was made by another version; unknown here: {names}")
+        if missing := [name for name in ("prompt", "model") if record["settings"].get(name) is None]:
             raise ValueError(f"--replay {path}: its settings cannot be read: {', '.join(missing)} missing")
         return cls(Path(path), record, given)
 
@@ -44,26 +55,40 @@ class Replay:
         """Raw flags that make the picture again, the given ones in their place.
 
         available: devices to take in place of the recorded ones, by flag. Raises FileNotFoundError for a file that
-        is not found by its name (see `find`), ValueError for a record that is not of our making.
+        is not found by its name (see `find`), ValueError for a record that holds what no picture can have.
         """
+        raw = self._flags() | dict(available)
+        found = {n: self.find(n, raw[n]) for n in FILE_SETTINGS if raw.get(n) is not None and n not in self.given}
+        return raw | found | self._model_folder() | dict(self.given)
+
+    def _read(self, name: str, value: Any) -> Any:
+        """A recorded value as its flag's reader reads it; raises ValueError naming the picture."""
         try:
-            raw = self._flags() | dict(available)
-            found = {n: self.find(n, raw[n]) for n in FILE_SETTINGS if n in raw and n not in self.given}
-            return raw | found | self._model_folder() | dict(self.given)
-        except (TypeError, AttributeError):
-            raise ValueError(f"--replay {self.path}: its settings cannot be read") from None
+            if name in LISTS and not isinstance(value, list):
+                raise ValueError(f"--{name} {display(value)}: must be a list")
+            return READERS[name](name, value)
+        except ValueError as error:
+            raise ValueError(f"--replay {self.path}: its settings cannot be read: {error}") from None
+
+    def _given(self, name: str) -> Any:
+        """What a flag beside --replay says, read; None where it is not given."""
+        value = self.given.get(name)
+        return None if value is None else READERS[name](name, value)
 
     def _flags(self) -> dict[str, Any]:
-        raw = {n: v for n, v in self.record["settings"].items() if v is not None and n in READERS}
+        recorded = self.record["settings"]
+        raw = {
+            n: self._read(n, v) for n, v in recorded.items() if v is not None and n in READERS and n not in self.given
+        }
         if "residual_config" in self.given:
             raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
-        targets = self.given.get("residual_target_layers", raw.get("residual_target_layers"))
-        if not read_layers("residual_target_layers", targets):  # off: the rest would only be in the way
+        targets = self._given("residual_target_layers")
+        if not (raw.get("residual_target_layers") if targets is None else targets):  # off: the rest would be in the way
             raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
         weights = raw.get("residual_weights")
         if weights and len(set(weights)) == 1:
             raw["residual_weights"] = weights[:1]  # so that it holds for other targets too
-        if self.given.get("residual_mode", raw.get("residual_mode")) != "aligned":
+        if (self._given("residual_mode") or raw.get("residual_mode")) != "aligned":
             raw.pop("residual_rotations", None)
         raw["skip_layer_cfg"] = self.record["settings"].get("skip_layer") is not None
         return {"vae_tile": 0} | raw | {"pad_batch": True}
@@ -77,12 +102,15 @@ class Replay:
     def skip_layer(self) -> SkipLayerConfig | None:
         """The recorded skip-layer guidance, unless the flag was given again."""
         values = self.record["settings"].get("skip_layer")
-        if not values or "skip_layer_cfg" in self.given:
+        if values is None or "skip_layer_cfg" in self.given:
             return None
+        told = f"--replay {self.path}: its skip-layer settings cannot be read"
+        if not isinstance(values, dict):
+            raise ValueError(f"{told}: {display(values)}")
         try:
-            return SkipLayerConfig(**values | {"layers": tuple(values["layers"])})
-        except (TypeError, KeyError):
-            raise ValueError(f"--replay {self.path}: its skip-layer settings cannot be read") from None
+            return read_skip_layer(values)
+        except ValueError as error:
+            raise ValueError(f"{told}: {error}") from None
 
     def find(self, flag: str, name: str) -> str:
         """The path of a file that the picture names without its folder: where the record of its run says, beside the
@@ -101,7 +129,7 @@ class Replay:
         for values in self._records():
             paths = [_object(values.get("flags")).get(flag), *_object(values.get("files"))]
             yield from (Path(p) for p in paths if isinstance(p, str) and base_name(p) == name)
-        models = Path(self.given.get("model_folder") or "models")
+        models = Path(self._given("model_folder") or "models")
         yield from (self.path.parent / name, Path(name), models / name)
         yield from sorted(models.glob(f"*/{glob.escape(name)}"))
 
@@ -110,7 +138,7 @@ class Replay:
         for folder in (self.path.parent, self.path.parent.parent):
             for record in RECORDS:
                 try:
-                    yield _object(json.loads((folder / record).read_text(encoding="utf-8")))
+                    yield _object(parse_json((folder / record).read_text(encoding="utf-8")))
                 except (OSError, ValueError):
                     continue
 
