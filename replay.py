@@ -17,8 +17,19 @@ from PIL import Image
 
 import saving
 from foreign import parse_json
-from settings import FILE_SETTINGS, READERS, TEXT_FILES, Settings, SkipLayerConfig, base_name, effective, read_layers
+from settings import (
+    FILE_SETTINGS,
+    READERS,
+    TEXT_FILES,
+    Settings,
+    SkipLayerConfig,
+    base_name,
+    display,
+    effective,
+    read_skip_layer,
+)
 
+LISTS = ("residual_target_layers", "residual_weights")
 RECORDS = ("run.json", "sweep.json")  # files beside or above a picture that name its files with their folders
 
 
@@ -33,12 +44,13 @@ class Replay:
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Replay:
         """From raw flags, `replay` among them; raises FileNotFoundError, or ValueError where there are no settings."""
-        path = given["replay"]
+        path = READERS["replay"]("replay", given["replay"])
         record = saving.read_record(path)
         known = {f.name for f in dataclasses.fields(Settings)}
         if unknown := sorted(set(record["settings"]) - known):
-            raise ValueError(f"--replay {path}: was made by another version; unknown here: {', '.join(unknown)}")
-        if missing := sorted({"prompt", "model"} - set(record["settings"])):
+            names = display(", ".join(unknown))
+            raise ValueError(f"--replay {path}: was made by another version; unknown here: {names}")
+        if missing := [name for name in ("prompt", "model") if record["settings"].get(name) is None]:
             raise ValueError(f"--replay {path}: its settings cannot be read: {', '.join(missing)} missing")
         return cls(Path(path), record, given)
 
@@ -46,26 +58,40 @@ class Replay:
         """Raw flags that make the picture again, the given ones in their place.
 
         available: devices to take in place of the recorded ones, by flag. Raises FileNotFoundError for a file that
-        is not found by its name (see `find`), ValueError for a record that is not of our making.
+        is not found by its name (see `find`), ValueError for a record that holds what no picture can have.
         """
+        raw = self._flags() | dict(available)
+        found = {n: self.find(n, raw[n]) for n in FILE_SETTINGS if raw.get(n) is not None and n not in self.given}
+        return raw | found | self._text_files() | dict(self.given)
+
+    def _read(self, name: str, value: Any) -> Any:
+        """A recorded value as its flag's reader reads it; raises ValueError naming the picture."""
         try:
-            raw = self._flags() | dict(available)
-            found = {n: self.find(n, raw[n]) for n in FILE_SETTINGS if n in raw and n not in self.given}
-            return raw | found | self._text_files() | dict(self.given)
-        except (TypeError, AttributeError):
-            raise ValueError(f"--replay {self.path}: its settings cannot be read") from None
+            if name in LISTS and not isinstance(value, list):
+                raise ValueError(f"--{name} {display(value)}: must be a list")
+            return READERS[name](name, value)
+        except ValueError as error:
+            raise ValueError(f"--replay {self.path}: its settings cannot be read: {error}") from None
+
+    def _given(self, name: str) -> Any:
+        """What a flag beside --replay says, read; None where it is not given."""
+        value = self.given.get(name)
+        return None if value is None else READERS[name](name, value)
 
     def _flags(self) -> dict[str, Any]:
-        raw = {n: v for n, v in self.record["settings"].items() if v is not None and n in READERS}
+        recorded = self.record["settings"]
+        raw = {
+            n: self._read(n, v) for n, v in recorded.items() if v is not None and n in READERS and n not in self.given
+        }
         if "residual_config" in self.given:
             raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
-        targets = self.given.get("residual_target_layers", raw.get("residual_target_layers"))
-        if not read_layers("residual_target_layers", targets):  # off: the rest would only be in the way
+        targets = self._given("residual_target_layers")
+        if not (raw.get("residual_target_layers") if targets is None else targets):  # off: the rest would be in the way
             raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
         weights = raw.get("residual_weights")
         if weights and len(set(weights)) == 1:
             raw["residual_weights"] = weights[:1]  # so that it holds for other targets too
-        if self.given.get("residual_mode", raw.get("residual_mode")) != "aligned":
+        if (self._given("residual_mode") or raw.get("residual_mode")) != "aligned":
             raw.pop("residual_rotations", None)
         raw["skip_layer_cfg"] = self.record["settings"].get("skip_layer") is not None
         return {"vae_tile": 0, "offload": self._offload()} | raw | {"pad_batch": True}
@@ -95,12 +121,15 @@ class Replay:
 
     def _skip_layer(self) -> SkipLayerConfig | None:
         values = self.record["settings"].get("skip_layer")
-        if not values:
+        if values is None:
             return None
+        told = f"--replay {self.path}: its skip-layer settings cannot be read"
+        if not isinstance(values, dict):
+            raise ValueError(f"{told}: {display(values)}")
         try:
-            return SkipLayerConfig(**values | {"layers": tuple(values["layers"])})
-        except (TypeError, KeyError):
-            raise ValueError(f"--replay {self.path}: its skip-layer settings cannot be read") from None
+            return read_skip_layer(values)
+        except ValueError as error:
+            raise ValueError(f"{told}: {error}") from None
 
     def find(self, flag: str, name: str) -> str:
         """The path of a file that the picture names without its folder: where the record of its run says, beside the
@@ -119,7 +148,7 @@ class Replay:
         for values in self._records():
             paths = [_object(values.get("flags")).get(flag), *_object(values.get("files"))]
             yield from (Path(p) for p in paths if isinstance(p, str) and base_name(p) == name)
-        models = Path(self.given.get("model_folder") or "models")
+        models = Path(self._given("model_folder") or "models")
         yield from (self.path.parent / name, Path(name), models / name)
         yield from sorted(models.glob(f"*/{glob.escape(name)}"))
 

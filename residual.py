@@ -28,19 +28,16 @@ from foreign import Unreadable, check_file, parse_json, reading
 from headers import describe, is_safetensors
 from settings import (
     NEEDS_ROTATIONS,
-    RESIDUAL_BRANCHES,
-    RESIDUAL_MODES,
+    READERS,
     acts_in_window,
     check_residual,
-    check_residual_choices,
+    check_residual_strength,
     check_residual_window,
+    display,
     nearest,
-    read_choice,
-    read_float,
     read_int,
     read_layers,
-    read_schedule,
-    read_weights,
+    read_path,
     spread_weights,
 )
 
@@ -76,12 +73,16 @@ class ResidualConfig:
     rotations: str | None = None
 
     def __post_init__(self) -> None:
-        """Spreads the weights over the targets; raises ValueError for anything that contradicts itself."""
-        weights = read_weights("residual_weights", self.weights)
-        check_residual(self.origin, self.targets, weights)
+        """Reads every field and keeps what was read, the weights spread over the targets; raises ValueError for a
+        value out of its range and for anything that contradicts itself.
+        """
+        for name, read in _READ.items():
+            if (value := getattr(self, name)) is not None or name != "rotations":
+                object.__setattr__(self, name, read(RESIDUAL_FLAGS[name], value))
+        check_residual(self.origin, self.targets, self.weights)
         check_residual_window(self.start, self.end)
-        check_residual_choices(self.mode, self.schedule, self.branch)
-        weights = spread_weights(weights, len(self.targets)) if self.targets else ()
+        weights = spread_weights(self.weights, len(self.targets)) if self.targets else ()
+        check_residual_strength(weights, self.schedule)
         object.__setattr__(self, "weights", weights)
 
     @classmethod
@@ -89,6 +90,8 @@ class ResidualConfig:
         """From flags in any shape (see `settings.read_list`); raises ValueError naming the flag."""
         read: dict[str, Any] = {}
         for name, value in {"origin": origin, "targets": targets, "weights": weights, **others}.items():
+            if name not in _READ:
+                raise ValueError(f"--residual_{display(name)}: unknown flag{nearest(name, _READ)}")
             if value is not None:
                 read[name] = _READ[name](RESIDUAL_FLAGS[name], value)
         return cls(**read)
@@ -127,10 +130,10 @@ class ResidualConfig:
         return {_KEYS.get(name, name): value for name, value in values.items()}
 
 
-def _optional_name(flag: str, value: Any) -> str:
-    if not isinstance(value, (str, os.PathLike)) or not str(value).strip():
+def _named_file(flag: str, value: Any) -> str:
+    if isinstance(value, str) and not value.strip():
         raise ValueError(f"--{flag} {value}: must name a file")
-    return str(value)
+    return read_path(flag, value)
 
 
 _FLAGS = {"origin": "origin_layer", "targets": "target_layers"}  # field -> flag without `residual_`
@@ -138,17 +141,8 @@ _FLAGS = {"origin": "origin_layer", "targets": "target_layers"}  # field -> flag
 RESIDUAL_FLAGS = {f.name: f"residual_{_FLAGS.get(f.name, f.name)}" for f in dataclasses.fields(ResidualConfig)}
 _NAMES = {flag: name for name, flag in _FLAGS.items()}
 _KEYS = _FLAGS | {"weights": "residual_weights"}  # field -> key in a file, as the published ones spell it
-_READ: dict[str, Callable[[str, Any], Any]] = {
-    "origin": lambda flag, value: read_int(flag, value, 0),
-    "targets": read_layers,
-    "weights": read_weights,
-    "mode": lambda flag, value: read_choice(flag, value, RESIDUAL_MODES),
-    "schedule": read_schedule,
-    "start": lambda flag, value: read_float(flag, value, 0.0, 1.0),
-    "end": lambda flag, value: read_float(flag, value, 0.0, 1.0),
-    "branch": lambda flag, value: read_choice(flag, value, RESIDUAL_BRANCHES),
-    "rotations": _optional_name,
-}
+_READ: dict[str, Callable[[str, Any], Any]] = {name: READERS[flag] for name, flag in RESIDUAL_FLAGS.items()}
+_READ["rotations"] = _named_file
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:

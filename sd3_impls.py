@@ -213,7 +213,8 @@ def sample_dpmpp_2m(
             weight = h / (2 * h_previous)  # 1 / (2 r), r = previous h / h
             target = (1 + weight) * denoised - weight * previous
         x = (following / sigma) * x - torch.expm1(torch.tensor(-h, dtype=torch.float64)).item() * target
-        previous, h_previous = denoised, h
+        if h:  # 0 where float32 holds two neighbouring sigmas as one: nothing moved
+            previous, h_previous = denoised, h
         if callback is not None:
             callback(i)
     return x

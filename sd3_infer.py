@@ -34,6 +34,7 @@ if __name__ == "__main__" and not {"--help", "-h"} & set(sys.argv[1:]):
 import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
 import datetime  # noqa: E402
+import functools  # noqa: E402
 import inspect  # noqa: E402
 import math  # noqa: E402
 import platform  # noqa: E402
@@ -42,7 +43,7 @@ import signal  # noqa: E402
 import threading  # noqa: E402
 import time  # noqa: E402
 import warnings  # noqa: E402
-from collections.abc import Callable, Iterator, Mapping, Sequence  # noqa: E402
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -93,14 +94,22 @@ from settings import (  # noqa: E402
     DEFAULT_DENOISE,
     DEFAULT_SEED,
     FILE_SETTINGS,
+    READERS,
     Settings,
     SkipLayerConfig,
+    display,
     effective,
     executed_steps,
     folder_name,
     model_key,
-    picture_seeds,
+    read_bool,
+    read_device,
+    read_list,
     read_prompts,
+    read_skip_layer,
+    read_text,
+    read_tile,
+    read_values,
     resolve,
 )
 from vae import VAE, VAEConfig  # noqa: E402
@@ -129,7 +138,7 @@ def choose_device(name: str | torch.device = "auto", flag: str = "device") -> to
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    device = torch.device(name)
+    device = torch.device(read_device(flag, name))
     count = torch.cuda.device_count() if cuda else 0
     there = ["cpu", *(f"cuda:{i}" for i in range(count)), *(["mps"] if mps else [])]
     if (device.type == "cuda" and (not cuda or (device.index or 0) >= count)) or (device.type == "mps" and not mps):
@@ -297,9 +306,30 @@ def check_finite(x: Tensor, what: str, dtype: torch.dtype, cause: Callable[[], s
 # ---- the engine ----------------------------------------------------------------------------------
 
 
+class NotLoaded(AttributeError, ValueError):
+    """What was asked for needs a model, and none is loaded."""
+
+
+def _whole(load: Callable[..., SD3Inferencer]) -> Callable[..., SD3Inferencer]:
+    """Lets a load that fails leave nothing of its model behind."""
+
+    @functools.wraps(load)
+    def wrapped(engine: SD3Inferencer, *args: Any, **values: Any) -> SD3Inferencer:
+        engine._forget()
+        try:
+            return load(engine, *args, **values)
+        except BaseException:
+            engine._forget()
+            raise
+
+    return wrapped
+
+
 class SD3Inferencer:
     """Loads once, makes many pictures. `load` reads headers and checks files; weights are opened when needed: each
     text encoder while prompts are encoded, then the MMDiT, which stays.
+
+    What is asked of an engine before `load`, or after a load that failed, raises `NotLoaded`, a ValueError.
     """
 
     def __init__(self) -> None:
@@ -307,8 +337,20 @@ class SD3Inferencer:
         self._said: set[str] = set()
         self._forget()
 
+    def __getattr__(self, name: str) -> Any:
+        """Called for what is not there: everything that `load` sets, as long as nothing is loaded."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if "defaults" not in self.__dict__:
+            raise NotLoaded("no model is loaded; call SD3Inferencer.load first")
+        if name in ("positions", "encoder_parts", "encoder_configs") or "tokenizer" in name:
+            raise NotLoaded("this model was loaded without text encoders (load_tokenizers=False)")
+        raise AttributeError(f"{type(self).__name__} has no {name}")
+
     def _forget(self) -> None:
         """Drops everything that belongs to a loaded model."""
+        for name in set(vars(self)) - {"quiet", "_said"}:
+            delattr(self, name)
         self.mmdit: MMDiT | None = None
         self.vae: VAE | None = None
         self.controlnet: ControlNet | None = None
@@ -340,6 +382,7 @@ class SD3Inferencer:
 
     # -- loading --
 
+    @_whole
     def load(
         self,
         model: str = "models/sd3_medium.safetensors",
@@ -371,7 +414,22 @@ class SD3Inferencer:
         files of text encoders, in place of those that the model file holds or that are found.
         Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
         """
-        self._forget()
+        read = read_values(
+            {
+                "model": model, "vae": vae, "shift": shift, "controlnet_ckpt": controlnet_ckpt,
+                "model_folder": model_folder, "text_encoder_device": text_encoder_device, "verbose": verbose,
+                "device": device, "dtype": dtype, "no_t5": no_t5, "t5_resident": t5_resident,
+                "embed_cache": embed_cache, "weights": weights, "compile": compile, "offload": offload,
+                "clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl,
+            }
+        )  # fmt: skip
+        clip_l, clip_g, t5xxl = (read.get(role) for role in ("clip_l", "clip_g", "t5xxl"))
+        model, vae, shift = read.get("model", Flags.model), read.get("vae"), read.get("shift")
+        controlnet_ckpt, model_folder = read.get("controlnet_ckpt"), read.get("model_folder")
+        embed_cache, verbose, dtype = read.get("embed_cache"), read.get("verbose", False), read.get("dtype", "auto")
+        no_t5, t5_resident, offload = (read.get(name, False) for name in ("no_t5", "t5_resident", "offload"))
+        weights, compile = read.get("weights", "full"), read.get("compile", False)
+        device, text_encoder_device = (read.get(name, "auto") for name in ("device", "text_encoder_device"))
         self.device = choose_device(device)
         same = text_encoder_device == "auto"
         self.encoder_device = self.device if same else choose_device(text_encoder_device, "text_encoder_device")
@@ -742,7 +800,12 @@ class SD3Inferencer:
         The encoding noise is a stream of the seed apart from the start noise; control: the image is for the
         ControlNet, whose kind decides the pixel range; tile: side of a tile in pixels, 0 for none.
         """
-        seeds = [seed] if isinstance(seed, int) else list(seed)
+        seeds = read_row_seeds(seed)
+        tile = read_tile("vae_tile", tile) or 0
+        if not isinstance(image, Image.Image):
+            raise ValueError(f"vae_encode takes a picture of Pillow's, not {display(image)}")
+        if control and self.controlnet_part is None:
+            raise ValueError("no ControlNet is loaded that could read a control image; load one with controlnet_ckpt")
         pixels = unit_pixels(image)
         if control:
             kind = control_kind(self.controlnet_part)
@@ -798,13 +861,30 @@ class SD3Inferencer:
     ) -> Tensor:
         """Latents (B, 16, h, w) in VAE space, float32.
 
-        latent: start (B, 16, h, w) in model space, zeros for text to image; seed: one per row; conditioning and
+        latent: start (B, 16, h, w) in model space, zeros for text to image; seed: one per row (a number for one row);
+        conditioning and
         neg_cond: (text tokens (1 or B, T, X), pooled (1 or B, Y)), neg_cond unused where cfg_scale is 1;
         controlnet_cond: latents of the control image in model space; denoise: part of the schedule that runs;
         hooks: see the text tokens entering every block, after residual streaming; cache: see `mmditx.Reuse`, rows
         then run one by one.
         """
-        seeds = [seed] * latent.shape[0] if isinstance(seed, int) else list(seed)
+        seeds = read_row_seeds(seed)
+        if not isinstance(latent, Tensor) or latent.ndim != 4:
+            raise ValueError("latent: must be a tensor (B, channels, height, width)")
+        if len(seeds) != latent.shape[0]:
+            raise ValueError(f"--seed: {len(seeds)} given for {latent.shape[0]} rows of the latent; give one for each")
+        read = read_values(
+            {
+                "steps": steps, "cfg": cfg_scale, "sampler": sampler, "denoise": denoise, "shift": shift,
+                "controlnet_strength": controlnet_strength, "cache": cache,
+            }
+        )  # fmt: skip
+        steps, cfg_scale, sampler, denoise = (read[name] for name in ("steps", "cfg", "sampler", "denoise"))
+        shift, controlnet_strength, cache = read.get("shift"), read["controlnet_strength"], read["cache"]
+        if controlnet_cond is not None and self.controlnet_part is None:
+            raise ValueError("controlnet_cond is given and no ControlNet is loaded; load one with controlnet_ckpt")
+        if cfg_scale != 1 and neg_cond is None:
+            raise ValueError(f"--cfg {cfg_scale:g}: needs neg_cond, the other half; a cfg of 1 goes without")
         if cache and len(seeds) > 1:
             return self._one_by_one(
                 latent,
@@ -824,7 +904,7 @@ class SD3Inferencer:
                 hooks=hooks,
                 cache=cache,
             )
-        config = residual_config or ResidualConfig()
+        config = _residual(residual_config)
         config.check(self.config.depth)
         stream = residual_stream(config, self.get_rotations(config))
         model = self.get_mmdit()
@@ -983,6 +1063,11 @@ class SD3Inferencer:
             )
         if s.controlnet_ckpt and self.controlnet_part is None:
             raise ValueError("--controlnet_ckpt: no ControlNet is loaded")
+        if s.controlnet_cond_image and self.controlnet_part is None:
+            raise ValueError(
+                f"--controlnet_cond_image {s.controlnet_cond_image}: no ControlNet is loaded that could read it; load "
+                "one with --controlnet_ckpt"
+            )
 
     def sample(
         self,
@@ -1039,9 +1124,9 @@ class SD3Inferencer:
         steps: int | None = None,
         cfg_scale: float | None = None,
         sampler: str | None = None,
-        seed: int = DEFAULT_SEED,
-        seed_type: str = "rand",
-        out_dir: str = "outputs",
+        seed: int | None = None,
+        seed_type: str | None = None,
+        out_dir: str | Path = "outputs",
         controlnet_cond_image: str | None = None,
         init_image: str | None = None,
         denoise: float = DEFAULT_DENOISE,
@@ -1059,33 +1144,49 @@ class SD3Inferencer:
     ) -> list[Path]:
         """Makes a picture (or `num_images`) for every prompt and saves them as out_dir/000000.png and on.
 
-        Returns the paths. Settings left out are the loaded model's usual ones. Raises ValueError before any weights
-        load for settings that do not fit.
+        seed, seed_type: as on the command line: without both, seeds are drawn; a seed alone is where every prompt
+        starts. Returns the paths. Settings left out (None) are the loaded model's usual ones. Raises ValueError before
+        any weights load for settings that do not fit.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        residual = residual_config or ResidualConfig()
+        usual = self.defaults
+        prompts = read_texts(prompts)
+        residual = _residual(residual_config)
         skip_layer = _skip_layer(skip_layer_config)
-        cfg = self.defaults["cfg"] if cfg_scale is None else cfg_scale
-        width, height = width or self.defaults["width"], height or self.defaults["height"]
+        flags = Flags.read(
+            {
+                "width": width, "height": height, "steps": steps, "cfg": cfg_scale, "sampler": sampler, "seed": seed,
+                "seed_type": seed_type, "out_dir": out_dir, "controlnet_cond_image": controlnet_cond_image,
+                "controlnet_ckpt": None if self.controlnet_part is None else str(self.controlnet_part.file.path),
+                "init_image": init_image, "denoise": denoise, "negative_prompt": negative_prompt,
+                "num_images": num_images, "batch_size": batch_size, "pad_batch": pad_batch,
+                "controlnet_strength": controlnet_strength, "cache": cache, "vae_tile": vae_tile,
+            }
+        )  # fmt: skip
+        with_metadata = read_bool("with_metadata", with_metadata)
+        given = {name: getattr(flags, name) for name in ("width", "height", "steps", "cfg", "sampler")}
+        values = {name: usual[name] if value is None else value for name, value in given.items()}
+        if skip_layer and flags.cfg is None:
+            values["cfg"] = skip_layer.cfg
         pictures = self.plan(
             prompts,
-            picture_seeds(seed, seed_type, len(prompts), num_images),
-            negative_prompt=negative_prompt,
-            width=width,
-            height=height,
-            steps=self.defaults["steps"] if steps is None else steps,
-            cfg=skip_layer.cfg if skip_layer and cfg_scale is None else cfg,
-            sampler=sampler or self.defaults["sampler"],
-            init_image=init_image,
-            denoise=denoise,
-            controlnet_cond_image=controlnet_cond_image,
-            controlnet_strength=controlnet_strength,
+            flags.seeds(len(prompts)),
+            negative_prompt=flags.negative_prompt,
+            init_image=flags.init_image,
+            denoise=flags.denoise,
+            controlnet_cond_image=flags.controlnet_cond_image,
+            controlnet_strength=flags.controlnet_strength,
             skip_layer=skip_layer,
-            batch_size=batch_size,
-            cache=cache,
-            vae_tile=self.vae_tile(width, height) if vae_tile is None else vae_tile,
+            batch_size=flags.batch_size,
+            cache=flags.cache,
+            vae_tile=self.vae_tile(values["width"], values["height"]) if flags.vae_tile is None else flags.vae_tile,
+            **values,
             **residual_settings(residual),
         )
+        for s in pictures[:1]:  # they differ in prompt and seed only
+            self.check_settings(s)
+            open_images([s])
+        pad_batch, out_dir = flags.pad_batch, flags.out_dir
+        saving.check_writable(out_dir)
         folder = Path(out_dir)
         folder.mkdir(parents=True, exist_ok=True)
         made_with = MadeWith(self, pictures[0]) if with_metadata else None
@@ -1099,7 +1200,11 @@ class SD3Inferencer:
         """Settings of every picture, prompt by prompt; seeds: as many per prompt as there are pictures of it.
 
         What has no effect is set to its default and gets a note, see `settings.effective`; `as_given` has it as it was.
+        Raises ValueError for what does not fit.
         """
+        prompts, seeds = read_texts(prompts), list(seeds)
+        if not seeds or len(seeds) % len(prompts):
+            raise ValueError(f"--seed: {len(seeds)} given for {len(prompts)} prompts; give as many for each")
         shared = {
             "model": str(self.model_file.path),
             "vae": None if self.vae_part.file is self.model_file else str(self.vae_part.file.path),
@@ -1113,8 +1218,6 @@ class SD3Inferencer:
             "compile": self.compile,
             "offload": self.offload,
         }
-        if not seeds:
-            return []
         per_prompt = len(seeds) // len(prompts)
         first = Settings(prompt=prompts[0], seed=seeds[0], **(shared | values))
         shown, self.notes = effective(first)  # prompt and seed have no part in it
@@ -1141,12 +1244,39 @@ def _short(prompt: str) -> str:
     return prompt if len(prompt) <= 40 else prompt[:37] + "..."
 
 
-def _skip_layer(config: SkipLayerConfig | dict[str, Any] | None) -> SkipLayerConfig | None:
-    """Accepts the public reference's dictionary {"scale", "start", "end", "layers", "cfg"} too."""
-    if not config or isinstance(config, SkipLayerConfig):
-        return config or None
-    values = {"start": 0.01, "end": 0.20, "cfg": 4.0} | config
-    return SkipLayerConfig(**values | {"layers": tuple(values["layers"])})
+def _skip_layer(config: SkipLayerConfig | Mapping[str, Any] | None) -> SkipLayerConfig | None:
+    """Accepts the public reference's dictionary {"scale", "start", "end", "layers", "cfg"} too; raises ValueError."""
+    if config is None or isinstance(config, SkipLayerConfig):
+        return config
+    if not isinstance(config, Mapping):
+        raise ValueError(f"skip_layer_config {display(config)}: must be a SkipLayerConfig or a dictionary")
+    if not config:
+        return None
+    return read_skip_layer({"start": 0.01, "end": 0.20, "cfg": 4.0} | dict(config))
+
+
+def _residual(config: ResidualConfig | None) -> ResidualConfig:
+    if config is None or isinstance(config, ResidualConfig):
+        return config or ResidualConfig()
+    raise ValueError(f"residual_config {display(config)}: must be a ResidualConfig, as build_residual_config makes one")
+
+
+def read_texts(prompts: Any) -> list[str]:
+    """Prompts from one text or several; raises ValueError where there is none, or something else among them."""
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise ValueError(f"--prompt {display(prompts)}: must be a text, or a list of texts")
+    texts = [read_text("prompt", prompt) for prompt in prompts]
+    if not texts:
+        raise ValueError("--prompt: no prompt is given")
+    return texts
+
+
+def read_row_seeds(seed: Any) -> list[int]:
+    """The seeds of a batch's rows, from one for one row or a list; raises ValueError."""
+    rows = read_list("seed", seed) if isinstance(seed, Iterable) else [seed]
+    return [READERS["seed"]("seed", one) for one in rows]
 
 
 def residual_of(s: Settings) -> ResidualConfig:
@@ -1352,6 +1482,8 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
         engine.say(note)
     if line := engine.unknown_words([*prompts, flags.negative_prompt]):
         engine.say(line)
+    if flags.kind_of_seeds == "rand":
+        engine.say(drawn_seeds([s.seed for s in pictures]))
     folder = saving.make_folder(Path(flags.out_dir) / models_folder_name(flags), name, flags.postfix)
     record = RunRecord(folder, flags, given, len(pictures), engine)
     saving.write_json(folder / RESIDUAL_FILE, residual.as_file(folder))
@@ -1386,6 +1518,12 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
         f"{seconds / len(pictures):.1f} s each, in {folder}"
     )
     return folder
+
+
+def drawn_seeds(seeds: Sequence[int], most: int = 16) -> str:
+    """A line with the seeds that were drawn, the first ones of many."""
+    more = f" and {len(seeds) - most} more, in run.json" if len(seeds) > most else ""
+    return f"seed{'s' if len(seeds) > 1 else ''} drawn: {', '.join(map(str, seeds[:most]))}{more}"
 
 
 def models_folder_name(flags: Flags) -> str:
@@ -1583,11 +1721,15 @@ def infer(
 
 
 def available_devices(settings: Mapping[str, Any]) -> dict[str, str]:
-    """`auto` for each device that a picture was made on and that is not here."""
+    """`auto` for each device that a picture was made on and that is not here; what is no device stays, to be named."""
     out = {}
     for flag in ("device", "text_encoder_device"):
         try:
-            choose_device(settings.get(flag, "auto"), flag)
+            name = read_device(flag, settings.get(flag, "auto"))
+        except ValueError:
+            continue
+        try:
+            choose_device(name, flag)
         except (ValueError, RuntimeError):
             out[flag] = "auto"
     return out

@@ -8,6 +8,7 @@ python sd3_probe.py calibrate --prompts prompts.txt --origin 1 --targets 2-22 --
 from __future__ import annotations
 
 import bisect
+import contextlib
 import csv
 import hashlib
 import io
@@ -17,7 +18,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 from foreign import check_file, parse_json, reading
 from settings import (
     READERS,
+    SEED_LIMIT,
+    display,
     nearest,
     range_int,
     read_arguments,
@@ -32,6 +35,7 @@ from settings import (
     read_float,
     read_jsonl,
     read_layers,
+    read_path,
     read_prompts,
 )
 
@@ -128,11 +132,22 @@ all that run a model: --model --vae --model_folder --clip_l --clip_g --t5xxl --t
 --sampler --width --height --negative_prompt --batch_size --seed, as in sd3_infer.py (python sd3_infer.py --help)"""
 
 
+@contextlib.contextmanager
+def own_names() -> Iterator[None]:
+    """Lets an error about residual flags name those of `calibrate`, which were typed."""
+    try:
+        yield
+    except ValueError as error:
+        told = str(error).replace("residual_origin_layer", "origin").replace("residual_target_layers", "targets")
+        raise ValueError(told) from None
+
+
 def read_flags(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The command and its flags, read and checked; raises ValueError."""
     command = arguments[0] if arguments else ""
     if command not in COMMANDS:
-        raise ValueError(f"{command or 'no command'}: must be {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
+        told = display(command) if command else "no command"
+        raise ValueError(f"{told}: must be {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
     readers = COMMANDS[command]
     raw = read_arguments(arguments[1:], readers, bare=None)
     flags = DEFAULTS[command] | {name: readers[name](name, value) for name, value in raw.items()}
@@ -142,11 +157,8 @@ def read_flags(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     if command == "calibrate":
         from settings import check_residual
 
-        try:
+        with own_names():
             check_residual(flags["origin"], flags["targets"], ())
-        except ValueError as error:
-            told = str(error).replace("residual_origin_layer", "origin").replace("residual_target_layers", "targets")
-            raise ValueError(told) from None
         if not flags["out"].endswith(".safetensors"):
             raise ValueError(f"--out {flags['out']}: must end in .safetensors")
     return command, flags
@@ -188,6 +200,7 @@ class Labelled:
 
 def read_labelled(path: str, flag: str = "prompts") -> list[Labelled]:
     """Prompts of a .txt or .jsonl file, each once. Raises FileNotFoundError or ValueError with the line's number."""
+    path = read_path(flag, path)
     if not path.lower().endswith(".jsonl"):
         if not path.lower().endswith(".txt"):
             raise ValueError(f"--{flag} {path}: must be a .txt or .jsonl file")
@@ -408,8 +421,8 @@ class Measurement:
     def jobs(self) -> list[tuple[int, str, int]]:
         """(number, prompt, seed): all prompts once, then the kept ones again with other noise."""
         seed, count = self.flags.get("seed", 0), len(self.prompts)
-        first = [(i, p.prompt, seed + i) for i, p in enumerate(self.prompts)]
-        return first + [(i + count, self.prompts[i].prompt, seed + count + i) for i in self.kept]
+        first = [(i, p.prompt, (seed + i) % SEED_LIMIT) for i, p in enumerate(self.prompts)]
+        return first + [(i + count, self.prompts[i].prompt, (seed + count + i) % SEED_LIMIT) for i in self.kept]
 
     def collector(self, numbers: Sequence[int], masks: Sequence[Tensor]) -> Collector:
         """The hook for a batch of jobs."""
@@ -491,7 +504,7 @@ def measure(flags: Mapping[str, Any]) -> Path:
     prompts = read_labelled(flags["prompts"])
     if len(prompts) < 2:
         raise ValueError(f"--prompts {flags['prompts']}: needs at least two different prompts")
-    saving.check_writable(flags["out"])
+    saving.check_writable(flags["out"], "out")
     engine, values = load(flags)
     residual_flags = Flags(**{k: v for k, v in flags.items() if k.startswith("residual_")})
     residual = ResidualConfig.from_flags(residual_flags.residual(), residual_flags.residual_config)
@@ -774,10 +787,11 @@ def calibrate(flags: Mapping[str, Any]) -> Path:
     out = Path(flags["out"])
     if out.is_dir():
         raise ValueError(f"--out {out}: is a folder")
-    saving.check_writable(str(out.parent))
+    saving.check_writable(str(out.parent), "out")
     engine, values = load(flags)
     config = ResidualConfig(flags["origin"], flags["targets"])
-    config.check(engine.config.depth)
+    with own_names():
+        config.check(engine.config.depth)
     engine.check_settings(engine.plan([prompts[0].prompt], [0], **values)[0])
     work = Calibration(config.origin, config.targets, flags["buckets"], engine.config.width)
     met = {work.bucket(sigma) for sigma in flow_schedule(values["steps"], values["shift"]).tolist()[:-1]}
@@ -790,7 +804,7 @@ def calibrate(flags: Mapping[str, Any]) -> Path:
     done = _resume(work, state_file, identity)
     if done:
         engine.say(f"going on after {done} of {len(prompts)} prompts")
-    jobs = [(i, p.prompt, seed + i) for i, p in enumerate(prompts)]
+    jobs = [(i, p.prompt, (seed + i) % SEED_LIMIT) for i, p in enumerate(prompts)]
     layers = sorted({config.origin, *config.targets})
     saved = time.monotonic()
 
@@ -830,7 +844,7 @@ def calibrate(flags: Mapping[str, Any]) -> Path:
     if others:
         distances = Distances(work, rotations)
         collect = lambda numbers, masks: Collector(masks, lambda at: True, layers, distances.add)  # noqa: E731
-        others_jobs = [(i, p.prompt, seed + len(prompts) + i) for i, p in enumerate(others)]
+        others_jobs = [(i, p.prompt, (seed + len(prompts) + i) % SEED_LIMIT) for i, p in enumerate(others)]
         run_prompts(engine, others_jobs, values, collect, "checking")
         print(f"on {len(others)} other prompts, between standardised tokens of origin and target:")
         print(distances.table())

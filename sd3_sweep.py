@@ -9,26 +9,22 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from settings import READERS, range_int, read_arguments, read_bool, read_choice
+from settings import range_int, read_arguments, read_bool, read_choice, read_filled, read_path
 from sweep.grid import NO_PLACE, SWEPT, Grid, read_yaml
 
 LAYOUTS = ("geneval", "dpg", "t2i_compbench")
 SCORERS = ("demo", "clip")
 
 
-def _text(flag: str, value: Any) -> str:
-    return READERS["model"](flag, value)
-
-
 OWN: dict[str, Callable[[str, Any], Any]] = {
-    "out": _text,
-    "grid": _text,
+    "out": read_path,
+    "grid": read_path,
     "dry_run": read_bool,
     "score": lambda flag, value: read_choice(flag, value, SCORERS),
     "per_kind": range_int(1, 10_000),
-    "clip_model": _text,
+    "clip_model": read_path,
     "layout": lambda flag, value: read_choice(flag, value, LAYOUTS),
-    "ray": _text,
+    "ray": read_filled,
     "cpus_per_worker": range_int(1, 10_000),
 }
 
@@ -56,7 +52,7 @@ any other flag of sd3_infer.py, with alternatives parted by `;`: --residual_weig
 
 def read_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The sweep's own flags, read, and those of the grid as typed; raises ValueError."""
-    raw = read_arguments(arguments, OWN | SWEPT | dict.fromkeys(NO_PLACE, _text))
+    raw = read_arguments(arguments, OWN | SWEPT | dict.fromkeys(NO_PLACE, read_filled))
     flags = {name: OWN[name](name, value) for name, value in raw.items() if name in OWN}
     if "out" not in flags:
         raise ValueError("--out: is needed: the sweep's folder")
@@ -81,7 +77,7 @@ def read_grid(flags: dict[str, Any], raw: Mapping[str, str]) -> tuple[Grid, Any]
 
         if "prompt" not in raw:
             raise ValueError(f"--layout {flags['layout']}: needs --prompt, the benchmark's own prompts")
-        entries = read_entries(flags["layout"], raw["prompt"])
+        entries = read_entries(flags["layout"], read_path("prompt", raw["prompt"]))
         prompts = [e.prompt for e in entries]
     elif flags.get("score") == "demo" and not named:
         from sweep.scores import demo_prompts

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import hashlib
 import json
 import math
+import numbers
 import os
 import random
 import re
+import reprlib
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from foreign import check_file, parse_json, reading
 
 SEED_TYPES = ("fixed", "rand", "roll")
 SAMPLERS = ("euler", "dpmpp_2m")
@@ -33,6 +36,16 @@ DEFAULT_SIZE = 1024
 DEFAULT_DENOISE = 0.8
 WEIGHTS = ("full", "int8", "fp8")
 LEAST_TILE = 128  # pixels; smaller tiles would be mostly overlap
+MOST_SIDE = 65_536  # pixels
+SHIFTS = (0.001, 1000.0)  # beyond them neighbouring steps are one number in float32
+WEIGHT_LIMIT = 1000.0  # of weights, exponents and strengths, either way
+GAIN_LIMIT = 60_000.0  # of a weight times its schedule: float16 ends at 65504
+LAYER_LIMIT = 10_000  # layers are numbered below this
+MOST_ITEMS = 100_000  # of a list
+MOST_PICTURES = 100_000  # of a run, and of a sweep's grid
+LONGEST_NAME = 255  # bytes of a file's name
+LONGEST_PATH = 4095  # bytes
+LONGEST_POSTFIX = 100  # bytes; with the longest folder name and a number it stays below LONGEST_NAME
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,25 @@ class SkipLayerConfig:
     layers: tuple[int, ...]
     cfg: float  # classifier-free guidance used with it, unless one is given
 
+    def __post_init__(self) -> None:
+        """Reads every field and keeps what was read; raises ValueError naming the field."""
+        flag = "skip_layer_cfg"
+        read = {
+            "scale": read_weight(f"{flag} scale", self.scale),
+            "start": read_float(f"{flag} start", self.start, 0.0, 1.0),
+            "end": read_float(f"{flag} end", self.end, 0.0, 1.0),
+            "layers": read_layers(f"{flag} layers", self.layers),
+            "cfg": read_float(f"{flag} cfg", self.cfg, 0.0, 100.0),
+        }
+        if read["start"] >= read["end"]:
+            raise ValueError(f"--{flag} start {read['start']:g}: must be below its end {read['end']:g}")
+        if not read["layers"]:
+            raise ValueError(f"--{flag} layers: names no layer to skip")
+        if len(set(read["layers"])) < len(read["layers"]):
+            raise ValueError(f"--{flag} layers {display(self.layers)}: name every layer once")
+        for name, value in read.items():
+            object.__setattr__(self, name, value)
+
 
 MODELS = {
     "sd3_medium": ModelDefaults(shift=1.0),
@@ -64,7 +96,18 @@ MODELS = {
 }
 OTHER_MODEL = ModelDefaults()
 CONTROLNET = ModelDefaults(steps=60, cfg=3.5, sampler="euler")  # the released SD3.5 Large ControlNets
-SKIP_LAYERS = {"sd3.5_medium": SkipLayerConfig(2.5, 0.01, 0.20, (7, 8, 9), cfg=4.0)}
+
+
+def read_skip_layer(values: Mapping[str, Any]) -> SkipLayerConfig:
+    """Skip-layer guidance from its fields by name; raises ValueError for a field too many or too few."""
+    names = [f.name for f in dataclasses.fields(SkipLayerConfig)]
+    for name in values:
+        if name not in names:
+            raise ValueError(f"--skip_layer_cfg {display(name)}: unknown{nearest(name, names)} ({', '.join(names)})")
+    for name in names:
+        if name not in values:
+            raise ValueError(f"--skip_layer_cfg {name}: is missing")
+    return SkipLayerConfig(**values)
 
 
 def model_key(model: str | Path) -> str:
@@ -86,24 +129,56 @@ def model_key(model: str | Path) -> str:
 # ---- reading single values -----------------------------------------------------------------------
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 3, 8, 8, 4, 60, 60
+SHOWN = 200  # letters of a value that an error line shows
+
+
+def display(value: Any) -> str:
+    """A value as short printable text on one line, for an error message, whatever the value is."""
+    value = plain_scalar(value)
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
+        return f"(a number of about {int(value.bit_length() * math.log10(2)) + 1} digits)"
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    text = value if isinstance(value, str) else str(value) if isinstance(value, float) else _SHORT.repr(value)
+    length = len(text)
+    cut = text[:SHOWN]
+    cut = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in cut)
+    if cut and not cut.strip():
+        return repr(cut)
+    return cut if length <= SHOWN else f"{cut}... ({length:,} letters)"
+
+
+def plain_scalar(value: Any) -> Any:
+    """What a numpy scalar, or an array or tensor without dimensions, holds as Python's own type; all else as it is."""
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        try:
+            return value.item()
+        except (RuntimeError, NotImplementedError, TypeError, ValueError):  # a tensor without storage
+            return value
+    return value
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
     """`; did you mean X?` where one of `known` is close, else nothing."""
+    if not isinstance(name, str) or len(name) > 100:
+        return ""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
 def read_int(flag: str, value: Any, low: int | None = None, high: int | None = None) -> int:
     """A whole number in [low, high]; raises ValueError naming flag, value and range."""
-    number = read_float(flag, value, what="a whole number")
-    if isinstance(value, str) and re.fullmatch(r"\s*[+-]?\d+\s*", value):
-        number = int(value)
-    elif isinstance(value, int):
-        number = value
+    number: float = read_float(flag, value, what="a whole number")
+    plain = plain_scalar(value)
+    if isinstance(plain, int) or (isinstance(plain, str) and re.fullmatch(r"\s*[+-]?\d+\s*", plain)):
+        number = int(plain)  # a float would lose digits
     if number != int(number):
-        raise ValueError(f"--{flag} {value}: must be a whole number")
+        raise ValueError(f"--{flag} {display(value)}: must be a whole number")
     number = int(number)
     if (low is not None and number < low) or (high is not None and number > high):
-        raise ValueError(f"--{flag} {value}: must be {_range(low, high)}")
+        raise ValueError(f"--{flag} {display(value)}: must be {_range(low, high)}")
     return number
 
 
@@ -116,19 +191,22 @@ def read_float(
     above: float | None = None,
 ) -> float:
     """A finite number in [low, high] and greater than `above`; raises ValueError naming flag, value and range."""
+    plain = plain_scalar(value)
+    if isinstance(plain, bool) or not isinstance(plain, (str, numbers.Real)):
+        raise ValueError(f"--{flag} {display(value)}: must be {what}")
     try:
-        number = float(value)
+        number = float(plain)
     except (TypeError, ValueError):
-        raise ValueError(f"--{flag} {value}: must be {what}") from None
+        raise ValueError(f"--{flag} {display(value)}: must be {what}") from None
     except OverflowError:
-        raise ValueError(f"--{flag} {value}: too large") from None
-    if isinstance(value, bool) or not math.isfinite(number):
-        raise ValueError(f"--{flag} {value}: must be {what}")
+        raise ValueError(f"--{flag} {display(value)}: too large") from None
+    if not math.isfinite(number):
+        raise ValueError(f"--{flag} {display(value)}: must be {what}")
     if above is not None and number <= above:
-        raise ValueError(f"--{flag} {value}: must be greater than {above:g}")
+        raise ValueError(f"--{flag} {display(value)}: must be greater than {above:g}")
     if (low is not None and number < low) or (high is not None and number > high):
-        raise ValueError(f"--{flag} {value}: must be {_range(low, high)}")
-    return number
+        raise ValueError(f"--{flag} {display(value)}: must be {_range(low, high)}")
+    return number or 0.0  # no negative zero
 
 
 def _range(low: float | None, high: float | None) -> str:
@@ -137,68 +215,141 @@ def _range(low: float | None, high: float | None) -> str:
     return f"from {low} to {high}"
 
 
+def read_weight(flag: str, value: Any) -> float:
+    """A number within -1000..1000; raises ValueError."""
+    return read_float(flag, value, -WEIGHT_LIMIT, WEIGHT_LIMIT)
+
+
+def read_shift(flag: str, value: Any) -> float:
+    """A shift of the noise schedule, from 0.001 to 1000; raises ValueError."""
+    return read_float(flag, value, *SHIFTS)
+
+
 def read_bool(flag: str, value: Any) -> bool:
     """True or False from a bool or the usual words; raises ValueError."""
-    if isinstance(value, bool):
-        return value
-    word = str(value).strip().lower()
+    plain = plain_scalar(value)
+    if isinstance(plain, bool):
+        return plain
+    word = plain.strip().lower() if isinstance(plain, str) else str(plain) if plain in (0, 1) else ""
     if word in ("true", "1", "yes", "on"):
         return True
     if word in ("false", "0", "no", "off"):
         return False
-    raise ValueError(f"--{flag} {value}: must be True or False")
+    raise ValueError(f"--{flag} {display(value)}: must be True or False")
 
 
 def read_choice(flag: str, value: Any, choices: Sequence[str]) -> str:
-    """One of `choices`; raises ValueError with the nearest match."""
-    name = str(value).strip().lower()
+    """One of `choices`, however it is spelt; raises ValueError with the nearest match."""
+    name = value.strip().lower() if isinstance(value, str) else ""
     if name not in choices:
-        raise ValueError(f"--{flag} {value}: must be one of {', '.join(choices)}{nearest(name, choices)}")
+        raise ValueError(f"--{flag} {display(value)}: must be one of {', '.join(choices)}{nearest(name, choices)}")
     return name
 
 
 def read_dtype(value: Any) -> str:
-    """auto, float32, bfloat16 or float16; the short names fp32, bf16 and fp16 are taken too."""
-    name = str(value).strip().lower()
-    return read_choice("dtype", DTYPES.get(name, name), DTYPE_NAMES)
+    """auto, float32, bfloat16 or float16, or torch's dtypes of these names; fp32, bf16 and fp16 are taken too."""
+    plain = value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else ""
+    name = plain.strip().lower().removeprefix("torch.")
+    name = DTYPES.get(name, name)
+    if name not in DTYPE_NAMES:
+        near = nearest(name, DTYPE_NAMES)
+        raise ValueError(f"--dtype {display(value)}: must be one of {', '.join(DTYPE_NAMES)}{near}")
+    return name
 
 
 def read_device(flag: str, value: Any) -> str:
-    """auto, cpu, cuda, cuda:N or mps (whether it is there is checked when it is used)."""
-    name = str(value).strip().lower()
-    if name in DEVICES or re.fullmatch(r"cuda:\d+", name):
+    """auto, cpu, cuda, cuda:N or mps, or torch's devices of these names (whether it is there is checked when it is
+    used).
+    """
+    plain = value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else ""
+    name = plain.strip().lower()
+    if name in DEVICES:
         return name
+    if match := re.fullmatch(r"cuda:0*([0-9]{1,2})", name):
+        return f"cuda:{match[1]}"
     names = (*DEVICES, "cuda:0")
-    raise ValueError(f"--{flag} {value}: must be auto, cpu, cuda, cuda:N or mps{nearest(name, names)}")
+    raise ValueError(f"--{flag} {display(value)}: must be auto, cpu, cuda, cuda:N or mps{nearest(name, names)}")
+
+
+def read_text(flag: str, value: Any) -> str:
+    """A text that can be written as UTF-8; raises ValueError.
+
+    Bytes of the command line that are no UTF-8 arrive as lone surrogates, and so does `\\ud800` of a JSON file.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"--{flag} {display(value)}: must be text")
+    text = str(plain_scalar(value))
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        place = f"character {error.start + 1}"
+        raise ValueError(f"--{flag} {display(value)}: cannot be written as UTF-8 ({place})") from None
+    return text
+
+
+def read_path(flag: str, value: Any) -> str:
+    """A path, `~` at its beginning replaced by the home folder; raises ValueError for what no file can be called."""
+    named = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(named, str):
+        raise ValueError(f"--{flag} {display(value)}: must be a path")
+    if not named.strip():
+        raise ValueError(f"--{flag}: is empty")
+    path = home(read_text(flag, named))
+    if "\0" in path:
+        raise ValueError(f"--{flag} {display(path)}: no path holds a null character")
+    longest = max(len(part.encode()) for part in path.split(os.sep))
+    if longest > LONGEST_NAME or len(path.encode()) > LONGEST_PATH:
+        raise ValueError(f"--{flag} {display(path)}: is too long for a path; a name has at most {LONGEST_NAME} bytes")
+    return path
+
+
+def home(path: str) -> str:
+    """A path with `~` at its beginning replaced by the home folder, as a shell does where it sees it."""
+    return os.path.expanduser(path)
 
 
 def read_list(flag: str, value: Any) -> list[Any]:
     """The items of a list in any shape that a shell, fire or Python hands over.
 
-    `3,5,7`, `3 5 7`, `3, 5 7`, `[3,5,7]`, `(3,5,7)`, `3`, `` and None; tuples, lists, ints and floats.
+    `3,5,7`, `3 5 7`, `3, 5 7`, `[3,5,7]`, `(3,5,7)`, `3`, `` and None; tuples, lists, arrays, ints and floats.
     """
+    value = plain_scalar(value)
     if value is None:
         return []
     if isinstance(value, str):
-        text = value.strip()
-        if text[:1] + text[-1:] in ("[]", "()"):
-            text = text[1:-1]
-        if re.search(r"(^|,)\s*(,|$)", text) and text.strip():
-            text = re.sub(r",\s*$", "", text)  # one comma at the end is how Python writes (3,)
-            if re.search(r"(^|,)\s*(,|$)", text):
-                raise ValueError(f"--{flag} {value}: an item between two commas is empty")
-        return [_unquote(item) for item in re.split(r"[,\s]+", text.strip()) if item]
-    if isinstance(value, Iterable):
-        return [item for part in value for item in (read_list(flag, part) if isinstance(part, str) else [part])]
-    return [value]
+        items = _split_list(flag, value)
+    elif isinstance(value, (Mapping, Set, bytes, bytearray)):
+        raise ValueError(f"--{flag} {display(value)}: must be a list such as 3,5,7")
+    elif isinstance(value, Iterable):
+        items = []
+        for part in value:  # it may have no end
+            items += _split_list(flag, part) if isinstance(part, str) else [part]
+            if len(items) > MOST_ITEMS:
+                break
+    else:
+        items = [value]
+    if len(items) > MOST_ITEMS:
+        raise ValueError(f"--{flag}: names more than {MOST_ITEMS:,} items")
+    return items
+
+
+def _split_list(flag: str, text: str) -> list[str]:
+    shown, text = text, text.strip()
+    if text[:1] + text[-1:] in ("[]", "()"):
+        text = text[1:-1]
+    if text.strip() and _empty_item(text):
+        text = text.rstrip().removesuffix(",")  # one comma at the end is how Python writes (3,)
+        if _empty_item(text):
+            raise ValueError(f"--{flag} {display(shown)}: an item between two commas is empty")
+    return [_unquote(item) for item in re.split(r"[,\s]+", text.strip()) if item]
+
+
+def _empty_item(text: str) -> bool:
+    return any(not part.strip() for part in text.split(","))
 
 
 def _unquote(item: str) -> str:
-    try:
-        literal = ast.literal_eval(item)
-    except (ValueError, SyntaxError):
-        return item
-    return literal if isinstance(literal, str) else item
+    return item[1:-1] if len(item) > 1 and item[0] == item[-1] and item[0] in "'\"" else item
 
 
 def read_layers(flag: str, value: Any) -> tuple[int, ...]:
@@ -208,28 +359,42 @@ def read_layers(flag: str, value: Any) -> tuple[int, ...]:
     """
     if isinstance(value, str) and value.strip().lower() == "none":
         return ()
-    return tuple(layer for item in read_list(flag, value) for layer in _layer_range(flag, item))
+    layers: list[int] = []
+    for item in read_list(flag, value):
+        layers += _layer_range(flag, item)
+        if len(layers) > LAYER_LIMIT:
+            raise ValueError(f"--{flag} {display(value)}: names more than {LAYER_LIMIT:,} layers")
+    return tuple(layers)
+
+
+def read_layer(flag: str, value: Any) -> int:
+    """A layer's number; whether a model has it is checked later. Raises ValueError."""
+    layer = read_int(flag, value, 0)
+    if layer >= LAYER_LIMIT:
+        raise ValueError(f"--{flag} {display(value)}: must be below {LAYER_LIMIT}")
+    return layer
 
 
 def _layer_range(flag: str, item: Any) -> Sequence[int]:
-    match = re.fullmatch(r"(\d+)-(\d+)(?::(\d+))?", item) if isinstance(item, str) else None
+    match = re.fullmatch(r"([0-9]+)-([0-9]+)(?::([0-9]+))?", item) if isinstance(item, str) else None
     if match is None:
-        return (read_int(flag, item, 0),)
-    first, last, step = int(match[1]), int(match[2]), int(match[3] or 1)
-    if last < first or step < 1 or last >= 10_000:
-        raise ValueError(f"--{flag} {item}: a range counts up, such as 2-22 or 2-22:2")
+        return (read_layer(flag, item),)
+    first, last, step = (int(n) if len(n) < 10 else LAYER_LIMIT for n in (match[1], match[2], match[3] or "1"))
+    if last < first or step < 1 or last >= LAYER_LIMIT:
+        raise ValueError(f"--{flag} {display(item)}: a range counts up, such as 2-22 or 2-22:2")
     return range(first, last + 1, step)
 
 
 def read_weights(flag: str, value: Any) -> tuple[float, ...] | str:
-    """Any real numbers, or a ramp `linear:FIRST:LAST` over the targets, in that spelling."""
+    """Numbers within -1000..1000, or a ramp `linear:FIRST:LAST` over the targets, in that spelling."""
     items = read_list(flag, value)
     if any(isinstance(item, str) and ":" in item for item in items):
-        ramp = _ramp(items[0]) if len(items) == 1 else None
-        if ramp is None:
-            raise ValueError(f"--{flag} {value}: must be numbers, or a ramp such as linear:0.8:0.2")
-        return f"linear:{ramp[0]}:{ramp[1]}"
-    return tuple(read_float(flag, item) for item in items)
+        ends = _ramp(items[0]) if len(items) == 1 else None
+        if ends is None:
+            raise ValueError(f"--{flag} {display(value)}: must be numbers, or a ramp such as linear:0.8:0.2")
+        first, last = (read_weight(flag, end) for end in ends)
+        return f"linear:{first}:{last}"
+    return tuple(read_weight(flag, item) for item in items)
 
 
 def _ramp(text: str) -> tuple[float, float] | None:
@@ -238,7 +403,7 @@ def _ramp(text: str) -> tuple[float, float] | None:
         first, last = map(float, ends)
     except ValueError:
         return None
-    return (first, last) if name == "linear" and math.isfinite(first) and math.isfinite(last) else None
+    return (first, last) if name.lower() == "linear" and math.isfinite(first) and math.isfinite(last) else None
 
 
 def spread_weights(weights: Sequence[float] | str, count: int) -> tuple[float, ...]:
@@ -254,38 +419,48 @@ def spread_weights(weights: Sequence[float] | str, count: int) -> tuple[float, .
 
 
 def read_schedule(flag: str, value: Any) -> str:
-    """constant, linear, cosine or `exp:ALPHA` with any real ALPHA, in one spelling."""
-    text = str(value).strip().lower()
+    """constant, linear, cosine or `exp:ALPHA` with an ALPHA within -1000..1000, in one spelling."""
+    text = value.strip().lower() if isinstance(value, str) else ""
     name, colon, alpha = text.partition(":")
     if name == "exp" and colon:
-        return f"exp:{read_float(flag, alpha)}"
+        return f"exp:{read_weight(flag, alpha)}"
     if text in RESIDUAL_SCHEDULES:
         return text
-    names = ", ".join(RESIDUAL_SCHEDULES)
-    raise ValueError(f"--{flag} {value}: must be {names} or exp:ALPHA such as exp:2{nearest(text, RESIDUAL_SCHEDULES)}")
+    names, near = ", ".join(RESIDUAL_SCHEDULES), nearest(text, RESIDUAL_SCHEDULES)
+    raise ValueError(f"--{flag} {display(value)}: must be {names} or exp:ALPHA such as exp:2{near}")
 
 
 def read_size(flag: str, value: Any) -> int:
     """Pixels: a positive multiple of 16; raises ValueError with the nearest sizes."""
     size = read_int(flag, value, SIZE_STEP)
+    if size > MOST_SIDE:
+        raise ValueError(f"--{flag} {display(value)}: must be at most {MOST_SIDE}")
     if size % SIZE_STEP:
         below = size // SIZE_STEP * SIZE_STEP
-        raise ValueError(f"--{flag} {value}: must be a multiple of {SIZE_STEP}, such as {below} or {below + SIZE_STEP}")
+        near = f"{below} or {below + SIZE_STEP}"
+        raise ValueError(f"--{flag} {display(value)}: must be a multiple of {SIZE_STEP}, such as {near}")
     return size
 
 
 def read_tile(flag: str, value: Any) -> int | None:
     """Side of a VAE tile in pixels: a multiple of 16, at least 128; 0 and off: no tiles; auto: None."""
-    word = str(value).strip().lower()
+    plain = plain_scalar(value)
+    word = str(plain).strip().lower() if isinstance(plain, str) or (type(plain) is int and plain == 0) else ""
     if word in ("auto", "off", "0"):
         return None if word == "auto" else 0
     size = read_size(flag, value)
     if size < LEAST_TILE:
-        raise ValueError(f"--{flag} {value}: must be auto, off, or at least {LEAST_TILE}")
+        raise ValueError(f"--{flag} {display(value)}: must be auto, off, or at least {LEAST_TILE}")
     return size
 
 
+SKIP_LAYERS = {"sd3.5_medium": SkipLayerConfig(2.5, 0.01, 0.20, (7, 8, 9), cfg=4.0)}
+
+
 # ---- prompts -------------------------------------------------------------------------------------
+
+
+PROMPT_FILES = (".txt", ".jsonl")  # a prompt that ends so names a file of prompts, where such files are taken
 
 
 def read_prompts(prompt: Any, flag: str = "prompt") -> tuple[list[str], str]:
@@ -293,13 +468,13 @@ def read_prompts(prompt: Any, flag: str = "prompt") -> tuple[list[str], str]:
 
     Blank lines, CRLF and a byte-order mark are fine. Raises FileNotFoundError or ValueError.
     """
-    text = str(prompt)
+    text = read_text(flag, os.fspath(prompt) if isinstance(prompt, os.PathLike) else prompt)
     if not text.lower().endswith(".txt"):
         if not text.strip():
             raise ValueError(f"--{flag}: is empty; say what the picture should show, or name a .txt file")
         return [text], folder_name(text)
-    path = Path(text)
-    if not path.is_file():
+    path = read_path(flag, text)
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"--{flag} {text}: no such file (a prompt that ends in .txt is a file of prompts)")
     prompts = [line.strip() for line in read_lines(flag, path) if line.strip()]
     if not prompts:
@@ -308,11 +483,16 @@ def read_prompts(prompt: Any, flag: str = "prompt") -> tuple[list[str], str]:
 
 
 def read_lines(flag: str, path: str | Path) -> list[str]:
-    """The lines of a text file; raises ValueError where it is none."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"--{flag} {path}: cannot be read as UTF-8 text ({error})") from None
+    """The lines of a text file, as `wc -l` counts them; raises FileNotFoundError, or ValueError where it is none.
+
+    A line ends with \\n or \\r\\n. Other marks that Unicode counts as ends of lines may stand inside one.
+    """
+    where = f"--{flag} {display(path)}"
+    check_file(where, path)
+    with reading(where, "cannot be read as UTF-8 text"):
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    lines = text.split("\n")
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
 def read_jsonl(flag: str, path: str, fits: Callable[[dict[str, Any]], bool], form: str) -> list[dict[str, Any]]:
@@ -320,30 +500,37 @@ def read_jsonl(flag: str, path: str, fits: Callable[[dict[str, Any]], bool], for
 
     Raises FileNotFoundError, or ValueError naming the line.
     """
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"--{flag} {path}: no such file")
+    path = read_path(flag, path)
     out = []
     for number, line in enumerate(read_lines(flag, path), 1):
         if not line.strip():
             continue
         try:
-            out.append(json.loads(line))
+            out.append(parse_json(line))
             good = fits(out[-1])
         except (ValueError, KeyError, TypeError, AttributeError):
             good = False
         if not good:
             raise ValueError(f"--{flag} {path}: line {number} is not of the form {form}")
+        try:
+            json.dumps(out[-1], ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError):
+            raise ValueError(f"--{flag} {path}: line {number} cannot be written as UTF-8 (a lone surrogate)") from None
     if not out:
         raise ValueError(f"--{flag} {path}: the file holds no prompt")
     return out
 
 
 def folder_name(text: str) -> str:
-    """A folder name from a prompt or prompt file: base name without extension, others than letters, digits, `_`,
-    `-`, `.` turned into `_`, at most 50 characters.
+    """A folder name from a prompt, or from a prompt file's base name without extension: others than letters, digits,
+    `_`, `-`, `.` turned into `_`, at most 50 characters and 150 bytes.
     """
-    stem = os.path.splitext(os.path.basename(text))[0] or text
-    name = re.sub(r"[^\w\-.]", "_", stem)[:50]
+    stem = text
+    if text.lower().endswith(PROMPT_FILES):
+        stem = os.path.splitext(os.path.basename(text))[0] or text
+    name = re.sub(r"[^\w\-.]", "_", stem[:50])
+    while len(name.encode()) > 150:
+        name = name[:-1]
     return name if name.strip(".") else name.replace(".", "_")  # `..` would be another folder
 
 
@@ -605,11 +792,13 @@ def check_residual(
     last = "" if depth is None else f" (this model has {depth} joint blocks: 0 to {depth - 1})"
     if origin < 0 or (depth is not None and origin >= depth):
         raise ValueError(f"--residual_origin_layer {origin}: no such layer{last or '; layers count from 0'}")
-    for i, target in enumerate(targets):
+    seen: set[int] = set()
+    for target in targets:
         if target < 0 or (depth is not None and target >= depth):
             raise ValueError(f"--residual_target_layers {target}: no such layer{last or '; layers count from 0'}")
-        if target in targets[:i]:
+        if target in seen:
             raise ValueError(f"--residual_target_layers: {target} is there twice; name every layer once")
+        seen.add(target)
         if target < origin:
             raise ValueError(f"--residual_target_layers {target}: lies below the origin layer {origin}{last}")
     weights = spread_weights(weights, len(targets))
@@ -619,7 +808,21 @@ def check_residual(
             "give one each, one for all, or none for 1.0"
         )
     for weight in weights:
-        read_float("residual_weights", weight)
+        read_weight("residual_weights", weight)
+
+
+def check_residual_strength(weights: Sequence[float], schedule: str) -> None:
+    """Raises ValueError where a weight times its schedule (as `read_schedule` spells it) grows beyond what float16
+    holds: a negative ALPHA makes it e^-ALPHA times as large.
+    """
+    if not schedule.startswith("exp:"):
+        return
+    largest = max((abs(w) for w in weights), default=0.0)
+    if largest and math.log(largest) - min(float(schedule.removeprefix("exp:")), 0.0) > math.log(GAIN_LIMIT):
+        raise ValueError(
+            f"--residual_schedule {schedule}: makes the weight {largest:g} larger than {GAIN_LIMIT:,.0f}; "
+            "take a larger ALPHA or smaller weights"
+        )
 
 
 def check_residual_window(start: float, end: float) -> None:
@@ -640,19 +843,24 @@ def check_residual_choices(mode: str, schedule: str, branch: str) -> None:
 # ---- the command line ----------------------------------------------------------------------------
 
 
-def _text(flag: str, value: Any) -> str:
-    return str(value)
-
-
-def _filled(flag: str, value: Any) -> str:
-    if not str(value).strip():
-        raise ValueError(f"--{flag}: is empty")
-    return str(value)
-
-
 def _optional_path(flag: str, value: Any) -> str | None:
     """A path; an empty one and `None` mean none (shell scripts pass empty variables)."""
-    return None if str(value).strip() in ("", "None") else str(value)
+    return None if isinstance(value, str) and value.strip() in ("", "None") else read_path(flag, value)
+
+
+def read_postfix(flag: str, value: Any) -> str:
+    """The end of a folder's name: a text of at most 100 bytes; raises ValueError."""
+    text = read_text(flag, value)
+    if "\0" in text or len(text.encode()) > LONGEST_POSTFIX:
+        raise ValueError(f"--{flag} {display(text)}: must be at most {LONGEST_POSTFIX} bytes, without null characters")
+    return text
+
+
+def read_filled(flag: str, value: Any) -> str:
+    """A text with something in it; raises ValueError."""
+    if not read_text(flag, value).strip():
+        raise ValueError(f"--{flag}: is empty")
+    return read_text(flag, value)
 
 
 def range_int(low: int, high: int | None = None) -> Callable[[str, Any], int]:
@@ -729,16 +937,20 @@ class Flags:
 
         Raises ValueError for an unknown flag (with the nearest match) and for every value out of its range.
         """
-        for name in raw:
-            check_flag(name)
-        read = {name: READERS[name](name, value) for name, value in raw.items() if value is not None}
-        flags = cls(**read)
+        flags = cls(**read_values(raw))
+        if flags.self_check:
+            for name, value in raw.items():
+                if name not in SELF_CHECK and value is not None:
+                    raise ValueError(f"--{name}: does not go with --self_check, which runs the shipped model")
         if not flags.residual_config:  # else they are checked together with what the file says
             check_residual(
                 flags.residual_origin_layer or 0, flags.residual_target_layers or (), flags.residual_weights or ()
             )
             end = 1.0 if flags.residual_end is None else flags.residual_end
             check_residual_window(flags.residual_start or 0.0, end)
+            if flags.residual_target_layers:
+                spread = spread_weights(flags.residual_weights or (), len(flags.residual_target_layers))
+                check_residual_strength(spread, flags.residual_schedule or "constant")
             if flags.residual_mode == "aligned" and flags.residual_target_layers and not flags.residual_rotations:
                 raise ValueError(NEEDS_ROTATIONS)
         if flags.controlnet_cond_image and not flags.controlnet_ckpt:
@@ -748,10 +960,14 @@ class Flags:
         return flags
 
     def seeds(self, prompts: int) -> list[int]:
-        """One seed per picture. Without a seed_type: fixed where a seed is given, else rand."""
-        seed_type = self.seed_type or ("rand" if self.seed is None else "fixed")
+        """One seed per picture."""
         seed = DEFAULT_SEED if self.seed is None else self.seed
-        return picture_seeds(seed, seed_type, prompts, self.num_images)
+        return picture_seeds(seed, self.kind_of_seeds, prompts, self.num_images)
+
+    @property
+    def kind_of_seeds(self) -> str:
+        """The seed_type; without one: fixed where a seed is given, else rand."""
+        return self.seed_type or ("rand" if self.seed is None else "fixed")
 
     def residual(self) -> dict[str, Any]:
         """The residual flags that were given, by their names without `residual_`; the file's name is not among them."""
@@ -764,16 +980,16 @@ NEEDS_ROTATIONS = (
 )
 
 READERS: dict[str, Callable[[str, Any], Any]] = {
-    "prompt": _text,
-    "model": _filled,
-    "out_dir": _filled,
-    "postfix": _text,
+    "prompt": read_text,
+    "model": read_path,
+    "out_dir": read_path,
+    "postfix": read_postfix,
     "seed": range_int(0, SEED_LIMIT - 1),
     "seed_type": _choice(SEED_TYPES),
     "sampler": _choice(SAMPLERS),
     "steps": range_int(1, 10_000),
     "cfg": lambda flag, value: read_float(flag, value, 0.0, 100.0),
-    "shift": lambda flag, value: read_float(flag, value, above=0.0),
+    "shift": read_shift,
     "width": read_size,
     "height": read_size,
     "controlnet_ckpt": _optional_path,
@@ -788,7 +1004,7 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "clip_g": _optional_path,
     "t5xxl": _optional_path,
     "text_encoder_device": read_device,
-    "residual_origin_layer": range_int(0),
+    "residual_origin_layer": read_layer,
     "residual_target_layers": read_layers,
     "residual_weights": read_weights,
     "residual_mode": _choice(RESIDUAL_MODES),
@@ -798,10 +1014,10 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "residual_branch": _choice(RESIDUAL_BRANCHES),
     "residual_rotations": _optional_path,
     "residual_config": _optional_path,
-    "negative_prompt": _text,
-    "num_images": range_int(1, 1_000_000),
+    "negative_prompt": read_text,
+    "num_images": range_int(1, MOST_PICTURES),
     "batch_size": range_int(1, 1024),
-    "controlnet_strength": read_float,
+    "controlnet_strength": read_weight,
     "device": read_device,
     "dtype": lambda flag, value: read_dtype(value),
     "no_t5": read_bool,
@@ -814,17 +1030,32 @@ READERS: dict[str, Callable[[str, Any], Any]] = {
     "cache": lambda flag, value: read_float(flag, value, 0.0, 1.0),
     "vae_tile": read_tile,
     "no_metadata": read_bool,
-    "replay": _filled,
+    "replay": read_path,
     "serve_stdin": read_bool,
     "self_check": read_bool,
     "list_models": read_bool,
 }
 
 
-def check_flag(name: str, readers: Mapping[str, Any] = READERS) -> None:
+# What --self_check goes with; it brings its own model and settings.
+SELF_CHECK = (
+    "self_check", "device", "text_encoder_device", "dtype", "weights", "compile", "offload", "t5_resident", "verbose",
+)  # fmt: skip
+
+
+def read_values(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Every value read by its flag's reader, None left out: what is used from then on. Raises ValueError for an unknown
+    flag and for every value out of its range; says nothing of how they go together.
+    """
+    for name in raw:
+        check_flag(name)
+    return {name: READERS[name](name, value) for name, value in raw.items() if value is not None}
+
+
+def check_flag(name: Any, readers: Mapping[str, Any] = READERS) -> None:
     """Raises ValueError with the nearest match where there is no such flag."""
     if name not in readers:
-        raise ValueError(f"--{name}: unknown flag{nearest(name, readers)} (--help lists all)")
+        raise ValueError(f"--{display(name)}: unknown flag{nearest(name, readers)} (--help lists all)")
 
 
 def read_arguments(
@@ -844,7 +1075,8 @@ def read_arguments(
         word = words.pop(0)
         if not word.startswith("--"):
             if bare is None or bare in out or word.startswith("-"):
-                raise ValueError(f"{word}: not understood; flags start with --, and lists with spaces need quotes")
+                told = "not understood; flags start with --, and lists with spaces need quotes"
+                raise ValueError(f"{display(word)}: {told}")
             out[bare] = word
             continue
         name, equals, value = word[2:].partition("=")
@@ -865,7 +1097,9 @@ def read_arguments(
 
 
 def _is_bool(word: str) -> bool:
-    return word.strip().lower() in ("true", "false", "1", "0", "yes", "no", "on", "off")
+    """Whether a word is a switch's value, or several parted by `;`, which a sweep takes."""
+    values = word.strip().lower().removesuffix(";").split(";")
+    return all(value.strip() in ("true", "false", "1", "0", "yes", "no", "on", "off") for value in values)
 
 
 # ---- from flags to pictures ----------------------------------------------------------------------
@@ -910,13 +1144,21 @@ def resolve(
 
 
 def picture_seeds(seed: int, seed_type: str, prompts: int, num_images: int) -> list[int]:
-    """One seed per picture, prompt by prompt.
+    """One seed per picture, prompt by prompt; raises ValueError for values out of their ranges.
 
-    fixed: every prompt starts at `seed`, its further images count up; roll: counts up over all pictures; rand: drawn.
+    fixed: every prompt starts at `seed`, its further images count up; roll: counts up over all pictures; rand: drawn,
+    no two of them the same.
     """
+    read = read_values({"seed": seed, "seed_type": seed_type, "num_images": num_images})
+    seed, seed_type, num_images = read["seed"], read["seed_type"], read["num_images"]
+    count = prompts * num_images
+    if count > MOST_PICTURES:
+        raise ValueError(
+            f"--num_images {num_images}: for {prompts:,} prompts these are {count:,} pictures; "
+            f"at most {MOST_PICTURES:,}"
+        )
     if seed_type == "rand":
-        draw = random.SystemRandom()
-        return [draw.randrange(RANDOM_SEEDS) for _ in range(prompts * num_images)]
+        return random.SystemRandom().sample(range(RANDOM_SEEDS), count)
     if seed_type == "roll":
-        return [(seed + i) % SEED_LIMIT for i in range(prompts * num_images)]
+        return [(seed + i) % SEED_LIMIT for i in range(count)]
     return [(seed + i) % SEED_LIMIT for _ in range(prompts) for i in range(num_images)]

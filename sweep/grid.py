@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,18 +11,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from foreign import check_file, reading
 from settings import (
     DEFAULT_SEED,
+    MOST_PICTURES,
     READERS,
     SEED_LIMIT,
     Flags,
     base_name,
     check_flag,
+    display,
     read_int,
     read_jsonl,
     read_layers,
     read_list,
+    read_path,
     read_prompts,
+    read_text,
 )
 
 NO_PLACE = {
@@ -40,8 +46,7 @@ NO_PLACE = {
 SWEPT = {name: reader for name, reader in READERS.items() if name not in NO_PLACE}
 WHOLE = ("prompt", "negative_prompt", "seed")  # `;` has no meaning in these
 LISTS = ("residual_target_layers", "residual_weights")
-MOST_SEEDS = 100_000
-MOST_PICTURES = 1_000_000
+MOST_SEEDS = MOST_PICTURES
 OFF = "off"
 
 
@@ -81,13 +86,39 @@ class Grid:
         check_names(values)
         if prompts is None:
             prompts = read_axis_prompts(values.get("prompt"))
+        prompts = tuple(dict.fromkeys(prompts))
         seeds = read_seeds(values.get("seed", DEFAULT_SEED))
         axes = {n: alternatives(n, v) for n, v in values.items() if n not in ("prompt", "seed")}
+        for flag, items in [*axes.items(), *((n, [v]) for flags in named.values() for n, v in flags.items())]:
+            for item in items:
+                SWEPT[flag](flag, item)
+        each = len(prompts) * len(seeds)
+        check_count(each * count_variants(axes, named))  # before any of them is built
         variants = cross(axes, named)
-        count = len(prompts) * len(seeds) * len(variants)
-        if count > MOST_PICTURES:
-            raise ValueError(f"this grid has {count:,} pictures; at most {MOST_PICTURES:,}")
-        return cls(tuple(dict.fromkeys(prompts)), seeds, variants)
+        check_count(each * len(variants))
+        return cls(prompts, seeds, variants)
+
+
+def check_count(pictures: int) -> None:
+    """Raises ValueError for a grid of too many pictures."""
+    if pictures > MOST_PICTURES:
+        raise ValueError(f"this grid has {pictures:,} pictures; at most {MOST_PICTURES:,}")
+
+
+def count_variants(axes: Mapping[str, Sequence[Any]], named: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many variants `cross` makes, by multiplication, without those that it adds for named variants to be compared
+    with.
+    """
+    product = lambda names: math.prod(len(axes[n]) for n in names)  # noqa: E731
+    plain = [n for n in axes if not is_residual(n)]
+    residual = [n for n in axes if is_residual(n)]
+    off = 0
+    if "residual_config" not in axes:
+        targets = axes.get("residual_target_layers", [None])
+        others = (n for n in residual if n != "residual_target_layers")
+        off = sum(not read_layers("residual_target_layers", t) for t in targets) * product(others)
+    mixed = product(residual) - off if residual else 0
+    return product(plain) * (1 + mixed) + sum(product(n for n in plain if n not in flags) for flags in named.values())
 
 
 def check_names(values: Iterable[str]) -> None:
@@ -104,18 +135,17 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         import yaml
     except ImportError:
         raise ValueError("--grid: needs PyYAML; get it with: pip install -r requirements-sweep.txt") from None
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--grid {path}: no such file")
-    try:
+    path = read_path("grid", path)
+    check_file(f"--grid {path}", path)
+    with reading(f"--grid {path}", "cannot be read as YAML"):
         values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"--grid {path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise ValueError(f"--grid {path}: must name flags and their values, such as `seed: 0-3`")
     named = values.pop("variants", None) or {}
     if not isinstance(named, dict) or not all(isinstance(v, dict) for v in named.values()):
         raise ValueError(f"--grid {path}: variants must be names with flags below them")
     for name, flags in named.items():
+        read_text("grid", name)
         if name.strip().lower() in (OFF, ""):
             raise ValueError(f"--grid {path}: a variant {name!r} cannot be named so; off is always there")
         check_names(flags)
@@ -123,8 +153,10 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
             if flag in flags:
                 raise ValueError(f"--grid {path}: {name}: {flag} cannot differ between variants")
         for flag, value in flags.items():
-            if len(alternatives(flag, value)) != 1:
+            items = alternatives(flag, value)
+            if len(items) != 1:
                 raise ValueError(f"--grid {path}: {name}: {flag} must have one value in a named variant")
+            flags[flag] = items[0]
     return values, named
 
 
@@ -133,8 +165,7 @@ def alternatives(flag: str, value: Any) -> list[Any]:
     the flags that take lists.
     """
     if isinstance(value, (list, tuple)):
-        plain = all(not isinstance(v, (list, tuple)) and re.fullmatch(r"\s*-?[\d.]+\s*", str(v)) for v in value)
-        items = [value] if flag in LISTS and plain else list(value)
+        items = [value] if flag in LISTS and all(map(_is_number, value)) else list(value)
     elif isinstance(value, str) and ";" in value and flag not in WHOLE:
         items = [part.strip() for part in value.split(";")]
         items = items[:-1] if items[-1] == "" else items
@@ -145,17 +176,28 @@ def alternatives(flag: str, value: Any) -> list[Any]:
     return items
 
 
+def _is_number(value: Any) -> bool:
+    if not isinstance(value, str):
+        return isinstance(value, (int, float))
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
 def read_axis_prompts(value: Any) -> list[str]:
     """Prompts from a text, a .txt or .jsonl file, or a list of texts; raises ValueError or FileNotFoundError."""
     if value is None:
         raise ValueError("--prompt: is needed: a text, or a .txt file with one prompt a line")
     if isinstance(value, (list, tuple)):
-        if not value or not all(isinstance(v, str) and v.strip() for v in value):
+        texts = [read_text("prompt", v) for v in value]
+        if not texts or not all(text.strip() for text in texts):
             raise ValueError("--prompt: must be texts")
-        return list(value)
-    if str(value).endswith(".jsonl"):
+        return texts
+    if read_text("prompt", value).lower().endswith(".jsonl"):
         form = '{"prompt": "..."}'
-        return [row["prompt"] for row in read_jsonl("prompt", str(value), lambda r: isinstance(r["prompt"], str), form)]
+        return [row["prompt"] for row in read_jsonl("prompt", value, lambda r: isinstance(r["prompt"], str), form)]
     return read_prompts(value)[0]
 
 
@@ -164,12 +206,15 @@ def read_seeds(value: Any) -> tuple[int, ...]:
     items = value.split(";") if isinstance(value, str) else value
     seeds: dict[int, None] = {}
     for item in read_list("seed", items):
-        match = re.fullmatch(r"(\d+)-(\d+)", str(item))
-        first, last = (int(match[1]), int(match[2])) if match else (item, item)
-        first, last = (read_int("seed", n, 0, SEED_LIMIT - 1) for n in (first, last))
+        match = re.fullmatch(r"([0-9]+)-([0-9]+)", item) if isinstance(item, str) else None
+        ends = (match[1], match[2]) if match else (item, item)
+        first, last = (read_int("seed", n, 0, SEED_LIMIT - 1) for n in ends)
         if last < first or last - first >= MOST_SEEDS:
-            raise ValueError(f"--seed {item}: a range counts up, such as 0-3, and has at most {MOST_SEEDS:,} seeds")
+            told = f"a range counts up, such as 0-3, and has at most {MOST_SEEDS:,} seeds"
+            raise ValueError(f"--seed {display(item)}: {told}")
         seeds |= dict.fromkeys(range(first, last + 1))
+        if len(seeds) > MOST_SEEDS:
+            raise ValueError(f"--seed: names more than {MOST_SEEDS:,} seeds")
     if not seeds:
         raise ValueError("--seed: names no seed")
     return tuple(seeds)
@@ -187,22 +232,25 @@ def cross(axes: Mapping[str, Sequence[Any]], named: Mapping[str, Mapping[str, An
     plain = {n: v for n, v in axes.items() if not is_residual(n)}
     residual = {n: v for n, v in axes.items() if is_residual(n)}
     out: dict[str, Variant] = {}
+    baselines: dict[str, str] = {}  # names of the off variants by their settings
+    numbers: dict[str, int] = {}  # how many variants have a label
 
     def add(label: str, raw: dict[str, Any], baseline: str | None) -> str:
         Flags.read(raw)
-        name, number = label, 2
+        name = label
         while name in out:
-            name, number = f"{label} ({number})", number + 1
+            numbers[label] = numbers.get(label, 1) + 1
+            name = f"{label} ({numbers[label]})"
         out[name] = Variant(name, raw, baseline)
         return name
 
     def off(raw: Mapping[str, Any]) -> str:
         """The name of the baseline for settings, which is added where it is not there yet."""
         own = {n: v for n, v in raw.items() if not is_residual(n)}
-        for variant in out.values():
-            if variant.baseline is None and dict(variant.raw) == own:
-                return variant.name
-        return add(", ".join([OFF, *labels(own, plain)]), own, None)
+        key = repr(sorted(own.items()))
+        if key not in baselines:
+            baselines[key] = add(", ".join([OFF, *labels(own, plain)]), own, None)
+        return baselines[key]
 
     for raw in combinations(plain):
         off(raw)
@@ -234,7 +282,7 @@ def labels(raw: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> list[st
 
 def residual_label(raw: Mapping[str, Any]) -> str:
     """`[MODE:]ORIGIN:TARGETS:WEIGHTS` and what else is set, or off."""
-    if "residual_config" not in raw and not read_layers("targets", raw.get("residual_target_layers")):
+    if "residual_config" not in raw and not read_layers("residual_target_layers", raw.get("residual_target_layers")):
         return OFF
     text = {n.removeprefix("residual_"): _spelt(v) for n, v in raw.items() if is_residual(n)}
     out = [base_name(text.pop("config"))] if "config" in text else []

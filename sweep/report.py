@@ -22,6 +22,15 @@ EVERY = 3.0  # seconds between writes while a sweep runs, at least
 HIDDEN = ("prompt", "seed")
 
 
+def cell(value: Any) -> Any:
+    """A value as a cell of a CSV file: a text that a spreadsheet would run as a formula begins with `'`, which marks it
+    as text there.
+    """
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{value}"
+    return "" if value is None else value
+
+
 class Report:
     """Grows as pictures are finished; `write` brings the files up to date."""
 
@@ -138,7 +147,7 @@ class Report:
         text = io.StringIO()
         writer = csv.DictWriter(text, list(lines[0]) if lines else ["file"], lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: "" if v is None else v for k, v in line.items()} for line in lines)
+        writer.writerows({k: cell(v) for k, v in line.items()} for line in lines)
         saving.atomic_write(self.folder.path / name, lambda f: f.write(text.getvalue().encode()))
 
     def write_sheets(self) -> None:

@@ -134,7 +134,7 @@ BAD_FLAGS = [
     (["--steps", "2.5"], "--steps 2.5: must be a whole number"),
     (["--cfg", "-1"], "--cfg -1: must be from 0"),
     (["--cfg", "nan"], "--cfg nan: must be a number"),
-    (["--shift", "0"], "--shift 0: must be greater than 0"),
+    (["--shift", "0"], "--shift 0: must be from 0.001 to 1000"),
     (["--denoise", "1.5"], "--denoise 1.5: must be from 0.0 to 1.0"),
     (["--width", "100"], "--width 100: must be a multiple of 16, such as 96 or 112"),
     (["--height", "0"], "--height 0: must be at least 16"),
@@ -560,7 +560,8 @@ def test_settings_hash_is_of_the_values_alone():
         ("..", "__"),
         ("x" * 80, "x" * 50),
         ("naïve 東京", "naïve_東京"),
-        ("a/b", "b"),
+        ("a/b", "a_b"),
+        ("portrait of a cat, f/1.8, 35mm", "portrait_of_a_cat__f_1.8__35mm"),
         ("a/", "a_"),
     ],
 )
