@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
+HALF = $(VENV)/.half-made
 NEEDS = requirements.txt requirements-demo.txt requirements-diffusers.txt requirements-plots.txt \
 	requirements-sweep.txt requirements-ray.txt requirements-dev.txt
 
@@ -11,8 +12,10 @@ NEEDS = requirements.txt requirements-demo.txt requirements-diffusers.txt requir
 setup: $(STAMP)
 
 $(STAMP): $(NEEDS)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check $(NEEDS:%=-r %)
+	{ test ! -e $(HALF) && $(BIN)/python -m pip --version >/dev/null 2>&1; } || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	touch $(HALF)
+	$(BIN)/python -m pip install --disable-pip-version-check $(NEEDS:%=-r %) || { rm -f $(HALF); exit 1; }
+	rm -f $(HALF)
 	touch $(STAMP)
 
 test: setup

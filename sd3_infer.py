@@ -8,6 +8,11 @@ from __future__ import annotations
 import os
 import sys
 
+import shell_streams
+
+if __name__ == "__main__":
+    shell_streams.begin()
+
 from settings import Flags, read_arguments
 
 # Large pages for torch's memory on a CPU, where the system grants them on request: most of the time that loading takes
@@ -29,11 +34,14 @@ if __name__ == "__main__" and not {"--help", "-h"} & set(sys.argv[1:]):
         if "replay" not in raw:  # else they are checked together with the picture's own
             Flags.read(raw)
     except USER_ERRORS as early:
-        sys.exit(fail(early))
+        with shell_streams.bearing():
+            status = fail(early)
+        sys.exit(status)
 
 import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
 import datetime  # noqa: E402
+import errno  # noqa: E402
 import functools  # noqa: E402
 import inspect  # noqa: E402
 import math  # noqa: E402
@@ -45,7 +53,7 @@ import time  # noqa: E402
 import warnings  # noqa: E402
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from typing import IO, Any, TypeVar  # noqa: E402
 
 import fire  # noqa: E402
 import numpy as np  # noqa: E402
@@ -112,11 +120,14 @@ from settings import (  # noqa: E402
     read_values,
     resolve,
 )
+from unchanged import Stamp, Unchanged, stamp  # noqa: E402
 from vae import VAE, VAEConfig  # noqa: E402
 from weights import can_pack, hold_linears  # noqa: E402
 
 __all__ = ["SD3Inferencer", "build_residual_config", "choose_device", "choose_dtype", "main"]
 
+TEXTS_AT_ONCE = 256  # encoded prompts that are held in memory: 1.3 MB each at SD3's size
+MOST_SAID = 1000  # lines that are remembered, to be said once
 RESIDUAL_FILE = "residual.json"  # in every run's folder, as --residual_config reads it
 VAE_TILE = 576  # pixels, where a picture is too large to be decoded whole: 1024 and 2048 divide well with the overlap
 CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
@@ -303,6 +314,58 @@ def check_finite(x: Tensor, what: str, dtype: torch.dtype, cause: Callable[[], s
         raise ValueError(f"{what} became NaN or infinite in {name}; no picture is saved; {advice}")
 
 
+# ---- what no flag is to blame for ----------------------------------------------------------------
+
+
+class OutOfMemory(MemoryError):
+    """Memory ran out; the text says while doing what, and which flags to turn down."""
+
+
+NO_MEMORY = (
+    "can't allocate memory", "cannot allocate memory", "not enough memory", "out of memory", "std::bad_alloc",
+    "failed to allocate",
+)  # fmt: skip
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch has a type for that on GPUs only."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    foreign = isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
+    return foreign and any(sign in str(error).lower() for sign in NO_MEMORY)
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What an error says, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
+@contextlib.contextmanager
+def explained(doing: str, turn: str) -> Iterator[None]:
+    """Turns what torch raises without saying what to do about it into one line.
+
+    turn: the flags to turn down where memory runs out. Raises `OutOfMemory`, and ValueError where nothing can be
+    compiled.
+    """
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise OutOfMemory(f"out of memory while {doing}; try {turn} ({one_line(error)})") from None
+        if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            why = lines[0] if lines else type(error).__name__
+            raise ValueError(
+                f"--compile: the blocks cannot be compiled here ({why[:300]}); leave it out, or install a compiler"
+            ) from None
+        raise
+
+
 # ---- the engine ----------------------------------------------------------------------------------
 
 
@@ -333,8 +396,8 @@ class SD3Inferencer:
     """
 
     def __init__(self) -> None:
-        self.quiet = False
-        self._said: set[str] = set()
+        self.quiet = sys.stderr is None  # as in programs without a console
+        self._said: dict[str, None] = {}
         self._forget()
 
     def __getattr__(self, name: str) -> Any:
@@ -362,12 +425,16 @@ class SD3Inferencer:
         self.notes: list[str] = []  # of the last `plan`
         self.as_given: dict[str, Any] = {}  # fields of the last `plan` that had no effect, as they were given
         self._damage: str | None = None  # see `damage`
+        self.files = Unchanged()  # all that this engine was loaded from
 
     def say(self, text: str, once: bool = False) -> None:
         """A line for the person at the shell, above any progress bar."""
         if once and text in self._said:
             return
-        self._said.add(text)
+        if once:
+            while len(self._said) >= MOST_SAID:
+                self._said.pop(next(iter(self._said)))
+            self._said[text] = None
         if not self.quiet:
             tqdm.write(text, file=sys.stderr)
 
@@ -430,6 +497,7 @@ class SD3Inferencer:
         no_t5, t5_resident, offload = (read.get(name, False) for name in ("no_t5", "t5_resident", "offload"))
         weights, compile = read.get("weights", "full"), read.get("compile", False)
         device, text_encoder_device = (read.get(name, "auto") for name in ("device", "text_encoder_device"))
+        early = {Path(path): stamp(path) for path in (model, vae, controlnet_ckpt) if path}
         self.device = choose_device(device)
         same = text_encoder_device == "auto"
         self.encoder_device = self.device if same else choose_device(text_encoder_device, "text_encoder_device")
@@ -451,6 +519,7 @@ class SD3Inferencer:
         if load_tokenizers:
             self._open_encoders({"clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl})
             self.embed_cache = self._open_embed_cache(embed_cache) if embed_cache else None
+        self.files = self._opened(early, load_tokenizers)
         self.defaults, _ = resolve(Flags(model=model, shift=shift), self.model_file.metadata, self.large_controlnet)
         self.shift = self.defaults["shift"]
         if verbose:
@@ -537,13 +606,32 @@ class SD3Inferencer:
             self.t5_tokenizer = T5Tokenizer(self.tokenizer_folders["t5"], rows=rows)
         self.positions = min(clip_l.positions, clip_g.positions)  # their tokens lie side by side
 
-    def _open_embed_cache(self, folder: str) -> EmbedCache:
+    def text_files(self) -> dict[str, set[Path]]:
+        """The files that decide how text is encoded, by encoder and tokenizer."""
         files = {}
         for role, part in self.encoder_parts.items():
             files[role] = {e.path for name, e in part.file.entries.items() if name.startswith(part.prefix)}
         for kind, place in self.tokenizer_folders.items():
             names = {name for names in checkpoint.TOKENIZER_FILES[kind] for name in names}
             files[f"{kind} tokenizer"] = {place / name for name in names if (place / name).is_file()}
+        return files
+
+    def _opened(self, early: Mapping[Path, Stamp | None], text: bool) -> Unchanged:
+        """Everything that was opened; early: stamps from before that, by path."""
+        files = Unchanged()
+        parts = {"model": self.mmdit_part, "vae": self.vae_part, "controlnet_ckpt": self.controlnet_part}
+        own = {entry.path for entry in self.model_file.entries.values()}
+        for flag, part in parts.items():
+            for path in sorted({e.path for e in part.file.entries.values()} if part else ()):
+                if flag == "model" or path not in own:
+                    files.add(f"--{flag} {path}", path, early.get(path))
+        for role, paths in self.text_files().items() if text else ():
+            for path in sorted(paths - own):
+                files.add(f"{role} {path}", path)
+        return files
+
+    def _open_embed_cache(self, folder: str) -> EmbedCache:
+        files = self.text_files()
         dtype, positions, config = encoder_dtype(self.dtype), self.positions, self.config
         how = {
             "dtype": str(dtype),
@@ -630,6 +718,10 @@ class SD3Inferencer:
         its neighbours. Each encoder is read, used for all and dropped before the next.
         """
         keys = [k for k in dict.fromkeys(wanted) if k not in self._cond]
+        with explained("encoding prompts", "--text_encoder_device cpu, --no_t5 True, or fewer prompts at a time"):
+            self._encode(keys)
+
+    def _encode(self, keys: list[tuple[str, int]]) -> None:
         if self.embed_cache is not None:
             known = {key: text for key in keys if (text := self.embed_cache.read(*key)) is not None}
             self.know_text(known)
@@ -644,6 +736,8 @@ class SD3Inferencer:
                 clip[role] = self._run_clip(role, prompts, dtype)
         with self.timed("loading and running t5xxl"):
             t5 = self._run_t5(keys, dtype)
+        if self.embed_cache is not None:
+            self.files.check()  # an entry says which files made it
         for key in keys:
             (hidden_l, pooled_l), (hidden_g, pooled_g) = clip["clip_l"][key[0]], clip["clip_g"][key[0]]
             context = join_text(hidden_l, hidden_g, t5[key])
@@ -729,7 +823,9 @@ class SD3Inferencer:
 
     def _load(self, part: Part, model: nn.Module, what: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
         size = sum(p.numel() for p in model.parameters()) * torch.empty((), dtype=dtype).element_size()
-        with self.timed(f"loading {what}"), byte_bar(f"loading {what}", size, self.quiet) as progress:
+        turn = "--weights int8, --dtype bfloat16 or, with a GPU, --offload True"
+        bar = byte_bar(f"loading {what}", size, self.quiet)
+        with explained(f"loading the {what}", turn), self.timed(f"loading {what}"), bar as progress:
             return part.load_into(model, device, dtype, progress)
 
     def damage(self) -> str:
@@ -966,7 +1062,7 @@ class SD3Inferencer:
         """
         if config.mode != "aligned" or not config.active or config.rotations is None:
             return None
-        key = (config.rotations, config.origin, config.targets)
+        key = (config.rotations, config.origin, config.targets, stamp(config.rotations))
         if self._rotations is None or self._rotations[0] != key:
             self._rotations = (key, read_rotations(config.rotations, config, self.config.width))
         return self._rotations[1]
@@ -1003,23 +1099,32 @@ class SD3Inferencer:
 
         The settings' batch_size is then the number of rows that ran at once. pad_batch: fills a partial batch up to
         batch_size, so that a picture does not depend, in its last bits, on how many were made with it.
-        All prompts are encoded first. Raises ValueError before any weights load where a setting does not fit the
-        model, and where a latent turns NaN or infinite.
+        Prompts are encoded `TEXTS_AT_ONCE` at a time, before the pictures of them. Raises ValueError before any weights
+        load where a setting does not fit the model, and where a latent turns NaN or infinite.
         """
         for s in pictures:
             self.check_settings(s)
         images = open_images(pictures)
-        self.encode([text for s in pictures for text in self.texts(s)])
-        self.get_mmdit()
-        self.get_controlnet()
-        for batch in self.batches(pictures):
-            numbers, settings = zip(*batch, strict=True)
-            more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
-            what = f"picture {numbers[0] + 1}/{len(pictures)}{more}"
-            for number, made in zip(numbers, self.make_batch(settings, images, what, pad_batch), strict=True):
-                if isinstance(made[1], ValueError):
-                    raise made[1]
-                yield number, *made
+        for group in in_groups(self.batches(pictures), lambda batch: [t for _, s in batch for t in self.texts(s)]):
+            self.encode_only([text for batch in group for _, s in batch for text in self.texts(s)])
+            self.get_mmdit()
+            self.get_controlnet()
+            for batch in group:
+                numbers, settings = zip(*batch, strict=True)
+                more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
+                what = f"picture {numbers[0] + 1}/{len(pictures)}{more}"
+                for number, made in zip(numbers, self.make_batch(settings, images, what, pad_batch), strict=True):
+                    if isinstance(made[1], ValueError):
+                        self.files.check()  # weights that another program overwrites become NaN, too
+                        raise made[1]
+                    yield number, *made
+
+    def encode_only(self, wanted: Sequence[tuple[str, int]], most: int = TEXTS_AT_ONCE) -> None:
+        """As `encode`; where more than `most` texts would be held then, drops those that are not wanted."""
+        if len(self._cond.keys() | set(wanted)) > most:
+            keep = set(wanted)
+            self._cond = {key: text for key, text in self._cond.items() if key in keep}
+        self.encode(wanted)
 
     def texts(self, s: Settings) -> list[tuple[str, int]]:
         """What has to be encoded for a picture: (prompt, T5 length), see `encode`."""
@@ -1038,13 +1143,15 @@ class SD3Inferencer:
         images: see `sample`; pad_batch: see `make`.
         """
         rows = batch[0].batch_size if pad_batch else len(batch)
-        latents = self.sample([*batch, *[batch[-1]] * (rows - len(batch))], images, what)
+        turn = "a smaller --width or --height" if rows == 1 else "a smaller --batch_size, --width or --height"
+        with explained("sampling", turn):
+            latents = self.sample([*batch, *[batch[-1]] * (rows - len(batch))], images, what)
         self.get_vae()
         for s, latent in zip(batch, latents[: len(batch)], strict=True):
             s = dataclasses.replace(s, batch_size=rows)
             try:
                 check_finite(latent, "the latent", self.dtype, self.damage)
-                with self.timed("decoding"):
+                with self.timed("decoding"), explained("decoding", "a smaller --vae_tile, --width or --height"):
                     image = self.vae_decode(latent[None], s.vae_tile)
             except ValueError as error:
                 yield s, error
@@ -1182,18 +1289,19 @@ class SD3Inferencer:
             **values,
             **residual_settings(residual),
         )
-        for s in pictures[:1]:  # they differ in prompt and seed only
-            self.check_settings(s)
-            open_images([s])
+        given = dataclasses.replace(pictures[0], **self.as_given)  # the others differ in prompt and seed only
+        self.check_settings(given)
+        open_images([given])
         pad_batch, out_dir = flags.pad_batch, flags.out_dir
         saving.check_writable(out_dir)
         folder = Path(out_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        made_with = MadeWith(self, pictures[0]) if with_metadata else None
+        made_with = MadeWith(self, pictures[0], hashed=with_metadata)
         paths = []
         for number, settings, image in self.make(pictures, pad_batch):
+            known = made_with.wait()
             paths.append(folder / f"{number:06d}.png")
-            saving.save_picture(paths[-1], image, settings, made_with and made_with.wait())
+            saving.save_picture(paths[-1], image, settings, known if with_metadata else None)
         return paths
 
     def plan(self, prompts: Sequence[str], seeds: Sequence[int], **values: Any) -> list[Settings]:
@@ -1238,6 +1346,26 @@ class SD3Inferencer:
             return ""
         named = ", ".join(f'"{w}"' for w in unknown[:8])
         return f"note: this small model never saw {named}; it knows: {' '.join(known)}"
+
+
+Batch = TypeVar("Batch")
+
+
+def in_groups(
+    batches: Iterable[Batch], texts: Callable[[Batch], Iterable[tuple[str, int]]], most: int = TEXTS_AT_ONCE
+) -> Iterator[list[Batch]]:
+    """Batches in order, in groups of as many as have at most `most` different texts, but at least one batch."""
+    group: list[Batch] = []
+    of_group: set[tuple[str, int]] = set()
+    for batch in batches:
+        own = set(texts(batch))
+        if group and len(of_group | own) > most:
+            yield group
+            group, of_group = [], set()
+        group.append(batch)
+        of_group |= own
+    if group:
+        yield group
 
 
 def _short(prompt: str) -> str:
@@ -1303,17 +1431,28 @@ def _sha256(path: Path) -> str:
     return file_sha256(*path.rglob("*.safetensors")) if path.is_dir() else file_sha256(path)
 
 
+IMAGES_AND_ROTATIONS = ("init_image", "controlnet_cond_image", "residual_rotations")  # files that `load` does not open
+
+
 class MadeWith:
     """What pictures are made with beside their settings: hashes of the files, text encoders and the device. The
     hashes are computed while the first picture is made.
+
+    Made before the files that the settings name are read: one that changes after that is noticed.
     """
 
-    def __init__(self, engine: SD3Inferencer, settings: Settings):
+    def __init__(self, engine: SD3Inferencer, settings: Settings, hashed: bool = True):
+        """hashed: whether there is to be a record at all; else files are only watched."""
         self.engine, self.settings = engine, settings
         self.value: dict[str, Any] = {}
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
+        self.files = Unchanged()
+        for name in IMAGES_AND_ROTATIONS:
+            if path := getattr(settings, name):
+                self.files.add(f"--{name} {path}", path)
+        self.thread = threading.Thread(target=self._run, daemon=True) if hashed else None
+        if self.thread:
+            self.thread.start()
 
     def _run(self) -> None:
         try:
@@ -1328,9 +1467,24 @@ class MadeWith:
         except BaseException as error:  # handed to whoever waits
             self.error = error
 
+    def check(self) -> None:
+        """Raises `Changed` where a file is not what it was when it was opened."""
+        self.engine.files.check()
+        self.files.check()
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 of the files by the names of their flags, once they are there."""
+        if self.thread:
+            self.thread.join()
+        return {"model": self.value["model_sha256"], **self.value.get("files", {})} if self.value else {}
+
     def wait(self) -> dict[str, Any]:
-        """The record, once it is there; raises OSError where a file could not be read."""
-        self.thread.join()
+        """The record of a picture that is to be kept, once it is there; raises `Changed` as `check` does, and OSError
+        where a file could not be read.
+        """
+        if self.thread:
+            self.thread.join()
+        self.check()  # after the hashes: they are then of what was opened
         if self.error is not None:
             raise self.error
         return self.value
@@ -1486,30 +1640,22 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
         engine.say(drawn_seeds([s.seed for s in pictures]))
     folder = saving.make_folder(Path(flags.out_dir) / models_folder_name(flags), name, flags.postfix)
     record = RunRecord(folder, flags, given, len(pictures), engine)
-    saving.write_json(folder / RESIDUAL_FILE, residual.as_file(folder))
-    made_with = None if flags.no_metadata and not replay else MadeWith(engine, pictures[0])
+    record.beside[RESIDUAL_FILE] = residual.as_file(folder)
+    made_with = MadeWith(engine, pictures[0], hashed=bool(replay) or not flags.no_metadata)
     try:
-        for number, settings, image in engine.make(pictures, flags.pad_batch):
-            path = folder / f"{number:06d}.png"
-            known = made_with.wait() if made_with else {}
-            saving.save_picture(path, image, settings, None if flags.no_metadata else known)
-            record.add(path, settings, known)
-            tqdm.write(str(path))
-            if replay and number == 0:
-                for line in replay.report(image, settings, known):
-                    engine.say(line)
-        record.status = "finished"
+        with record.kept():
+            for number, settings, image in engine.make(pictures, flags.pad_batch):
+                path = folder / f"{number:06d}.png"
+                known = made_with.wait()
+                saving.save_picture(path, image, settings, None if flags.no_metadata else known)
+                record.add(path, settings, known)
+                tqdm.write(str(path))
+                if replay and number == 0:
+                    for line in replay.report(image, settings, known):
+                        engine.say(line)
     except (KeyboardInterrupt, Stopped):
-        record.status = "stopped"
-        engine.say(f"stopped: {len(record.pictures)} of {len(pictures)} pictures are kept in {folder}")
+        engine.say(f"stopped: {record.count} of {len(pictures)} pictures are kept in {folder}")
         raise
-    except BaseException:
-        record.status = "failed"
-        raise
-    finally:
-        record.write()
-        if not record.pictures and record.status != "finished":
-            record.discard()
     seconds = time.time() - started
     if flags.verbose:
         engine.say(", ".join(f"{name} {spent:.1f} s" for name, spent in engine.stages.items()))
@@ -1533,29 +1679,63 @@ def models_folder_name(flags: Flags) -> str:
 
 
 class RunRecord:
-    """`run.json`: the whole run, kept up to date while it goes."""
+    """`run.json`: the whole run. While it goes on, every picture is added to `pictures.jsonl` as soon as it is there,
+    and run.json brought up to date now and then; in the end run.json has all, and the other one goes.
+    """
 
-    EVERY = 5.0  # seconds between writes
+    EVERY = 5.0  # seconds between writes, at least
+    LINES = "pictures.jsonl"
 
     def __init__(self, folder: Path, flags: Flags, given: Sequence[str], total: int, engine: SD3Inferencer):
         self.folder = folder
         self.engine = engine
         self.status = "running"
-        self.pictures: list[dict[str, Any]] = []
+        self.count = 0
         self.made_with: dict[str, Any] = {}
+        self.beside: dict[str, Any] = {}  # further files by name, written with the first picture
+        self.waiting: list[dict[str, Any]] = []  # pictures that could not be noted yet
         self.started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        self.start = self.written = time.time()
+        self.start = time.time()
+        self.written = self.cost = 0.0
         self.flags, self.given, self.total = flags, list(given), total
 
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Around the making of the pictures: writes the record in the end, however that comes about. A folder that
+        holds no picture goes.
+        """
+        try:
+            yield
+            self.status = "finished"
+        except BaseException as error:
+            self.status = "stopped" if isinstance(error, (KeyboardInterrupt, Stopped)) else "failed"
+            with contextlib.suppress(OSError):  # the first error is the one to be told
+                self.end()
+            raise
+        self.end()
+
     def add(self, path: Path, settings: Settings, made_with: dict[str, Any]) -> None:
-        """Notes a finished picture."""
+        """Notes a finished picture. A full disk is told when the next picture, or the last record, needs it."""
         self.made_with = made_with
-        self.pictures.append({"file": path.name, "settings": settings.public()})
-        if time.time() - self.written > self.EVERY:
-            self.write()
+        self.count += 1
+        self.total = max(self.total, self.count)
+        self.waiting.append({"file": path.name, "settings": settings.public()})
+        with contextlib.suppress(OSError):
+            self._note()
+            if time.time() - self.written > max(self.EVERY, 20 * self.cost):
+                self.write()
+
+    def _note(self) -> None:
+        while self.waiting:
+            saving.append_line(self.folder / self.LINES, self.waiting[0])
+            self.waiting.pop(0)
 
     def write(self) -> None:
-        """Writes run.json."""
+        """Writes run.json, and what belongs beside it; raises OSError naming what cannot be written."""
+        start = time.time()
+        for name, value in self.beside.items():
+            if not (self.folder / name).exists():
+                saving.write_json(self.folder / name, value)
         record = {
             "status": self.status,
             "started": self.started,
@@ -1568,15 +1748,40 @@ class RunRecord:
             **self.made_with,
             "versions": saving.versions(),
             "planned": self.total,
-            "pictures": self.pictures,
         }
-        saving.write_json(self.folder / "run.json", record)
+        head = saving.json_bytes(record, indent=1).removesuffix(b"\n}")
+        saving.atomic_write(self.folder / "run.json", lambda f: self._write(f, head))
         self.written = time.time()
+        self.cost = self.written - start
+
+    def _write(self, file: IO[bytes], head: bytes) -> None:
+        """The record with its pictures, which are never all in memory: a server makes any number."""
+        file.write(head + b',\n "pictures": [')
+        between = b"\n  "
+        for line in self._lines():
+            file.write(between + line)
+            between = b",\n  "
+        file.write(b"\n ]\n}\n")
+
+    def _lines(self) -> Iterator[bytes]:
+        if (self.folder / self.LINES).exists():
+            with open(self.folder / self.LINES, "rb") as f:
+                yield from (line.rstrip(b"\n") for line in f if line.strip())
+        yield from map(saving.json_bytes, self.waiting)
+
+    def end(self) -> None:
+        """Writes the whole record, or takes the folder away if it holds no picture."""
+        if not self.count:
+            self.discard()
+            return
+        self.write()
+        with contextlib.suppress(OSError):
+            (self.folder / self.LINES).unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Takes a folder away that holds no picture."""
         with contextlib.suppress(OSError):
-            for name in ("run.json", RESIDUAL_FILE):
+            for name in ("run.json", self.LINES, *self.beside):
                 (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()
 
@@ -1759,26 +1964,31 @@ def guarded(work: Callable[[], Any], smaller: str) -> int:
     if threading.current_thread() is threading.main_thread():
         previous = signal.signal(signal.SIGTERM, _stop)
     try:
-        with warnings.catch_warnings():
+        with shell_streams.bearing(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             work()
         return 0
-    except USER_ERRORS as error:
-        return fail(error)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        print(f"error: out of memory; try a smaller {smaller} ({error})", file=sys.stderr)
-        return 1
     except SelfCheckFailed:
         return 1
     except KeyboardInterrupt:
-        return 130
+        return shell_streams.INTERRUPTED
     except Stopped:
-        return 143
+        return shell_streams.TERMINATED
+    except Exception as error:
+        with shell_streams.bearing():
+            if out_of_memory(error):
+                told = f"out of memory; try a smaller {smaller} ({one_line(error)})"
+                print(f"error: {error if isinstance(error, OutOfMemory) else told}", file=sys.stderr)
+                return 1
+            if isinstance(error, USER_ERRORS):
+                return fail(error)
+        raise
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
 
 
+@shell_streams.command_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status, see `guarded`."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)

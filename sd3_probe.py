@@ -7,6 +7,13 @@ python sd3_probe.py calibrate --prompts prompts.txt --origin 1 --targets 2-22 --
 
 from __future__ import annotations
 
+import sys
+
+import shell_streams
+
+if __name__ == "__main__":
+    shell_streams.begin()
+
 import bisect
 import contextlib
 import csv
@@ -16,7 +23,6 @@ import json
 import math
 import os
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -168,15 +174,17 @@ if __name__ == "__main__" and not {"--help", "-h"} & set(sys.argv[1:]):
     try:
         read_flags(sys.argv[1:])  # a mistyped flag need not wait for torch
     except (ValueError, OSError) as early:
-        print(f"error: {' '.join(str(early).split())}", file=sys.stderr)
+        with shell_streams.bearing():
+            print(f"error: {' '.join(str(early).split())}", file=sys.stderr)
         sys.exit(2)
 
 import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import embed_cache  # noqa: E402
 import saving  # noqa: E402
-from checkpoint import WeightFile  # noqa: E402
 from residual import (  # noqa: E402
     TIMESTEPS,
     ResidualConfig,
@@ -268,15 +276,17 @@ def run_prompts(
     collect: Callable[[Sequence[int], Sequence[Tensor]], Collector],
     what: str,
     done: Callable[[int], None] = lambda count: None,
+    before: int = 0,
 ) -> None:
     """Samples every (number, prompt, seed) in order, with a hook that `collect(numbers, masks)` gives for each batch.
 
-    `done(count)` after each batch. Text is encoded for `GROUP` prompts at a time and then dropped.
+    `done(count)` after each batch. Text is encoded for `GROUP` prompts at a time and then dropped. before: how many
+    jobs at the start were done by an earlier run; batches are then those that one run would have had.
     """
-    bar = tqdm(total=len(jobs), desc=what, unit="prompt", disable=engine.quiet)
-    count = 0
-    for start in range(0, len(jobs), GROUP):
-        group = jobs[start : start + GROUP]
+    bar = tqdm(total=len(jobs), initial=before, desc=what, unit="prompt", disable=engine.quiet)
+    count = before
+    for start in range(before - before % GROUP, len(jobs), GROUP):
+        group = jobs[max(start, before) : start + GROUP]
         plan = engine.plan([p for _, p, _ in group], [seed for _, _, seed in group], **values)
         lengths = [engine.pair_length(s.prompt, s.negative_prompt) for s in plan]
         wanted = [pair for s, n in zip(plan, lengths, strict=True) for pair in ((s.prompt, n), (s.negative_prompt, n))]
@@ -286,6 +296,7 @@ def run_prompts(
             masks = [engine.text_mask(s.prompt, lengths[place]) for place, s in batch]
             collector = collect([group[place][0] for place in places], masks)
             engine.sample(settings, what=what, hooks=[collector])
+            engine.files.check()  # what is measured is of the files that were opened
             count += len(batch)
             bar.update(len(batch))
             done(count)
@@ -801,7 +812,7 @@ def calibrate(flags: Mapping[str, Any]) -> Path:
     seed = flags.get("seed", 0)
     identity = _identity(engine, prompts, values, flags)
     state_file = out.with_name(f".{out.name}.state")
-    done = _resume(work, state_file, identity)
+    done = _resume(work, state_file, identity, len(prompts))
     if done:
         engine.say(f"going on after {done} of {len(prompts)} prompts")
     jobs = [(i, p.prompt, (seed + i) % SEED_LIMIT) for i, p in enumerate(prompts)]
@@ -811,11 +822,12 @@ def calibrate(flags: Mapping[str, Any]) -> Path:
     def note(count: int) -> None:
         nonlocal saved
         if time.monotonic() - saved > SAVE_EVERY:
-            _save(work.state(), state_file, {"identity": identity, "done": str(done + count)})
+            state = work.state()
+            _save(state, state_file, {"identity": identity, "done": str(count), "sums": _checksum(state)})
             saved = time.monotonic()
 
     collect = lambda numbers, masks: Collector(masks, lambda at: True, layers, work.add)  # noqa: E731
-    run_prompts(engine, jobs[done:], values, collect, "calibrating", note)
+    run_prompts(engine, jobs, values, collect, "calibrating", note, done)
     if int(work.tokens.min()) < engine.config.width:
         few = f"only {int(work.tokens.min())} tokens for width {engine.config.width}"
         engine.say(f"note: {few}; take more prompts or fewer buckets")
@@ -834,6 +846,7 @@ def calibrate(flags: Mapping[str, Any]) -> Path:
     tensors = {"rotation_matrices": rotations if flags["buckets"] > 1 else rotations[0]}
     if flags["buckets"] > 1:
         tensors["timestep_bucket_edges"] = torch.tensor(work.edges())
+    engine.files.check()
     _save(tensors, out, metadata)
     state_file.unlink(missing_ok=True)
     print(
@@ -851,20 +864,36 @@ def calibrate(flags: Mapping[str, Any]) -> Path:
     return out
 
 
+STATE_VERSION = 2  # of what the sums are; older states are then begun anew
+
+
 def _identity(engine: SD3Inferencer, prompts: Sequence[Labelled], values: Mapping, flags: Mapping) -> str:
     """A hash of all that decides a calibration's sums; its state goes on only with the same."""
-    files = sorted({entry.path for entry in engine.model_file.entries.values()})
+    files = {"model": {entry.path for entry in engine.model_file.entries.values()}, **engine.text_files()}
     decides = {
-        "model": [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files],
+        "version": STATE_VERSION,
+        "files": {
+            role: [(path.name, *embed_cache.file_identity(path)) for path in sorted(paths)]
+            for role, paths in files.items()
+        },
         "prompts": [p.prompt for p in prompts],
         "values": dict(values),
         "dtype": str(engine.dtype),
+        "devices": [str(engine.device), str(engine.encoder_device)],
+        "engine": {name: getattr(engine, name) for name in ("no_t5", "weights", "offload", "compile")},
         "seed": flags.get("seed", 0),
         "origin": flags["origin"],
         "targets": list(flags["targets"]),
         "buckets": flags["buckets"],
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(memoryview(tensors[name].contiguous().view(torch.uint8).numpy()).cast("B"))
+    return digest.hexdigest()
 
 
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -880,23 +909,44 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
         raise
 
 
-def _resume(work: Calibration, path: Path, identity: str) -> int:
-    """Takes up a state that an interrupted run left; returns how many prompts it holds."""
+def _resume(work: Calibration, path: Path, identity: str, most: int) -> int:
+    """Takes up a state that an interrupted run left; returns how many prompts it holds, of `most`.
+
+    All of it, or, where anything of it is not as it was written or is of another run, nothing.
+    """
+    if not path.is_file():
+        return 0
+    wanted = work.state()
     try:
-        metadata = WeightFile(path).metadata
+        with safe_open(path, framework="pt") as f:
+            metadata = f.metadata() or {}
         if metadata.get("identity") != identity:
             return 0
         done, tensors = int(metadata["done"]), load_file(path)
-        for name in work.state():
-            getattr(work, name).copy_(tensors[name])
-        return done
-    except (OSError, ValueError, KeyError):
+        same = {name: (t.shape, t.dtype) for name, t in tensors.items()} == {
+            name: (t.shape, t.dtype) for name, t in wanted.items()
+        }
+        whole = same and metadata["sums"] == _checksum(tensors) and 0 < done <= most
+        if not whole or not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
+            return 0
+    except Exception:  # whatever a damaged file makes a reader raise: the run begins anew
         return 0
+    for name, tensor in wanted.items():
+        tensor.copy_(tensors[name])
+    return done
 
 
 # ---- the command line ----------------------------------------------------------------------------
 
 
+SMALLER = {
+    "measure": "--width, --height, --batch_size or --kept_prompts",
+    "suggest": "number of blocks in --measurement",
+    "calibrate": "--buckets, --targets, --width, --height or --batch_size",
+}  # what to turn down where memory runs out
+
+
+@shell_streams.command_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status, see `sd3_infer.guarded`."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -908,7 +958,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command, flags = read_flags(arguments)
         {"measure": measure, "suggest": run_suggest, "calibrate": calibrate}[command](flags)
 
-    return guarded(work, "--width, --height or --batch_size")
+    return guarded(work, SMALLER.get(arguments[0], SMALLER["measure"]))
 
 
 if __name__ == "__main__":

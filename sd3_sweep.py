@@ -6,6 +6,12 @@ python sd3_sweep.py --out swept --prompt prompts.txt --seed 0-3 --residual_targe
 from __future__ import annotations
 
 import sys
+
+import shell_streams
+
+if __name__ == "__main__":
+    shell_streams.begin()
+
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -91,6 +97,7 @@ def read_grid(flags: dict[str, Any], raw: Mapping[str, str]) -> tuple[Grid, Any]
     return grid, entries
 
 
+@shell_streams.command_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 1 where pictures failed, else see `sd3_infer.guarded`."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)

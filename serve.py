@@ -6,18 +6,26 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import saving
-from sd3_infer import MadeWith, RunRecord, SD3Inferencer, load_for, models_folder_name, plan_for
+from sd3_infer import (
+    MadeWith,
+    OutOfMemory,
+    RunRecord,
+    SD3Inferencer,
+    load_for,
+    models_folder_name,
+    one_line,
+    out_of_memory,
+    plan_for,
+)
 from settings import FILE_SETTINGS, Flags, Settings, check_flag, read_prompts
+from unchanged import stamp
 
 # Flags that belong to the process: they decide what is loaded and where pictures go.
 FIXED = (
@@ -26,7 +34,7 @@ FIXED = (
     "no_metadata", "verbose", "serve_stdin", "self_check", "list_models", "replay",
 )  # fmt: skip
 EXAMPLE = json.dumps({"prompt": "a red circle", "seed": 3})
-MOST_TEXTS = 256  # encoded prompts that are held in memory
+LONGEST_LINE = 2**24  # bytes; what is longer is answered without being held in memory
 
 
 class Server:
@@ -37,31 +45,31 @@ class Server:
         self.record = RunRecord(folder, flags, [f"--{n}={v}" for n, v in raw.items()], 0, engine)
         self.made_with: dict[tuple, MadeWith] = {}  # by the files that pictures name and when they changed
 
-    def answer(self, line: str) -> dict[str, Any]:
-        """What a line is answered with: files, seeds and seconds, or the error; `id` comes back as it was given."""
+    def answer(self, line: str | bytes) -> dict[str, Any]:
+        """What a line is answered with: files, seeds and seconds, or the error; `id` comes back as it was given.
+
+        Whatever is in the line, nothing is raised but what stops the process (Ctrl-C, SIGTERM).
+        """
         answer: dict[str, Any] = {"ok": False}
+        made: list[tuple[Path, int]] = []
         started = time.perf_counter()
         try:
-            wanted = self._read(line)
+            wanted = read_line(line)
             if "id" in wanted:
                 answer["id"] = wanted.pop("id")
-            made = list(self._make(wanted))
-            answer |= {"ok": True, "files": [str(path) for path, _ in made], "seeds": [seed for _, seed in made]}
+            for one in self._make(wanted):
+                made.append(one)
+            answer["ok"] = True
+        except OutOfMemory as error:
+            answer["error"] = one_line(error)
         except (ValueError, OSError) as error:  # FileNotFoundError among them
-            answer["error"] = " ".join(str(error).split())
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            answer["error"] = f"out of memory; try a smaller width, height or batch_size ({error})"
+            answer["error"] = one_line(error, 2000)
+        except Exception as error:  # a line must not end what serves others
+            known = "out of memory; try a smaller width, height or batch_size" if out_of_memory(error) else "failed"
+            answer["error"] = f"{known} ({type(error).__name__}: {one_line(error)})"
+        if made or answer["ok"]:  # of a request that failed half way, what is there is named too
+            answer |= {"files": [str(path) for path, _ in made], "seeds": [seed for _, seed in made]}
         return answer | {"seconds": round(time.perf_counter() - started, 3)}
-
-    @staticmethod
-    def _read(line: str) -> dict[str, Any]:
-        try:
-            wanted = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"not a line of JSON: {error}") from None
-        if not isinstance(wanted, dict):
-            raise ValueError('not an object such as {"prompt": "a red circle", "seed": 3}')
-        return wanted
 
     def _make(self, wanted: Mapping[str, Any]) -> Iterator[tuple[Path, int]]:
         for name in wanted:
@@ -73,34 +81,73 @@ class Server:
             raise ValueError("--prompt: is missing")
         prompts, _ = read_prompts(flags.prompt)
         pictures = plan_for(self.engine, flags, prompts, flags.seeds(len(prompts)))
-        if self.engine.known_texts > MOST_TEXTS:
-            self.engine.forget_text()
-        first = len(self.record.pictures)
-        made_with = self._files(pictures[0])
+        first = self.record.count
+        made_with = self._files(pictures[0], not flags.no_metadata)
         for number, settings, image in self.engine.make(pictures, flags.pad_batch):
             path = self.folder / f"{first + number:06d}.png"
             known = made_with.wait()
             saving.save_picture(path, image, settings, None if flags.no_metadata else known)
-            self.record.total = len(self.record.pictures) + 1
             self.record.add(path, settings, known)
             yield path, settings.seed
 
-    def _files(self, settings: Settings) -> MadeWith:
+    def _files(self, settings: Settings, hashed: bool) -> MadeWith:
         paths = [path for name in FILE_SETTINGS if (path := getattr(settings, name))]
-        key = tuple((path, os.stat(path).st_mtime_ns, os.stat(path).st_size) for path in paths)
-        if key not in self.made_with:
-            self.made_with = {key: MadeWith(self.engine, settings)}  # the last one only: they are seldom others
+        key = tuple((path, stamp(path)) for path in paths)
+        if key not in self.made_with or self.made_with[key].error is not None:
+            self.made_with = {key: MadeWith(self.engine, settings, hashed)}  # the last only: they are seldom others
         return self.made_with[key]
 
 
+def read_line(line: str | bytes) -> dict[str, Any]:
+    """The flags of a request; raises ValueError for a line that is none."""
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"not a line of JSON: longer than {LONGEST_LINE} bytes")
+    try:
+        text = line.decode("utf-8-sig") if isinstance(line, bytes) else line
+        wanted = json.loads(text, parse_constant=_no_number)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not a line of JSON: byte {error.start + 1} is no UTF-8") from None
+    except RecursionError:
+        raise ValueError("not a line of JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not a line of JSON: {error}") from None
+    if not isinstance(wanted, dict):
+        raise ValueError('not an object such as {"prompt": "a red circle", "seed": 3}')
+    try:
+        json.dumps(wanted.get("id"), allow_nan=False)
+    except (ValueError, RecursionError):
+        raise ValueError("id: cannot be given back: a number beyond all bounds, or nested too deeply") from None
+    return wanted
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def lines_of(stream: Any) -> Iterator[bytes]:
+    """The lines of a binary stream; of one that is too long, its beginning. Raises ValueError where stdin fails."""
+    try:
+        while line := stream.readline(LONGEST_LINE + 2):
+            rest = line
+            while rest and not rest.endswith(b"\n"):
+                rest = stream.readline(LONGEST_LINE)
+            yield line
+    except OSError as error:
+        raise ValueError(f"--serve_stdin: stdin cannot be read any further ({error.strerror})") from None
+
+
 def serve(
-    flags: Flags, raw: Mapping[str, Any], lines: Iterable[str] | None = None, say: Callable[[str], Any] | None = None
+    flags: Flags,
+    raw: Mapping[str, Any],
+    lines: Iterable[str | bytes] | None = None,
+    say: Callable[[str], Any] | None = None,
 ) -> Path | None:
-    """Answers every line (of stdin) on stdout until there is none; returns the folder of the pictures, if any.
+    """Answers every line (of stdin) on stdout, in ASCII, until there is none; empty ones are passed over. Returns the
+    folder of the pictures, if any.
 
     raw: the flags as typed, which the lines' own replace. Raises what `load_for` raises, before anything is read.
     """
-    lines = sys.stdin if lines is None else lines
+    lines = lines_of(sys.stdin.buffer) if lines is None else lines
     say = say or (lambda text: print(text, flush=True))
     saving.check_writable(flags.out_dir)
     raw = {n: v for n, v in raw.items() if n != "serve_stdin"}
@@ -111,16 +158,8 @@ def serve(
     folder = saving.make_folder(Path(flags.out_dir) / models_folder_name(flags), "served", flags.postfix)
     server = Server(engine, flags, raw, folder)
     engine.say(f"ready: one JSON object a line, such as {EXAMPLE}; pictures go to {folder}")
-    try:
+    with server.record.kept():
         for line in lines:
             if line.strip():
-                say(json.dumps(server.answer(line), ensure_ascii=False))
-        server.record.status = "finished"
-    except BaseException:
-        server.record.status = "stopped"
-        raise
-    finally:
-        server.record.write()
-        if not server.record.pictures:
-            server.record.discard()
-    return folder if server.record.pictures else None
+                say(json.dumps(server.answer(line)))
+    return folder if server.record.count else None

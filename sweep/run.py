@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ def run(flags: Mapping[str, Any], grid: Grid, entries: Sequence[Any] | None, arg
     mistakes, before any weights load.
     """
     started = time.time()
-    folder = SweepFolder(flags["out"])
+    folder = SweepFolder(flags["out"], say)
     work: Any = make_here
     if "ray" in flags:
         from sweep.cluster import OnRay
@@ -113,7 +114,6 @@ def _run(
     report.write(running=bool(batches))
     failed = made = 0
     hashes: dict[str, str] = {}
-    status = "finished"
     try:
         with tqdm(total=len(plan.pictures), initial=len(done), unit="picture", desc=str(folder.path)) as bar:
             for one in work(plan, batches, lambda b: folder.log("begin", pictures=[p.id for p in b.pictures])):
@@ -139,12 +139,13 @@ def _run(
                     folder.write_record(plan, arguments, hashes)
                 report.write_now_and_then()
     except BaseException:
-        status = "stopped"
         say(f"stopped: {len(done) + made} of {len(plan.pictures)} pictures are in {folder.path}; run it again to go on")
+        with contextlib.suppress(Exception):  # the first error is the one to be told
+            folder.log("stopped", made=made, failed=failed)
+            report.write(running=False)
         raise
-    finally:
-        folder.log(status, made=made, failed=failed)
-        report.write(running=False, whole=status == "finished")
+    folder.log("finished", made=made, failed=failed)
+    report.write(running=False, whole=True)
     if entries is not None:
         from sweep.layouts import write_layout
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +11,12 @@ from typing import Any
 from torch import Tensor
 
 import saving
-from sd3_infer import MadeWith, load_for, open_images
+from sd3_infer import MadeWith, OutOfMemory, in_groups, load_for, one_line, open_images, out_of_memory
 from settings import FILE_SETTINGS, Flags, Settings
 from sweep.plan import Batch, Plan
+from unchanged import Changed
+
+TEXTS_AT_ONCE = 1024  # encoded prompts that are held in memory; a sweep meets each again with every variant
 
 Result = bytes | str  # a finished PNG, or why there is none
 Text = dict[tuple[str, int], tuple[Tensor, Tensor]]
@@ -29,10 +33,10 @@ class Maker:
         self._made_with: dict[tuple, MadeWith] = {}
 
     def encode(self, pictures: Sequence[Settings]) -> None:
-        """Encodes every distinct text of these pictures, each once."""
+        """Encodes every distinct text of these pictures, each once; drops others where there are many."""
         texts = list(dict.fromkeys(t for s in pictures for t in self.engine.texts(s)))
         start = time.perf_counter()
-        self.engine.encode(texts)
+        self.engine.encode_only(texts, TEXTS_AT_ONCE)
         self.events.append(
             {
                 "event": "encode",
@@ -62,20 +66,30 @@ class Maker:
             self.events.append({"event": "load", "model": model, "seconds": round(time.perf_counter() - start, 3)})
 
     def make(self, batch: Sequence[Settings]) -> list[Result]:
-        """The pictures of a batch, filled up to its batch_size; where that failed, why."""
+        """The pictures of a batch, filled up to its batch_size; where that failed, why.
+
+        Raises `Changed` where a file that the pictures come from is not what it was when it was opened.
+        """
         self.load()
         self.engine.quiet = True
+        made_with = self.made_with(batch[0])
         try:
             made = list(self.engine.make_batch(batch, open_images(batch[:1]), pad_batch=True))
-        except (RuntimeError, ValueError, OSError, MemoryError) as error:
-            return [" ".join(f"{type(error).__name__}: {error}".split())[:500]] * len(batch)
-        out: list[Result] = []
-        for settings, image in made:
-            if isinstance(image, ValueError):
-                out.append(str(image))
-            else:
-                out.append(saving.encode_picture(image, settings, self.made_with(settings).wait()))
-        return out
+        except Changed:
+            raise
+        except Exception as error:  # the other batches may do well
+            made_with.check()
+            told = one_line(error, 500)
+            if not isinstance(error, OutOfMemory):
+                kind = "out of memory" if out_of_memory(error) else type(error).__name__
+                told = f"{kind}: {told}"
+            return [told] * len(batch)
+        if any(isinstance(image, ValueError) for _, image in made):
+            made_with.check()  # weights that another program overwrites become NaN, too
+        return [
+            str(image) if isinstance(image, ValueError) else saving.encode_picture(image, settings, made_with.wait())
+            for settings, image in made
+        ]
 
     def made_with(self, settings: Settings) -> MadeWith:
         """The record of files and device; files are read once."""
@@ -89,9 +103,7 @@ class Maker:
         out = {}
         for key, made_with in self._made_with.items():
             paths = dict(zip(FILE_SETTINGS, key, strict=True))
-            record = made_with.wait()
-            out[paths["model"]] = record["model_sha256"]
-            out |= {paths[name]: value for name, value in record.get("files", {}).items()}
+            out |= {paths[name]: value for name, value in made_with.hashes().items()}
         return out
 
     def drain(self) -> list[dict[str, Any]]:
@@ -113,15 +125,15 @@ class Done:
 
 def make_here(plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], None]) -> Iterator[Done]:
     """Makes batches in this process; one engine is loaded at a time, and each once. begin: told each batch first."""
-    maker, current = None, None
-    for batch in batches:
-        start = time.perf_counter()
-        if maker is None or batch.engine != current:
-            maker, current = None, batch.engine  # the former engine's memory goes first
-            maker = Maker(plan.engines[current])
-            maker.encode([p.settings for b in batches if b.engine == current for p in b.pictures])
+    for number, own in itertools.groupby(batches, lambda b: b.engine):
+        maker = None  # the former engine's memory goes first
+        maker = Maker(plan.engines[number])
+        texts = lambda b: [t for p in b.pictures for t in maker.engine.texts(p.settings)]  # noqa: B023, E731
+        for group in in_groups(own, texts, TEXTS_AT_ONCE):
+            maker.encode([p.settings for b in group for p in b.pictures])
             maker.load()
-            start = time.perf_counter()
-        begin(batch)
-        results = maker.make([p.settings for p in batch.pictures])
-        yield Done(batch, results, time.perf_counter() - start, maker.drain(), maker.hashes())
+            for batch in group:
+                start = time.perf_counter()
+                begin(batch)
+                results = maker.make([p.settings for p in batch.pictures])
+                yield Done(batch, results, time.perf_counter() - start, maker.drain(), maker.hashes())
