@@ -176,9 +176,12 @@ class Replay:
         out = []
         if self.record.get("model_sha256") and now.get("model_sha256") != self.record["model_sha256"]:
             out.append("the model file's contents")
-        for kind, what in (("files", "contents of {}"), ("encoders", "text encoder {}")):
-            then = _object(self.record.get(kind))
-            out += [what.format(n) for n in then if now.get(kind, {}).get(n) != then[n]]
+        then = _object(self.record.get("files"))
+        out += [f"contents of {n}" for n in then if now.get("files", {}).get(n) != then[n]]
+        for name, was in _object(self.record.get("encoders")).items():
+            known, here = _object(was), _object(now.get("encoders", {}).get(name))
+            if {n: here.get(n) for n in known} != known:  # earlier records know less of each
+                out.append(f"text encoder {name}")
         for kind in ("versions", "hardware"):
             then, here = _object(self.record.get(kind)), now.get(kind, {})
             out += [f"{n} {then[n]} -> {here.get(n, 'none')}" for n in then if then[n] != here.get(n)]

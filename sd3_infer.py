@@ -43,7 +43,9 @@ import dataclasses  # noqa: E402
 import datetime  # noqa: E402
 import errno  # noqa: E402
 import functools  # noqa: E402
+import hashlib  # noqa: E402
 import inspect  # noqa: E402
+import json  # noqa: E402
 import math  # noqa: E402
 import platform  # noqa: E402
 import re  # noqa: E402
@@ -67,7 +69,7 @@ import saving  # noqa: E402
 import sd3_impls  # noqa: E402
 from checkpoint import Part, WeightFile, file_sha256  # noqa: E402
 from dit_embedder import ControlNet, ControlNetConfig, control_kind, control_pixels, controlnet_part  # noqa: E402
-from embed_cache import EmbedCache  # noqa: E402
+from embed_cache import EmbedCache, file_identity  # noqa: E402
 from foreign import Unreadable, check_file, reading  # noqa: E402
 from mmditx import ContextHook, MMDiT, MMDiTConfig  # noqa: E402
 from offload import Offload  # noqa: E402
@@ -88,6 +90,7 @@ from other_impls import (  # noqa: E402
     join_text,
     t5_position_bias,
     table_rows,
+    weighted_segments,
 )
 from replay import Replay  # noqa: E402
 from residual import (  # noqa: E402
@@ -649,12 +652,14 @@ class SD3Inferencer:
         return EmbedCache(folder, files, how, fits)
 
     def encoder_files(self) -> dict[str, dict[str, Any]]:
-        """Name and bytes of the text encoders that are files of their own, by role."""
+        """Name, bytes and identity (see `file_identity`) of what encodes text and is not in the model file, by role."""
+        own = {entry.path for entry in self.model_file.entries.values()}
         out = {}
-        for role, part in self.encoder_parts.items():
-            if part.file is not self.model_file:
-                size = sum(p.stat().st_size for p in {e.path for e in part.file.entries.values()})
-                out[role] = {"name": part.file.path.name, "bytes": size}
+        for role, paths in self.text_files().items():
+            if files := sorted(paths - own):
+                identity = hashlib.sha256(json.dumps([file_identity(path) for path in files]).encode()).hexdigest()
+                name = files[0].name if len(files) == 1 else files[0].parent.name
+                out[role] = {"name": name, "bytes": sum(p.stat().st_size for p in files), "identity": identity[:16]}
         return out
 
     def check_size(self, width: int, height: int) -> None:
@@ -1329,6 +1334,8 @@ class SD3Inferencer:
         per_prompt = len(seeds) // len(prompts)
         first = Settings(prompt=prompts[0], seed=seeds[0], **(shared | values))
         shown, self.notes = effective(first)  # prompt and seed have no part in it
+        if weighted := next((p for p in prompts if any(weight != 1 for _, weight in weighted_segments(p))), None):
+            self.notes.append(f'note: "{_short(weighted)}": weights of words have no effect, and brackets are left out')
         for note in self.notes:
             self.say(note, once=True)
         names = [field.name for field in dataclasses.fields(Settings)]

@@ -43,6 +43,7 @@ class Server:
     def __init__(self, engine: SD3Inferencer, flags: Flags, raw: Mapping[str, Any], folder: Path):
         self.engine, self.raw, self.folder = engine, dict(raw), folder
         self.record = RunRecord(folder, flags, [f"--{n}={v}" for n, v in raw.items()], 0, engine)
+        self.notes: list[str] = []  # of the line that is answered
         self.made_with: dict[tuple, MadeWith] = {}  # by the files that pictures name and when they changed
 
     def answer(self, line: str | bytes) -> dict[str, Any]:
@@ -52,6 +53,7 @@ class Server:
         """
         answer: dict[str, Any] = {"ok": False}
         made: list[tuple[Path, int]] = []
+        self.notes = []
         started = time.perf_counter()
         try:
             wanted = read_line(line)
@@ -69,6 +71,8 @@ class Server:
             answer["error"] = f"{known} ({type(error).__name__}: {one_line(error)})"
         if made or answer["ok"]:  # of a request that failed half way, what is there is named too
             answer |= {"files": [str(path) for path, _ in made], "seeds": [seed for _, seed in made]}
+            if self.notes:
+                answer["notes"] = self.notes
         return answer | {"seconds": round(time.perf_counter() - started, 3)}
 
     def _make(self, wanted: Mapping[str, Any]) -> Iterator[tuple[Path, int]]:
@@ -81,6 +85,7 @@ class Server:
             raise ValueError("--prompt: is missing")
         prompts, _ = read_prompts(flags.prompt)
         pictures = plan_for(self.engine, flags, prompts, flags.seeds(len(prompts)))
+        self.notes = self.engine.notes
         first = self.record.count
         made_with = self._files(pictures[0], not flags.no_metadata)
         for number, settings, image in self.engine.make(pictures, flags.pad_batch):

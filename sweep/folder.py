@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import io
+import itertools
 import json
 import math
 import os
@@ -213,6 +214,15 @@ class SweepFolder:
                 raise ValueError(
                     f"--out {self.path}: {path} is not the file that this sweep began with; name another folder"
                 )
+        began: dict[tuple[str, str], set[str]] = {}  # identities of text encoders, by role and name
+        for role, was in itertools.chain.from_iterable(e.items() for e in self.record.get("encoders", [])):
+            began.setdefault((role, was["name"]), set()).add(was["identity"])
+        for role, now in itertools.chain.from_iterable(e.items() for e in plan.encoders):
+            if now["identity"] not in began.get((role, now["name"]), {now["identity"]}):
+                raise ValueError(
+                    f"--out {self.path}: the {role} in {now['name']} is not the one that this sweep began with; name "
+                    "another folder"
+                )
 
     def _hashes_of_pictures(self, ids: Collection[str]) -> dict[str, str]:
         """sha256 by name of the files that finished pictures were made from, as they say."""
@@ -249,6 +259,7 @@ class SweepFolder:
             "seeds": plan.grid.seeds,
             "flags": {name: getattr(plan.engines[0], name) for name in TEXT_FILES},
             "files": files,
+            "encoders": list(plan.encoders),
             "planned": [p.id for p in plan.pictures],
         }
         saving.write_json(self.path / SWEEP, self.record)
@@ -336,13 +347,20 @@ def is_record(record: Any) -> bool:
     """Whether a sweep.json has the form that is written here."""
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         return False
-    planned, files = record.get("planned"), record.get("files", {})
+    planned, files, encoders = record.get("planned"), record.get("files", {}), record.get("encoders", [])
     return (
         isinstance(planned, list)
         and all(isinstance(p, str) for p in planned)
         and isinstance(files, dict)
         and all(isinstance(was, dict) and {"bytes", "mtime_ns", "sha256"} <= was.keys() for was in files.values())
         and all(isinstance(was["sha256"], (str, type(None))) for was in files.values())
+        and isinstance(encoders, list)
+        and all(isinstance(by_role, dict) for by_role in encoders)
+        and all(
+            isinstance(was, dict) and isinstance(was.get("name"), str) and isinstance(was.get("identity"), str)
+            for by_role in encoders
+            for was in by_role.values()
+        )
     )
 
 

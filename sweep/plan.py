@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from sd3_infer import SD3Inferencer, load_for, plan_for
 from settings import FILE_SETTINGS, SKIP_LAYERS, TEXT_FILES, Flags, Settings, earlier_digest, model_key
@@ -49,6 +50,7 @@ class Plan:
     engines: tuple[Flags, ...]  # flags that an engine is loaded with
     engine_of: tuple[int, ...]  # by variant
     pictures: tuple[Planned, ...]
+    encoders: tuple[Mapping[str, Mapping[str, Any]], ...] = ()  # by engine: what encodes text, see `encoder_files`
 
     def batches(self, wanted: Collection[str]) -> list[Batch]:
         """The pictures whose ids are wanted, in order, in batches of one variant and one T5 length."""
@@ -153,6 +155,7 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
         tuple(flags for flags, _ in engines.values()),
         tuple(engine_of),
         tuple(itertools.chain.from_iterable(pictures)),
+        tuple(engine.encoder_files() for _, engine in engines.values()),
     ), notes
 
 

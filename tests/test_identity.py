@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, controlnet_tensors
+from conftest import DEMO, TOKENIZERS, controlnet_tensors, modules, tensors_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import saving
 import sd3_infer
 import sd3_sweep
+import serve
 from residual import ResidualConfig
 from sd3_impls import flow_schedule
 from sd3_infer import SD3Inferencer
 from settings import (
+    Flags,
     Settings,
     SkipLayerConfig,
     acts_in_window,
@@ -374,3 +378,87 @@ def test_replacing_what_was_left_out_gives_what_was_asked_for(engine):
     asked = dataclasses.replace(shown, **engine.as_given)
     assert (asked.denoise, asked.negative_prompt) == (0.3, "a star")
     assert len(engine.notes) == 2
+
+
+# ---- what encodes text ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def apart(tmp_path) -> Path:
+    """A small model whose text encoders are files of their own; returns the MMDiT's file."""
+    tensors = tensors_of(modules())
+    for role in ("clip_l", "clip_g", "t5xxl"):
+        prefix = f"text_encoders.{role}.transformer."
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        save_file(own, tmp_path / f"{role}.safetensors")
+    rest = {k: v for k, v in tensors.items() if not k.startswith("text_encoders.")}
+    save_file(rest, tmp_path / "m.safetensors", {"width": "64", "height": "48", "steps": "2"})
+    for name in ("tokenizer", "tokenizer_3"):
+        shutil.copytree(TOKENIZERS / name, tmp_path / name)
+    return tmp_path / "m.safetensors"
+
+
+def other_t5(model: Path) -> None:
+    """Other weights in T5's file: the same size, header and date."""
+    path = model.parent / "t5xxl.safetensors"
+    tensors, before = load_file(path), path.stat()
+    save_file({k: v.flip(0).contiguous() for k, v in tensors.items()}, path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+
+
+def other_tokenizer(model: Path) -> None:
+    path = model.parent / "tokenizer_3" / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8") + " ", encoding="utf-8")
+
+
+@pytest.mark.parametrize(("change", "named"), [(other_t5, "t5xxl"), (other_tokenizer, "t5 tokenizer")])
+def test_other_text_encoders_are_noticed_by_a_sweep_and_by_replay(apart, tmp_path, capsys, change, named):
+    command = ["--model", str(apart), "--device", "cpu", "--prompt", "a red circle", "--dtype", "float32"]
+    assert sd3_sweep.main([*command, "--seed", "0", "--out", str(tmp_path / "out")]) == 0
+    assert sd3_sweep.main([*command, "--seed", "0-1", "--out", str(tmp_path / "out")]) == 0
+    path = next((tmp_path / "out" / "pictures").glob("*.png"))
+    capsys.readouterr()
+    change(apart)
+    assert sd3_sweep.main([*command, "--seed", "0-2", "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert named in told
+    assert "not the one that this sweep began with" in told
+    assert sd3_infer.main(["--replay", str(path), "--out_dir", str(tmp_path / "again")]) == 0
+    assert f"text encoder {named}" in capsys.readouterr().err
+
+
+def test_a_record_that_knows_less_of_the_text_encoders_is_no_difference(apart, tmp_path, capsys):
+    command = ["--model", str(apart), "--device", "cpu", "--prompt", "a red circle", "--dtype", "float32"]
+    assert sd3_infer.main([*command, "--out_dir", str(tmp_path / "o")]) == 0
+    (path,) = (tmp_path / "o").rglob("0*.png")
+    record = saving.read_record(path)
+    record["encoders"] = {"t5xxl": {n: v for n, v in record["encoders"]["t5xxl"].items() if n != "identity"}}
+    with Image.open(path) as image:
+        image.load()
+        info = PngInfo()
+        info.add_text(saving.SETTINGS_CHUNK, json.dumps(record))
+        image.save(path, pnginfo=info)
+    capsys.readouterr()
+    assert sd3_infer.main(["--replay", str(path), "--out_dir", str(tmp_path / "again")]) == 0
+    assert "not as it was" not in capsys.readouterr().err
+
+
+# ---- what is told --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["a (red:1.9) circle", "a ((red)) circle", "(a red circle)"])
+def test_weights_of_words_are_told_to_have_no_effect(engine, prompt):
+    engine.plan(["a red circle", prompt], [1, 1], **engine.defaults)
+    assert engine.notes == [f'note: "{prompt}": weights of words have no effect, and brackets are left out']
+    engine.plan([r"a \(red\) circle", "a red circle)"], [1, 1], **engine.defaults)
+    assert engine.notes == []
+
+
+def test_a_served_line_is_answered_with_what_had_no_effect(tmp_path):
+    raw = {"model": str(DEMO), "device": "cpu", "steps": "1", "out_dir": str(tmp_path)}
+    lines = ['{"prompt": "a star", "denoise": 0.3}', '{"prompt": "a star"}', '{"prompt": "a star", "denoise": 0.3}']
+    answers: list[str] = []
+    serve.serve(Flags.read(raw), raw, lines, answers.append)
+    notes = [json.loads(answer).get("notes") for answer in answers]
+    assert notes == [["note: --denoise has no effect without --init_image"], None] * 1 + [notes[0]]
