@@ -441,6 +441,11 @@ class SD3Inferencer:
         if not self.quiet:
             tqdm.write(text, file=sys.stderr)
 
+    def say_notes(self) -> None:
+        """Says, once each, the notes of the last `plan`."""
+        for note in self.notes:
+            self.say(note, once=True)
+
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the time spent inside to `stages`."""
@@ -1297,6 +1302,7 @@ class SD3Inferencer:
         given = dataclasses.replace(pictures[0], **self.as_given)  # the others differ in prompt and seed only
         self.check_settings(given)
         open_images([given])
+        self.say_notes()
         pad_batch, out_dir = flags.pad_batch, flags.out_dir
         saving.check_writable(out_dir)
         folder = Path(out_dir)
@@ -1312,7 +1318,7 @@ class SD3Inferencer:
     def plan(self, prompts: Sequence[str], seeds: Sequence[int], **values: Any) -> list[Settings]:
         """Settings of every picture, prompt by prompt; seeds: as many per prompt as there are pictures of it.
 
-        What has no effect is set to its default and gets a note, see `settings.effective`; `as_given` has it as it was.
+        What has no effect is set to its default, see `settings.effective`; `notes` say so, `as_given` has it as it was.
         Raises ValueError for what does not fit.
         """
         prompts, seeds = read_texts(prompts), list(seeds)
@@ -1336,8 +1342,6 @@ class SD3Inferencer:
         shown, self.notes = effective(first)  # prompt and seed have no part in it
         if weighted := next((p for p in prompts if any(weight != 1 for _, weight in weighted_segments(p))), None):
             self.notes.append(f'note: "{_short(weighted)}": weights of words have no effect, and brackets are left out')
-        for note in self.notes:
-            self.say(note, once=True)
         names = [field.name for field in dataclasses.fields(Settings)]
         self.as_given = {n: getattr(first, n) for n in names if getattr(first, n) != getattr(shown, n)}
         return [dataclasses.replace(shown, prompt=prompts[i // per_prompt], seed=seed) for i, seed in enumerate(seeds)]
@@ -1616,6 +1620,7 @@ def plan_for(
         given = dataclasses.replace(pictures[0], **engine.as_given)
         engine.check_settings(given)
         open_images([given])
+    engine.say_notes()
     return pictures
 
 
@@ -1643,9 +1648,9 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
         engine.say(note)
     if line := engine.unknown_words([*prompts, flags.negative_prompt]):
         engine.say(line)
+    folder = saving.make_folder(Path(flags.out_dir) / models_folder_name(flags), name, flags.postfix)
     if flags.kind_of_seeds == "rand":
         engine.say(drawn_seeds([s.seed for s in pictures]))
-    folder = saving.make_folder(Path(flags.out_dir) / models_folder_name(flags), name, flags.postfix)
     record = RunRecord(folder, flags, given, len(pictures), engine)
     record.beside[RESIDUAL_FILE] = residual.as_file(folder)
     made_with = MadeWith(engine, pictures[0], hashed=bool(replay) or not flags.no_metadata)

@@ -106,6 +106,7 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
     kept: dict[str, tuple[int, tuple]] = {}  # first picture's digest -> variant's number, where text encoders lie
     numbers: dict[str, int] = {}
     variants, engine_of, notes = [], [], []
+    without_effect: dict[str, list[str]] = {}  # variants by note
     pictures: list[list[Planned]] = []  # by variant
     paths: dict[tuple[str, str], str] = {}
     for variant in grid.variants:
@@ -120,7 +121,8 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
         engine = engines[key][1]
         seeds = list(grid.seeds) * len(grid.prompts)
         settings = plan_for(engine, flags, grid.prompts, seeds)
-        notes += [f"{note} ({variant.name})" for note in engine.notes]
+        for note in engine.notes:
+            without_effect.setdefault(note, []).append(variant.name)
         check_names(settings[0], paths)
         text_files = tuple(getattr(flags, name) for name in TEXT_FILES)
         number, same = kept.setdefault(settings[0].digest(), (len(variants), text_files))
@@ -148,6 +150,8 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
                 for s, place, ids in zip(settings, places, earlier, strict=True)
             ]
         )
+    for note, names in without_effect.items():
+        notes.append(f"{note} ({names[0] if len(names) == 1 else f'{len(names)} of {len(grid.variants)} variants'})")
     return Plan(
         grid,
         tuple(variants),
