@@ -722,7 +722,7 @@ def _by_contents(role: str, model_file: WeightFile, folders: list[Path], parts: 
             raise Unreadable(f"--{role}: {names} may both be meant; name the right one with --{role}")
         if found:
             return next(iter(found.values()))
-    where = ", ".join(f"{f}/, {f}/text_encoders/ and {f}/clip/" for f in folders)
+    where = ", ".join(f"{f}/ and {f}/text_encoders/ and {f}/clip/" for f in folders)
     skip = ", or give --no_t5" if role == "t5xxl" else ""
     raise FileNotFoundError(
         f"--model_folder: no {' or '.join(ENCODER_FILES[role][:3])} in {where}, nor another file that holds one; name "

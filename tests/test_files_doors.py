@@ -118,7 +118,18 @@ def world(small_model, tmp_path_factory) -> dict[str, str]:
 def test_a_bad_file_is_one_line_and_nothing_is_made(world, tmp_path, capsys, flag, kind):
     path = f"{world['folder']}/{kind}"
     words = [f"--{flag}", path, *(w.format(**world) for w in FLAGS[flag])]
-    words += ["--out_dir", str(tmp_path / "out"), "--device", "cpu", "--dtype", "float32", "--steps", "1", "--prompt", "x"]
+    words += [
+        "--out_dir",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--steps",
+        "1",
+        "--prompt",
+        "x",
+    ]
     if flag not in ("model", "replay"):
         words += ["--model", world["model"]]
     assert sd3_infer.main(words) == 2

@@ -103,7 +103,10 @@ def test_the_library_and_we_agree(tmp_path, case):
     agree(written(tmp_path / "x.safetensors", EXACT[case], bytes(8)))
 
 
-@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "U16", "C64", "I4", "F6_E2M3", "BOOL", "F128"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "U16", "C64", "I4", "F6_E2M3", "BOOL", "F128"],
+)
 @pytest.mark.parametrize("count", [0, 1, 8])
 def test_every_dtype_of_the_library(tmp_path, dtype, count):
     for bits in (4, 6, 8, 16, 32, 64):
