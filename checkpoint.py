@@ -769,7 +769,7 @@ def find_tokenizer(kind: str, folders: list[Path]) -> Path:
     """
     places = [p / name for f in folders for p in (f, f / "text_encoders") for name in TOKENIZER_FOLDERS[kind]]
     for place in places:
-        if any(all((place / n).is_file() for n in names) for names in TOKENIZER_FILES[kind]):
+        if any(all((place / n).exists() for n in names) for names in TOKENIZER_FILES[kind]):
             return place
     if cached := _cached_tokenizer(kind):
         return cached
