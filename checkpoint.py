@@ -365,9 +365,9 @@ class Part:
         leaf = name.rsplit(".", 1)[-1]
         return leaf in HARMLESS or name.startswith(HARMLESS_PREFIXES) or name in _UNUSED
 
-    def check_filled(self) -> None:
+    def check_filled(self, some_may_be_empty: bool = False) -> None:
         """Looks at both ends of some of the weights. Raises ValueError where all are zero, warns where some are: what
-        a download leaves that reserved its room and stopped.
+        a download leaves that reserved its room and stopped. some_may_be_empty: training began with such weights.
         """
         entries = [self.file.entries[self.prefix + n] for k in self.shapes for n in self.source(k).names]
         weights = sorted({e for e in entries if len(e.shape) > 1 and e.size}, key=lambda e: (str(e.path), e.place))
@@ -384,7 +384,7 @@ class Part:
                     zero.append(entry.name)
         if weights and len(zero) == len(weights):
             raise Unreadable(f"{self.file.where}: holds nothing but zeros: its download never filled it; get it again")
-        if zero:
+        if zero and not some_may_be_empty:
             some = f"{len(zero)} of {len(weights)} weights looked at hold nothing but zeros, such as {zero[0]}"
             warnings.warn(f"{self.file.path}: {some}; its download may have stopped early", stacklevel=2)
 
@@ -722,7 +722,7 @@ def _by_contents(role: str, model_file: WeightFile, folders: list[Path], parts: 
             raise Unreadable(f"--{role}: {names} may both be meant; name the right one with --{role}")
         if found:
             return next(iter(found.values()))
-    where = ", ".join(f"{f}/, {f}/text_encoders/ and {f}/clip/" for f in folders)
+    where = ", ".join(f"{f}/ and {f}/text_encoders/ and {f}/clip/" for f in folders)
     skip = ", or give --no_t5" if role == "t5xxl" else ""
     raise FileNotFoundError(
         f"--model_folder: no {' or '.join(ENCODER_FILES[role][:3])} in {where}, nor another file that holds one; name "
@@ -769,7 +769,7 @@ def find_tokenizer(kind: str, folders: list[Path]) -> Path:
     """
     places = [p / name for f in folders for p in (f, f / "text_encoders") for name in TOKENIZER_FOLDERS[kind]]
     for place in places:
-        if any(all((place / n).is_file() for n in names) for names in TOKENIZER_FILES[kind]):
+        if any(all((place / n).exists() for n in names) for names in TOKENIZER_FILES[kind]):
             return place
     if cached := _cached_tokenizer(kind):
         return cached

@@ -533,14 +533,14 @@ def _clip_bpe(vocabulary: Path, merges: Path, flag: str = "model_folder") -> Tok
         check_file(f"--{flag} {path}", path)
     with reading(f"--{flag} {vocabulary}", "is no usable vocabulary"):
         known = parse_json(vocabulary.read_bytes())
-        if not isinstance(known, dict) or not all(type(i) is int for i in known.values()):
+        if not isinstance(known, dict) or not all(type(i) is int and 0 <= i < 2**32 for i in known.values()):
             raise ValueError("it must hold a number for every token")
-    with reading(f"--{flag} {merges}", "are no usable merges"):
+    if end not in known or "<|startoftext|>" not in known:  # else they would be added, with numbers of nobody's
+        raise Unreadable(f"--{flag} {vocabulary}: is no CLIP vocabulary: it has no <|startoftext|> or <|endoftext|>")
+    with reading(f"--{flag} {merges}", f"are no merges of {vocabulary.name}"):
         bpe = models.BPE.from_file(
             str(vocabulary), str(merges), unk_token=end, continuing_subword_prefix="", end_of_word_suffix="</w>"
         )
-    if end not in known or "<|startoftext|>" not in known:  # else they would be added, with numbers of nobody's
-        raise Unreadable(f"--{flag} {vocabulary}: is no CLIP vocabulary: it has no <|startoftext|> or <|endoftext|>")
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

@@ -224,7 +224,9 @@ def _unpickle(path: str | Path, where: str) -> Any:
     import torch
 
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about kinds of pickles
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch's own words are many lines about how to load it all the same
         raise Unreadable(f"{where}: is damaged, or holds more than tensors and numbers; it is not loaded") from None
 

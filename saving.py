@@ -12,6 +12,7 @@ import os
 import platform
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -232,9 +233,11 @@ def read_record(path: str | Path, flag: str = "replay") -> dict[str, Any]:
     check_file(where, path)
     with reading(where, "cannot be read"):
         try:
-            with Image.open(path) as image:
-                image.load()
-                text = getattr(image, "text", {}).get(SETTINGS_CHUNK)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Pillow: what matters of them follows as an error
+                with Image.open(path) as image:
+                    image.load()
+                    text = getattr(image, "text", {}).get(SETTINGS_CHUNK)
         except UnidentifiedImageError:
             raise Unreadable(f"{where}: is not a picture") from None
     if text is None:

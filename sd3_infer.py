@@ -251,8 +251,10 @@ def open_image(flag: str, path: str, width: int, height: int) -> Image.Image:
     check_file(where, path)
     with reading(where, "cannot be read"):
         try:
-            with Image.open(path) as image:
-                shown, see_through = as_shown(image)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Pillow: what matters of them follows as an error
+                with Image.open(path) as image:
+                    shown, see_through = as_shown(image)
         except UnidentifiedImageError:
             raise Unreadable(f"{where}: is not a picture") from None
         if see_through:
@@ -547,7 +549,7 @@ class SD3Inferencer:
         with reading(part.file.where, "has sizes of no model"):
             model = on_meta(make)
         part.check(model)
-        part.check_filled()
+        part.check_filled(some_may_be_empty=isinstance(model, ControlNet))
 
     def _open_vae(self, path: str | None) -> None:
         file = self._open("vae", path) if path else self.model_file
