@@ -1329,9 +1329,9 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
         engine.say(note)
     if line := engine.unknown_words([*prompts, flags.negative_prompt]):
         engine.say(line)
+    folder = saving.make_folder(Path(flags.out_dir) / models_folder_name(flags), name, flags.postfix)
     if flags.kind_of_seeds == "rand":
         engine.say(drawn_seeds([s.seed for s in pictures]))
-    folder = saving.make_folder(Path(flags.out_dir) / models_folder_name(flags), name, flags.postfix)
     record = RunRecord(folder, flags, given, len(pictures), engine)
     saving.write_json(folder / RESIDUAL_FILE, residual.as_file(folder))
     made_with = None if flags.no_metadata and not replay else MadeWith(engine, pictures[0])
