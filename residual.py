@@ -132,7 +132,7 @@ class ResidualConfig:
 
 def _named_file(flag: str, value: Any) -> str:
     if isinstance(value, str) and not value.strip():
-        raise ValueError(f"--{flag} {value}: must name a file")
+        raise ValueError(f"--{flag} {display(value)}: must name a file")
     return read_path(flag, value)
 
 

@@ -79,7 +79,7 @@ class SkipLayerConfig:
             "cfg": read_float(f"{flag} cfg", self.cfg, 0.0, 100.0),
         }
         if read["start"] >= read["end"]:
-            raise ValueError(f"--{flag} start {read['start']:g}: must be below its end {read['end']:g}")
+            raise ValueError(f"--{flag} start {read['start']:g}: must be below --{flag} end {read['end']:g}")
         if not read["layers"]:
             raise ValueError(f"--{flag} layers: names no layer to skip")
         if len(set(read["layers"])) < len(read["layers"]):
@@ -145,8 +145,6 @@ def display(value: Any) -> str:
     length = len(text)
     cut = text[:SHOWN]
     cut = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in cut)
-    if cut and not cut.strip():
-        return repr(cut)
     return cut if length <= SHOWN else f"{cut}... ({length:,} letters)"
 
 
@@ -230,7 +228,7 @@ def read_bool(flag: str, value: Any) -> bool:
     plain = plain_scalar(value)
     if isinstance(plain, bool):
         return plain
-    word = plain.strip().lower() if isinstance(plain, str) else str(plain) if plain in (0, 1) else ""
+    word = plain.strip().lower() if isinstance(plain, str) else str(plain) if type(plain) is int and plain < 2 else ""
     if word in ("true", "1", "yes", "on"):
         return True
     if word in ("false", "0", "no", "off"):
@@ -392,8 +390,9 @@ def read_weights(flag: str, value: Any) -> tuple[float, ...] | str:
         ends = _ramp(items[0]) if len(items) == 1 else None
         if ends is None:
             raise ValueError(f"--{flag} {display(value)}: must be numbers, or a ramp such as linear:0.8:0.2")
-        first, last = (read_weight(flag, end) for end in ends)
-        return f"linear:{first}:{last}"
+        if max(map(abs, ends)) > WEIGHT_LIMIT:
+            raise ValueError(f"--{flag} {display(value)}: must begin and end within -1000 to 1000")
+        return f"linear:{ends[0]}:{ends[1]}"
     return tuple(read_weight(flag, item) for item in items)
 
 
@@ -421,8 +420,8 @@ def spread_weights(weights: Sequence[float] | str, count: int) -> tuple[float, .
 def read_schedule(flag: str, value: Any) -> str:
     """constant, linear, cosine or `exp:ALPHA` with an ALPHA within -1000..1000, in one spelling."""
     text = value.strip().lower() if isinstance(value, str) else ""
-    name, colon, alpha = text.partition(":")
-    if name == "exp" and colon:
+    name, _, alpha = text.partition(":")
+    if name == "exp" and alpha.strip():
         return f"exp:{read_weight(flag, alpha)}"
     if text in RESIDUAL_SCHEDULES:
         return text

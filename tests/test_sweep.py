@@ -143,7 +143,7 @@ BAD = [
     (["--prompt", "x", "--seed", "3-1"], "--seed 3-1: a range counts up"),
     (["--prompt", "x", "--seed", "0-x"], "--seed 0-x: must be a whole number"),
     (["--prompt", "x", "--seed", "0-99999999999"], "has at most 100,000 seeds"),
-    (["--prompt", "x", "--seed", "0-99999", "--cfg", ";".join(map(str, range(1, 12)))], "at most 1,000,000"),
+    (["--prompt", "x", "--seed", "0-99999", "--cfg", ";".join(map(str, range(1, 12)))], "at most 100,000"),
     (["--prompt", "x", "--num_images", "4"], "--num_images: has no place in a sweep; name the seeds"),
     (["--prompt", "x", "--out_dir", "y"], "--out_dir: has no place in a sweep; use --out"),
     (["--prompt", "x", "--replay", "y.png"], "--replay: has no place in a sweep"),
