@@ -177,7 +177,9 @@ def test_eight_bits_need_weights_with_a_point():
 
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory) -> Path:
-    return to_diffusers.folder(tmp_path_factory.mktemp("layout") / "plain", modules(mmdit_config(mlp_width=512)), TOKENIZERS)
+    return to_diffusers.folder(
+        tmp_path_factory.mktemp("layout") / "plain", modules(mmdit_config(mlp_width=512)), TOKENIZERS
+    )
 
 
 def as_variant(folder: Path, stem: str, name: str) -> None:

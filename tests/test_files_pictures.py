@@ -187,7 +187,16 @@ def test_a_record_that_names_a_pipe_elsewhere_does_not_hang(small_model, tmp_pat
 
 @pytest.mark.parametrize(
     "record",
-    ["[" * 100_000, '{"settings": ' + '{"a":' * 100_000, "[]", "5", '{"settings": []}', "", '{"settings": {"a": ', "{}"],
+    [
+        "[" * 100_000,
+        '{"settings": ' + '{"a":' * 100_000,
+        "[]",
+        "5",
+        '{"settings": []}',
+        "",
+        '{"settings": {"a": ',
+        "{}",
+    ],
 )
 def test_a_record_of_any_form_is_one_line(tmp_path, capsys, record):
     info = PngInfo()
@@ -206,6 +215,15 @@ def test_a_run_beside_it_whose_record_is_damaged_is_passed_over(small_model, tmp
     for damage in ("[" * 100_000, "[]", "{", "\x00"):
         (picture.parent / "run.json").write_text(damage)
         capsys.readouterr()
-        again = ["--replay", str(picture), "--device", "cpu", "--model", str(small_model), "--out_dir", str(tmp_path / "p")]
+        again = [
+            "--replay",
+            str(picture),
+            "--device",
+            "cpu",
+            "--model",
+            str(small_model),
+            "--out_dir",
+            str(tmp_path / "p"),
+        ]
         assert sd3_infer.main(again) == 0
         assert "bit for bit" in capsys.readouterr().err

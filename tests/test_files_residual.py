@@ -28,7 +28,9 @@ def rotations(path, metadata=None, **tensors):
 
 
 def pickled(path, **values):
-    torch.save({"rotation_matrices": torch.stack([EYE, EYE]), "origin_layer": 0, "target_layers": [3, 5]} | values, path)
+    torch.save(
+        {"rotation_matrices": torch.stack([EYE, EYE]), "origin_layer": 0, "target_layers": [3, 5]} | values, path
+    )
     return path
 
 
@@ -95,7 +97,9 @@ def test_weights_in_tensors_of_any_kind(tmp_path, case):
 
 
 def test_plain_tensors_are_read(tmp_path):
-    torch.save({"residual_weights": torch.tensor([0.5, 0.25]), "target_layers": torch.tensor([3, 4])}, tmp_path / "w.pth")
+    torch.save(
+        {"residual_weights": torch.tensor([0.5, 0.25]), "target_layers": torch.tensor([3, 4])}, tmp_path / "w.pth"
+    )
     assert ResidualConfig.read(tmp_path / "w.pth") == ResidualConfig(0, (3, 4), (0.5, 0.25))
 
 
@@ -192,13 +196,17 @@ EDGES = {
 
 @pytest.mark.parametrize("case", EDGES)
 def test_edges_of_any_kind_in_a_pickle(tmp_path, case):
-    path = pickled(tmp_path / "r.pt", rotation_matrices=torch.eye(4).expand(2, 2, 4, 4).clone(), timestep_bucket_edges=EDGES[case])
+    path = pickled(
+        tmp_path / "r.pt", rotation_matrices=torch.eye(4).expand(2, 2, 4, 4).clone(), timestep_bucket_edges=EDGES[case]
+    )
     with pytest.raises(ValueError) as error:
         read_rotations(path)
     one_line(error.value, "residual_rotations", path)
 
 
-@pytest.mark.parametrize("edges", [torch.ones(1, 1), torch.ones(()), torch.tensor([True]), torch.ones(1, dtype=torch.complex64)])
+@pytest.mark.parametrize(
+    "edges", [torch.ones(1, 1), torch.ones(()), torch.tensor([True]), torch.ones(1, dtype=torch.complex64)]
+)
 def test_edges_of_any_shape_in_a_safetensors_file(tmp_path, edges):
     four = torch.eye(4).expand(2, 2, 4, 4).contiguous()
     path = rotations(tmp_path / "r.safetensors", rotation_matrices=four, timestep_bucket_edges=edges)
@@ -206,12 +214,16 @@ def test_edges_of_any_shape_in_a_safetensors_file(tmp_path, edges):
         read_rotations(path)
 
 
-@pytest.mark.parametrize("edges", [torch.tensor([500.0]), torch.tensor([0.5]), torch.tensor([500]), torch.tensor([0, 500, 1000])])
+@pytest.mark.parametrize(
+    "edges", [torch.tensor([500.0]), torch.tensor([0.5]), torch.tensor([500]), torch.tensor([0, 500, 1000])]
+)
 def test_good_edges_are_read(tmp_path, edges):
     four = torch.eye(4).expand(2, 2, 4, 4).contiguous()
     kept = rotations(tmp_path / "r.safetensors", rotation_matrices=four, timestep_bucket_edges=edges)
     assert read_rotations(kept).edges == (0.5,)
-    assert read_rotations(pickled(tmp_path / "r.pt", rotation_matrices=four, timestep_bucket_edges=edges)).edges == (0.5,)
+    assert read_rotations(pickled(tmp_path / "r.pt", rotation_matrices=four, timestep_bucket_edges=edges)).edges == (
+        0.5,
+    )
 
 
 # ---- pipes ---------------------------------------------------------------------------------------
@@ -275,7 +287,17 @@ def test_a_good_measurement_is_read(tmp_path, capsys):
     assert "--residual_origin_layer 0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("data", [b"\xff\xfe\xfd", b"a,b\n1,2\n", b'item_id,text\n"' + b"x" * 200_000, b"", b"item_id,text\n,x\n", b"item_id,text\n1,\0\n\0"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xfe\xfd",
+        b"a,b\n1,2\n",
+        b'item_id,text\n"' + b"x" * 200_000,
+        b"",
+        b"item_id,text\n,x\n",
+        b"item_id,text\n1,\0\n\0",
+    ],
+)
 def test_a_benchmark_that_is_no_csv(tmp_path, data):
     (tmp_path / "b.csv").write_bytes(data)
     try:

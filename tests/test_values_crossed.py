@@ -9,7 +9,6 @@ made. Nothing is sampled here: `make` is cut short once it has been told which p
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import json
 import math
