@@ -221,10 +221,14 @@ def open_image(flag: str, path: str, width: int, height: int) -> Image.Image:
                     shown, see_through = as_shown(image)
         except UnidentifiedImageError:
             raise Unreadable(f"{where}: is not a picture") from None
-        if see_through:
+        if see_through and where not in _SEE_THROUGH:
+            _SEE_THROUGH.add(where)
             warnings.warn(f"{where}: is transparent in places; white is taken for what lies behind", stacklevel=2)
         return shown.resize((width, height), Image.Resampling.LANCZOS)
     raise AssertionError  # `reading` returns or raises
+
+
+_SEE_THROUGH: set[str] = set()  # pictures of which that was said: they are opened for every batch
 
 
 def as_shown(image: Image.Image) -> tuple[Image.Image, bool]:

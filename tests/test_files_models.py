@@ -177,7 +177,9 @@ def test_eight_bits_need_weights_with_a_point():
 
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory) -> Path:
-    return to_diffusers.folder(tmp_path_factory.mktemp("layout") / "plain", modules(mmdit_config(mlp_width=512)), TOKENIZERS)
+    return to_diffusers.folder(
+        tmp_path_factory.mktemp("layout") / "plain", modules(mmdit_config(mlp_width=512)), TOKENIZERS
+    )
 
 
 def as_variant(folder: Path, stem: str, name: str) -> None:
@@ -440,7 +442,8 @@ def peer_controlnet(base: MMDiTConfig, **changes):
     diffusers = pytest.importorskip("diffusers")
     sizes = {
         "sample_size": 24, "patch_size": 2, "in_channels": 16, "num_layers": 2, "attention_head_dim": 64,
-        "num_attention_heads": base.heads, "caption_projection_dim": base.width, "pooled_projection_dim": base.pooled_width,
+        "num_attention_heads": base.heads, "caption_projection_dim": base.width,
+        "pooled_projection_dim": base.pooled_width,
         "out_channels": 16, "pos_embed_max_size": 12, "joint_attention_dim": None, "pos_embed_type": None,
         "use_pos_embed": False, "force_zeros_for_pooled_projection": False,
     } | changes  # fmt: skip

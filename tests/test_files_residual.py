@@ -28,7 +28,8 @@ def rotations(path, metadata=None, **tensors):
 
 
 def pickled(path, **values):
-    torch.save({"rotation_matrices": torch.stack([EYE, EYE]), "origin_layer": 0, "target_layers": [3, 5]} | values, path)
+    two = torch.stack([EYE, EYE])
+    torch.save({"rotation_matrices": two, "origin_layer": 0, "target_layers": [3, 5]} | values, path)
     return path
 
 
@@ -95,7 +96,8 @@ def test_weights_in_tensors_of_any_kind(tmp_path, case):
 
 
 def test_plain_tensors_are_read(tmp_path):
-    torch.save({"residual_weights": torch.tensor([0.5, 0.25]), "target_layers": torch.tensor([3, 4])}, tmp_path / "w.pth")
+    weights, layers = torch.tensor([0.5, 0.25]), torch.tensor([3, 4])
+    torch.save({"residual_weights": weights, "target_layers": layers}, tmp_path / "w.pth")
     assert ResidualConfig.read(tmp_path / "w.pth") == ResidualConfig(0, (3, 4), (0.5, 0.25))
 
 
@@ -160,7 +162,7 @@ def test_metadata_that_is_no_text(tmp_path):
 def test_bytes_behind_a_rotation_file(tmp_path):
     path = rotations(tmp_path / "r.safetensors")
     path.write_bytes(path.read_bytes() + b"xx")
-    with pytest.raises(Unreadable, match="--residual_rotations .*its header is damaged"):
+    with pytest.raises(Unreadable, match=r"--residual_rotations .*its header is damaged"):
         read_rotations(path)
 
 
@@ -192,13 +194,16 @@ EDGES = {
 
 @pytest.mark.parametrize("case", EDGES)
 def test_edges_of_any_kind_in_a_pickle(tmp_path, case):
-    path = pickled(tmp_path / "r.pt", rotation_matrices=torch.eye(4).expand(2, 2, 4, 4).clone(), timestep_bucket_edges=EDGES[case])
+    four = torch.eye(4).expand(2, 2, 4, 4).clone()
+    path = pickled(tmp_path / "r.pt", rotation_matrices=four, timestep_bucket_edges=EDGES[case])
     with pytest.raises(ValueError) as error:
         read_rotations(path)
     one_line(error.value, "residual_rotations", path)
 
 
-@pytest.mark.parametrize("edges", [torch.ones(1, 1), torch.ones(()), torch.tensor([True]), torch.ones(1, dtype=torch.complex64)])
+@pytest.mark.parametrize(
+    "edges", [torch.ones(1, 1), torch.ones(()), torch.tensor([True]), torch.ones(1, dtype=torch.complex64)]
+)
 def test_edges_of_any_shape_in_a_safetensors_file(tmp_path, edges):
     four = torch.eye(4).expand(2, 2, 4, 4).contiguous()
     path = rotations(tmp_path / "r.safetensors", rotation_matrices=four, timestep_bucket_edges=edges)
@@ -206,12 +211,14 @@ def test_edges_of_any_shape_in_a_safetensors_file(tmp_path, edges):
         read_rotations(path)
 
 
-@pytest.mark.parametrize("edges", [torch.tensor([500.0]), torch.tensor([0.5]), torch.tensor([500]), torch.tensor([0, 500, 1000])])
+@pytest.mark.parametrize("edges", [[500.0], [0.5], [500], [0, 500, 1000]])
 def test_good_edges_are_read(tmp_path, edges):
-    four = torch.eye(4).expand(2, 2, 4, 4).contiguous()
-    kept = rotations(tmp_path / "r.safetensors", rotation_matrices=four, timestep_bucket_edges=edges)
-    assert read_rotations(kept).edges == (0.5,)
-    assert read_rotations(pickled(tmp_path / "r.pt", rotation_matrices=four, timestep_bucket_edges=edges)).edges == (0.5,)
+    given = {
+        "rotation_matrices": torch.eye(4).expand(2, 2, 4, 4).contiguous(),
+        "timestep_bucket_edges": torch.tensor(edges),
+    }
+    for path in (rotations(tmp_path / "r.safetensors", **given), pickled(tmp_path / "r.pt", **given)):
+        assert read_rotations(path).edges == (0.5,)
 
 
 # ---- pipes ---------------------------------------------------------------------------------------
@@ -275,7 +282,12 @@ def test_a_good_measurement_is_read(tmp_path, capsys):
     assert "--residual_origin_layer 0" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("data", [b"\xff\xfe\xfd", b"a,b\n1,2\n", b'item_id,text\n"' + b"x" * 200_000, b"", b"item_id,text\n,x\n", b"item_id,text\n1,\0\n\0"])
+CSV = b"item_id,text\n"
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xff\xfe", b"a,b\n1,2\n", CSV + b'"' + b"x" * 200_000, b"", CSV + b",x\n", CSV + b"1,\0\n\0"]
+)
 def test_a_benchmark_that_is_no_csv(tmp_path, data):
     (tmp_path / "b.csv").write_bytes(data)
     try:
