@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from foreign import check_file, reading
 from settings import (
     DEFAULT_SEED,
     READERS,
@@ -104,12 +105,9 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         import yaml
     except ImportError:
         raise ValueError("--grid: needs PyYAML; get it with: pip install -r requirements-sweep.txt") from None
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--grid {path}: no such file")
-    try:
+    check_file(f"--grid {path}", path)
+    with reading(f"--grid {path}", "cannot be read as YAML"):
         values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"--grid {path}: cannot be read as YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise ValueError(f"--grid {path}: must name flags and their values, such as `seed: 0-3`")
     named = values.pop("variants", None) or {}

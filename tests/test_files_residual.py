@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import sd3_infer
 import sd3_probe
+import sd3_sweep
 from foreign import Unreadable
 from residual import ResidualConfig, read_fields, read_rotations
 from sweep.layouts import read_entries
@@ -232,6 +233,24 @@ def test_pipes_do_not_hang(tmp_path):
     os.mkfifo(tmp_path / "p.txt")
     with pytest.raises(Unreadable, match=r"--prompt .*p\.txt: is not a file"):
         read_entries("dpg", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 20_000, "a: " * 3 + "b", "{", "\udcff", "- ? " * 5000, "&a [*a", "a: !!python/object:os.x 1"]
+)
+def test_a_grid_of_any_damage_is_one_line(tmp_path, capsys, text):
+    path = tmp_path / "g.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert sd3_sweep.main(["--grid", str(path), "--out", str(tmp_path / "s")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --grid {path}: ") or "!!python" in text
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_grid_that_is_a_pipe(tmp_path, capsys):
+    os.mkfifo(tmp_path / "g.yaml")
+    assert sd3_sweep.main(["--grid", str(tmp_path / "g.yaml"), "--out", str(tmp_path / "s")]) == 2
+    assert "is not a file" in capsys.readouterr().err
 
 
 # ---- measurements and benchmarks -----------------------------------------------------------------
