@@ -435,6 +435,8 @@ class SD3Inferencer:
 
     def _open_encoders(self, given: dict[str, str | None]) -> None:
         roles = ("clip_l", "clip_g") if self.no_t5 else checkpoint.ENCODERS
+        if self.no_t5 and given["t5xxl"]:
+            self.say("note: --t5xxl is not used: --no_t5")
         fit = checkpoint.Fit(self.config.pooled_width, self.config.context_width)
         self.encoder_parts = checkpoint.find_encoders(roles, self.model_file, self.folders, given, fit)
         self.encoder_configs: dict[str, Any] = {}
