@@ -217,7 +217,8 @@ def open_image(flag: str, path: str, width: int, height: int) -> Image.Image:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of Pillow: what matters of them follows as an error
-                with Image.open(path) as image:
+                # by its handle: of a path Pillow maps some TIFFs into memory, those turned with the wrong line length
+                with open(path, "rb") as file, Image.open(file) as image:
                     shown, see_through = as_shown(image)
         except UnidentifiedImageError:
             raise Unreadable(f"{where}: is not a picture") from None

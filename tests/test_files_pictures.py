@@ -50,6 +50,17 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path, orientation, kind):
     assert difference.mean() < 3
 
 
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_turned_grey_picture(tmp_path, orientation, kind, dtype):
+    values = np.asarray(upright().convert("L")).astype(dtype) * (257 if dtype is np.uint16 else 1)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(values).transpose(STORED[orientation]).save(tmp_path / f"a.{kind}", exif=exif)
+    assert np.array_equal(opened(tmp_path / f"a.{kind}"), np.asarray(upright().convert("L").convert("RGB")))
+
+
 @pytest.mark.parametrize("orientation", [0, 1, 9, 4000])
 def test_an_orientation_of_no_meaning_is_none(tmp_path, orientation):
     exif = Image.Exif()
