@@ -50,6 +50,8 @@ class MMDiTConfig:
     def from_shapes(cls, shapes: Shapes) -> MMDiTConfig:
         """Reads the sizes off tensor names and shapes (no prefix). Raises KeyError for a missing tensor."""
         width, latent_channels, patch, _ = shapes["x_embedder.proj.weight"]
+        if width % HEAD_WIDTH:
+            raise ValueError(f"width {width}, which is no multiple of {HEAD_WIDTH}")
         depth = count_layers(shapes, "joint_blocks.")
         dual = (i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes)
         return cls(

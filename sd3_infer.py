@@ -253,14 +253,19 @@ def open_image(flag: str, path: str, width: int, height: int) -> Image.Image:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of Pillow: what matters of them follows as an error
-                with Image.open(path) as image:
+                # by its handle: of a path Pillow maps some TIFFs into memory, those turned with the wrong line length
+                with open(path, "rb") as file, Image.open(file) as image:
                     shown, see_through = as_shown(image)
         except UnidentifiedImageError:
             raise Unreadable(f"{where}: is not a picture") from None
-        if see_through:
+        if see_through and where not in _SEE_THROUGH:
+            _SEE_THROUGH.add(where)
             warnings.warn(f"{where}: is transparent in places; white is taken for what lies behind", stacklevel=2)
         return shown.resize((width, height), Image.Resampling.LANCZOS)
     raise AssertionError  # `reading` returns or raises
+
+
+_SEE_THROUGH: set[str] = set()  # pictures of which that was said: they are opened for every batch
 
 
 def as_shown(image: Image.Image) -> tuple[Image.Image, bool]:
@@ -581,6 +586,8 @@ class SD3Inferencer:
 
     def _open_encoders(self, given: dict[str, str | None]) -> None:
         roles = ("clip_l", "clip_g") if self.no_t5 else checkpoint.ENCODERS
+        if self.no_t5 and given["t5xxl"]:
+            self.say("note: --t5xxl is not used: --no_t5")
         fit = checkpoint.Fit(self.config.pooled_width, self.config.context_width)
         self.encoder_parts = checkpoint.find_encoders(roles, self.model_file, self.folders, given, fit)
         self.encoder_configs: dict[str, Any] = {}

@@ -18,14 +18,15 @@ from safetensors.torch import save, save_file
 
 import sd3_infer
 
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
 
 def raw(header: bytes, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(header)) + header + data
 
 
 def one_tensor(**changes) -> bytes:
-    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
-    return raw(json.dumps({"a": entry}).encode(), bytes(8))
+    return raw(json.dumps({"a": ENTRY | changes}).encode(), bytes(8))
 
 
 def zipped() -> bytes:
@@ -74,7 +75,7 @@ BAD = {
     "bytes behind": one_tensor() + b"x" * 100,
     "cut off": GOOD[:-7],
     "a header beyond all bounds": struct.pack("<Q", 2**40) + b'{"a":',
-    "metadata that is no text": raw(b'{"__metadata__":{"words":5},"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
+    "metadata that is no text": raw(b'{"__metadata__":{"words":5},"a":' + json.dumps(ENTRY).encode() + b"}", bytes(8)),
     "a file of numbers": GOOD,
     "DDS": b"DDS " + struct.pack("<I", 124) + bytes(200),
     "half a picture": cut_picture(),

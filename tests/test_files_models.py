@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import to_diffusers
 import torch
-from conftest import TOKENIZERS, controlnet_tensors, mmdit_config, modules, relative
+from conftest import CLIP_L, T5_SMALL, TOKENIZERS, controlnet_tensors, mmdit_config, modules, randomise, relative
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,6 +20,7 @@ from checkpoint import ENCODER_PREFIX, ENCODERS, MMDIT_PREFIX, VAE_PREFIX, Weigh
 from dit_embedder import ControlNet, ControlNetConfig, controlnet_part
 from foreign import Unreadable
 from mmditx import MMDiT, MMDiTConfig
+from other_impls import CLIP, T5
 from sd3_infer import SD3Inferencer, on_meta
 
 META = {"width": "64", "height": "48", "steps": "2"}
@@ -442,7 +444,8 @@ def peer_controlnet(base: MMDiTConfig, **changes):
     diffusers = pytest.importorskip("diffusers")
     sizes = {
         "sample_size": 24, "patch_size": 2, "in_channels": 16, "num_layers": 2, "attention_head_dim": 64,
-        "num_attention_heads": base.heads, "caption_projection_dim": base.width, "pooled_projection_dim": base.pooled_width,
+        "num_attention_heads": base.heads, "caption_projection_dim": base.width,
+        "pooled_projection_dim": base.pooled_width,
         "out_channels": 16, "pos_embed_max_size": 12, "joint_attention_dim": None, "pos_embed_type": None,
         "use_pos_embed": False, "force_zeros_for_pooled_projection": False,
     } | changes  # fmt: skip
@@ -608,6 +611,42 @@ def test_sizes_of_no_model_are_one_line(tmp_path, whole, capsys, name, shape):
     assert status == (0 if "²" in name else 2)
     if status:
         assert err.startswith(f"error: --model {tmp_path}/m.safetensors: ")
+
+
+@pytest.mark.parametrize("width", [96, 32])
+def test_a_whole_model_whose_heads_do_not_fit(tmp_path, whole, capsys, width):
+    """Every shape fits every other; only the attention could not be computed."""
+    net = randomise(MMDiT(mmdit_config(width=width, qk_norm=False)), 0)
+    tensors = {k: v for k, v in whole.items() if not k.startswith(MMDIT_PREFIX)}
+    path = place(tmp_path, tensors | {MMDIT_PREFIX + k: v.detach() for k, v in net.state_dict().items()})
+    assert command_line.main(["--model", str(path), "--prompt", "x", "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"width {width}, which is no multiple of 64" in line
+
+
+@pytest.mark.parametrize("width", [100, 200])
+def test_a_clip_whose_heads_do_not_fit(tmp_path, whole, width):
+    prefix = ENCODER_PREFIX.format("clip_l")
+    net = randomise(CLIP(dataclasses.replace(CLIP_L, width=width)), 0)
+    tensors = {k: v for k, v in whole.items() if not k.startswith(prefix)}
+    path = place(tmp_path, tensors | {prefix + k: v.detach() for k, v in net.state_dict().items()})
+    with pytest.raises(Unreadable, match=f"width {width}, which is no multiple of 64"):
+        engine(path)
+
+
+def test_t5_encoders_that_cannot_be_computed(tmp_path, whole):
+    prefix = ENCODER_PREFIX.format("t5xxl")
+    for changes in ({"buckets": 2}, {"heads": 5}):
+        net = randomise(T5(dataclasses.replace(T5_SMALL, **changes)), 0)
+        tensors = {k: v for k, v in whole.items() if not k.startswith(prefix)}
+        path = place(tmp_path, tensors | {prefix + k: v.detach() for k, v in net.state_dict().items()})
+        with pytest.raises(Unreadable, match="no usable relative_attention_bias of"):
+            engine(path)
+
+
+def test_t5_that_is_not_asked_for_is_said(tmp_path, small_model, capsys):
+    SD3Inferencer().load(str(small_model), device="cpu", no_t5=True, t5xxl=str(small_model))
+    assert "note: --t5xxl is not used: --no_t5" in capsys.readouterr().err
 
 
 def test_what_lies_in_a_models_folder_is_listed_whatever_it_is(tmp_path, whole):

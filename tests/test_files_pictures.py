@@ -50,6 +50,17 @@ def test_a_photo_is_turned_as_its_camera_says(tmp_path, orientation, kind):
     assert difference.mean() < 3
 
 
+@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_turned_grey_picture(tmp_path, orientation, kind, dtype):
+    values = np.asarray(upright().convert("L")).astype(dtype) * (257 if dtype is np.uint16 else 1)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(values).transpose(STORED[orientation]).save(tmp_path / f"a.{kind}", exif=exif)
+    assert np.array_equal(opened(tmp_path / f"a.{kind}"), np.asarray(upright().convert("L").convert("RGB")))
+
+
 @pytest.mark.parametrize("orientation", [0, 1, 9, 4000])
 def test_an_orientation_of_no_meaning_is_none(tmp_path, orientation):
     exif = Image.Exif()
@@ -121,6 +132,14 @@ def test_what_is_transparent_lies_over_white_and_is_said(tmp_path, kind):
     assert (got[11, 15] < 250).any()
 
 
+def test_it_is_said_once_in_a_run(small_model, tmp_path, capsys):
+    see_through("RGBA").save(tmp_path / "a.png")
+    words = ["--model", str(small_model), "--steps", "1", "--prompt", "x", "--device", "cpu", "--num_images", "3"]
+    words += ["--dtype", "float32", "--init_image", str(tmp_path / "a.png"), "--out_dir", str(tmp_path / "o")]
+    assert sd3_infer.main(words) == 0
+    assert capsys.readouterr().err.count("is transparent in places") == 1
+
+
 def test_half_transparent_is_half_white(tmp_path):
     see_through("RGBA").save(tmp_path / "a.png")
     with pytest.warns(UserWarning):
@@ -187,16 +206,7 @@ def test_a_record_that_names_a_pipe_elsewhere_does_not_hang(small_model, tmp_pat
 
 @pytest.mark.parametrize(
     "record",
-    [
-        "[" * 100_000,
-        '{"settings": ' + '{"a":' * 100_000,
-        "[]",
-        "5",
-        '{"settings": []}',
-        "",
-        '{"settings": {"a": ',
-        "{}",
-    ],
+    ["[" * 100_000, '{"settings": ' + '{"a":' * 100_000, "[]", "5", '{"settings": []}', "", '{"settings": {', "{}"],
 )
 def test_a_record_of_any_form_is_one_line(tmp_path, capsys, record):
     info = PngInfo()
@@ -215,15 +225,7 @@ def test_a_run_beside_it_whose_record_is_damaged_is_passed_over(small_model, tmp
     for damage in ("[" * 100_000, "[]", "{", "\x00"):
         (picture.parent / "run.json").write_text(damage)
         capsys.readouterr()
-        again = [
-            "--replay",
-            str(picture),
-            "--device",
-            "cpu",
-            "--model",
-            str(small_model),
-            "--out_dir",
-            str(tmp_path / "p"),
-        ]
+        again = ["--replay", str(picture), "--device", "cpu", "--model", str(small_model)]
+        again += ["--out_dir", str(tmp_path / "p")]
         assert sd3_infer.main(again) == 0
         assert "bit for bit" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import sd3_infer
 import sd3_probe
+import sd3_sweep
 from foreign import Unreadable
 from residual import ResidualConfig, read_fields, read_rotations
 from sweep.layouts import read_entries
@@ -28,9 +29,8 @@ def rotations(path, metadata=None, **tensors):
 
 
 def pickled(path, **values):
-    torch.save(
-        {"rotation_matrices": torch.stack([EYE, EYE]), "origin_layer": 0, "target_layers": [3, 5]} | values, path
-    )
+    two = torch.stack([EYE, EYE])
+    torch.save({"rotation_matrices": two, "origin_layer": 0, "target_layers": [3, 5]} | values, path)
     return path
 
 
@@ -97,9 +97,8 @@ def test_weights_in_tensors_of_any_kind(tmp_path, case):
 
 
 def test_plain_tensors_are_read(tmp_path):
-    torch.save(
-        {"residual_weights": torch.tensor([0.5, 0.25]), "target_layers": torch.tensor([3, 4])}, tmp_path / "w.pth"
-    )
+    weights, layers = torch.tensor([0.5, 0.25]), torch.tensor([3, 4])
+    torch.save({"residual_weights": weights, "target_layers": layers}, tmp_path / "w.pth")
     assert ResidualConfig.read(tmp_path / "w.pth") == ResidualConfig(0, (3, 4), (0.5, 0.25))
 
 
@@ -164,7 +163,7 @@ def test_metadata_that_is_no_text(tmp_path):
 def test_bytes_behind_a_rotation_file(tmp_path):
     path = rotations(tmp_path / "r.safetensors")
     path.write_bytes(path.read_bytes() + b"xx")
-    with pytest.raises(Unreadable, match="--residual_rotations .*its header is damaged"):
+    with pytest.raises(Unreadable, match=r"--residual_rotations .*its header is damaged"):
         read_rotations(path)
 
 
@@ -196,9 +195,8 @@ EDGES = {
 
 @pytest.mark.parametrize("case", EDGES)
 def test_edges_of_any_kind_in_a_pickle(tmp_path, case):
-    path = pickled(
-        tmp_path / "r.pt", rotation_matrices=torch.eye(4).expand(2, 2, 4, 4).clone(), timestep_bucket_edges=EDGES[case]
-    )
+    four = torch.eye(4).expand(2, 2, 4, 4).clone()
+    path = pickled(tmp_path / "r.pt", rotation_matrices=four, timestep_bucket_edges=EDGES[case])
     with pytest.raises(ValueError) as error:
         read_rotations(path)
     one_line(error.value, "residual_rotations", path)
@@ -214,16 +212,14 @@ def test_edges_of_any_shape_in_a_safetensors_file(tmp_path, edges):
         read_rotations(path)
 
 
-@pytest.mark.parametrize(
-    "edges", [torch.tensor([500.0]), torch.tensor([0.5]), torch.tensor([500]), torch.tensor([0, 500, 1000])]
-)
+@pytest.mark.parametrize("edges", [[500.0], [0.5], [500], [0, 500, 1000]])
 def test_good_edges_are_read(tmp_path, edges):
-    four = torch.eye(4).expand(2, 2, 4, 4).contiguous()
-    kept = rotations(tmp_path / "r.safetensors", rotation_matrices=four, timestep_bucket_edges=edges)
-    assert read_rotations(kept).edges == (0.5,)
-    assert read_rotations(pickled(tmp_path / "r.pt", rotation_matrices=four, timestep_bucket_edges=edges)).edges == (
-        0.5,
-    )
+    given = {
+        "rotation_matrices": torch.eye(4).expand(2, 2, 4, 4).contiguous(),
+        "timestep_bucket_edges": torch.tensor(edges),
+    }
+    for path in (rotations(tmp_path / "r.safetensors", **given), pickled(tmp_path / "r.pt", **given)):
+        assert read_rotations(path).edges == (0.5,)
 
 
 # ---- pipes ---------------------------------------------------------------------------------------
@@ -237,6 +233,24 @@ def test_pipes_do_not_hang(tmp_path):
     os.mkfifo(tmp_path / "p.txt")
     with pytest.raises(Unreadable, match=r"--prompt .*p\.txt: is not a file"):
         read_entries("dpg", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 20_000, "a: " * 3 + "b", "{", "\udcff", "- ? " * 5000, "&a [*a", "a: !!python/object:os.x 1"]
+)
+def test_a_grid_of_any_damage_is_one_line(tmp_path, capsys, text):
+    path = tmp_path / "g.yaml"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert sd3_sweep.main(["--grid", str(path), "--out", str(tmp_path / "s")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --grid {path}: ") or "!!python" in text
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_grid_that_is_a_pipe(tmp_path, capsys):
+    os.mkfifo(tmp_path / "g.yaml")
+    assert sd3_sweep.main(["--grid", str(tmp_path / "g.yaml"), "--out", str(tmp_path / "s")]) == 2
+    assert "is not a file" in capsys.readouterr().err
 
 
 # ---- measurements and benchmarks -----------------------------------------------------------------
@@ -287,16 +301,11 @@ def test_a_good_measurement_is_read(tmp_path, capsys):
     assert "--residual_origin_layer 0" in capsys.readouterr().out
 
 
+CSV = b"item_id,text\n"
+
+
 @pytest.mark.parametrize(
-    "data",
-    [
-        b"\xff\xfe\xfd",
-        b"a,b\n1,2\n",
-        b'item_id,text\n"' + b"x" * 200_000,
-        b"",
-        b"item_id,text\n,x\n",
-        b"item_id,text\n1,\0\n\0",
-    ],
+    "data", [b"\xff\xfe", b"a,b\n1,2\n", CSV + b'"' + b"x" * 200_000, b"", CSV + b",x\n", CSV + b"1,\0\n\0"]
 )
 def test_a_benchmark_that_is_no_csv(tmp_path, data):
     (tmp_path / "b.csv").write_bytes(data)
