@@ -366,8 +366,9 @@ class SD3Inferencer:
         chosen = {"device": device, "text_encoder_device": text_encoder_device}  # a device of torch's is read already
         given = {
             "model": model, "vae": vae, "shift": shift, "controlnet_ckpt": controlnet_ckpt,
-            "model_folder": model_folder, "verbose": verbose, "dtype": dtype, "no_t5": no_t5, "t5_resident": t5_resident, "embed_cache": embed_cache,
-            "weights": weights, "compile": compile, "offload": offload,
+            "model_folder": model_folder, "verbose": verbose, "dtype": dtype, "no_t5": no_t5,
+            "t5_resident": t5_resident, "embed_cache": embed_cache, "weights": weights, "compile": compile,
+            "offload": offload,
         }  # fmt: skip
         read = Flags(**read_values(given | {n: v for n, v in chosen.items() if not isinstance(v, torch.device)}))
         model, vae, shift, controlnet_ckpt = read.model, read.vae, read.shift, read.controlnet_ckpt
