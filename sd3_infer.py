@@ -496,22 +496,21 @@ class SD3Inferencer:
         files of text encoders, in place of those that the model file holds or that are found.
         Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
         """
-        read = read_values(
-            {
-                "model": model, "vae": vae, "shift": shift, "controlnet_ckpt": controlnet_ckpt,
-                "model_folder": model_folder, "text_encoder_device": text_encoder_device, "verbose": verbose,
-                "device": device, "dtype": dtype, "no_t5": no_t5, "t5_resident": t5_resident,
-                "embed_cache": embed_cache, "weights": weights, "compile": compile, "offload": offload,
-                "clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl,
-            }
-        )  # fmt: skip
-        clip_l, clip_g, t5xxl = (read.get(role) for role in ("clip_l", "clip_g", "t5xxl"))
-        model, vae, shift = read.get("model", Flags.model), read.get("vae"), read.get("shift")
-        controlnet_ckpt, model_folder = read.get("controlnet_ckpt"), read.get("model_folder")
-        embed_cache, verbose, dtype = read.get("embed_cache"), read.get("verbose", False), read.get("dtype", "auto")
-        no_t5, t5_resident, offload = (read.get(name, False) for name in ("no_t5", "t5_resident", "offload"))
-        weights, compile = read.get("weights", "full"), read.get("compile", False)
-        device, text_encoder_device = (read.get(name, "auto") for name in ("device", "text_encoder_device"))
+        chosen = {"device": device, "text_encoder_device": text_encoder_device}  # a device of torch's is read already
+        given = {
+            "model": model, "vae": vae, "shift": shift, "controlnet_ckpt": controlnet_ckpt,
+            "model_folder": model_folder, "verbose": verbose, "dtype": dtype, "no_t5": no_t5,
+            "t5_resident": t5_resident, "embed_cache": embed_cache, "weights": weights, "compile": compile,
+            "offload": offload, "clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl,
+        }  # fmt: skip
+        read = Flags(**read_values(given | {n: v for n, v in chosen.items() if not isinstance(v, torch.device)}))
+        model, vae, shift, controlnet_ckpt = read.model, read.vae, read.shift, read.controlnet_ckpt
+        model_folder, embed_cache, verbose, dtype = read.model_folder, read.embed_cache, read.verbose, read.dtype
+        no_t5, t5_resident, weights, compile = read.no_t5, read.t5_resident, read.weights, read.compile
+        offload, clip_l, clip_g, t5xxl = read.offload, read.clip_l, read.clip_g, read.t5xxl
+        device, text_encoder_device = (
+            value if isinstance(value, torch.device) else getattr(read, name) for name, value in chosen.items()
+        )
         early = {Path(path): stamp(path) for path in (model, vae, controlnet_ckpt) if path}
         self.device = choose_device(device)
         same = text_encoder_device == "auto"
@@ -994,8 +993,12 @@ class SD3Inferencer:
                 "controlnet_strength": controlnet_strength, "cache": cache,
             }
         )  # fmt: skip
-        steps, cfg_scale, sampler, denoise = (read[name] for name in ("steps", "cfg", "sampler", "denoise"))
-        shift, controlnet_strength, cache = read.get("shift"), read["controlnet_strength"], read["cache"]
+        for name in ("steps", "cfg"):
+            if name not in read:
+                raise ValueError(f"--{name}: is missing")
+        steps, cfg_scale, shift, cache = read["steps"], read["cfg"], read.get("shift"), read.get("cache", 0.0)
+        sampler, denoise = read.get("sampler", "dpmpp_2m"), read.get("denoise", 1.0)
+        controlnet_strength = read.get("controlnet_strength", 1.0)
         if controlnet_cond is not None and self.controlnet_part is None:
             raise ValueError("controlnet_cond is given and no ControlNet is loaded; load one with controlnet_ckpt")
         if cfg_scale != 1 and neg_cond is None:
@@ -1872,12 +1875,12 @@ def infer(
         out_dir: pictures go to OUT_DIR/<model>/<prompt><postfix>/000000.png (outputs).
         postfix: end of the folder's name (the date and time).
         seed: first seed (23), for seed_type fixed and roll.
-        seed_type: fixed (every prompt the same), roll (counts up) or rand (drawn; recorded). Without it: fixed where
-            a seed is given, else rand.
+        seed_type: fixed (every prompt the same), roll (counts up) or rand (drawn, each once; printed and recorded).
+            Without it: fixed where a seed is given, else rand.
         sampler: euler or dpmpp_2m (the model's usual one).
         steps: sampling steps (the model's usual number).
         cfg: classifier-free guidance scale (the model's usual one); 1 turns it off.
-        shift: shift of the noise schedule (the model's usual one).
+        shift: shift of the noise schedule, 0.001 to 1000 (the model's usual one).
         width: pixels, a multiple of 16 (1024, or what the file names).
         height: pixels, a multiple of 16 (1024, or what the file names).
         controlnet_ckpt: a ControlNet file.
@@ -1894,7 +1897,7 @@ def infer(
         text_encoder_device: auto (as device), cpu, cuda, cuda:N or mps.
         residual_origin_layer: block whose incoming text tokens are kept (0).
         residual_target_layers: blocks they are mixed in before, such as 3,5,7 or 2-22 or 2-22:2; none: off.
-        residual_weights: one weight per target, one for all, or a ramp linear:FIRST:LAST (1.0).
+        residual_weights: one weight per target, one for all, or a ramp linear:FIRST:LAST, within -1000 to 1000 (1.0).
         residual_mode: add, anchored (both normalised first) or aligned (and the origin rotated) (add).
         residual_schedule: factor on the weights by sigma: constant, linear, cosine or exp:ALPHA (constant).
         residual_start: first part of the steps that goes without, 0 to 1 (0).

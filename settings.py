@@ -266,7 +266,8 @@ def read_device(flag: str, value: Any) -> str:
     if match := re.fullmatch(r"cuda:0*([0-9]{1,2})", name):
         return f"cuda:{match[1]}"
     names = (*DEVICES, "cuda:0")
-    raise ValueError(f"--{flag} {display(value)}: must be auto, cpu, cuda, cuda:N or mps{nearest(name, names)}")
+    told = f"must be auto, cpu, cuda, cuda:N or mps{nearest(name, names)}"
+    raise ValueError(f"--{flag} {display(plain or value)}: {told}")
 
 
 def read_text(flag: str, value: Any) -> str:
