@@ -887,8 +887,9 @@ class SD3Inferencer:
         for s in pictures:
             self.check_settings(s)
         images = open_images(pictures)
-        for group in in_groups(self.batches(pictures), lambda batch: [t for _, s in batch for t in self.texts(s)]):
-            self.encode_only([text for batch in group for _, s in batch for text in self.texts(s)])
+        texts = lambda batch: [text for _, s in batch for text in self.texts(s)]  # noqa: E731
+        for group in in_groups(self.batches(pictures), texts, TEXTS_AT_ONCE):
+            self.encode_only([text for batch in group for text in texts(batch)], TEXTS_AT_ONCE)
             self.get_mmdit()
             self.get_controlnet()
             for batch in group:
@@ -901,7 +902,7 @@ class SD3Inferencer:
                         raise made[1]
                     yield number, *made
 
-    def encode_only(self, wanted: Sequence[tuple[str, int]], most: int = TEXTS_AT_ONCE) -> None:
+    def encode_only(self, wanted: Sequence[tuple[str, int]], most: int) -> None:
         """As `encode`; where more than `most` texts would be held then, drops those that are not wanted."""
         if len(self._cond.keys() | set(wanted)) > most:
             keep = set(wanted)
@@ -1102,7 +1103,7 @@ Batch = TypeVar("Batch")
 
 
 def in_groups(
-    batches: Iterable[Batch], texts: Callable[[Batch], Iterable[tuple[str, int]]], most: int = TEXTS_AT_ONCE
+    batches: Iterable[Batch], texts: Callable[[Batch], Iterable[tuple[str, int]]], most: int
 ) -> Iterator[list[Batch]]:
     """Batches in order, in groups of as many as have at most `most` different texts, but at least one batch."""
     group: list[Batch] = []
