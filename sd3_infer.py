@@ -736,8 +736,18 @@ class SD3Inferencer:
         its neighbours. Each encoder is read, used for all and dropped before the next.
         """
         keys = [k for k in dict.fromkeys(wanted) if k not in self._cond]
-        with explained("encoding prompts", "--text_encoder_device cpu, --no_t5 True, or fewer prompts at a time"):
+        turn = "--text_encoder_device cpu, --no_t5 True, or fewer prompts at a time"
+        with self.unchanged(), explained("encoding prompts", turn):
             self._encode(keys)
+
+    @contextlib.contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """Where what is inside fails because a file is another one by now, says that and not what came of it."""
+        try:
+            yield
+        except Exception:
+            self.files.check()
+            raise
 
     def _encode(self, keys: list[tuple[str, int]]) -> None:
         if self.embed_cache is not None:
@@ -843,7 +853,7 @@ class SD3Inferencer:
         size = sum(p.numel() for p in model.parameters()) * torch.empty((), dtype=dtype).element_size()
         turn = "--weights int8, --dtype bfloat16 or, with a GPU, --offload True"
         bar = byte_bar(f"loading {what}", size, self.quiet)
-        with explained(f"loading the {what}", turn), self.timed(f"loading {what}"), bar as progress:
+        with self.unchanged(), explained(f"loading the {what}", turn), self.timed(f"loading {what}"), bar as progress:
             return part.load_into(model, device, dtype, progress)
 
     def damage(self) -> str:
@@ -1127,8 +1137,9 @@ class SD3Inferencer:
         for s in pictures:
             self.check_settings(s)
         images = open_images(pictures)
-        for group in in_groups(self.batches(pictures), lambda batch: [t for _, s in batch for t in self.texts(s)]):
-            self.encode_only([text for batch in group for _, s in batch for text in self.texts(s)])
+        texts = lambda batch: [text for _, s in batch for text in self.texts(s)]  # noqa: E731
+        for group in in_groups(self.batches(pictures), texts, TEXTS_AT_ONCE):
+            self.encode_only([text for batch in group for text in texts(batch)], TEXTS_AT_ONCE)
             self.get_mmdit()
             self.get_controlnet()
             for batch in group:
@@ -1137,11 +1148,11 @@ class SD3Inferencer:
                 what = f"picture {numbers[0] + 1}/{len(pictures)}{more}"
                 for number, made in zip(numbers, self.make_batch(settings, images, what, pad_batch), strict=True):
                     if isinstance(made[1], ValueError):
-                        self.files.check()  # weights that another program overwrites become NaN, too
-                        raise made[1]
+                        with self.unchanged():  # weights that another program overwrites become NaN, too
+                            raise made[1]
                     yield number, *made
 
-    def encode_only(self, wanted: Sequence[tuple[str, int]], most: int = TEXTS_AT_ONCE) -> None:
+    def encode_only(self, wanted: Sequence[tuple[str, int]], most: int) -> None:
         """As `encode`; where more than `most` texts would be held then, drops those that are not wanted."""
         if len(self._cond.keys() | set(wanted)) > most:
             keep = set(wanted)
@@ -1375,7 +1386,7 @@ Batch = TypeVar("Batch")
 
 
 def in_groups(
-    batches: Iterable[Batch], texts: Callable[[Batch], Iterable[tuple[str, int]]], most: int = TEXTS_AT_ONCE
+    batches: Iterable[Batch], texts: Callable[[Batch], Iterable[tuple[str, int]]], most: int
 ) -> Iterator[list[Batch]]:
     """Batches in order, in groups of as many as have at most `most` different texts, but at least one batch."""
     group: list[Batch] = []
@@ -1986,6 +1997,7 @@ def guarded(work: Callable[[], Any], smaller: str) -> int:
     """
     previous = None
     if threading.current_thread() is threading.main_thread():
+        shell_streams.imported()
         previous = signal.signal(signal.SIGTERM, _stop)
     try:
         with shell_streams.bearing(), warnings.catch_warnings():

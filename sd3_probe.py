@@ -283,25 +283,26 @@ def run_prompts(
     `done(count)` after each batch. Text is encoded for `GROUP` prompts at a time and then dropped. before: how many
     jobs at the start were done by an earlier run; batches are then those that one run would have had.
     """
-    bar = tqdm(total=len(jobs), initial=before, desc=what, unit="prompt", disable=engine.quiet)
-    count = before
-    for start in range(before - before % GROUP, len(jobs), GROUP):
-        group = jobs[max(start, before) : start + GROUP]
-        plan = engine.plan([p for _, p, _ in group], [seed for _, _, seed in group], **values)
-        lengths = [engine.pair_length(s.prompt, s.negative_prompt) for s in plan]
-        wanted = [pair for s, n in zip(plan, lengths, strict=True) for pair in ((s.prompt, n), (s.negative_prompt, n))]
-        engine.encode(wanted if values["cfg"] != 1 else wanted[::2])
-        for batch in engine.batches(plan):
-            places, settings = zip(*batch, strict=True)
-            masks = [engine.text_mask(s.prompt, lengths[place]) for place, s in batch]
-            collector = collect([group[place][0] for place in places], masks)
-            engine.sample(settings, what=what, hooks=[collector])
-            engine.files.check()  # what is measured is of the files that were opened
-            count += len(batch)
-            bar.update(len(batch))
-            done(count)
-        engine.forget_text()
-    bar.close()
+    with tqdm(total=len(jobs), initial=before, desc=what, unit="prompt", disable=engine.quiet) as bar:
+        count = before
+        for start in range(before - before % GROUP, len(jobs), GROUP):
+            group = jobs[max(start, before) : start + GROUP]
+            plan = engine.plan([p for _, p, _ in group], [seed for _, _, seed in group], **values)
+            lengths = [engine.pair_length(s.prompt, s.negative_prompt) for s in plan]
+            wanted = [
+                pair for s, n in zip(plan, lengths, strict=True) for pair in ((s.prompt, n), (s.negative_prompt, n))
+            ]
+            engine.encode(wanted if values["cfg"] != 1 else wanted[::2])
+            for batch in engine.batches(plan):
+                places, settings = zip(*batch, strict=True)
+                masks = [engine.text_mask(s.prompt, lengths[place]) for place, s in batch]
+                collector = collect([group[place][0] for place in places], masks)
+                engine.sample(settings, what=what, hooks=[collector])
+                engine.files.check()  # what is measured is of the files that were opened
+                count += len(batch)
+                bar.update(len(batch))
+                done(count)
+            engine.forget_text()
 
 
 # ---- measure -------------------------------------------------------------------------------------

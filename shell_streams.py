@@ -74,7 +74,7 @@ def open_descriptors() -> None:
 def begin() -> None:
     """First thing of a process: opens what is closed, and makes it end quietly if it is stopped during imports.
 
-    `command_line` takes the handlers back.
+    `imported` takes the handlers back.
     """
     open_descriptors()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
@@ -91,8 +91,8 @@ def _terminated(*_: Any) -> None:
     os._exit(TERMINATED)
 
 
-def _imported() -> None:
-    """Takes the handlers of `begin` back."""
+def imported() -> None:
+    """Takes the handlers of `begin` back, once there is work whose results a stop must keep."""
     if signal.getsignal(signal.SIGINT) is _interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGTERM) is _terminated:
@@ -121,7 +121,6 @@ def command_line(main: Callable[..., int]) -> Callable[..., int]:
     def guarded(*arguments: Any, **options: Any) -> int:
         with bearing():
             try:
-                _imported()
                 return main(*arguments, **options)
             except KeyboardInterrupt:
                 return INTERRUPTED
