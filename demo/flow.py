@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import mmditx
 from demo.data import CLASSES, FACTS, SIDES, Data, load, save, sets_there
 from demo.optim import Average, Muon
 from demo.text import Batches, Captions, TextRows, right_parts, said_of
@@ -370,6 +369,7 @@ def train(
     score_every: int,
     more: dict[str, float] | None,
     compile: bool,
+    bfloat16: bool,
     seed: int,
     save_every: float = SAVE_EVERY,
     threads: int | None = None,
@@ -382,7 +382,6 @@ def train(
     model, rows = run.model, Rows(captions, work, run.sets, more)
     empty = TextRows(captions, [""])
     eager = nullcontext
-    mmditx.attend = plain_attention
     load_of = Load() if threads == 0 else None
     if threads:
         torch.set_num_threads(threads)
@@ -404,7 +403,8 @@ def train(
         sigma = noise_levels(batch, noise_mean, noise_spread, g)
         x = torch.lerp(latent, noise, sigma[:, None, None, None])
         # Captions that CLIP cannot hold come in many lengths, each of them rare: not worth a code of their own.
-        with eager() if length > captions.positions else nullcontext(), torch.autocast("cpu", torch.bfloat16):
+        code = eager() if length > captions.positions else nullcontext()
+        with code, torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             context, pooled = model.text(ids)
             v = model.mmdit(x, 1000 * sigma, pooled, context)
             where = model.where(model.middle)
@@ -432,12 +432,6 @@ def train(
                 log.write({"step": run.step, "minutes": round(run.spent / 60, 2), "score": watch(work)})
             saved = last = time.time()
     save(work / "flow.pt", run.state())
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`mmditx.attend` as matrix products: with the gradient faster than torch's fused one at such lengths."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
 
 
 class Load:
@@ -496,9 +490,8 @@ def train_text(
     batches, means = Batches(texts.lengths, text["kinds"]), Means()
     for step in range(steps):
         length, picked = batches.draw(batch, draws(seed, step))
-        with torch.autocast("cpu", torch.bfloat16):
-            context, _ = model.text(texts.ids(picked, length))
-            loss, right = model.text_loss(context, text["spoken"][picked], text["facts"][picked])
+        context, _ = model.text(texts.ids(picked, length))
+        loss, right = model.text_loss(context, text["spoken"][picked], text["facts"][picked])
         loss.backward()
         set_rate(optimisers, min(1.0, (step + 1) / 20))
         for optimiser in optimisers:

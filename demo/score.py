@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import fire
 import numpy as np
 from PIL import Image
 
+from demo.command_line import run
 from demo.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -356,4 +356,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, "demo.score")

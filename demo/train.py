@@ -15,7 +15,6 @@ import shutil
 import time
 from pathlib import Path
 
-import fire
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from checkpoint import ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
 from demo import flow as flow_stage
+from demo.command_line import run
 from demo.data import encode_set, load, save, set_path, sets_there, text_set, to_unit
 from demo.flow import ENCODERS, RESUME, SAVE_EVERY, Flow, grown, newest, read_text, train_text, write_resume
 from demo.optim import Average, Muon, rate
@@ -224,6 +224,7 @@ def flow(
     score_every: int = 1500,
     more: dict[str, float] | None = None,
     compile: bool = True,
+    bfloat16: bool = False,
     fresh: bool = False,
     save_every: float = SAVE_EVERY,
     threads: int | None = None,
@@ -236,6 +237,7 @@ def flow(
     where_weight: of reading off a middle block what is where, which teaches placement early; text_weight: of reading
     off the text tokens what the caption says. The rate is constant, and falls between the steps decay_from and
     decay_to. score_every: steps between scores of the averaged weights. more: weights of kinds, `{relation: 2}`.
+    bfloat16: for the matrix products; of this size they can be slower than in float32, so time it first.
     threads: of torch; 0: two where the machine has little else to do, else one (of two threads that share a core with
     others each waits for the other; then a resumed run does not go on to the last bit).
     fresh: start from nothing even where the repository has unfinished weights (depth and width count only then).
@@ -267,6 +269,7 @@ def flow(
         score_every=score_every,
         more=more,
         compile=compile,
+        bfloat16=bfloat16,
         seed=seed,
         save_every=save_every,
         threads=threads,
@@ -371,4 +374,4 @@ def all(work: str, out: str = "models/demo", fresh: bool = False, **values) -> N
 COMMANDS = (vae, encode, text, flow, grow, resume, watch, export, all)
 
 if __name__ == "__main__":
-    fire.Fire({command.__name__: command for command in COMMANDS})
+    run({command.__name__: command for command in COMMANDS}, "demo.train")
