@@ -102,9 +102,7 @@ def encode_set(model: VAE, path: Path, count: int, seed: int, batch: int = 64) -
     for _ in tqdm(range(count // batch), desc=path.name, mininterval=10):
         new = [training_scene(rng) for _ in range(batch)]
         images = to_unit([render(s) for s in new]).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            mean = model.moments(images)[0].float()
-        latents.append(latent_in(mean).to(torch.bfloat16).contiguous())
+        latents.append(latent_in(model.moments(images)[0]).to(torch.bfloat16).contiguous())
         classes += [what_is_where(s) for s in new]
         scenes += new
     out = torch.cat(latents)
