@@ -10,8 +10,7 @@ import random
 import sys
 from pathlib import Path
 
-import fire
-
+from demo.command_line import run
 from demo.scenes import ALL_COMBINATIONS, HELD_OUT, SEEN, Scene, sample_scene
 
 SETS = {"seen": SEEN, "held_out": tuple(sorted(HELD_OUT)), "all": ALL_COMBINATIONS}
@@ -58,4 +57,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, "demo.captions")

@@ -2,6 +2,9 @@
 
 A picture is 96 x 96, split into 3 x 3 cells of 32 pixels; an object sits near the middle of a cell, so objects
 never touch. Eight shape-colour combinations (`HELD_OUT`) never occur in training; scoring uses only those.
+
+`sample_scene` draws the four kinds that the first shipped model knew; `training_scene` draws these and more: sizes,
+up to three objects with two relations, a second phrasing of each relation, and captions of several sentences.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -32,6 +36,16 @@ COLOURS = {
 BACKGROUNDS = {"white": (245, 245, 245), "black": (20, 20, 20), "gray": (128, 128, 128)}
 COUNTS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # (x, y) of first - second
+INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+PHRASINGS = {  # the usual one, and another for the same relation
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+}
+# Radii by shape. The smallest object covers 2 % of the picture; the largest leaves 2 pixels to its neighbour.
+NORMAL = {"circle": (11.5, 12.8), "square": (11.5, 12.8), "triangle": (13.0, 14.0), "star": (12.8, 13.3)}
+SMALL = {"circle": (7.75, 8.2), "square": (7.75, 8.2), "triangle": (10.6, 10.9), "star": (10.95, 11.15)}
 
 # One combination per colour, two per shape: (colour, shape) pairs that training never sees.
 HELD_OUT = frozenset(
@@ -55,24 +69,31 @@ Cell = tuple[int, int]  # (column, row), from the top left
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn object: its centre and radius in pixels."""
+    """One drawn object: its centre and radius in pixels; `small` where its caption says so."""
 
     colour: str
     shape: str
     x: float
     y: float
     radius: float
+    small: bool = False
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A caption, the objects it speaks of (in its order) and the background's name."""
+    """A caption, the objects it speaks of (in its order) and the background's name.
+
+    relations: (index, relation, index) of all that the caption states; words: for every word of the caption, commas
+    and full stops counted as words, 1 + the index of the object it belongs to, or 0.
+    """
 
     caption: str
-    kind: str  # single, pair, count or relation
+    kind: str  # one of `KINDS`
     things: tuple[Thing, ...]
     background: str
     relation: str = ""
+    relations: tuple[tuple[int, str, int], ...] = ()
+    words: tuple[int, ...] = ()
 
 
 def _outline(thing: Thing) -> list[tuple[float, float]]:
@@ -112,11 +133,17 @@ def article(colour: str) -> str:
     return f"{'an' if colour[0] in 'aeio' else 'a'} {colour}"
 
 
-def place(combination: Combination, cell: Cell, radius: float, rng: random.Random) -> Thing:
-    """An object near the middle of a cell."""
-    jitter = 1.5  # pixels
+def place(
+    combination: Combination,
+    cell: Cell,
+    radius: float,
+    rng: random.Random,
+    jitter: float = 1.5,
+    small: bool = False,
+) -> Thing:
+    """An object near the middle of a cell, at most `jitter` pixels off along each axis."""
     x, y = (CELL * (c + 0.5) + rng.uniform(-jitter, jitter) for c in cell)
-    return Thing(*combination, x=x, y=y, radius=radius)
+    return Thing(*combination, x=x, y=y, radius=radius, small=small)
 
 
 _LINES = [[(c, r) for c in range(3)] for r in range(3)] + [[(c, r) for r in range(3)] for c in range(3)]
@@ -177,9 +204,209 @@ def sample_scene(
     return Scene(caption, kind, tuple(things), background, relation)
 
 
+# ---- all that the model is trained on ------------------------------------------------------------
+
+KINDS = {"single": 10, "pair": 16, "count": 26, "relation": 30, "three": 5, "relations": 13}  # shares in percent
+LONGEST = 40  # T5 tokens of a caption with the end token
+SHORT_SHARE = 0.82  # captions in today's form
+SIZED_SHARE = 0.3  # scenes whose captions speak of sizes
+OTHER_PHRASING = 0.35  # of the relations
+GAP = 2.5  # pixels left between objects in neighbouring cells
+
+Word = tuple[str, int]  # a word, and 1 + the index of the object it belongs to (0: none)
+
+
+@lru_cache
+def relations_cells(first: str, second: str) -> tuple[tuple[Cell, Cell, Cell], ...]:
+    """All cells of three objects such that the first is in relation `first` to the second and `second` to the third."""
+
+    def others(cell: Cell, relation: str) -> list[Cell]:
+        dx, dy = RELATIONS[relation]
+        steps = [(cell[0] - n * dx, cell[1] - n * dy) for n in (1, 2)]
+        return [c for c in steps if c in _ALL_CELLS]
+
+    return tuple((a, b, c) for a in _ALL_CELLS for b in others(a, first) for c in others(a, second) if b != c)
+
+
+def two_combinations(combinations: tuple[Combination, ...], rng: random.Random) -> tuple[Combination, Combination]:
+    """Two different ones, a quarter of equal shape and a quarter of equal colour, in either order equally often."""
+    first = rng.choice(combinations)
+    how = rng.random()
+    rest = [c for c in combinations if c[0] != first[0] and c[1] != first[1]]
+    if how < 0.25:
+        rest = [c for c in combinations if c[0] != first[0] and c[1] == first[1]] or rest
+    elif how < 0.5:
+        rest = [c for c in combinations if c[0] == first[0] and c[1] != first[1]] or rest
+    pair = [first, rng.choice(rest)]
+    rng.shuffle(pair)
+    return pair[0], pair[1]
+
+
+def extent(combination: Combination, radius: float) -> float:
+    """Half of the larger side of an object's box, in pixels."""
+    if combination[1] == "circle":
+        return radius
+    return max(max(abs(x), abs(y)) for x, y in _outline(Thing(*combination, 0.0, 0.0, radius)))
+
+
+def training_scene(
+    rng: random.Random,
+    kind: str | None = None,
+    combinations: tuple[Combination, ...] = SEEN,
+    short: bool | None = None,
+    sized: bool | None = None,
+) -> Scene:
+    """A random scene of any kind in `KINDS` (None: by their shares) and its caption.
+
+    short: a caption in today's form, else sentences; sized: sizes differ and are spoken of; None: by chance.
+    An object whose size the caption does not name is of the normal size.
+    """
+    kind = kind or rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
+    sized = rng.random() < SIZED_SHARE if sized is None else sized
+    short = rng.random() < SHORT_SHARE if short is None else short
+    background = rng.choice(tuple(BACKGROUNDS))
+    stated: tuple[tuple[int, str, int], ...] = ()
+    if kind in ("single", "count"):
+        named = [rng.choice(combinations)]
+        cells = [rng.choice(_ALL_CELLS)] if kind == "single" else rng.choice(COUNT_LAYOUTS[rng.choice(tuple(COUNTS))])
+    elif kind in ("pair", "relation"):
+        named = list(two_combinations(combinations, rng))
+        cells = rng.sample(_ALL_CELLS, 2)
+        if kind == "relation":
+            stated = ((0, rng.choice(tuple(RELATIONS)), 1),)
+            cells = relation_cells(stated[0][1], rng)
+    else:
+        named = list(two_combinations(combinations, rng))
+        named.insert(rng.randrange(3), rng.choice([c for c in combinations if c not in named]))
+        cells = rng.sample(_ALL_CELLS, 3)
+        if kind == "relations":
+            one, other = rng.sample(tuple(RELATIONS), 2)
+            stated, cells = ((0, one, 1), (0, other, 2)), rng.choice(relations_cells(one, other))
+    small = [sized and rng.random() < 0.5 for _ in named]
+    large = [not s and rng.random() < (0.5 if sized else 0.04) for s in small]  # the word, not another size
+    names = [(("small",) if s else ("large",) if b else ()) + c for c, s, b in zip(named, small, large, strict=True)]
+    share, things = rng.random(), []
+    for i, cell in enumerate(cells):
+        own = min(i, len(named) - 1)
+        low, high = (SMALL if small[own] else NORMAL)[named[own][1]]
+        radius = low + share * (high - low)
+        jitter = min(1.5, CELL / 2 - GAP / 2 - extent(named[own], radius))
+        things.append(place(named[own], cell, radius, rng, jitter, small[own]))
+    write = _short_caption if short else _long_caption
+    for _ in range(100):
+        words = write(kind, names, len(things), stated, background, rng)
+        if len(words) < LONGEST:
+            break
+    else:
+        raise AssertionError(f"no caption of {kind} fits in {LONGEST} tokens")
+    who = tuple(w for _, w in words)
+    relation = stated[0][1] if kind == "relation" else ""
+    return Scene(joined(words), kind, tuple(things), background, relation, stated, who)
+
+
+def joined(words: list[Word]) -> str:
+    """The caption that the words make."""
+    return "".join(w if w in ".," or not i else f" {w}" for i, (w, _) in enumerate(words))
+
+
+def _words(text: str, who: int = 0) -> list[Word]:
+    return [(w, who) for w in text.split()]
+
+
+def _noun(names: list[tuple[str, ...]], index: int) -> list[Word]:
+    """`a small red circle`."""
+    return _words(f"{article(names[index][0])} {' '.join(names[index][1:])}", index + 1)
+
+
+def _said(relation: str, rng: random.Random) -> list[Word]:
+    return _words(PHRASINGS[relation][rng.random() < OTHER_PHRASING])
+
+
+def _listed(names: list[tuple[str, ...]], rng: random.Random) -> list[Word]:
+    """`a red circle, a blue square and a green star`."""
+    out = _noun(names, 0)
+    comma = len(names) > 2 and rng.random() < 0.5
+    for i in range(1, len(names)):
+        out += _words("," if comma and i < len(names) - 1 else "and") + _noun(names, i)
+    return out
+
+
+def _counted(names: list[tuple[str, ...]], count: int) -> list[Word]:
+    """`three small red circles`."""
+    return _words(f"{COUNTS[count]} {' '.join(names[0])}s", 1)
+
+
+Stated = tuple[tuple[int, str, int], ...]
+
+
+def _short_caption(
+    kind: str, names: list[tuple[str, ...]], count: int, stated: Stated, background: str, rng: random.Random
+) -> list[Word]:
+    """A caption in today's form: `a red circle left of a blue square and above a green star on a black background`."""
+    if kind == "count":
+        out = _counted(names, count)
+    elif stated:
+        out = _noun(names, 0)
+        for n, (_, relation, other) in enumerate(stated):
+            out += _words("and" if n else "") + _said(relation, rng) + _noun(names, other)
+    else:
+        out = _listed(names, rng)
+    if rng.random() < 0.6:
+        out += _words(f"on a {background} background")
+    return out
+
+
+def _long_caption(
+    kind: str, names: list[tuple[str, ...]], count: int, stated: Stated, background: str, rng: random.Random
+) -> list[Word]:
+    """A caption of several sentences that describes everything."""
+    said = ("one", *COUNTS.values())[count - 1]
+    are = "there is one object ." if count == 1 else f"there are {said} objects ."
+    shows, rest = _words("the picture shows"), _words("there is nothing else .")
+    stop = _words(".")
+
+    def the(index: int) -> list[Word]:
+        """The object by as few words as tell it from the others."""
+        *_, colour, shape = names[index]
+        alike = [n for n in names if n[-1] == shape]
+        return _words(f"the {shape}" if len(alike) == 1 else f"the {colour} {shape}", index + 1)
+
+    if kind == "count":
+        out = shows + _counted(names, count) + stop
+        if rng.random() < 0.5:
+            out = _words("there are") + _counted(names, count) + _words("in the picture .")
+        out += rest if rng.random() < 0.5 else []
+    elif kind == "single":
+        out = shows + _noun(names, 0) + stop + (rest if rng.random() < 0.5 else [])
+        if rng.random() < 0.5:
+            out = _words(are) + _words("it is", 1) + _noun(names, 0) + stop
+    elif not stated:
+        out = (_words(are) if rng.random() < 0.5 else []) + shows + _listed(names, rng) + stop
+    elif rng.random() < 0.5:
+        out = (_words(are) if rng.random() < 0.7 else []) + _noun(names, 0) + _words("is")
+        for n, (_, relation, other) in enumerate(stated):
+            out += _words("and" if n else "") + _said(relation, rng) + _noun(names, other)
+        out += stop
+    else:
+        out = shows + _listed(names, rng) + stop
+        for first, relation, other in stated:
+            if rng.random() < 0.5:
+                first, relation, other = other, INVERSE[relation], first
+            out += the(first) + _words("is") + _said(relation, rng) + the(other) + stop
+    if rng.random() < 0.8:
+        out += _words(f"the background is {background} .")
+    return out
+
+
 def vocabulary() -> list[str]:
-    """Every word that a caption can hold, in a fixed order."""
+    """Every word that a caption of `sample_scene` can hold, in a fixed order."""
     words = ["a", "an", "and", "on", "background", "of", "left", "right", "above", "below"]
     words += COUNTS.values()
     words += [*COLOURS, *BACKGROUNDS, *SHAPES, *(f"{s}s" for s in SHAPES)]
     return words
+
+
+def all_words() -> list[str]:
+    """Every word that a caption of `training_scene` can hold; the order is that of the token ids, so only append."""
+    more = "small large to the over under there is are it in picture shows one object objects nothing else . ,"
+    return vocabulary() + more.split()

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import fire
 import numpy as np
 from PIL import Image
 
+from demo.command_line import run
 from demo.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -43,12 +43,15 @@ COLOUR_NAMES, COLOUR_VALUES = list(COLOURS), np.array(list(COLOURS.values()), dt
 
 @dataclass(frozen=True)
 class Seen:
-    """An object read off a picture; x and y as shares of its width and height, shape `` where it is none."""
+    """An object read off a picture; x and y as shares of its width and height, shape `` where it is none; area as a
+    share of the picture.
+    """
 
     shape: str
     colour: str
     x: float
     y: float
+    area: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def read_picture(picture: np.ndarray) -> list[Seen]:
             mask = pieces == j
             y, x = ndimage.center_of_mass(mask)
             name = COLOUR_NAMES[int(np.linalg.norm(COLOUR_VALUES - colour, axis=-1).argmin())]
-            out.append(Seen(shape_of(mask), name, x / picture.shape[1], y / picture.shape[0]))
+            out.append(Seen(shape_of(mask), name, x / picture.shape[1], y / picture.shape[0], mask.mean()))
     return out
 
 
@@ -353,4 +356,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, "demo.score")

@@ -6,9 +6,11 @@ Every word of the captions becomes one token of each; any other text still has t
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -20,13 +22,30 @@ def byte_alphabet() -> list[str]:
     return sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (ord(c) > 255, ord(c)))
 
 
+def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Merges that make every word one token: always the most frequent pair, the first by alphabet among equals."""
+    pieces = [(*w[:-1], w[-1] + WORD_END) for w in words]
+    merges = []
+    while counts := Counter(pair for p in pieces for pair in pairwise(p)):
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        pieces = [_merged(p, best) for p in pieces]
+    return merges
+
+
+def _merged(piece: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    out: list[str] = []
+    for part in piece:
+        if out and (out[-1], part) == pair:
+            out[-1] += part
+        else:
+            out.append(part)
+    return tuple(out)
+
+
 def clip_files(words: list[str], folder: Path, positions: int) -> None:
     """Writes vocab.json, merges.txt and tokenizer_config.json; vocabulary: bytes, byte ends, merges, start, end."""
-    trainer = trainers.BpeTrainer(vocab_size=10**5, end_of_word_suffix=WORD_END, show_progress=False)
-    bpe = Tokenizer(models.BPE(end_of_word_suffix=WORD_END))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    bpe.train_from_iterator(words, trainer)
-    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    merges = byte_pair_merges(words)
     alphabet = byte_alphabet()
     tokens = [*alphabet, *(c + WORD_END for c in alphabet), *("".join(m) for m in merges), START, END]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
@@ -47,10 +66,12 @@ def clip_files(words: list[str], folder: Path, positions: int) -> None:
 
 
 def t5_file(words: list[str], folder: Path) -> None:
-    """Writes tokenizer.json: a unigram model with one piece per word, pad 0, end 1, unknown 2."""
+    """Writes tokenizer.json: a unigram model with one piece per word, pad 0, end 1, unknown 2; a comma or full stop
+    needs no space before it.
+    """
     space = "\u2581"
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (space, -5.0)]
-    pieces += [(space + word, -1.0) for word in words]
+    pieces += [(word if word in ".," else space + word, -1.0) for word in words]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=space, prepend_scheme="always")

@@ -1,7 +1,10 @@
 """Trains the small model that ships, from nothing: `python -m demo.train all --work FOLDER`.
 
-Stages: `vae` (autoencoder), `encode` (pictures to latents, once), `flow` (MMDiT and text encoders together) and
-`export` (one safetensors file and the tokenizers). Each saves often and goes on from its last save.
+Stages: `vae` (autoencoder), `encode` (pictures to latents, sets of scenes), `text` (the text encoders alone, which
+shows what they learn), `flow` (MMDiT and text encoders together) and `export` (one safetensors file and the
+tokenizers). Each saves often and goes on from its last save.
+
+`watch` scores unfinished weights, `grow` adds blocks, `resume` writes what a fresh checkout goes on from.
 """
 
 from __future__ import annotations
@@ -12,24 +15,26 @@ import shutil
 import time
 from pathlib import Path
 
-import fire
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from tokenizers import Tokenizer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from checkpoint import ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
+from demo import flow as flow_stage
+from demo.command_line import run
+from demo.data import encode_set, load, save, set_path, sets_there, text_set, to_unit
+from demo.flow import ENCODERS, RESUME, SAVE_EVERY, Flow, grown, newest, read_text, train_text, write_resume
 from demo.optim import Average, Muon, rate
-from demo.scenes import BACKGROUNDS, CELL, COLOURS, RELATIONS, SHAPES, SIZE, Scene, render, sample_scene, vocabulary
-from demo.tokenizers import END, START, WORD_END, clip_files, t5_file
-from mmditx import MMDiT, MMDiTConfig
-from other_impls import CLIP, T5, CLIPConfig, T5Config, join_text
+from demo.scenes import CELL, HELD_OUT, SIZE, all_words, render, training_scene
+from demo.text import Captions
 from sd3_impls import LATENT_SCALE, LATENT_SHIFT
 from vae import VAE, ResnetBlock, VAEConfig
 
+__all__ = ["Captions", "load"]
+SHIPPED = Path(__file__).parent.parent / "models" / "demo" / "demo.safetensors"
 VAE_CONFIG = VAEConfig(
     image_channels=3,
     latent_channels=16,
@@ -38,33 +43,14 @@ VAE_CONFIG = VAEConfig(
     encoder_blocks=1,
     decoder_blocks=2,
 )
-SAVE_EVERY = 120.0  # seconds
 VALIDATION_SEED = 10**6
-
-
-def save(path: Path, state: dict) -> None:
-    """Writes a training state under a temporary name and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.rename(path)
-
-
-def load(path: Path) -> dict | None:
-    """The training state at `path`, or None where there is none yet."""
-    return torch.load(path, weights_only=True) if path.exists() else None
-
-
-def to_unit(pictures: list[np.ndarray]) -> Tensor:
-    """uint8 pictures (H, W, 3) -> (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def crops(rng: random.Random, count: int, size: int) -> Tensor:
     """(count, 3, size, size) crops of new scenes, most of them around an object."""
     out = []
     while len(out) < count:
-        scene = sample_scene(rng)
+        scene = training_scene(rng)
         picture = render(scene)
         for thing in rng.sample(scene.things, min(2, len(scene.things))):
             spread = CELL // 2
@@ -154,7 +140,7 @@ def validate_vae(weights: dict[str, Tensor], count: int = 32) -> None:
     model = VAE(VAE_CONFIG)
     model.load_state_dict(weights)
     rng = random.Random(VALIDATION_SEED)
-    images = to_unit([render(sample_scene(rng)) for _ in range(count)])
+    images = to_unit([render(training_scene(rng)) for _ in range(count)])
     mean, logvar = model.moments(images)
     error = F.mse_loss(model.decode(mean).clamp(-1, 1), images).item()
     spread = mean.std(dim=(0, 2, 3)).sort(descending=True).values
@@ -162,255 +148,160 @@ def validate_vae(weights: dict[str, Tensor], count: int = 32) -> None:
     print("channel spread", [round(s, 2) for s in spread.tolist()], "posterior", logvar.exp().sqrt().mean().item())
 
 
-# ---- pictures to latents, once -------------------------------------------------------------------
-
-PATCH_PIXELS = 16  # pixels under one image token
-TOKENS = SIZE // PATCH_PIXELS
-CLASSES = (*SHAPES, *COLOURS, *BACKGROUNDS)
-
-
-def what_is_where(scene: Scene) -> np.ndarray:
-    """How much of every image token each class of `CLASSES` covers: uint8 (tokens, classes), 255 is all of it."""
-    out = np.zeros((TOKENS * TOKENS, len(CLASSES)), dtype=np.float32)
-    free = np.ones(TOKENS * TOKENS, dtype=np.float32)
-    for thing in scene.things:
-        alone = render(Scene("", "", (thing,), "black")).max(axis=2) > 60
-        share = alone.reshape(TOKENS, PATCH_PIXELS, TOKENS, PATCH_PIXELS).mean(axis=(1, 3)).reshape(-1)
-        out[:, CLASSES.index(thing.shape)] += share
-        out[:, CLASSES.index(thing.colour)] += share
-        free -= share
-    out[:, CLASSES.index(scene.background)] = free
-    return (out.clip(0, 1) * 255).astype(np.uint8)
+# ---- pictures to latents -------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def encode(work: str, count: int = 28160, batch: int = 64, seed: int = 1) -> None:
-    """Renders and encodes the training set: latents (posterior means), captions, what is where."""
-    path = Path(work) / "latents.pt"
-    if path.exists():
+def autoencoder(work: Path) -> VAE:
+    """The autoencoder in the SD3 latent format: the work folder's own, or the one that ships where it has none."""
+    model = VAE(VAE_CONFIG)
+    if (state := load(work / "vae.pt")) is None:
+        weights = load_file(SHIPPED)
+        model.load_state_dict({k.removeprefix(VAE_PREFIX): v for k, v in weights.items() if k.startswith(VAE_PREFIX)})
+        return model.eval()
+    model.load_state_dict(state["average"])
+    rng = random.Random(VALIDATION_SEED)
+    images = to_unit([render(training_scene(rng)) for _ in range(256)])
+    scale = torch.cat([model.moments(part)[0] for part in images.split(32)]).std().item()
+    fold_latent_format(model, scale)
+    return model.eval()
+
+
+def encode(work: str, scenes: int = 61440, sets: int = 3, more: int = 0, seed: int = 1000) -> None:
+    """Renders and encodes scenes until the folder has `sets` sets with `scenes` in all; `more` sets of that size beside
+    those there may be added while `flow` runs, which takes them in when it next saves.
+    """
+    folder = Path(work)
+    wanted = sets_there(folder) + more if more else sets
+    model = None
+    while (number := sets_there(folder)) < wanted:
+        model = model or autoencoder(folder)
+        encode_set(model, set_path(folder, number), scenes // sets, seed + number)
+
+
+# ---- text encoders alone -------------------------------------------------------------------------
+
+
+def text(work: str, steps: int = 250, batch: int = 128, scenes: int = 20000, seed: int = 5) -> None:
+    """Trains the text encoders on their heads alone, and prints how many words know side and number of their object:
+    of captions as they are trained on, and last of short ones whose shape-colour combinations training never saw.
+
+    Right from the start: with another initialisation T5 is a bag of words, and no picture will show which comes first.
+    """
+    folder = Path(work)
+    if (folder / "text.pt").exists():
         return
-    model = VAE(VAE_CONFIG).eval().to(memory_format=torch.channels_last)
-    model.load_state_dict(load(Path(work) / "vae.pt")["average"])
+    captions = Captions(folder / "tokenizers")
     rng = random.Random(seed)
-    latents, captions, classes = [], [], []
-    for _ in tqdm(range(count // batch), desc="encode", mininterval=10):
-        scenes = [sample_scene(rng) for _ in range(batch)]
-        images = to_unit([render(s) for s in scenes]).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            latents.append(model.moments(images)[0].float().contiguous())
-        captions += [s.caption for s in scenes]
-        classes += [what_is_where(s) for s in scenes]
-    latents = torch.cat(latents)
-    scale = latents.std().item()
-    print(f"latents: mean {latents.mean().item():.3f}, standard deviation {scale:.3f}")
-    state = {"latents": latents / scale, "scale": scale, "captions": captions}
-    save(path, state | {"classes": torch.from_numpy(np.stack(classes))})
+    told = text_set([training_scene(rng) for _ in range(scenes)])
+    others = tuple(sorted(HELD_OUT))
+    unseen = text_set([training_scene(rng, kind, others, short=True) for kind in ("relation", "count") * 300])
+    torch.manual_seed(seed)
+    model = Flow(captions)
+    for step, means in train_text(model, captions, told, steps, batch):
+        print(step, json.dumps(means), flush=True)
+    print("unseen", json.dumps(read_text(model, captions, unseen)), flush=True)
+    kept = (*(f"{name}." for name in ENCODERS), "clip_says.", "t5_says.")
+    save(folder / "text.pt", {k: v for k, v in model.state_dict().items() if k.startswith(kept)})
 
 
 # ---- MMDiT and text encoders, together -----------------------------------------------------------
 
-TEXT_LENGTH = 16  # tokens of a caption with start and end; the real models have 77
-CONTEXT = 128
-CLIP_L_WIDTH = CLIP_G_WIDTH = 64
-
-
-class Captions:
-    """Token ids of captions, whole words looked up in the shipped vocabularies (every word of a caption is there)."""
-
-    def __init__(self, folder: Path):
-        if not (folder / "tokenizer_3" / "tokenizer.json").exists():  # ties between merges fall anew each time
-            clip_files(vocabulary(), folder / "tokenizer", TEXT_LENGTH)
-            t5_file(vocabulary(), folder / "tokenizer_3")
-        self.clip = json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
-        self.t5 = Tokenizer.from_file(str(folder / "tokenizer_3" / "tokenizer.json"))
-
-    def ids(self, captions: list[str]) -> dict[str, Tensor]:
-        """Ids (B, TEXT_LENGTH) for `l` (padded with the end token), `g` (padded with 0) and `t5` (padded with 0)."""
-        out: dict[str, list[list[int]]] = {"l": [], "g": [], "t5": []}
-        for caption in captions:
-            clip = [self.clip[START], *(self.clip[w + WORD_END] for w in caption.split()), self.clip[END]]
-            t5 = self.t5.encode(caption).ids
-            pad = TEXT_LENGTH - len(clip)
-            out["l"].append(clip + [self.clip[END]] * pad)
-            out["g"].append(clip + [0] * pad)
-            out["t5"].append(t5 + [0] * (TEXT_LENGTH - len(t5)))
-        return {k: torch.tensor(v) for k, v in out.items()}
-
-
-class Flow(nn.Module):
-    """Everything that is trained together; `where` reads what is where off a middle block and is not shipped."""
-
-    READ_AFTER = 4  # blocks
-
-    def __init__(self, captions: Captions, width: int, depth: int):
-        super().__init__()
-        clip = {"depth": 2, "vocabulary": len(captions.clip), "positions": TEXT_LENGTH}
-        self.clip_l = CLIP(
-            CLIPConfig(width=CLIP_L_WIDTH, mlp_width=256, projection=False, activation="quick_gelu", **clip)
-        )
-        self.clip_g = CLIP(CLIPConfig(width=CLIP_G_WIDTH, mlp_width=256, projection=True, activation="gelu", **clip))
-        pieces = captions.t5.get_vocab_size()
-        self.t5 = T5(T5Config(CONTEXT, 2, heads=2, inner=CONTEXT, mlp_width=256, buckets=32, vocabulary=pieces))
-        config = MMDiTConfig(
-            latent_channels=16,
-            patch=2,
-            width=width,
-            depth=depth,
-            context_width=CONTEXT,
-            pooled_width=CLIP_L_WIDTH + CLIP_G_WIDTH,
-            mlp_width=4 * width,
-            grid=16,
-            qk_norm=True,
-        )
-        self.mmdit = MMDiT(config)
-        self.where = nn.Linear(width, len(CLASSES))
-        self.middle: Tensor | None = None
-        self.mmdit.joint_blocks[self.READ_AFTER - 1].register_forward_hook(self._keep)
-        self.init()
-
-    def _keep(self, module: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        self.middle = output[1]
-
-    def init(self) -> None:
-        """Xavier for matrices, small embeddings, zero for modulations and the last layer."""
-        for name, p in self.named_parameters():
-            if p.ndim < 2:
-                if name.endswith("bias"):
-                    nn.init.zeros_(p)
-            elif "embedding" in name or "embed_tokens" in name or "relative" in name:
-                nn.init.normal_(p, std=0.02 if "position" in name else 0.5)
-            else:
-                nn.init.xavier_uniform_(p.flatten(1))
-            if "adaLN_modulation" in name or "final_layer.linear" in name:
-                nn.init.zeros_(p)
-        self.mmdit.pos_embed.data = sine_grid(self.mmdit.config.grid, self.mmdit.config.width)
-
-    def text(self, ids: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Text tokens (B, 2 * TEXT_LENGTH, CONTEXT) and pooled text (B, 128)."""
-        hidden_l, pooled_l = self.clip_l(ids["l"])
-        hidden_g, pooled_g = self.clip_g(ids["g"])
-        return join_text(hidden_l, hidden_g, self.t5(ids["t5"])), torch.cat([pooled_l, pooled_g], dim=-1)
-
-
-def sine_grid(side: int, width: int) -> Tensor:
-    """Sine-cosine position grid (1, side * side, width): half the features say the column, half the row."""
-    f = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
-    angles = torch.arange(side)[:, None] * f  # (side, width / 4)
-    line = torch.cat([angles.sin(), angles.cos()], dim=-1)
-    columns, rows = line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)
-    return torch.cat([columns, rows], dim=-1).reshape(1, side * side, width)
-
-
-def flow_optimisers(model: Flow) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside blocks, AdamW for embeddings, modulations, norms and the outer layers."""
-    inside = ("joint_blocks.", "encoder.layers.", "encoder.block.")
-    matrices = [
-        p
-        for n, p in model.named_parameters()
-        if p.ndim == 2 and any(i in n for i in inside) and "adaLN" not in n and "relative" not in n
-    ]
-    taken = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in taken and p.requires_grad]
-    adamw = torch.optim.AdamW(rest, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    return [Muon(matrices, lr=0.01), adamw]
-
 
 def flow(
     work: str,
-    minutes: float = 110.0,
+    minutes: float = 600.0,
+    steps: int = 10**9,
     batch: int = 64,
     width: int = 128,
     depth: int = 8,
-    noise_mean: float = 1.6,
-    noise_spread: float = 1.2,
+    noise_mean: float = 2.0,
+    noise_spread: float = 1.4,
     where_weight: float = 0.4,
-    relation_share: float = 0.5,
-    constant: float = 0.5,
+    text_weight: float = 0.05,
+    decay_from: int | None = None,
+    decay_to: int | None = None,
+    score_every: int = 1500,
+    more: dict[str, float] | None = None,
     compile: bool = True,
+    bfloat16: bool = False,
+    fresh: bool = False,
+    save_every: float = SAVE_EVERY,
+    threads: int | None = None,
     seed: int = 2,
 ) -> None:
     """Trains MMDiT and text encoders on the stored latents with the flow loss |v - (noise - latent)|^2.
 
-    `minutes` is training time summed over restarts: the rate follows it, so that a busy machine only means fewer
-    steps. sigma = sigmoid(noise_mean + noise_spread * normal), mostly high: an object covers hundreds of numbers,
-    so where it goes is decided above 0.9. A tenth of the captions is empty. `where_weight` weighs reading off
-    block `Flow.READ_AFTER` what is where, which the scenes know exactly: it teaches placement early. Relations are
-    learnt last, so `relation_share` of every batch shows them. The rate falls after `constant` of the time.
+    minutes, steps: where to stop, summed over restarts. sigma = sigmoid(noise_mean + noise_spread * normal), mostly
+    high: an object covers hundreds of numbers, so where it goes is decided above 0.9. A tenth of the captions is empty.
+    where_weight: of reading off a middle block what is where, which teaches placement early; text_weight: of reading
+    off the text tokens what the caption says. The rate is constant, and falls between the steps decay_from and
+    decay_to. score_every: steps between scores of the averaged weights. more: weights of kinds, `{relation: 2}`.
+    bfloat16: for the matrix products; of this size they can be slower than in float32, so time it first.
+    threads: of torch; 0: two where the machine has little else to do, else one (of two threads that share a core with
+    others each waits for the other; then a resumed run does not go on to the last bit).
+    fresh: start from nothing even where the repository has unfinished weights (depth and width count only then).
     """
-    path = Path(work) / "flow.pt"
-    torch.manual_seed(seed)
-    data = load(Path(work) / "latents.pt")
-    latents, classes = data["latents"], data["classes"]
-    captions = Captions(Path(work) / "tokenizers")
-    ids = captions.ids(data["captions"])
-    empty = captions.ids([""])
-    relations = torch.tensor([i for i, c in enumerate(data["captions"]) if any(f" {r} " in c for r in RELATIONS)])
-    usual = len(relations) / len(latents)
-    model = Flow(captions, width, depth)
-    optimisers = flow_optimisers(model)
-    base = [o.param_groups[0]["lr"] for o in optimisers]
-    average = Average(model, 0.999)
-    step, spent = 0, 0.0
-    if state := load(path):
-        model.load_state_dict(state["model"])
-        for o, s in zip(optimisers, state["optimisers"], strict=True):
-            o.load_state_dict(s)
-        average.values, average.steps = state["average"], state["average_steps"]
-        step, spent = state["step"], state["spent"]
-        torch.manual_seed(seed + step)
-    if compile:
-        for block in model.mmdit.joint_blocks:
-            block.compile(dynamic=False)
-        for encoder in (model.clip_l, model.clip_g, model.t5):
-            encoder.compile(dynamic=False)
-    saved = last = time.time()
-    losses: list[float] = []
-    bar = tqdm(total=round(minutes * 60), initial=round(spent), desc="flow", mininterval=10, unit="s")
-    while spent < minutes * 60:
-        factor = rate(spent / (minutes * 60), constant=constant)
-        for o, lr in zip(optimisers, base, strict=True):
-            o.param_groups[0]["lr"] = lr * factor
-        rows = torch.randint(len(latents), (batch,))
-        hard = relations[torch.randint(len(relations), (batch,))]
-        rows = torch.where(torch.rand(batch) < (relation_share - usual) / (1 - usual), hard, rows)
-        drop = torch.rand(batch) < 0.1
-        text_ids = {k: torch.where(drop[:, None], empty[k], v[rows]) for k, v in ids.items()}
-        latent = latents[rows]
-        noise = torch.randn_like(latent)
-        sigma = torch.sigmoid(noise_mean + noise_spread * torch.randn(batch))
-        x = torch.lerp(latent, noise, sigma[:, None, None, None])
-        with torch.autocast("cpu", torch.bfloat16):
-            context, pooled = model.text(text_ids)
-            v = model.mmdit(x, 1000 * sigma, pooled, context)
-            where = model.where(model.middle)
-        loss = F.mse_loss(v.float(), noise - latent)
-        target = classes[rows].float() / 255
-        seen = F.binary_cross_entropy_with_logits(where.float(), target, reduction="none").sum(-1).mean()
-        (loss + where_weight * seen).backward()
-        for o in optimisers:
-            o.step()
-            o.zero_grad()
-        average.update(model)
-        step += 1
-        losses.append(loss.item())
-        now = time.time()
-        spent, last = spent + now - last, now
-        bar.update(round(spent) - bar.n)
-        if step % 100 == 0:
-            bar.write(f"{step} {spent / 60:.1f} min loss {np.mean(losses[-100:]):.4f} where {seen.item():.4f}")
-        if now - saved > SAVE_EVERY or spent >= minutes * 60:
-            state = {
-                "model": model.state_dict(),
-                "optimisers": [o.state_dict() for o in optimisers],
-                "average": average.values,
-                "average_steps": average.steps,
-                "step": step,
-                "spent": spent,
-                "width": width,
-                "depth": depth,
-            }
-            save(path, state)
-            saved = time.time()
+    folder = Path(work)
+    captions = Captions(folder / "tokenizers")
+    state = newest(folder, None if fresh else RESUME)
+    if state is None:
+        if not (folder / "text.pt").exists():
+            text(work)
+        torch.manual_seed(seed)
+        state = {"width": width, "depth": depth, "model": Flow(captions, width, depth).state_dict()}
+        state["model"] |= load(folder / "text.pt")
+    flow_stage.train(
+        folder,
+        captions,
+        state,
+        minutes=minutes,
+        steps=steps,
+        batch=batch,
+        width=width,
+        depth=depth,
+        noise_mean=noise_mean,
+        noise_spread=noise_spread,
+        where_weight=where_weight,
+        text_weight=text_weight,
+        decay_from=decay_from,
+        decay_to=decay_to,
+        score_every=score_every,
+        more=more,
+        compile=compile,
+        bfloat16=bfloat16,
+        seed=seed,
+        save_every=save_every,
+        threads=threads,
+    )
+
+
+def grow(work: str, depth: int = 16) -> None:
+    """Makes the state deeper; it computes the same until it is trained on. The shallower one stays as flow-DEPTH.pt."""
+    folder = Path(work)
+    state = newest(folder)
+    if state is None:
+        raise SystemExit(f"error: --work {work}: has no state to grow")
+    save(folder / f"flow-{state['depth']}.pt", state)
+    save(folder / "flow.pt", grown(state, depth, Captions(folder / "tokenizers")))
+
+
+def resume(work: str, out: str = str(RESUME), average: str = "average") -> None:
+    """Writes the averaged weights (average or long_average) from which a fresh checkout goes on."""
+    state = load(Path(work) / "flow.pt")
+    if state is None:
+        raise SystemExit(f"error: --work {work}: has no state")
+    write_resume(state | {"average": state[average]}, Path(out))
+    print(f"{out}: {Path(out).stat().st_size / 1e6:.1f} MB after {state['step']} steps")
+
+
+def watch(work: str, steps: int = 20, average: str = "average", **values) -> None:
+    """Scores the averaged weights on fixed prompts, the last line as JSON, and draws them to WORK/watch.png."""
+    from demo.watch import look
+
+    folder = Path(work)
+    export(work, str(folder / "preview"), average)
+    print(json.dumps(look(folder / "preview" / "demo.safetensors", folder, steps=steps, **values)))
 
 
 # ---- one file ------------------------------------------------------------------------------------
@@ -418,26 +309,23 @@ def flow(
 DEFAULTS = {"width": SIZE, "height": SIZE, "steps": 24, "shift": 2.0, "cfg": 2.5, "sampler": "euler"}
 
 
-def export(work: str, out: str = "models/demo", raw: bool = False) -> None:
+def export(work: str, out: str = "models/demo", average: str = "average") -> None:
     """Writes `demo.safetensors` (bfloat16, layout `incl_clips`) and the tokenizers to `out`.
 
-    The latents' spread is folded into the VAE's last encoder and first decoder convolution, so that the file follows
-    the SD3 latent format. Averaged weights, or with `raw` the last ones.
+    average: which weights: average, long_average, or model (the last ones).
     """
-    state, folder = load(Path(work) / "flow.pt"), Path(out)
+    folder = Path(out)
     captions = Captions(Path(work) / "tokenizers")
+    state = newest(Path(work))
+    if state is None:
+        raise SystemExit(f"error: --work {work}: has no state")
     for name in ("tokenizer", "tokenizer_3"):
         shutil.copytree(Path(work) / "tokenizers" / name, folder / name, dirs_exist_ok=True)
-    flow_model = Flow(captions, state["width"], state["depth"])
-    flow_model.load_state_dict(state["model"])
-    if not raw:
-        flow_model.load_state_dict(state["average"], strict=False)
-    autoencoder = VAE(VAE_CONFIG)
-    autoencoder.load_state_dict(load(Path(work) / "vae.pt")["average"])
-    fold_latent_format(autoencoder, load(Path(work) / "latents.pt")["scale"])
+    flow_model = Flow(captions, state["width"], state["depth"], state["read_after"])
+    flow_model.load_state_dict(state["model"] | state.get(average, {}))
     parts = {
         MMDIT_PREFIX: flow_model.mmdit,
-        VAE_PREFIX: autoencoder,
+        VAE_PREFIX: autoencoder(Path(work)),
         **{ENCODER_PREFIX.format(r): getattr(flow_model, r) for r in ("clip_l", "clip_g")},
         ENCODER_PREFIX.format("t5xxl"): flow_model.t5,
     }
@@ -447,7 +335,7 @@ def export(work: str, out: str = "models/demo", raw: bool = False) -> None:
         for name, value in module.state_dict().items()
     }
     metadata = {k: str(v) for k, v in DEFAULTS.items()} | {
-        "words": " ".join(vocabulary()),
+        "words": " ".join(all_words()),
         "training_steps": str(state["step"]),
         "format": "pt",
     }
@@ -471,13 +359,19 @@ def fold_latent_format(model: VAE, scale: float) -> None:
     decoder.bias -= LATENT_SHIFT * decoder.weight.sum(dim=(1, 2, 3))
 
 
-def all(work: str, out: str = "models/demo") -> None:
-    """Everything, from nothing to the file that ships."""
-    vae(work)
+def all(work: str, out: str = "models/demo", fresh: bool = False, **values) -> None:
+    """Everything, from nothing to the file that ships, or from the unfinished weights in the repository, which belong
+    to the autoencoder that ships; `values` are those of `flow`.
+    """
+    if fresh or not RESUME.exists():
+        vae(work)
     encode(work)
-    flow(work)
+    text(work)
+    flow(work, fresh=fresh, **values)
     export(work, out)
 
 
+COMMANDS = (vae, encode, text, flow, grow, resume, watch, export, all)
+
 if __name__ == "__main__":
-    fire.Fire({"vae": vae, "encode": encode, "flow": flow, "export": export, "all": all})
+    run({command.__name__: command for command in COMMANDS}, "demo.train")

@@ -1,0 +1,517 @@
+"""MMDiT and text encoders of the small model, trained together: the module, its optimisers, the loop that resumes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from demo.data import CLASSES, FACTS, SIDES, Data, load, save, sets_there
+from demo.optim import Average, Muon
+from demo.text import Batches, Captions, TextRows, right_parts, said_of
+from mmditx import MMDiT, MMDiTConfig
+from other_impls import CLIP, T5, CLIPConfig, T5Config, join_text
+
+CONTEXT = 128  # features of a text token
+CLIP_WIDTH = 64  # of CLIP-L and of CLIP-G
+ENCODERS = ("clip_l", "clip_g", "t5")
+RESUME = Path(__file__).parent / "resume.safetensors"  # unfinished weights that a fresh checkout starts from
+LOG_EVERY = 25  # steps; states are saved only there, so that a log goes on as if nothing had happened
+SAVE_EVERY = 150.0  # seconds
+WARMUP = 200  # steps
+BANDS = (0.5, 0.8, 0.9, 0.97)  # edges of sigma between which the loss is logged apart
+AVERAGES = {"average": 0.999, "long_average": 0.9997}  # decays
+# Learning rates. Muon turns every matrix by as much in every step; too much for the queries and keys of T5, whose
+# scores are not scaled: a saturated softmax learns no word order.
+RATES = {"muon": 0.01, "adamw": 1e-3, "attention": 1e-3}
+
+
+class Flow(nn.Module):
+    """Everything that is trained together.
+
+    Three linear heads are not shipped: `where` reads off the image tokens after `read_after` blocks what is where,
+    `clip_says` and `t5_says` read off the text tokens what the caption says of the object that a word belongs to.
+    """
+
+    def __init__(self, captions: Captions, width: int = 128, depth: int = 8, read_after: int | None = None):
+        super().__init__()
+        clip = {"width": CLIP_WIDTH, "depth": 3, "mlp_width": 4 * CLIP_WIDTH, "vocabulary": captions.clip_vocabulary}
+        clip["positions"] = captions.positions
+        self.clip_l = CLIP(CLIPConfig(projection=False, activation="quick_gelu", **clip))
+        self.clip_g = CLIP(CLIPConfig(projection=True, activation="gelu", **clip))
+        pieces = captions.t5_vocabulary
+        self.t5 = T5(T5Config(CONTEXT, 3, heads=4, inner=CONTEXT, mlp_width=256, buckets=32, vocabulary=pieces))
+        config = MMDiTConfig(
+            latent_channels=16,
+            patch=2,
+            width=width,
+            depth=depth,
+            context_width=CONTEXT,
+            pooled_width=2 * CLIP_WIDTH,
+            mlp_width=4 * width,
+            grid=16,
+            qk_norm=True,
+        )
+        self.mmdit = MMDiT(config)
+        self.where = nn.Linear(width, len(CLASSES))
+        self.clip_says = nn.Linear(2 * CLIP_WIDTH, len(FACTS))
+        self.t5_says = nn.Linear(CONTEXT, len(FACTS))
+        self.read_after = read_after or depth // 2
+        self.middle: Tensor | None = None
+        self.mmdit.joint_blocks[self.read_after - 1].register_forward_hook(self._keep)
+        self.init()
+
+    def _keep(self, module: nn.Module, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        self.middle = output[1]
+
+    def init(self) -> None:
+        """Xavier for matrices, small embeddings, zero for modulations and the last layer; T5 as in the T5 paper's code
+        (mesh-tensorflow), as its attention scores are not scaled.
+        """
+        for name, p in self.named_parameters():
+            if p.ndim < 2:
+                if name.endswith("bias"):
+                    nn.init.zeros_(p)
+            elif "embedding" in name or "embed_tokens" in name:
+                nn.init.normal_(p, std=0.3 if "position" in name else 0.5)
+            else:
+                nn.init.xavier_uniform_(p.flatten(1))
+            if "adaLN_modulation" in name or "final_layer.linear" in name:
+                nn.init.zeros_(p)
+        self.mmdit.pos_embed.data = sine_grid(self.mmdit.config.grid, self.mmdit.config.width)
+        init_t5(self.t5)
+
+    def text(self, ids: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Text tokens (B, positions + L, CONTEXT), CLIP's first, and pooled text (B, 128)."""
+        hidden_l, pooled_l = self.clip_l(ids["l"])
+        hidden_g, pooled_g = self.clip_g(ids["g"])
+        return join_text(hidden_l, hidden_g, self.t5(ids["t5"])), torch.cat([pooled_l, pooled_g], dim=-1)
+
+    def text_loss(self, context: Tensor, spoken: Tensor, facts: Tensor) -> tuple[Tensor, dict[str, tuple[int, int]]]:
+        """How well the heads read off the text tokens what the caption says, summed over facts, and how many tokens
+        tell side and number of their object right; spoken: 0 throughout for a caption that is left out.
+        """
+        clip, t5 = context.split([self.clip_l.config.positions, context.shape[1] - self.clip_l.config.positions], 1)
+        total, right = context.new_zeros(()).float(), {}
+        for name, head, tokens, offset in (("clip", self.clip_says, clip, 1), ("t5", self.t5_says, t5, 0)):
+            who, target = said_of(spoken, facts, tokens.shape[1], offset)
+            logits = head(tokens).float()
+            loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+            mask = who > 0
+            if name == "clip":  # reads from left to right: the object named first cannot know its side
+                loss = torch.cat([loss[..., : len(SIDES)] * (who > 1)[..., None], loss[..., len(SIDES) :]], dim=-1)
+            total = total + (loss.sum(-1) * mask).sum() / mask.sum().clamp(min=1)
+            parts = right_parts(logits, target, mask)
+            if name == "clip":
+                parts["sides"] = right_parts(logits, target, who > 1)["sides"]
+            right |= {f"{name} {part}": counts for part, counts in parts.items()}
+        return total, right
+
+
+def init_t5(model: T5) -> None:
+    """T5's own initialisation."""
+    config = model.config
+    head = config.inner // config.heads
+    stds = {
+        "SelfAttention.q": (config.width * head) ** -0.5,
+        "SelfAttention.k": config.width**-0.5,
+        "SelfAttention.v": config.width**-0.5,
+        "SelfAttention.o": config.inner**-0.5,
+        "DenseReluDense.wi": config.width**-0.5,
+        "DenseReluDense.wo": config.mlp_width**-0.5,
+        "relative_attention_bias": 0.5,  # ours: word order is known from the start
+        "embed_tokens": 1.0,
+    }
+    for name, p in model.named_parameters():
+        for part, std in stds.items():
+            if part in name:
+                nn.init.normal_(p, std=std)
+
+
+def sine_grid(side: int, width: int) -> Tensor:
+    """Sine-cosine position grid (1, side * side, width): half the features say the column, half the row."""
+    f = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] * f  # (side, width / 4)
+    line = torch.cat([angles.sin(), angles.cos()], dim=-1)
+    columns, rows = line[None].expand(side, -1, -1), line[:, None].expand(-1, side, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(1, side * side, width)
+
+
+def optimisers_of(model: Flow) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside blocks; AdamW for the encoders' queries and keys, embeddings, modulations, norms,
+    heads and the outer layers.
+    """
+    inside = ("joint_blocks.", "encoder.layers.", "encoder.block.")
+    scores = ("q_proj.", "k_proj.", "SelfAttention.q.", "SelfAttention.k.")
+    muon, attention, rest = [], [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if any(s in name for s in scores):
+            attention.append(p)
+        elif p.ndim == 2 and any(i in name for i in inside) and "adaLN" not in name and "relative" not in name:
+            muon.append(p)
+        else:
+            rest.append(p)
+    groups = [{"params": rest, "lr": RATES["adamw"]}, {"params": attention, "lr": RATES["attention"]}]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    optimisers = [Muon(muon, lr=RATES["muon"]), adamw]
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["base"] = group["lr"]
+    return optimisers
+
+
+def set_rate(optimisers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Sets every learning rate to `factor` times its base."""
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            group["lr"] = factor * group["base"]
+
+
+def rate(step: int, fresh_from: int, decay_from: int | None, decay_to: int | None) -> float:
+    """Learning-rate factor: warm-up after `fresh_from`, constant, and linear to 2 % between the decay's steps."""
+    warm = min(1.0, (step - fresh_from + 1) / WARMUP)
+    if decay_from is None or decay_to is None or step < decay_from:
+        return warm
+    return warm * max(0.02, 1.0 - 0.98 * (step - decay_from) / (decay_to - decay_from))
+
+
+def draws(seed: int, step: int) -> torch.Generator:
+    """The random numbers of a step: they depend on nothing but its number, so that a resumed run goes on exactly."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def noise_levels(count: int, mean: float, spread: float, generator: torch.Generator) -> Tensor:
+    """sigma = sigmoid(mean + spread * normal) (count,), the normals spread evenly over their quantiles."""
+    order = torch.randperm(count, generator=generator)
+    u = (order + torch.rand(count, generator=generator)) / count
+    return torch.sigmoid(mean + spread * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
+
+
+class Means:
+    """Means of what is logged, over the steps since the last line."""
+
+    def __init__(self):
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, float] = {}
+
+    def add(self, name: str, total: float, count: float = 1.0) -> None:
+        """Adds `count` values that sum to `total`."""
+        self.sums[name] = self.sums.get(name, 0.0) + total
+        self.counts[name] = self.counts.get(name, 0.0) + count
+
+    def take(self) -> dict[str, float]:
+        """The means, and starts anew."""
+        out = {k: round(v / self.counts[k], 5) for k, v in self.sums.items() if self.counts[k]}
+        self.__init__()
+        return out
+
+
+class Log:
+    """Lines of JSON in a file, each with its step; lines from `step` on are dropped where an older state goes on."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def write(self, line: dict) -> None:
+        """Appends a line and prints it."""
+        text = json.dumps(line)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+        print(text, flush=True)
+
+
+# ---- states --------------------------------------------------------------------------------------
+
+
+def write_resume(state: dict, path: Path = RESUME) -> None:
+    """Writes averaged weights, in bfloat16, with all that is needed to go on from them."""
+    tensors = state["model"] | state["average"]
+    told = {k: str(state[k]) for k in ("step", "spent", "width", "depth", "read_after")}
+    partial = path.with_suffix(".partial")
+    save_file({k: v.to(torch.bfloat16).contiguous() for k, v in tensors.items()}, partial, told)
+    partial.replace(path)
+
+
+def read_resume(path: Path = RESUME) -> dict | None:
+    """A state without optimisers from what `write_resume` wrote, or None where there is no file."""
+    if not path.exists():
+        return None
+    with safe_open(path, "pt") as file:
+        told = file.metadata()
+    model = {k: v.float() for k, v in load_file(path).items()}
+    numbers = {k: int(told[k]) for k in ("step", "width", "depth", "read_after")}
+    return {"model": model, "spent": float(told["spent"]), "fresh_from": numbers["step"], **numbers}
+
+
+def newest(work: Path, resume: Path | None = RESUME) -> dict | None:
+    """The state of the work folder or the repository, whichever went further."""
+    own, shared = load(work / "flow.pt"), read_resume(resume) if resume else None
+    if own is None or shared is None:
+        return own or shared
+    return own if own["step"] >= shared["step"] else shared
+
+
+def grown(state: dict, depth: int, captions: Captions) -> dict:
+    """A state of `depth` blocks that computes the same: new blocks have zero gates and lie between the trained ones."""
+    old_depth = state["depth"]
+    if depth < old_depth:
+        raise ValueError(f"--depth {depth}: the state has {old_depth} blocks already")
+    place = [round(i * (depth - 1) / max(1, old_depth - 1)) for i in range(old_depth)]
+    place[-1] = depth - 1  # the last block is of another kind
+    read_after = place[state["read_after"] - 1] + 1
+    torch.manual_seed(depth)
+    model = Flow(captions, state["width"], depth, read_after)
+    stem = "mmdit.joint_blocks."
+
+    def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        out = {}
+        for name, value in weights.items():
+            if name.startswith(stem):
+                number, rest = name.removeprefix(stem).split(".", 1)
+                name = f"{stem}{place[int(number)]}.{rest}"
+            out[name] = value
+        return out
+
+    out = {k: state[k] for k in ("step", "spent", "width")} | {"fresh_from": state["step"]}
+    out |= {"depth": depth, "read_after": read_after, "model": model.state_dict() | renamed(state["model"])}
+    parameters = dict(model.named_parameters())
+    for name in AVERAGES:
+        if name in state:
+            values = {k: out["model"][k] for k in parameters}
+            out[name] = values | renamed(state[name])
+            out[f"{name}_steps"] = state[f"{name}_steps"]
+    return out
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+class Training:
+    """A model with its optimisers and averages, and how far it is."""
+
+    def __init__(self, captions: Captions, state: dict | None, width: int, depth: int, seed: int):
+        torch.manual_seed(seed)
+        state = state or {}
+        self.width, self.depth = state.get("width", width), state.get("depth", depth)
+        self.model = Flow(captions, self.width, self.depth, state.get("read_after"))
+        self.optimisers = optimisers_of(self.model)
+        if "model" in state:
+            self.model.load_state_dict(state["model"])
+        for optimiser, own in zip(self.optimisers, state.get("optimisers", ()), strict=False):
+            optimiser.load_state_dict(own)
+        self.averages = {name: Average(self.model, decay) for name, decay in AVERAGES.items()}
+        for name, average in self.averages.items():
+            if name in state:
+                average.values, average.steps = state[name], state[f"{name}_steps"]
+        self.step, self.spent = state.get("step", 0), state.get("spent", 0.0)
+        self.fresh_from = state.get("fresh_from", 0)
+        self.sets = state.get("sets", 0)
+
+    def state(self) -> dict:
+        """All that is needed to go on exactly."""
+        out = {k: getattr(self, k) for k in ("step", "spent", "width", "depth", "fresh_from", "sets")}
+        out |= {"read_after": self.model.read_after, "model": self.model.state_dict()}
+        out["optimisers"] = [o.state_dict() for o in self.optimisers]
+        for name, average in self.averages.items():
+            out |= {name: average.values, f"{name}_steps": average.steps}
+        return out
+
+    def update(self, factor: float) -> None:
+        """One step of all optimisers and averages."""
+        set_rate(self.optimisers, factor)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        for average in self.averages.values():
+            average.update(self.model)
+
+
+class Rows:
+    """Data, and ids of its captions."""
+
+    def __init__(self, captions: Captions, work: Path, sets: int, more: dict[str, float] | None):
+        self.data = Data.read(work, sets)
+        self.texts = TextRows(captions, self.data.captions)
+        self.batches = Batches(self.texts.lengths, self.data.kinds, more)
+
+
+def train(
+    work: Path,
+    captions: Captions,
+    state: dict | None,
+    *,
+    minutes: float,
+    steps: int,
+    batch: int,
+    width: int,
+    depth: int,
+    noise_mean: float,
+    noise_spread: float,
+    where_weight: float,
+    text_weight: float,
+    decay_from: int | None,
+    decay_to: int | None,
+    score_every: int,
+    more: dict[str, float] | None,
+    compile: bool,
+    bfloat16: bool,
+    seed: int,
+    save_every: float = SAVE_EVERY,
+    threads: int | None = None,
+) -> None:
+    """The loop of `demo.train flow`, which describes the arguments."""
+    run = Training(captions, state, width, depth, seed)
+    run.sets = run.sets or sets_there(work)
+    if not run.sets:
+        raise ValueError(f"--work {work}: has no encoded scenes; run `python -m demo.train encode` first")
+    model, rows = run.model, Rows(captions, work, run.sets, more)
+    empty = TextRows(captions, [""])
+    eager = nullcontext
+    load_of = Load() if threads == 0 else None
+    if threads:
+        torch.set_num_threads(threads)
+    if compile:
+        torch._inductor.config.cpp.dynamic_threads = True
+        for module in (*model.mmdit.joint_blocks, *(getattr(model, name) for name in ENCODERS)):
+            module.compile(dynamic=False)
+        eager = lambda: torch.compiler.set_stance("force_eager")  # noqa: E731
+    log, means = Log(work / "log.jsonl", run.step), Means()
+    saved = last = time.time()
+    while run.spent < minutes * 60 and run.step < steps:
+        g = draws(seed, run.step)
+        length, picked = rows.batches.draw(batch, g)
+        drop = torch.rand(batch, generator=g) < 0.1
+        ids, no_ids = rows.texts.ids(picked, length), empty.ids(torch.zeros(batch, dtype=torch.long), length)
+        ids = {k: torch.where(drop[:, None], no_ids[k], v) for k, v in ids.items()}
+        latent = rows.data.latents[picked].float()
+        noise = torch.randn(latent.shape, generator=g)
+        sigma = noise_levels(batch, noise_mean, noise_spread, g)
+        x = torch.lerp(latent, noise, sigma[:, None, None, None])
+        # Captions that CLIP cannot hold come in many lengths, each of them rare: not worth a code of their own.
+        code = eager() if length > captions.positions else nullcontext()
+        with code, torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            context, pooled = model.text(ids)
+            v = model.mmdit(x, 1000 * sigma, pooled, context)
+            where = model.where(model.middle)
+            says, right = model.text_loss(context, rows.data.spoken[picked] * ~drop[:, None], rows.data.facts[picked])
+        each = (v.float() - (noise - latent)).square().mean(dim=(1, 2, 3))
+        target = rows.data.classes[picked].float() / 255
+        seen = F.binary_cross_entropy_with_logits(where.float(), target, reduction="none").sum(-1).mean()
+        (each.mean() + where_weight * seen + text_weight * says).backward()
+        run.update(rate(run.step, run.fresh_from, decay_from, decay_to))
+        run.step += 1
+        _note(means, each.detach(), sigma, seen.item(), says.item(), right)
+        now = time.time()
+        run.spent, last = run.spent + now - last, now
+        if run.step % LOG_EVERY:
+            continue
+        line = {"step": run.step, "minutes": round(run.spent / 60, 2), "scenes": len(rows.data.captions)}
+        if load_of:
+            line["threads"] = load_of.choose()
+        log.write(line | means.take())
+        if run.step % score_every == 0 or now - saved > save_every:
+            save(work / "flow.pt", run.state())
+            if (there := sets_there(work)) > run.sets:
+                run.sets, rows = there, Rows(captions, work, there, more)
+            if run.step % score_every == 0:
+                log.write({"step": run.step, "minutes": round(run.spent / 60, 2), "score": watch(work)})
+            saved = last = time.time()
+    save(work / "flow.pt", run.state())
+
+
+class Load:
+    """How busy others (that are not nice) keep the machine, as Linux counts it."""
+
+    def __init__(self):
+        self.last = self._times()
+
+    @staticmethod
+    def _times() -> list[int]:
+        return [int(x) for x in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
+
+    def choose(self) -> int:
+        """Sets and returns torch's threads: two, or one where others took over 0.35 of the time since the last call."""
+        now = self._times()
+        spent = [b - a for a, b in zip(self.last, now, strict=True)]
+        self.last = now
+        threads = 1 if spent[0] + spent[2] > 0.35 * max(1, sum(spent)) else 2
+        torch.set_num_threads(threads)
+        return threads
+
+
+def _note(means: Means, each: Tensor, sigma: Tensor, seen: float, says: float, right: dict) -> None:
+    means.add("loss", float(each.mean()))
+    means.add("where", seen)
+    means.add("text", says)
+    for low, high in zip((0.0, *BANDS), (*BANDS, 1.0), strict=True):
+        own = each[(sigma >= low) & (sigma < high)]
+        means.add(f"loss to {high}", float(own.sum()), len(own))
+    for name, (hits, count) in right.items():
+        means.add(name, hits, count)
+
+
+def watch(work: Path) -> dict | None:
+    """Scores the averaged weights in a process of their own, so that nothing there can end the training."""
+    command = [sys.executable, "-m", "demo.train", "watch", "--work", str(work)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+        return json.loads(done.stdout.splitlines()[-1])
+    except (subprocess.TimeoutExpired, IndexError, ValueError) as error:
+        print(f"watch failed: {error}", flush=True)
+        return None
+
+
+# ---- text alone ----------------------------------------------------------------------------------
+
+
+def train_text(
+    model: Flow, captions: Captions, text: dict, steps: int, batch: int, seed: int = 5
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Trains the text encoders on their heads alone, on a set that `demo.data.text_set` made; every `LOG_EVERY` steps
+    yields the accuracies since the last.
+    """
+    optimisers = optimisers_of(model)
+    texts = TextRows(captions, text["captions"])
+    batches, means = Batches(texts.lengths, text["kinds"]), Means()
+    for step in range(steps):
+        length, picked = batches.draw(batch, draws(seed, step))
+        context, _ = model.text(texts.ids(picked, length))
+        loss, right = model.text_loss(context, text["spoken"][picked], text["facts"][picked])
+        loss.backward()
+        set_rate(optimisers, min(1.0, (step + 1) / 20))
+        for optimiser in optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        means.add("loss", loss.item())
+        for name, (hits, count) in right.items():
+            means.add(name, hits, count)
+        if (step + 1) % LOG_EVERY == 0 or step == steps - 1:
+            yield step + 1, means.take()
+
+
+@torch.no_grad()
+def read_text(model: Flow, captions: Captions, text: dict, batch: int = 256) -> dict[str, float]:
+    """Accuracies of the text heads on a set of captions."""
+    texts, means = TextRows(captions, text["captions"]), Means()
+    for length in texts.lengths.unique().tolist():
+        for picked in (texts.lengths == length).nonzero()[:, 0].split(batch):
+            context, _ = model.text(texts.ids(picked, length))
+            _, right = model.text_loss(context, text["spoken"][picked], text["facts"][picked])
+            for name, (hits, count) in right.items():
+                means.add(name, hits, count)
+    return means.take()
