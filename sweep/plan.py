@@ -152,7 +152,7 @@ def file_paths(settings: Settings) -> dict[tuple[str, str], str]:
 
 def command(settings: Settings, raw: Flags) -> list[str]:
     """The words of the command that makes a picture of these settings, but for prompt and seed."""
-    usual = Settings(prompt="", model="")
+    usual = Settings(prompt="", model=settings.model)
     words = ["python", "sd3_infer.py", f"--model={settings.model}"]
     for name in ("sampler", "steps", "cfg", "shift", "width", "height"):
         words.append(f"--{name}={getattr(settings, name)}")
