@@ -127,7 +127,7 @@ SHIFTS = st.one_of(st.sampled_from([0.001, 1000.0, 1.0]), st.floats(0.001, 1000.
 
 
 @given(SHIFTS, st.integers(1, 120), st.sampled_from(["euler", "dpmpp_2m"]), st.floats(0, 1))
-@hypothesis_settings(max_examples=60)
+@hypothesis_settings(deadline=None, max_examples=60)
 def test_samplers_bear_every_schedule(shift, steps, sampler, denoise):
     check_sampler(READERS["shift"]("shift", shift), steps, sampler, denoise)
 
@@ -293,6 +293,7 @@ def test_a_grid_is_counted_before_it_is_built(tmp_path, monkeypatch, capsys):  #
     st.lists(st.sampled_from(["3", "5", "none", "2-4"]), unique=True),
     st.booleans(),
 )
+@hypothesis_settings(deadline=None)
 def test_the_count_is_the_number_of_variants(cfgs, weights, targets, named):
     from sweep.grid import alternatives, count_variants, cross
 
@@ -597,6 +598,7 @@ def test_lines_are_those_of_wc(mark, tmp_path):  # U1 and case 6
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"))))
+@hypothesis_settings(deadline=None)
 def test_lines_round_trip(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("lines") / "p.txt"
     path.write_bytes("".join(line + "\n" for line in lines).encode())
@@ -748,7 +750,7 @@ def test_results_of_a_sweep_begin_no_cell_with_a_formula(tmp_path):
 
 
 @given(st.integers(1, 60), st.integers(1, 60))
-@hypothesis_settings(max_examples=30)
+@hypothesis_settings(deadline=None, max_examples=30)
 def test_random_seeds_do_not_repeat(prompts, images):  # reading.md 12
     seeds = picture_seeds(0, "rand", prompts, images)
     assert len(set(seeds)) == len(seeds) == prompts * images
@@ -820,6 +822,7 @@ def test_folder_names_begin_with_the_prompt(prompt, name):
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
+@hypothesis_settings(deadline=None)
 def test_folder_names_are_names(text):
     name = folder_name(text)
     assert "/" not in name
@@ -884,7 +887,7 @@ ANYTHING = st.recursive(
 
 
 @given(st.sampled_from(sorted(READERS)), ANYTHING)
-@hypothesis_settings(max_examples=600)
+@hypothesis_settings(deadline=None, max_examples=600)
 def test_reading_what_was_read_gives_the_same(flag, value):
     try:
         read = READERS[flag](flag, value)
@@ -907,6 +910,7 @@ def test_reading_what_was_read_gives_the_same(flag, value):
 
 
 @given(st.one_of(ANYTHING, st.integers(-(10**60), 10**60)))
+@hypothesis_settings(deadline=None)
 def test_every_value_is_shown_on_one_short_line(value):
     shown = display(value)
     assert "\n" not in shown
@@ -917,6 +921,7 @@ def test_every_value_is_shown_on_one_short_line(value):
 
 
 @given(st.lists(st.integers(0, 9999), max_size=20), st.sampled_from([",", " ", ", "]))
+@hypothesis_settings(deadline=None)
 def test_layers_in_any_spelling(layers, between):
     text = between.join(map(str, layers))
     for value in (
@@ -963,7 +968,7 @@ SETTINGS = st.fixed_dictionaries(
 
 
 @given(SETTINGS)
-@hypothesis_settings(max_examples=150)
+@hypothesis_settings(deadline=None, max_examples=150)
 def test_a_record_gives_its_settings_back(tmp_path_factory, values):
     weight = values.pop("weight")
     values["residual_weights"] = (weight,) * len(values["residual_target_layers"])

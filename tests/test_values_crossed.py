@@ -184,7 +184,7 @@ def check(wrong: list[str]) -> None:
 
 def settings_used(planned: list[Settings]) -> Callable[[str], Any]:
     """What the planned pictures use of a flag, and its default, at which flags without effect are recorded."""
-    usual = Settings(prompt="", model="")
+    usual = Settings(prompt="", model="m")
 
     def used(flag: str) -> list[Any]:
         if flag in ("vae", "controlnet_ckpt", "model", "vae_tile", "device", "text_encoder_device", "dtype"):
@@ -260,7 +260,7 @@ def test_flags_of_the_sweep_and_the_probe(tmp_path, monkeypatch):
 
 def test_a_served_line(planned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(serve, "load_for", sd3_infer.load_for)
+    monkeypatch.setattr(serve, "load_for", sd3_infer.load_for, raising=False)
     raw = BASE | {"out_dir": "served"}
     lines: list[str] = []
     cases = []
@@ -438,6 +438,25 @@ def test_gen_image(planned, tmp_path, monkeypatch):
                 engine.gen_image("a", out_dir="out", **{name: value})
 
 
+def test_settings():
+    if type(Settings("a", "m", cfg=5).cfg) is not float:
+        pytest.skip("Settings keeps what it is given")
+    made: list[Settings] = []
+    flags = [f.name for f in dataclasses.fields(Settings) if f.name in READERS]
+    good = {"prompt": "a", "model": "m", "residual_target_layers": (3, 5)}
+
+    def door(flag: str, value: Any) -> None:
+        made[:] = [in_python(lambda: Settings(**good | {flag: value}))]
+
+    def used(flag: str) -> list[Any]:
+        return [getattr(made[0], flag), getattr(Settings("", "m"), flag)]
+
+    values = [v for v in [*TEXTS, *OBJECTS, *ODD] if not isinstance(v, str) or v.strip().lower() != "auto"]
+    spread = ("residual_weights",)
+    check(crossed(door, [f for f in flags if f not in spread], values, used))
+    check(crossed(door, list(spread), values))
+
+
 def test_residual_config(tmp_path):
     good = {"origin": 0, "targets": (3, 5), "weights": (0.1,)}
 
@@ -495,7 +514,7 @@ SPELT = {
 @pytest.mark.parametrize("flag", SPELT)
 def test_the_wrong_case_is_taken_through_each_door(flag, planned, record, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(serve, "load_for", sd3_infer.load_for)
+    monkeypatch.setattr(serve, "load_for", sd3_infer.load_for, raising=False)
     text, read = SPELT[flag]
     assert right([READERS[flag](flag, text)], read)
     targets = {"residual_target_layers": "3,4,5"}
