@@ -172,6 +172,7 @@ from tqdm import tqdm  # noqa: E402
 
 import embed_cache  # noqa: E402
 import saving  # noqa: E402
+from foreign import check_file, parse_json, reading  # noqa: E402
 from residual import (  # noqa: E402
     TIMESTEPS,
     ResidualConfig,
@@ -502,7 +503,7 @@ def measure(flags: Mapping[str, Any]) -> Path:
     prompts = read_labelled(flags["prompts"])
     if len(prompts) < 2:
         raise ValueError(f"--prompts {flags['prompts']}: needs at least two different prompts")
-    saving.check_writable(flags["out"])
+    saving.check_writable(flags["out"], "out")
     engine, values = load(flags)
     residual_flags = Flags(**{k: v for k, v in flags.items() if k.startswith("residual_")})
     residual = ResidualConfig.from_flags(residual_flags.residual(), residual_flags.residual_config)
@@ -661,14 +662,16 @@ def suggest(record: Mapping[str, Any], tolerance: float = 0.05) -> tuple[int, li
 
 def run_suggest(flags: Mapping[str, Any]) -> None:
     """Prints what `suggest` proposes."""
-    path = flags["measurement"]
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"--measurement {path}: no such file; sd3_probe.py measure makes one")
-    try:
-        record = json.loads(Path(path).read_text(encoding="utf-8"))
-        origin, targets, why = suggest(record, flags["tolerance"])
-    except (ValueError, KeyError, TypeError, IndexError, UnicodeDecodeError, ZeroDivisionError) as error:
-        raise ValueError(f"--measurement {path}: is not a measurement of sd3_probe.py ({error!r})") from None
+    where = f"--measurement {flags['measurement']}"
+    if not os.path.exists(flags["measurement"]):
+        raise FileNotFoundError(f"{where}: no such file; sd3_probe.py measure makes one")
+    check_file(where, flags["measurement"])
+    with reading(where, "is not a measurement of sd3_probe.py"):
+        record = parse_json(Path(flags["measurement"]).read_bytes())
+        try:
+            origin, targets, why = suggest(record, flags["tolerance"])
+        except StopIteration:  # no block knows anything: NaN
+            raise ValueError("its numbers are not finite") from None
     print(why)
     if targets:
         print(f"--residual_origin_layer {origin} --residual_target_layers {targets[0]}-{targets[-1]}")
@@ -762,7 +765,7 @@ def calibrate(flags: Mapping[str, Any]) -> Path:
     out = Path(flags["out"])
     if out.is_dir():
         raise ValueError(f"--out {out}: is a folder")
-    saving.check_writable(str(out.parent))
+    saving.check_writable(str(out.parent), "out")
     engine, values = load(flags)
     config = ResidualConfig(flags["origin"], flags["targets"])
     config.check(engine.config.depth)
