@@ -87,7 +87,7 @@ class Server:
         pictures = plan_for(self.engine, flags, prompts, flags.seeds(len(prompts)))
         self.notes = self.engine.notes
         first = self.record.count
-        made_with = self._files(pictures[0], not flags.no_metadata)
+        made_with = self._files(pictures[0])
         for number, settings, image in self.engine.make(pictures, flags.pad_batch):
             path = self.folder / f"{first + number:06d}.png"
             known = made_with.wait()
@@ -95,11 +95,11 @@ class Server:
             self.record.add(path, settings, known)
             yield path, settings.seed
 
-    def _files(self, settings: Settings, hashed: bool) -> MadeWith:
+    def _files(self, settings: Settings) -> MadeWith:
         paths = [path for name in FILE_SETTINGS if (path := getattr(settings, name))]
         key = tuple((path, stamp(path)) for path in paths)
         if key not in self.made_with or self.made_with[key].error is not None:
-            self.made_with = {key: MadeWith(self.engine, settings, hashed)}  # the last only: they are seldom others
+            self.made_with = {key: MadeWith(self.engine, settings)}  # the last one only: they are seldom others
         return self.made_with[key]
 
 

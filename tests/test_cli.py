@@ -464,7 +464,12 @@ def test_being_stopped_keeps_what_is_finished(small_model, tmp_path, number, sta
     command = [sys.executable, ROOT / "sd3_infer.py", *quick(small_model, tmp_path, "--prompt", "a star")]
     command += ["--num_images", "500", "--steps", "20"]
     process = subprocess.Popen(
-        [str(c) for c in command], stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=ENV, text=True
+        [str(c) for c in command],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=ENV,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a background job inherits SIGINT as ignored
     )
     deadline = time.time() + 120
     while len(pictures(tmp_path)) < 2 and time.time() < deadline:

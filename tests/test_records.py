@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import saving
 import sd3_infer
+import sd3_probe
 from sd3_infer import RunRecord
 from settings import Flags, Settings
 
@@ -249,3 +250,59 @@ def test_a_log_on_a_full_disk_is_named():
         pytest.skip("no /dev/full")
     with pytest.raises(OSError, match="/dev/full: cannot be written: the disk is full"):
         saving.append_line(Path("/dev/full"), {"a": 1})
+
+
+# ---- measurements --------------------------------------------------------------------------------
+
+ROWS = [{"sigma": 1.0, "block": block, "retrieval": 0.5} for block in range(4)]
+MEASURED = {"depth": 4, "chance": {"retrieval": 0.1}, "rows": ROWS, "origin": 0, "model": "m"}
+
+
+def spoiled(**changes) -> bytes:
+    return json.dumps(MEASURED | changes).encode()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"[" * 100_000,
+        b'{"depth": ' * 50_000,
+        b"\xff\xfe",
+        b"null",
+        spoiled(rows=[row | {"retrieval": float("nan")} for row in ROWS]),
+        spoiled(rows=[row | {"retrieval": "x"} for row in ROWS]),
+        spoiled(depth="many"),
+        spoiled(depth=-1),
+        spoiled(chance=5),
+        spoiled(rows=5),
+    ],
+    ids=range(11),
+)
+def test_a_damaged_measurement_is_one_line(tmp_path, capsys, data):
+    path = tmp_path / "m.json"
+    path.write_bytes(data)
+    assert sd3_probe.main(["suggest", "--measurement", str(path)]) == 2
+    assert f"--measurement {path}: is not a measurement" in error_of(capsys.readouterr().err)
+
+
+def test_a_measurement_that_is_no_file_is_one_line(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    for path, told in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "pipe", "is not a file"),
+        (tmp_path / "no", "no such file"),
+    ):
+        assert sd3_probe.main(["suggest", "--measurement", str(path)]) == 2
+        assert told in error_of(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", ["measure", "calibrate"])
+def test_a_place_that_cannot_be_written_is_called_by_its_flag(tmp_path, capsys, command):
+    (tmp_path / "p.txt").write_text("a\nb\n")
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "below" / "r.safetensors"
+    more = ["--targets", "3"] if command == "calibrate" else []
+    flags = ["--model", str(DEMO), "--prompts", str(tmp_path / "p.txt"), "--out", str(out), *more]
+    assert sd3_probe.main([command, *flags]) == 2
+    assert error_of(capsys.readouterr().err).startswith("error: --out ")
