@@ -384,9 +384,10 @@ def test_a_half_written_line_of_the_log_and_lines_after_the_state_are_dropped(tm
 
 def test_a_set_added_while_training_is_taken_in(tmp_path):
     tiny_work(tmp_path)
-    stage("flow", "--work", tmp_path, *TINY, "--steps", 25)
+    tiny = {"batch": 2, "width": 64, "depth": 2, "compile": False, "fresh": True, "save_every": 0.0}
+    train.flow(str(tmp_path), steps=25, **tiny)
     (tmp_path / "set-001.pt").write_bytes((tmp_path / "set-000.pt").read_bytes())
-    stage("flow", "--work", tmp_path, *TINY, "--steps", 75)
+    train.flow(str(tmp_path), steps=75, **tiny)
     assert [line["scenes"] for line in logged(tmp_path)] == [200, 200, 400]
 
 
