@@ -185,7 +185,6 @@ from tqdm import tqdm  # noqa: E402
 
 import embed_cache  # noqa: E402
 import saving  # noqa: E402
-from foreign import check_file, parse_json, reading  # noqa: E402
 from residual import (  # noqa: E402
     TIMESTEPS,
     ResidualConfig,
