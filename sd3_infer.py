@@ -1665,7 +1665,7 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
     engine = load_for(flags)
     residual = ResidualConfig.from_flags(flags.residual(), flags.residual_config)
     pictures = plan_for(engine, flags, prompts, flags.seeds(len(prompts)), replay.skip_layer() if replay else None)
-    if flags.skip_layer_cfg and pictures[0].skip_layer is None:
+    if flags.skip_layer_cfg and engine.as_given.get("skip_layer", pictures[0].skip_layer) is None:
         engine.say(f"note: no skip-layer settings are known for {Path(flags.model).name}; --skip_layer_cfg is off")
     for note in residual_notes(flags, residual):
         engine.say(note)
