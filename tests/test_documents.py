@@ -128,8 +128,10 @@ def known_flags() -> set[str]:
     names |= {name for readers in sd3_probe.COMMANDS.values() for name in readers}
     for folder in OWN:
         for path in (ROOT / folder).glob("*.py"):
-            names |= set(re.findall(r"\b(\w+): (?:int|str|float|bool)\b[^=\n]* = ", path.read_text(encoding="utf-8")))
-            names |= set(re.findall(r"\b(\w+)=", path.read_text(encoding="utf-8")))
+            source = path.read_text(encoding="utf-8")
+            names |= set(re.findall(r"\b(\w+)=", source))
+            for arguments in re.findall(r"^\s*def \w+\((.*?)\)(?: ->|:)", source, re.MULTILINE | re.DOTALL):
+                names |= set(re.findall(r"\b(\w+): ", arguments))
     return names
 
 
