@@ -39,8 +39,8 @@ RATES = {"muon": 0.01, "adamw": 1e-3, "attention": 1e-3}
 class Flow(nn.Module):
     """MMDiT, text encoders, and three linear heads that are not shipped.
 
-    `where` predicts from the image tokens after `read_after` blocks what is where (`CLASSES`); `clip_says` and `t5_says`
-    predict from each text token what the caption says of that word's object (`FACTS`).
+    `where` predicts from the image tokens after `read_after` blocks what is where (`CLASSES`); `clip_says` and
+    `t5_says` predict from each text token what the caption says of that word's object (`FACTS`).
     """
 
     def __init__(self, captions: Captions, width: int = 128, depth: int = 8, read_after: int | None = None):
