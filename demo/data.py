@@ -64,10 +64,10 @@ def facts(scene: Scene) -> np.ndarray:
     sides = [(a, relation) for a, relation, _ in scene.relations]
     sides += [(b, SIDES[SIDES.index(relation) ^ 1]) for _, relation, b in scene.relations]
     for i, thing in enumerate(scene.things[: 1 if counted else len(ORDER)]):
-        said = [len(scene.things) if counted else 1, ORDER[i], thing.colour, thing.shape]
-        said += ["small"] if thing.small else []
-        said += [side for j, side in sides if j == i]
-        out[i, [FACTS.index(name) for name in said]] = 1
+        names = [len(scene.things) if counted else 1, ORDER[i], thing.colour, thing.shape]
+        names += ["small"] if thing.small else []
+        names += [side for j, side in sides if j == i]
+        out[i, [FACTS.index(name) for name in names]] = 1
     return out
 
 
@@ -77,7 +77,7 @@ def spoken(scene: Scene) -> np.ndarray:
 
 
 def text_set(scenes: list[Scene]) -> dict:
-    """Captions of scenes and what they say, as `Data` holds them."""
+    """The text columns of `Data` for some scenes."""
     return {
         "captions": [s.caption for s in scenes],
         "kinds": [s.kind for s in scenes],
@@ -112,7 +112,7 @@ def encode_set(model: VAE, path: Path, count: int, seed: int, batch: int = 64) -
 
 @dataclass
 class Data:
-    """All sets joined: rows are scenes."""
+    """All sets joined, one row per scene."""
 
     latents: Tensor  # (N, C, h, w), bfloat16
     classes: Tensor  # (N, tokens, classes), uint8
@@ -130,8 +130,8 @@ class Data:
         return cls(**whole, **lists)
 
 
-def sets_there(work: Path) -> int:
-    """How many sets a work folder has, numbered from 0 without a gap."""
+def count_sets(work: Path) -> int:
+    """Number of sets in a work folder, numbered from 0 without a gap."""
     n = 0
     while set_path(work, n).exists():
         n += 1

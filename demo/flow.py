@@ -1,4 +1,4 @@
-"""MMDiT and text encoders of the small model, trained together: the module, its optimisers, the loop that resumes."""
+"""MMDiT and text encoders of the small model, trained together: module, optimisers, states and the training loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from demo.data import CLASSES, FACTS, SIDES, Data, load, save, sets_there
+from demo.data import CLASSES, FACTS, SIDES, Data, count_sets, load, save
 from demo.optim import Average, Muon
 from demo.text import Batches, Captions, TextRows, right_parts, said_of
 from mmditx import MMDiT, MMDiTConfig
@@ -26,21 +26,21 @@ CONTEXT = 128  # features of a text token
 CLIP_WIDTH = 64  # of CLIP-L and of CLIP-G
 ENCODERS = ("clip_l", "clip_g", "t5")
 RESUME = Path(__file__).parent / "resume.safetensors"  # unfinished weights that a fresh checkout starts from
-LOG_EVERY = 25  # steps; states are saved only there, so that a log goes on as if nothing had happened
+LOG_EVERY = 25  # steps; states are saved only at these steps, so a resumed run logs the same means
 SAVE_EVERY = 150.0  # seconds
 WARMUP = 200  # steps
-BANDS = (0.5, 0.8, 0.9, 0.97)  # edges of sigma between which the loss is logged apart
+BANDS = (0.5, 0.8, 0.9, 0.97)  # edges of the sigma bands whose losses are logged separately
 AVERAGES = {"average": 0.999, "long_average": 0.9997}  # decays
-# Learning rates. Muon turns every matrix by as much in every step; too much for the queries and keys of T5, whose
-# scores are not scaled: a saturated softmax learns no word order.
+# Learning rates. The encoders' queries and keys are not in Muon, whose step does not shrink with the gradient: T5's
+# scores are not scaled, and a saturated softmax learns no word order.
 RATES = {"muon": 0.01, "adamw": 1e-3, "attention": 1e-3}
 
 
 class Flow(nn.Module):
-    """Everything that is trained together.
+    """MMDiT, text encoders, and three linear heads that are not shipped.
 
-    Three linear heads are not shipped: `where` reads off the image tokens after `read_after` blocks what is where,
-    `clip_says` and `t5_says` read off the text tokens what the caption says of the object that a word belongs to.
+    `where` predicts from the image tokens after `read_after` blocks what is where (`CLASSES`); `clip_says` and
+    `t5_says` predict from each text token what the caption says of that word's object (`FACTS`).
     """
 
     def __init__(self, captions: Captions, width: int = 128, depth: int = 8, read_after: int | None = None):
@@ -98,8 +98,9 @@ class Flow(nn.Module):
         return join_text(hidden_l, hidden_g, self.t5(ids["t5"])), torch.cat([pooled_l, pooled_g], dim=-1)
 
     def text_loss(self, context: Tensor, spoken: Tensor, facts: Tensor) -> tuple[Tensor, dict[str, tuple[int, int]]]:
-        """How well the heads read off the text tokens what the caption says, summed over facts, and how many tokens
-        tell side and number of their object right; spoken: 0 throughout for a caption that is left out.
+        """Cross-entropy of the text heads, summed over facts, and (hits, tokens) for side and number of the objects.
+
+        spoken: (B, LONGEST), all zeros for a dropped caption; facts: (B, 3, facts).
         """
         clip, t5 = context.split([self.clip_l.config.positions, context.shape[1] - self.clip_l.config.positions], 1)
         total, right = context.new_zeros(()).float(), {}
@@ -108,7 +109,7 @@ class Flow(nn.Module):
             logits = head(tokens).float()
             loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
             mask = who > 0
-            if name == "clip":  # reads from left to right: the object named first cannot know its side
+            if name == "clip":  # causal: the first object's tokens cannot see the relation
                 loss = torch.cat([loss[..., : len(SIDES)] * (who > 1)[..., None], loss[..., len(SIDES) :]], dim=-1)
             total = total + (loss.sum(-1) * mask).sum() / mask.sum().clamp(min=1)
             parts = right_parts(logits, target, mask)
@@ -188,19 +189,19 @@ def rate(step: int, fresh_from: int, decay_from: int | None, decay_to: int | Non
 
 
 def draws(seed: int, step: int) -> torch.Generator:
-    """The random numbers of a step: they depend on nothing but its number, so that a resumed run goes on exactly."""
+    """Random generator of a step: seeded by its number alone, so a resumed run draws the same numbers."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 def noise_levels(count: int, mean: float, spread: float, generator: torch.Generator) -> Tensor:
-    """sigma = sigmoid(mean + spread * normal) (count,), the normals spread evenly over their quantiles."""
+    """sigma = sigmoid(mean + spread * normal), (count,), stratified: one normal from each 1/count quantile."""
     order = torch.randperm(count, generator=generator)
     u = (order + torch.rand(count, generator=generator)) / count
     return torch.sigmoid(mean + spread * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
 
 
 class Means:
-    """Means of what is logged, over the steps since the last line."""
+    """Running means of the logged values since the last line."""
 
     def __init__(self):
         self.sums: dict[str, float] = {}
@@ -212,14 +213,14 @@ class Means:
         self.counts[name] = self.counts.get(name, 0.0) + count
 
     def take(self) -> dict[str, float]:
-        """The means, and starts anew."""
+        """Returns the means and resets them."""
         out = {k: round(v / self.counts[k], 5) for k, v in self.sums.items() if self.counts[k]}
         self.__init__()
         return out
 
 
 class Log:
-    """Lines of JSON in a file, each with its step; lines from `step` on are dropped where an older state goes on."""
+    """A JSON-lines log. On resuming from `step`, lines of later steps are dropped."""
 
     def __init__(self, path: Path, step: int):
         self.path = path
@@ -239,38 +240,40 @@ class Log:
 
 
 def write_resume(state: dict, path: Path = RESUME) -> None:
-    """Writes averaged weights, in bfloat16, with all that is needed to go on from them."""
+    """Writes the averaged weights in bfloat16, heads included, with the step and the sizes."""
     tensors = state["model"] | state["average"]
-    told = {k: str(state[k]) for k in ("step", "spent", "width", "depth", "read_after")}
+    metadata = {k: str(state[k]) for k in ("step", "spent", "width", "depth", "read_after")}
     partial = path.with_suffix(".partial")
-    save_file({k: v.to(torch.bfloat16).contiguous() for k, v in tensors.items()}, partial, told)
+    save_file({k: v.to(torch.bfloat16).contiguous() for k, v in tensors.items()}, partial, metadata)
     partial.replace(path)
 
 
 def read_resume(path: Path = RESUME) -> dict | None:
-    """A state without optimisers from what `write_resume` wrote, or None where there is no file."""
+    """Reads a `write_resume` file as a state without optimisers; None if there is no file."""
     if not path.exists():
         return None
     with safe_open(path, "pt") as file:
-        told = file.metadata()
+        metadata = file.metadata()
     model = {k: v.float() for k, v in load_file(path).items()}
-    numbers = {k: int(told[k]) for k in ("step", "width", "depth", "read_after")}
-    return {"model": model, "spent": float(told["spent"]), "fresh_from": numbers["step"], **numbers}
+    numbers = {k: int(metadata[k]) for k in ("step", "width", "depth", "read_after")}
+    return {"model": model, "spent": float(metadata["spent"]), "fresh_from": numbers["step"], **numbers}
 
 
 def newest(work: Path, resume: Path | None = RESUME) -> dict | None:
-    """The state of the work folder or the repository, whichever went further."""
-    own, shared = load(work / "flow.pt"), read_resume(resume) if resume else None
-    if own is None or shared is None:
-        return own or shared
-    return own if own["step"] >= shared["step"] else shared
+    """The state of the work folder or of the repository, whichever has more steps."""
+    local, shared = load(work / "flow.pt"), read_resume(resume) if resume else None
+    if local is None or shared is None:
+        return local or shared
+    return local if local["step"] >= shared["step"] else shared
 
 
 def grown(state: dict, depth: int, captions: Captions) -> dict:
-    """A state of `depth` blocks that computes the same: new blocks have zero gates and lie between the trained ones."""
+    """A state of `depth` blocks that computes the same function: new blocks have zero gates and are spread between the
+    trained ones.
+    """
     old_depth = state["depth"]
     if depth < old_depth:
-        raise ValueError(f"--depth {depth}: the state has {old_depth} blocks already")
+        raise ValueError(f"--depth {depth}: the state already has {old_depth} blocks")
     place = [round(i * (depth - 1) / max(1, old_depth - 1)) for i in range(old_depth)]
     place[-1] = depth - 1  # the last block is of another kind
     read_after = place[state["read_after"] - 1] + 1
@@ -302,7 +305,7 @@ def grown(state: dict, depth: int, captions: Captions) -> dict:
 
 
 class Training:
-    """A model with its optimisers and averages, and how far it is."""
+    """A model with its optimisers, averages and progress."""
 
     def __init__(self, captions: Captions, state: dict | None, width: int, depth: int, seed: int):
         torch.manual_seed(seed)
@@ -312,8 +315,8 @@ class Training:
         self.optimisers = optimisers_of(self.model)
         if "model" in state:
             self.model.load_state_dict(state["model"])
-        for optimiser, own in zip(self.optimisers, state.get("optimisers", ()), strict=False):
-            optimiser.load_state_dict(own)
+        for optimiser, saved in zip(self.optimisers, state.get("optimisers", ()), strict=False):
+            optimiser.load_state_dict(saved)
         self.averages = {name: Average(self.model, decay) for name, decay in AVERAGES.items()}
         for name, average in self.averages.items():
             if name in state:
@@ -323,7 +326,7 @@ class Training:
         self.sets = state.get("sets", 0)
 
     def state(self) -> dict:
-        """All that is needed to go on exactly."""
+        """Everything that an exact resume needs."""
         out = {k: getattr(self, k) for k in ("step", "spent", "width", "depth", "fresh_from", "sets")}
         out |= {"read_after": self.model.read_after, "model": self.model.state_dict()}
         out["optimisers"] = [o.state_dict() for o in self.optimisers]
@@ -342,7 +345,7 @@ class Training:
 
 
 class Rows:
-    """Data, and ids of its captions."""
+    """The training set with the token ids of its captions."""
 
     def __init__(self, captions: Captions, work: Path, sets: int, more: dict[str, float] | None):
         self.data = Data.read(work, sets)
@@ -374,9 +377,9 @@ def train(
     save_every: float = SAVE_EVERY,
     threads: int | None = None,
 ) -> None:
-    """The loop of `demo.train flow`, which describes the arguments."""
+    """The training loop; arguments as in `demo.train.flow`."""
     run = Training(captions, state, width, depth, seed)
-    run.sets = run.sets or sets_there(work)
+    run.sets = run.sets or count_sets(work)
     if not run.sets:
         raise ValueError(f"--work {work}: has no encoded scenes; run `python -m demo.train encode` first")
     model, rows = run.model, Rows(captions, work, run.sets, more)
@@ -402,7 +405,7 @@ def train(
         noise = torch.randn(latent.shape, generator=g)
         sigma = noise_levels(batch, noise_mean, noise_spread, g)
         x = torch.lerp(latent, noise, sigma[:, None, None, None])
-        # Captions that CLIP cannot hold come in many lengths, each of them rare: not worth a code of their own.
+        # Longer captions come in many lengths, each rare: compiling for each would cost more than it saves.
         code = eager() if length > captions.positions else nullcontext()
         with code, torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             context, pooled = model.text(ids)
@@ -426,8 +429,8 @@ def train(
         log.write(line | means.take())
         if run.step % score_every == 0 or now - saved > save_every:
             save(work / "flow.pt", run.state())
-            if (there := sets_there(work)) > run.sets:
-                run.sets, rows = there, Rows(captions, work, there, more)
+            if (sets := count_sets(work)) > run.sets:
+                run.sets, rows = sets, Rows(captions, work, sets, more)
             if run.step % score_every == 0:
                 log.write({"step": run.step, "minutes": round(run.spent / 60, 2), "score": watch(work)})
             saved = last = time.time()
@@ -435,7 +438,7 @@ def train(
 
 
 class Load:
-    """How busy others (that are not nice) keep the machine, as Linux counts it."""
+    """Picks one or two threads by how busy processes of normal priority keep the machine (Linux only)."""
 
     def __init__(self):
         self.last = self._times()
@@ -445,7 +448,7 @@ class Load:
         return [int(x) for x in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
 
     def choose(self) -> int:
-        """Sets and returns torch's threads: two, or one where others took over 0.35 of the time since the last call."""
+        """Sets and returns torch's threads: one if others took over 0.35 of the time since the last call, else two."""
         now = self._times()
         spent = [b - a for a, b in zip(self.last, now, strict=True)]
         self.last = now
@@ -459,14 +462,14 @@ def _note(means: Means, each: Tensor, sigma: Tensor, seen: float, says: float, r
     means.add("where", seen)
     means.add("text", says)
     for low, high in zip((0.0, *BANDS), (*BANDS, 1.0), strict=True):
-        own = each[(sigma >= low) & (sigma < high)]
-        means.add(f"loss to {high}", float(own.sum()), len(own))
+        band = each[(sigma >= low) & (sigma < high)]
+        means.add(f"loss to {high}", float(band.sum()), len(band))
     for name, (hits, count) in right.items():
         means.add(name, hits, count)
 
 
 def watch(work: Path) -> dict | None:
-    """Scores the averaged weights in a process of their own, so that nothing there can end the training."""
+    """Scores the averaged weights in a subprocess, so that an error there does not end the training."""
     command = [sys.executable, "-m", "demo.train", "watch", "--work", str(work)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)

@@ -305,7 +305,7 @@ def training_scene(
 
 
 def joined(words: list[Word]) -> str:
-    """The caption that the words make."""
+    """Joins words to a caption; no space before a comma or full stop."""
     return "".join(w if w in ".," or not i else f" {w}" for i, (w, _) in enumerate(words))
 
 
@@ -318,7 +318,7 @@ def _noun(names: list[tuple[str, ...]], index: int) -> list[Word]:
     return _words(f"{article(names[index][0])} {' '.join(names[index][1:])}", index + 1)
 
 
-def _said(relation: str, rng: random.Random) -> list[Word]:
+def _relation_words(relation: str, rng: random.Random) -> list[Word]:
     return _words(PHRASINGS[relation][rng.random() < OTHER_PHRASING])
 
 
@@ -348,7 +348,7 @@ def _short_caption(
     elif stated:
         out = _noun(names, 0)
         for n, (_, relation, other) in enumerate(stated):
-            out += _words("and" if n else "") + _said(relation, rng) + _noun(names, other)
+            out += _words("and" if n else "") + _relation_words(relation, rng) + _noun(names, other)
     else:
         out = _listed(names, rng)
     if rng.random() < 0.6:
@@ -366,7 +366,7 @@ def _long_caption(
     stop = _words(".")
 
     def the(index: int) -> list[Word]:
-        """The object by as few words as tell it from the others."""
+        """`the circle`, or `the red circle` if another object has the same shape."""
         *_, colour, shape = names[index]
         alike = [n for n in names if n[-1] == shape]
         return _words(f"the {shape}" if len(alike) == 1 else f"the {colour} {shape}", index + 1)
@@ -385,14 +385,14 @@ def _long_caption(
     elif rng.random() < 0.5:
         out = (_words(are) if rng.random() < 0.7 else []) + _noun(names, 0) + _words("is")
         for n, (_, relation, other) in enumerate(stated):
-            out += _words("and" if n else "") + _said(relation, rng) + _noun(names, other)
+            out += _words("and" if n else "") + _relation_words(relation, rng) + _noun(names, other)
         out += stop
     else:
         out = shows + _listed(names, rng) + stop
         for first, relation, other in stated:
             if rng.random() < 0.5:
                 first, relation, other = other, INVERSE[relation], first
-            out += the(first) + _words("is") + _said(relation, rng) + the(other) + stop
+            out += the(first) + _words("is") + _relation_words(relation, rng) + the(other) + stop
     if rng.random() < 0.8:
         out += _words(f"the background is {background} .")
     return out

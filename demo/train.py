@@ -25,7 +25,7 @@ from tqdm import tqdm
 from checkpoint import ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
 from demo import flow as flow_stage
 from demo.command_line import run
-from demo.data import encode_set, load, save, set_path, sets_there, text_set, to_unit
+from demo.data import count_sets, encode_set, load, save, set_path, text_set, to_unit
 from demo.flow import ENCODERS, RESUME, SAVE_EVERY, Flow, grown, newest, read_text, train_text, write_resume
 from demo.optim import Average, Muon, rate
 from demo.scenes import CELL, HELD_OUT, SIZE, all_words, render, training_scene
@@ -172,9 +172,9 @@ def encode(work: str, scenes: int = 61440, sets: int = 3, more: int = 0, seed: i
     those there may be added while `flow` runs, which takes them in when it next saves.
     """
     folder = Path(work)
-    wanted = sets_there(folder) + more if more else sets
+    wanted = count_sets(folder) + more if more else sets
     model = None
-    while (number := sets_there(folder)) < wanted:
+    while (number := count_sets(folder)) < wanted:
         model = model or autoencoder(folder)
         encode_set(model, set_path(folder, number), scenes // sets, seed + number)
 

@@ -424,7 +424,7 @@ def test_growing_a_state_changes_nothing_it_computes(captions):
             torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     run = flow.Training(captions, deeper, 0, 0, seed=1)
     assert run.model.mmdit.config.depth == 7
-    with pytest.raises(ValueError, match="has 3 blocks already"):
+    with pytest.raises(ValueError, match="already has 3 blocks"):
         flow.grown(state, 2, captions)
 
 
