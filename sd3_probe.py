@@ -703,7 +703,7 @@ def read_measurement(path: str | Path, flag: str = "measurement") -> dict[str, A
 def run_suggest(flags: Mapping[str, Any]) -> None:
     """Prints what `suggest` proposes."""
     path = flags["measurement"]
-    if not os.path.isfile(path):
+    if not os.path.lexists(path):
         raise FileNotFoundError(f"--measurement {path}: no such file; sd3_probe.py measure makes one")
     origin, targets, why = suggest(read_measurement(path), flags["tolerance"])
     print(why)

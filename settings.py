@@ -714,9 +714,9 @@ def _initial_picture(s: Settings) -> _Rule:
 
 
 def _control(s: Settings) -> _Rule:
-    if s.controlnet_ckpt and s.controlnet_cond_image:
+    if s.controlnet_cond_image:
         return {}, ""
-    changes = {"controlnet_ckpt": None, "controlnet_cond_image": None, "controlnet_strength": 1.0}
+    changes = {"controlnet_ckpt": None, "controlnet_strength": 1.0}
     if s.controlnet_ckpt:
         return changes, "the ControlNet has no effect without --controlnet_cond_image"
     return changes, "--controlnet_strength has no effect without --controlnet_cond_image"

@@ -141,7 +141,8 @@ NAMED = ["vae.safetensors", "text_encoders/clip_l.safetensors", "text_encoders/c
 def flags_of(folder: Path) -> list[str]:
     residual = ["--residual_target_layers", "1,2", "--residual_mode", "aligned", "--residual_rotations"]
     return [*SHAPE, "--model", f"{folder}/m.safetensors", "--vae", f"{folder}/vae.safetensors", "--prompt", "red",
-            "--init_image", f"{folder}/in.png", *residual, f"{folder}/r.safetensors", "--steps", "3"]  # fmt: skip
+            "--init_image", f"{folder}/in.png", "--denoise", "0.5", *residual, f"{folder}/r.safetensors",
+            "--steps", "3"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -178,7 +179,7 @@ def test_a_served_picture_may_come_from_another_image_each_time(tmp_path, model)
     raw = {"model": str(model), "device": "cpu", "steps": "2", "width": "32", "height": "32"}
     flags = Flags.read(raw)
     server = Server(load_for(flags), flags, raw, tmp_path)
-    line = json.dumps({"prompt": "red", "seed": 1, "init_image": str(tmp_path / "in.bmp")})
+    line = json.dumps({"prompt": "red", "seed": 1, "denoise": 0.5, "init_image": str(tmp_path / "in.bmp")})
     hashes = []
     for colour in ("red", "blue"):
         Image.new("RGB", (32, 32), colour).save(tmp_path / "in.bmp")

@@ -193,8 +193,17 @@ def test_pipes_and_devices_do_not_hang(tmp_path, flag):
 
 def test_a_record_that_names_a_pipe_elsewhere_does_not_hang(small_model, tmp_path, capsys):
     upright().save(tmp_path / "start.png")
-    words = ["--model", str(small_model), "--steps", "1", "--seed", "1", "--prompt", "x", "--device", "cpu"]
-    words += ["--dtype", "float32", "--init_image", str(tmp_path / "start.png"), "--out_dir", str(tmp_path / "o")]
+    words = ["--model", str(small_model), "--steps", "2", "--seed", "1", "--prompt", "x", "--device", "cpu"]
+    words += [
+        "--dtype",
+        "float32",
+        "--denoise",
+        "0.5",
+        "--init_image",
+        str(tmp_path / "start.png"),
+        "--out_dir",
+        str(tmp_path / "o"),
+    ]
     assert sd3_infer.main(words) == 0
     (picture,) = (tmp_path / "o").rglob("000000.png")
     (tmp_path / "start.png").unlink()

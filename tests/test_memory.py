@@ -116,7 +116,9 @@ def test_a_sweep_goes_on_without_what_did_not_fit(tmp_path, monkeypatch, capsys)
 
 
 def test_suggest_does_not_name_the_width(tmp_path, monkeypatch, capsys):
-    (tmp_path / "m.json").write_text("{}")
+    rows = [{"step": 0, "sigma": 1.0, "block": block, "retrieval": 0.5} for block in range(2)]
+    record = {"depth": 2, "rows": rows, "chance": {"retrieval": 0.1}}
+    (tmp_path / "m.json").write_text(json.dumps(record))
 
     def full(*_):
         raise MemoryError

@@ -104,10 +104,10 @@ def test_a_run_whose_flags_cannot_be_encoded_has_its_record(small_engine, tmp_pa
     flags = dataclasses.replace(Flags(), postfix="\udcff")
     record = RunRecord(tmp_path, flags, ["--postfix=\udcff"], 1, small_engine)
     with record.kept():
-        record.add(tmp_path / "000000.png", Settings("a \ud800", "m"), {})
+        record.add(tmp_path / "000000.png", Settings("a", "m"), {"files": {"vae": "\ud800"}})
     run = json.loads((tmp_path / "run.json").read_bytes().decode("utf-8"))
     assert (run["flags"]["postfix"], run["arguments"]) == ("\udcff", ["--postfix=\udcff"])
-    assert run["pictures"][0]["settings"]["prompt"] == "a \ud800"
+    assert run["files"] == {"vae": "\ud800"}
 
 
 def test_after_a_kill_every_picture_is_in_the_record(small_engine, tmp_path):

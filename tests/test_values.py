@@ -390,14 +390,14 @@ def test_the_wrong_half_is_not_acted_on(engine):
 def test_gen_image_takes_what_python_has(engine, tmp_path):  # P8, reading.md 6
     Image.effect_noise((96, 96), 60).convert("RGB").save(tmp_path / "in.png")
     (path,) = engine.gen_image(
-        ("a star",), np.int64(96), "96", np.int64(2), np.float32(2.5), "Euler", np.uint8(5),
+        ("a star",), np.int64(96), "96", np.int64(4), np.float32(2.5), "Euler", np.uint8(5),
         out_dir=tmp_path / "out", init_image=tmp_path / "in.png", denoise=np.float64(0.5), negative_prompt=None,
-        batch_size=1.0, vae_tile="auto", skip_layer_config={"scale": 2, "layers": [3]},
+        batch_size=1.0, vae_tile="auto", skip_layer_config={"scale": 2, "layers": [3], "end": 0.9},
     )  # fmt: skip
     record = saving.read_record(path)["settings"]
-    assert [record[n] for n in ("width", "height", "steps", "cfg", "sampler", "seed")] == [96, 96, 2, 2.5, "euler", 5]
+    assert [record[n] for n in ("width", "height", "steps", "cfg", "sampler", "seed")] == [96, 96, 4, 2.5, "euler", 5]
     assert (record["init_image"], record["denoise"], record["batch_size"]) == ("in.png", 0.5, 1)
-    assert record["skip_layer"] == {"scale": 2.0, "start": 0.01, "end": 0.2, "layers": [3], "cfg": 4.0}
+    assert record["skip_layer"] == {"scale": 2.0, "start": 0.01, "end": 0.9, "layers": [3], "cfg": 4.0}
     assert (tmp_path / "in.png").exists()
 
 

@@ -66,7 +66,7 @@ def record(tmp_path_factory) -> dict[str, Any]:
     engine = SD3Inferencer().load(str(DEMO), device="cpu")
     engine.quiet = True
     (path,) = engine.gen_image(
-        "a star", steps=1, seed=3, out_dir=str(tmp_path_factory.mktemp("record")),
+        "a star", steps=2, seed=3, out_dir=str(tmp_path_factory.mktemp("record")),
         residual_config=ResidualConfig(0, (3, 5), (0.1, 0.2)),
         skip_layer_config=SkipLayerConfig(2.0, 0.0, 0.9, (2, 3), cfg=3.0),
     )  # fmt: skip
@@ -81,7 +81,7 @@ def planned(record) -> Iterator[list[Settings]]:
 
     def noted(engine: SD3Inferencer, *args: Any, **values: Any) -> list[Settings]:
         made = plan(engine, *args, **values)
-        pictures[:] = made
+        pictures[:] = [dataclasses.replace(s, **engine.as_given) for s in made]  # those without effect too
         return made
 
     loaded: dict[str, SD3Inferencer] = {}
