@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 import saving
+from checkpoint import ENCODERS
 from foreign import parse_json
 from settings import (
     FILE_SETTINGS,
@@ -30,6 +31,7 @@ from settings import (
 )
 
 LISTS = ("residual_target_layers", "residual_weights")
+DECIDE_INITIAL_PICTURE = {"denoise", "steps", "shift"}  # flags that decide whether one has a say
 RECORDS = ("run.json", "sweep.json")  # files beside or above a picture that name its files with their folders
 
 
@@ -61,8 +63,17 @@ class Replay:
         is not found by its name (see `find`), ValueError for a record that holds what no picture can have.
         """
         raw = self._flags() | dict(available)
-        found = {n: self.find(n, raw[n]) for n in FILE_SETTINGS if raw.get(n) is not None and n not in self.given}
+        found = {n: self._found(n, raw[n]) for n in FILE_SETTINGS if raw.get(n) is not None and n not in self.given}
         return raw | found | self._text_files() | dict(self.given)
+
+    def _found(self, flag: str, name: str) -> str | None:
+        """As `find`; None for a file that is not there and had no effect, as earlier versions recorded them too."""
+        try:
+            return self.find(flag, name)
+        except FileNotFoundError:
+            if getattr(effective(self.settings())[0], flag) is None and not self.given.keys() & DECIDE_INITIAL_PICTURE:
+                return None
+            raise
 
     def _read(self, name: str, value: Any) -> Any:
         """A recorded value as its flag's reader reads it; raises ValueError naming the picture."""
@@ -93,6 +104,10 @@ class Replay:
             raw["residual_weights"] = weights[:1]  # so that it holds for other targets too
         if (self._given("residual_mode") or raw.get("residual_mode")) != "aligned":
             raw.pop("residual_rotations", None)
+        if raw.get("controlnet_ckpt") and not (
+            raw.get("controlnet_cond_image") or self.given.get("controlnet_cond_image")
+        ):
+            raw.pop("controlnet_ckpt")  # earlier versions recorded one that was loaded and given no picture
         raw["skip_layer_cfg"] = self.record["settings"].get("skip_layer") is not None
         return {"vae_tile": 0, "offload": self._offload()} | raw | {"pad_batch": True}
 
@@ -167,7 +182,9 @@ class Replay:
         """Settings that the picture made now does not share with the recorded ones; such as had no effect then do not
         count.
         """
-        now, then = (json.loads(json.dumps(s.named())) for s in (settings, effective(self.settings())[0]))
+        recorded = self.settings()
+        had_effect = dataclasses.replace(effective(recorded)[0], batch_size=recorded.batch_size)  # with a cache it had
+        now, then = (json.loads(json.dumps(s.named())) for s in (effective(settings)[0], had_effect))
         return [f"{n} {then[n]} -> {now[n]}" for n in now if then[n] != now[n]]
 
     def differs(self, made_with: Mapping[str, Any]) -> list[str]:
@@ -176,15 +193,24 @@ class Replay:
         out = []
         if self.record.get("model_sha256") and now.get("model_sha256") != self.record["model_sha256"]:
             out.append("the model file's contents")
-        then = _object(self.record.get("files"))
-        out += [f"contents of {n}" for n in then if now.get("files", {}).get(n) != then[n]]
-        for name, was in _object(self.record.get("encoders")).items():
-            known, here = _object(was), _object(now.get("encoders", {}).get(name))
-            if {n: here.get(n) for n in known} != known:  # earlier records know less of each
-                out.append(f"text encoder {name}")
+        then, had_effect = _object(self.record.get("files")), effective(self.settings())[0]
+        without = [n for n in FILE_SETTINGS if getattr(had_effect, n) is None]
+        out += [f"contents of {n}" for n in then if n not in without and now.get("files", {}).get(n) != then[n]]
+        for kind, what in (("encoders", "text encoder {}"), ("components", "the {} in the model's folder")):
+            then = _object(self.record.get(kind))
+            for name, was in then.items():
+                known, here = _object(was), _object(now.get(kind, {}).get(name))
+                if {n: here.get(n) for n in known} != known:  # earlier records know less of each
+                    out.append(what.format(name))
+        then, here = _object(self.record.get("encoders")), now.get("encoders", {})
+        for name in ENCODERS if "hardware" in self.record else ():  # the first records knew nothing of encoders
+            if name in here and name not in then and not (name == "t5xxl" and had_effect.no_t5):
+                out.append(f"text encoder {name}")  # it lay in the model's own file
+        if "environment" not in _object(self.record.get("hardware")) and _changing_while_cached(had_effect):
+            out.append("which steps --cache reuses while residual text streaming changes")  # since that is recorded
         for kind in ("versions", "hardware"):
             then, here = _object(self.record.get(kind)), now.get(kind, {})
-            out += [f"{n} {then[n]} -> {here.get(n, 'none')}" for n in then if then[n] != here.get(n)]
+            out += [f"{n} {then[n] or 'none'} -> {here.get(n) or 'none'}" for n in then if then[n] != here.get(n)]
         return out
 
     def report(self, image: Image.Image, settings: Settings, made_with: Mapping[str, Any]) -> list[str]:
@@ -196,6 +222,12 @@ class Replay:
         if told and not changed and not differs:
             told += "; nothing that was recorded differs"
         return [*lines, f"replay: {told}" if told else f"replay: the same picture as {self.path}, bit for bit"]
+
+
+def _changing_while_cached(s: Settings) -> bool:
+    """Whether residual streaming does not act alike in all steps of a run with a cache."""
+    window = s.residual_start > 0 or s.residual_end < 1
+    return s.cache > 0 and (window or s.residual_schedule != "constant" or s.residual_mode == "aligned")
 
 
 def _object(value: Any) -> dict[str, Any]:

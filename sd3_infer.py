@@ -133,6 +133,12 @@ TEXTS_AT_ONCE = 256  # encoded prompts that are held in memory: 1.3 MB each at S
 MOST_SAID = 1000  # lines that are remembered, to be said once
 RESIDUAL_FILE = "residual.json"  # in every run's folder, as --residual_config reads it
 VAE_TILE = 576  # pixels, where a picture is too large to be decoded whole: 1024 and 2048 divide well with the overlap
+# Variables by which torch and its libraries choose how they multiply. torch tells of the first one's effect only.
+DECIDING = (
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE",
+    "DNNL_DEFAULT_FPMATH_MODE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "NVIDIA_TF32_OVERRIDE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "TORCH_BLAS_PREFER_CUBLASLT",
+)  # fmt: skip
 CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 FETCH = {
     "sd3_medium": "stabilityai/stable-diffusion-3-medium",
@@ -173,13 +179,21 @@ def choose_dtype(name: str, device: torch.device, stored: str = "F16") -> torch.
 
 
 def device_record(device: torch.device) -> dict[str, Any]:
-    """What a device is called, and on a CPU how many threads compute: both can change the last bits of a picture."""
+    """What a device is called, and on a CPU how many threads compute, with which instructions, and what in the
+    environment decides that: all of it can change the last bits of a picture.
+    """
+    environment = " ".join(f"{name}={value}" for name in DECIDING if (value := os.environ.get(name)))
     if device.type == "cuda":
-        return {"device": torch.cuda.get_device_name(device)}
+        return {"device": torch.cuda.get_device_name(device), "environment": environment}
     if device.type != "cpu":
-        return {"device": device.type}
+        return {"device": device.type, "environment": environment}
     named = re.search(r"model name\s*: (.*)", _cpuinfo())
-    return {"device": named[1].strip() if named else platform.machine(), "threads": torch.get_num_threads()}
+    return {
+        "device": named[1].strip() if named else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "environment": environment,
+    }
 
 
 def device_memory(device: torch.device) -> int:
@@ -667,12 +681,20 @@ class SD3Inferencer:
     def encoder_files(self) -> dict[str, dict[str, Any]]:
         """Name, bytes and identity (see `file_identity`) of what encodes text and is not in the model file, by role."""
         own = {entry.path for entry in self.model_file.entries.values()}
+        return {role: _described(files) for role, paths in self.text_files().items() if (files := sorted(paths - own))}
+
+    def component_files(self) -> dict[str, dict[str, Any]]:
+        """As `encoder_files`, of a model that is a folder: each of its components that is used. Its sha256 is of the
+        transformer alone, and it is no file that could be looked at as a whole.
+        """
+        if not self.model_file.folder:
+            return {}
+        parts = {"transformer": self.mmdit_part, "vae": self.vae_part, **getattr(self, "encoder_parts", {})}
         out = {}
-        for role, paths in self.text_files().items():
-            if files := sorted(paths - own):
-                identity = hashlib.sha256(json.dumps([file_identity(path) for path in files]).encode()).hexdigest()
-                name = files[0].name if len(files) == 1 else files[0].parent.name
-                out[role] = {"name": name, "bytes": sum(p.stat().st_size for p in files), "identity": identity[:16]}
+        for role, part in parts.items():
+            files = {e.path for name, e in part.file.entries.items() if name.startswith(part.prefix)}
+            if part.file is self.model_file:
+                out[role] = _described(sorted(files))
         return out
 
     def check_size(self, width: int, height: int) -> None:
@@ -1338,11 +1360,15 @@ class SD3Inferencer:
             saving.save_picture(paths[-1], image, settings, known if with_metadata else None)
         return paths
 
-    def plan(self, prompts: Sequence[str], seeds: Sequence[int], **values: Any) -> list[Settings]:
+    def plan(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, recorded: bool = False, **values: Any
+    ) -> list[Settings]:
         """Settings of every picture, prompt by prompt; seeds: as many per prompt as there are pictures of it.
 
         What has no effect is set to its default, see `settings.effective`; `notes` say so, `as_given` has it as it was.
-        Raises ValueError for what does not fit.
+        recorded: the values come from a picture, perhaps of an earlier version, which encoded a prompt at the length of
+        its negative prompt at cfg 1 too: it is kept where it is the longer one. Raises ValueError for what does not
+        fit.
         """
         prompts, seeds = read_texts(prompts), list(seeds)
         if not seeds or len(seeds) % len(prompts):
@@ -1363,6 +1389,14 @@ class SD3Inferencer:
         per_prompt = len(seeds) // len(prompts)
         first = Settings(prompt=prompts[0], seed=seeds[0], **(shared | values))
         shown, self.notes = effective(first)  # prompt and seed have no part in it
+        kept = first.negative_prompt
+        if (
+            recorded
+            and kept != shown.negative_prompt
+            and any(self.pair_length(p, kept) > self.t5_length(p) for p in prompts)
+        ):
+            shown = dataclasses.replace(shown, negative_prompt=kept)
+            self.notes = [note for note in self.notes if not note.startswith("note: --negative_prompt")]
         if weighted := next((p for p in prompts if any(weight != 1 for _, weight in weighted_segments(p))), None):
             self.notes.append(f'note: "{_short(weighted)}": weights of words have no effect, and brackets are left out')
         names = [field.name for field in dataclasses.fields(Settings)]
@@ -1461,6 +1495,13 @@ def residual_notes(flags: Flags, config: ResidualConfig) -> Iterator[str]:
         yield f"note: --residual_rotations is not used: --residual_mode is {config.mode}, not aligned"
 
 
+def _described(files: Sequence[Path]) -> dict[str, Any]:
+    """Name, bytes and identity of files that belong together."""
+    identity = hashlib.sha256(json.dumps([file_identity(path) for path in files]).encode()).hexdigest()
+    name = files[0].name if len(files) == 1 else files[0].parent.name
+    return {"name": name, "bytes": sum(p.stat().st_size for p in files), "identity": identity[:16]}
+
+
 def _sha256(path: Path) -> str:
     return file_sha256(*path.rglob("*.safetensors")) if path.is_dir() else file_sha256(path)
 
@@ -1492,10 +1533,15 @@ class MadeWith:
         try:
             engine, s = self.engine, self.settings
             paths = {name: getattr(s, name) for name in FILE_SETTINGS if name != "model"}
+            hardware = device_record(engine.device)
+            if engine.encoder_device.type != engine.device.type:
+                beside = device_record(engine.encoder_device)
+                hardware |= {f"text_encoder_{name}": value for name, value in beside.items()}
             more = {
                 "files": {name: _sha256(Path(path)) for name, path in paths.items() if path},
                 "encoders": engine.encoder_files(),
-                "hardware": device_record(engine.device),
+                "components": engine.component_files(),
+                "hardware": hardware,
             }
             self.value = {"model_sha256": engine.model_file.sha256, **{n: v for n, v in more.items() if v}}
         except BaseException as error:  # handed to whoever waits
@@ -1617,16 +1663,19 @@ def plan_for(
     prompts: Sequence[str],
     seeds: Sequence[int],
     skip_layer: SkipLayerConfig | None = None,
+    recorded: bool = False,
 ) -> list[Settings]:
     """Settings of every picture that flags ask for, checked against the loaded model and the files they name.
 
-    seeds: as many per prompt as there are pictures of it; skip_layer: in place of the model's own. Raises ValueError
-    or FileNotFoundError.
+    seeds: as many per prompt as there are pictures of it; skip_layer: in place of the model's own; recorded: see
+    `SD3Inferencer.plan`. Raises ValueError or FileNotFoundError.
     """
     values, known = resolve(flags, engine.model_file.metadata, engine.large_controlnet)
+    residual = ResidualConfig.from_flags(flags.residual(), flags.residual_config)
     pictures = engine.plan(
         prompts,
         seeds,
+        recorded=recorded,
         negative_prompt=flags.negative_prompt,
         init_image=flags.init_image,
         denoise=flags.denoise,
@@ -1637,8 +1686,12 @@ def plan_for(
         cache=flags.cache,
         vae_tile=engine.vae_tile(values["width"], values["height"]) if flags.vae_tile is None else flags.vae_tile,
         **values,
-        **residual_settings(ResidualConfig.from_flags(flags.residual(), flags.residual_config)),
+        **residual_settings(residual),
     )
+    if flags.skip_layer_cfg and not (skip_layer or known):
+        unknown = f"no skip-layer settings are known for {Path(flags.model).name}"
+        engine.notes.append(f"note: {unknown}; --skip_layer_cfg is off")
+    engine.notes += residual_notes(flags, residual)
     if pictures:  # they differ in prompt and seed only; what has no effect is checked too
         given = dataclasses.replace(pictures[0], **engine.as_given)
         engine.check_settings(given)
@@ -1656,7 +1709,7 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
     if flags.list_models:
         print(list_models(flags.model_folder or "models"))
         return None
-    started = time.time()
+    started = time.monotonic()
     if replay and "prompt" not in replay.given:
         prompts, name = [flags.prompt], folder_name(flags.prompt)
     else:
@@ -1664,11 +1717,8 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
     saving.check_writable(flags.out_dir)
     engine = load_for(flags)
     residual = ResidualConfig.from_flags(flags.residual(), flags.residual_config)
-    pictures = plan_for(engine, flags, prompts, flags.seeds(len(prompts)), replay.skip_layer() if replay else None)
-    if flags.skip_layer_cfg and engine.as_given.get("skip_layer", pictures[0].skip_layer) is None:
-        engine.say(f"note: no skip-layer settings are known for {Path(flags.model).name}; --skip_layer_cfg is off")
-    for note in residual_notes(flags, residual):
-        engine.say(note)
+    skip_layer = replay.skip_layer() if replay else None
+    pictures = plan_for(engine, flags, prompts, flags.seeds(len(prompts)), skip_layer, recorded=replay is not None)
     if line := engine.unknown_words([*prompts, flags.negative_prompt]):
         engine.say(line)
     folder = saving.make_folder(Path(flags.out_dir) / models_folder_name(flags), name, flags.postfix)
@@ -1682,8 +1732,9 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
             for number, settings, image in engine.make(pictures, flags.pad_batch):
                 path = folder / f"{number:06d}.png"
                 known = made_with.wait()
-                saving.save_picture(path, image, settings, None if flags.no_metadata else known)
-                record.add(path, settings, known)
+                with shell_streams.held():  # a picture that is there is in the record
+                    saving.save_picture(path, image, settings, None if flags.no_metadata else known)
+                    record.add(path, settings, known)
                 tqdm.write(str(path))
                 if replay and number == 0:
                     for line in replay.report(image, settings, known):
@@ -1691,7 +1742,7 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
     except (KeyboardInterrupt, Stopped):
         engine.say(f"stopped: {record.count} of {len(pictures)} pictures are kept in {folder}")
         raise
-    seconds = time.time() - started
+    seconds = time.monotonic() - started
     if flags.verbose:
         engine.say(", ".join(f"{name} {spent:.1f} s" for name, spent in engine.stages.items()))
     engine.say(
@@ -1730,8 +1781,8 @@ class RunRecord:
         self.beside: dict[str, Any] = {}  # further files by name, written with the first picture
         self.waiting: list[dict[str, Any]] = []  # pictures that could not be noted yet
         self.started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        self.start = time.time()
-        self.written = self.cost = 0.0
+        self.start = time.monotonic()
+        self.written, self.cost = -math.inf, 0.0
         self.flags, self.given, self.total = flags, list(given), total
 
     @contextlib.contextmanager
@@ -1744,10 +1795,11 @@ class RunRecord:
             self.status = "finished"
         except BaseException as error:
             self.status = "stopped" if isinstance(error, (KeyboardInterrupt, Stopped)) else "failed"
-            with contextlib.suppress(OSError):  # the first error is the one to be told
+            with shell_streams.held(), contextlib.suppress(OSError):  # the first error is the one to be told
                 self.end()
             raise
-        self.end()
+        with shell_streams.held():
+            self.end()
 
     def add(self, path: Path, settings: Settings, made_with: dict[str, Any]) -> None:
         """Notes a finished picture. A full disk is told when the next picture, or the last record, needs it."""
@@ -1757,7 +1809,7 @@ class RunRecord:
         self.waiting.append({"file": path.name, "settings": settings.public()})
         with contextlib.suppress(OSError):
             self._note()
-            if time.time() - self.written > max(self.EVERY, 20 * self.cost):
+            if time.monotonic() - self.written > max(self.EVERY, 20 * self.cost):
                 self.write()
 
     def _note(self) -> None:
@@ -1767,14 +1819,14 @@ class RunRecord:
 
     def write(self) -> None:
         """Writes run.json, and what belongs beside it; raises OSError naming what cannot be written."""
-        start = time.time()
+        start = time.monotonic()
         for name, value in self.beside.items():
             if not (self.folder / name).exists():
                 saving.write_json(self.folder / name, value)
         record = {
             "status": self.status,
             "started": self.started,
-            "seconds": round(time.time() - self.start, 2),
+            "seconds": round(time.monotonic() - self.start, 2),
             "stages": {name: round(spent, 2) for name, spent in self.engine.stages.items()},
             "device": str(self.engine.device),
             "dtype": str(self.engine.dtype).removeprefix("torch."),
@@ -1786,7 +1838,7 @@ class RunRecord:
         }
         head = saving.json_bytes(record, indent=1).removesuffix(b"\n}")
         saving.atomic_write(self.folder / "run.json", lambda f: self._write(f, head))
-        self.written = time.time()
+        self.written = time.monotonic()
         self.cost = self.written - start
 
     def _write(self, file: IO[bytes], head: bytes) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import saving
+import shell_streams
 from sd3_infer import (
     MadeWith,
     OutOfMemory,
@@ -81,7 +82,7 @@ class Server:
             if name in FIXED:
                 raise ValueError(f"--{name}: belongs to the whole process; give it on the command line")
         flags = Flags.read({**self.raw, **{n: v for n, v in wanted.items() if v is not None}})
-        if "prompt" not in wanted and "prompt" not in self.raw:
+        if wanted.get("prompt") is None and "prompt" not in self.raw:
             raise ValueError("--prompt: is missing")
         prompts, _ = read_prompts(flags.prompt)
         pictures = plan_for(self.engine, flags, prompts, flags.seeds(len(prompts)))
@@ -91,8 +92,9 @@ class Server:
         for number, settings, image in self.engine.make(pictures, flags.pad_batch):
             path = self.folder / f"{first + number:06d}.png"
             known = made_with.wait()
-            saving.save_picture(path, image, settings, None if flags.no_metadata else known)
-            self.record.add(path, settings, known)
+            with shell_streams.held():  # a picture that is there is in the record
+                saving.save_picture(path, image, settings, None if flags.no_metadata else known)
+                self.record.add(path, settings, known)
             yield path, settings.seed
 
     def _files(self, settings: Settings) -> MadeWith:

@@ -7,10 +7,12 @@ import functools
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 STREAMS = ("stdout", "stderr")
+STOPS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED, TERMINATED = 130, 143  # exit statuses, as shells count signals
 
 
@@ -97,6 +99,31 @@ def imported() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGTERM) is _terminated:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Inside, a stop (Ctrl-C, SIGTERM) waits until what belongs together is done; a second one does not wait."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: handler for number in STOPS if callable(handler := signal.getsignal(number))}
+    arrived: list[int] = []
+
+    def wait(number: int, frame: Any) -> None:
+        arrived.append(number)
+        if len(arrived) > 1:
+            before[number](number, frame)
+
+    try:
+        for number in before:
+            signal.signal(number, wait)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if len(arrived) == 1:
+            before[arrived[0]](arrived[0], None)
 
 
 @contextlib.contextmanager

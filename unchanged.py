@@ -31,7 +31,8 @@ class Unchanged:
         """Notes a file, before it is read. where: how it is named to the user, such as `--model x.safetensors`; known:
         its stamp, where it was read before.
         """
-        self.stamps[where] = os.path.abspath(path), known or stamp(path)
+        # from the root, as the working folder may change; not abspath, which takes `link/..` for the folder of the link
+        self.stamps[where] = os.path.join(os.getcwd(), path), known or stamp(path)
 
     def check(self) -> None:
         """Raises `Changed` naming the first file that is not what it was."""

@@ -50,7 +50,8 @@ class Plan:
     engines: tuple[Flags, ...]  # flags that an engine is loaded with
     engine_of: tuple[int, ...]  # by variant
     pictures: tuple[Planned, ...]
-    encoders: tuple[Mapping[str, Mapping[str, Any]], ...] = ()  # by engine: what encodes text, see `encoder_files`
+    # By engine: what encodes text, and the components of a folder, see `encoder_files` and `component_files`.
+    encoders: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
 
     def batches(self, wanted: Collection[str]) -> list[Batch]:
         """The pictures whose ids are wanted, in order, in batches of one variant and one T5 length."""
@@ -159,7 +160,7 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
         tuple(flags for flags, _ in engines.values()),
         tuple(engine_of),
         tuple(itertools.chain.from_iterable(pictures)),
-        tuple(engine.encoder_files() for _, engine in engines.values()),
+        tuple({**engine.encoder_files(), **engine.component_files()} for _, engine in engines.values()),
     ), notes
 
 
@@ -193,6 +194,8 @@ def command(settings: Settings, raw: Flags) -> list[str]:
         if name in skipped or value == usual[name]:
             continue
         words.append(f"--{name}={','.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
+    if not settings.vae_tile:  # the flag's default is auto
+        words.append("--vae_tile=off")
     words += [f"--{name}={path}" for name in TEXT_FILES if (path := getattr(raw, name))]
     if settings.skip_layer is not None and settings.skip_layer == SKIP_LAYERS.get(model_key(settings.model)):
         words.append("--skip_layer_cfg")

@@ -30,7 +30,7 @@ def run(flags: Mapping[str, Any], grid: Grid, entries: Sequence[Any] | None, arg
     """Makes what the grid still lacks; returns how many pictures failed. Raises ValueError or FileNotFoundError for
     mistakes, before any weights load.
     """
-    started = time.time()
+    started = time.monotonic()
     folder = SweepFolder(flags["out"], say)
     work: Any = make_here
     if "ray" in flags:
@@ -153,7 +153,7 @@ def _run(
             say(f"{flags['layout']}: {path}")
     if report.rows:
         print(report.table())
-    seconds = time.time() - started
+    seconds = time.monotonic() - started
     say(f"{made} made, {len(done)} were there, {failed} failed, in {seconds:.1f} s: {folder.path / 'index.html'}")
     return failed
 
