@@ -26,6 +26,7 @@ CONTEXT = 128  # features of a text token
 CLIP_WIDTH = 64  # of CLIP-L and of CLIP-G
 ENCODERS = ("clip_l", "clip_g", "t5")
 RESUME = Path(__file__).parent / "resume.safetensors"  # unfinished weights that a fresh checkout starts from
+HISTORY = "training.jsonl"  # the thinned log beside them
 LOG_EVERY = 25  # steps; states are saved only at these steps, so a resumed run logs the same means
 SAVE_EVERY = 150.0  # seconds
 WARMUP = 200  # steps
@@ -257,6 +258,13 @@ def read_resume(path: Path = RESUME) -> dict | None:
     model = {k: v.float() for k, v in load_file(path).items()}
     numbers = {k: int(metadata[k]) for k in ("step", "width", "depth", "read_after")}
     return {"model": model, "spent": float(metadata["spent"]), "fresh_from": numbers["step"], **numbers}
+
+
+def write_history(log: Path, path: Path, every: int = 100) -> None:
+    """Writes every score of a log, and its other lines every `every` steps."""
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    kept = [line for line in lines if '"score"' in line or json.loads(line)["step"] % every == 0]
+    path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def newest(work: Path, resume: Path | None = RESUME) -> dict | None:

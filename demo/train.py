@@ -26,7 +26,19 @@ from checkpoint import ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
 from demo import flow as flow_stage
 from demo.command_line import run
 from demo.data import count_sets, encode_set, load, save, set_path, text_set, to_unit
-from demo.flow import ENCODERS, RESUME, SAVE_EVERY, Flow, grown, newest, read_text, train_text, write_resume
+from demo.flow import (
+    ENCODERS,
+    HISTORY,
+    RESUME,
+    SAVE_EVERY,
+    Flow,
+    grown,
+    newest,
+    read_text,
+    train_text,
+    write_history,
+    write_resume,
+)
 from demo.optim import Average, Muon, rate
 from demo.scenes import CELL, HELD_OUT, SIZE, all_words, render, training_scene
 from demo.text import Captions
@@ -245,6 +257,9 @@ def flow(
     folder = Path(work)
     captions = Captions(folder / "tokenizers")
     state = newest(folder, None if fresh else RESUME)
+    log = RESUME.parent / HISTORY
+    if state is not None and log.exists() and not (folder / "log.jsonl").exists():
+        shutil.copyfile(log, folder / "log.jsonl")
     if state is None:
         if not (folder / "text.pt").exists():
             text(work)
@@ -287,11 +302,12 @@ def grow(work: str, depth: int = 16) -> None:
 
 
 def resume(work: str, out: str = str(RESUME), average: str = "average") -> None:
-    """Writes the averaged weights (average or long_average) from which a fresh checkout goes on."""
+    """Writes the averaged weights (average or long_average) from which a fresh checkout goes on, and a thinned log."""
     state = load(Path(work) / "flow.pt")
     if state is None:
         raise SystemExit(f"error: --work {work}: has no state")
     write_resume(state | {"average": state[average]}, Path(out))
+    write_history(Path(work) / "log.jsonl", Path(out).parent / HISTORY)
     print(f"{out}: {Path(out).stat().st_size / 1e6:.1f} MB after {state['step']} steps")
 
 
@@ -366,7 +382,6 @@ def all(work: str, out: str = "models/demo", fresh: bool = False, **values) -> N
     if fresh or not RESUME.exists():
         vae(work)
     encode(work)
-    text(work)
     flow(work, fresh=fresh, **values)
     export(work, out)
 

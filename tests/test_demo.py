@@ -382,6 +382,14 @@ def test_a_half_written_line_of_the_log_and_lines_after_the_state_are_dropped(tm
     ]
 
 
+def test_the_history_keeps_scores_and_a_line_every_hundred_steps(tmp_path):
+    lines = [{"step": step, "loss": 0.5} for step in range(25, 225, 25)] + [{"step": 150, "score": {"position": 1.0}}]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 2')
+    flow.write_history(tmp_path / "log.jsonl", tmp_path / "history.jsonl")
+    kept = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert kept == [{"step": 100, "loss": 0.5}, {"step": 200, "loss": 0.5}, {"step": 150, "score": {"position": 1.0}}]
+
+
 def test_a_set_added_while_training_is_taken_in(tmp_path):
     tiny_work(tmp_path)
     tiny = {"batch": 2, "width": 64, "depth": 2, "compile": False, "fresh": True, "save_every": 0.0}
