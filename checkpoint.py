@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 import re
 import warnings
 from collections import Counter
@@ -153,10 +154,15 @@ def _where(path: Path, flag: str) -> str:
     return f"--{flag} {path}" if flag else str(path)
 
 
+_COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
 def _read_folder(folder: Path, flag: str) -> tuple[dict[str, Entry], dict[str, str]]:
     """All tensors of a diffusers folder by `<component>/<name>`, and the scheduler's shift as metadata."""
-    if not (folder / "transformer").is_dir():
-        if any(folder.glob("diffusion_pytorch_model*")):  # one component alone
+    with reading(_where(folder, flag), "cannot be read"):
+        os.listdir(folder / "")  # else one that may not be looked into seems to be empty
+    if not os.path.isdir(folder / "transformer"):
+        if any(folder.glob("diffusion_pytorch_model*")) or folder.name in _COMPONENTS:  # one component alone
             headers = [read_header(_where(path, flag), path)[0] for path in weight_files(folder, flag)]
             return {name: entry for header in headers for name, entry in header.items()}, {}
         raise Unreadable(
@@ -164,7 +170,7 @@ def _read_folder(folder: Path, flag: str) -> tuple[dict[str, Entry], dict[str, s
             "needed"
         )
     entries: dict[str, Entry] = {}
-    for component in ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+    for component in _COMPONENTS:
         if (folder / component).is_dir():
             for path in weight_files(folder / component, flag):
                 header, _ = read_header(_where(path, flag), path)
@@ -222,7 +228,7 @@ def _shards(folder: Path, index: Path, flag: str) -> list[Path]:
             raise Unreadable(f"{where}: is damaged: {name} is said to lie in {file!r}, which is no file beside it")
     names = sorted(set(named.values()))
     for name in names:
-        if not (folder / name).exists():
+        if not os.path.exists(folder / name):  # also where no file can have such a name
             raise FileNotFoundError(f"{_where(folder / name, flag)}: no such file, though {index.name} names it")
     return [folder / name for name in names]
 
@@ -658,7 +664,8 @@ def find_encoders(
     roles: Iterable[str], model_file: WeightFile, folders: list[Path], given: dict[str, str | None], fit: Fit
 ) -> dict[str, Part]:
     """The text encoders by role (clip_l, clip_g, t5xxl): the given file, else in the model's own file or folder, else
-    in `folders`, their `text_encoders/` or `clip/`: by a known name, else by what the files there hold.
+    in `folders`, their `text_encoders/` or `clip/`: by a known name, else in a folder of diffusers' layout there, else
+    by what the files hold.
 
     Raises ValueError for a file that is damaged and where several may be meant, FileNotFoundError that says where it
     was looked for and how to get it.
@@ -669,7 +676,7 @@ def find_encoders(
         if path := given.get(role):
             file = WeightFile(path, role, folder=False)
             parts[role] = encoder_part(role, file, (*_inside(role, file, fit), *file.prefixes(role), "")[0])
-        elif found := _inside(role, model_file, fit) or _by_name(role, folders):
+        elif found := _inside(role, model_file, fit) or _by_name(role, folders) or _by_folder(role, folders, fit):
             parts[role] = found if isinstance(found, Part) else encoder_part(role, model_file, found[0])
     missing = [role for role in roles if role not in parts]
     for role in missing:
@@ -695,9 +702,21 @@ def _places(folders: list[Path]) -> list[Path]:
 def _by_name(role: str, folders: list[Path]) -> Part | None:
     for place in _places(folders):
         for name in ENCODER_FILES[role]:
-            if (place / name).exists():
+            if os.path.exists(place / name):
                 file = WeightFile(place / name, "model_folder", folder=False)
                 return encoder_part(role, file, (*file.prefixes(role), "")[0])
+    return None
+
+
+def _by_folder(role: str, folders: list[Path], fit: Fit) -> Part | None:
+    """The encoder in a folder that is called as in diffusers' layout, whole or in shards; another one there does not
+    count: FLUX keeps its T5 in `text_encoder_2`.
+    """
+    for place in (f / ENCODER_FOLDERS[role] for f in folders):
+        if any(place.glob("*.safetensors")):
+            part = _alone(role, WeightFile(place, "model_folder"))
+            if part is not None and fit.fits(role, part, None):
+                return part
     return None
 
 
@@ -769,7 +788,7 @@ def find_tokenizer(kind: str, folders: list[Path]) -> Path:
     """
     places = [p / name for f in folders for p in (f, f / "text_encoders") for name in TOKENIZER_FOLDERS[kind]]
     for place in places:
-        if any(all((place / n).exists() for n in names) for names in TOKENIZER_FILES[kind]):
+        if any(all(os.path.exists(place / n) for n in names) for names in TOKENIZER_FILES[kind]):
             return place
     if cached := _cached_tokenizer(kind):
         return cached

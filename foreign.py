@@ -59,9 +59,20 @@ def check_file(where: str, path: str | Path) -> None:
         raise Unreadable(f"{where}: is not a file (a pipe, a socket or a device)")
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; raises ValueError for anything that is none, nested too deeply among it."""
+def parse_json(text: str | bytes, once: bool = False) -> Any:
+    """The value of a JSON text; raises ValueError for anything that is none, nested too deeply among it.
+
+    once: also where an object names something twice, as people's own files may by a slip; of others the last counts.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_once if once else None)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.60} is there twice")
+    return out

@@ -541,6 +541,7 @@ def _clip_bpe(vocabulary: Path, merges: Path, flag: str = "model_folder") -> Tok
         bpe = models.BPE.from_file(
             str(vocabulary), str(merges), unk_token=end, continuing_subword_prefix="", end_of_word_suffix="</w>"
         )
+        _check_merges(known, merges)
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -554,6 +555,19 @@ def _clip_bpe(vocabulary: Path, merges: Path, flag: str = "model_folder") -> Tok
     )
     tokenizer.add_special_tokens(["<|startoftext|>", end])
     return tokenizer
+
+
+UNMERGED = 0.001  # part of a vocabulary's tokens that no merge may lead to
+
+
+def _check_merges(known: Mapping[str, int], merges: Path) -> None:
+    """Raises ValueError where merges lead to too few of the tokens: of a file that was cut off."""
+    lines = [line.split(" ") for line in merges.read_text(encoding="utf-8").split("\n")]
+    made = {pair[0] + pair[1] for pair in lines if len(pair) == 2}
+    long = [t for t in known if len(t.removesuffix("</w>")) > 1 and not re.fullmatch(r"<.*>", t)]
+    lost = [t for t in long if t not in made]
+    if len(lost) > UNMERGED * len(long):
+        raise ValueError(f"they lead to {len(long) - len(lost)} of {len(long)} tokens; the file is cut off")
 
 
 class T5Tokenizer:

@@ -160,24 +160,26 @@ def read_fields(path: str | Path) -> dict[str, Any]:
             data = Path(path).read_bytes()
             if (what := describe(data[:512], len(data))) and what != "JSON":
                 raise Unreadable(f"{where}: is neither JSON nor a .pth file: it is {what}")
-            raw = parse_json(data.decode("utf-8-sig"))
+            raw = parse_json(data.decode("utf-8-sig"), once=True)
     if not isinstance(raw, Mapping):
         raise ValueError(f'{where}: must hold an object such as {{"origin_layer": 1, "target_layers": "2-22"}}')
     fields = {}
     for key, value in raw.items():
         key = str(key).removeprefix("residual_")
         name = _NAMES.get(key, key)
+        if name in fields:
+            raise Unreadable(f"{where}: {key} is there twice, in two spellings")
         if name in _NAMES.values() or name in _READ:
             fields[name] = _plain(value, f"{where}: {key}")
         elif pickled:
             warnings.warn(f"{where}: not used, unknown: {key}", stacklevel=2)
         else:
             keys = [_KEYS.get(name, name) for name in _READ]
-            raise ValueError(f"{where}: unknown key {key}{nearest(key, keys)} (known: {', '.join(keys)})")
+            raise ValueError(f"{where}: unknown key {display(key)}{nearest(key, keys)} (known: {', '.join(keys)})")
     fields = {name: value for name, value in fields.items() if value is not None}
     if isinstance(fields.get("rotations"), str):
         beside = Path(path).parent / fields["rotations"]
-        fields["rotations"] = str(beside if beside.exists() else fields["rotations"])
+        fields["rotations"] = str(beside if os.path.exists(beside) else fields["rotations"])
     try:
         ResidualConfig.parse(**{k: v for k, v in fields.items() if k in _READ})
     except Exception as error:  # values may be of any kind

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
 from residual import Pass, ResidualConfig, ResidualStream, Rotations, read_rotations
+from settings import display, read_path
 
 NAME = "residual_text_streaming"
 TEXT = "encoder_hidden_states"
@@ -30,10 +32,13 @@ TEXT = "encoder_hidden_states"
 TIMESTEPS = {"SD3Transformer2DModel": 1000.0, "FluxTransformer2DModel": 1.0, "QwenImageTransformer2DModel": 1.0}
 
 
-def apply_residual(pipe: Any, config: ResidualConfig, rotations: Rotations | str | None = None) -> ResidualHandle:
+def apply_residual(
+    pipe: Any, config: ResidualConfig | None, rotations: Rotations | str | Path | None = None
+) -> ResidualHandle:
     """Turns residual text streaming on for a pipeline (or a bare transformer) until the handle's `remove()`.
 
-    Layer numbers count `transformer_blocks`. rotations: for the mode aligned, where `config` names no file.
+    Layer numbers count `transformer_blocks`. config: None is off, as `build_residual_config` says it. rotations: for
+    the mode aligned, where `config` names no file. A scheduler that the pipeline is given later is asked from then on.
     Without a pipeline there is no scheduler to ask, so start and end cannot be used, and the branch only where the
     caller sets diffusers' `cache_context`. Raises ValueError where the transformer is not of this kind, has other
     layers or another width, or has residual text streaming on already.
@@ -45,7 +50,9 @@ def apply_residual(pipe: Any, config: ResidualConfig, rotations: Rotations | str
         raise ValueError(
             f"{type(bare if transformer is not None else pipe).__name__}: has no transformer_blocks that take {TEXT}"
         )
-    if not config.active:
+    if config is not None and not isinstance(config, ResidualConfig):
+        raise ValueError(f"config {display(config)}: must be a ResidualConfig, as build_residual_config makes one")
+    if config is None or not config.active:
         return ResidualHandle([])
     config.check(len(blocks))
     width = getattr(bare, "inner_dim", None)
@@ -53,12 +60,12 @@ def apply_residual(pipe: Any, config: ResidualConfig, rotations: Rotations | str
         rotations = None
     elif isinstance(rotations, Rotations):
         rotations.check(config, width or rotations.matrices.shape[-1], "rotations")
-    elif rotations or config.rotations:
-        rotations = read_rotations(rotations or config.rotations, config, width)
-    scheduler = getattr(pipe, "scheduler", None)
-    if scheduler is None and (config.start, config.end) != (0.0, 1.0):
+    elif rotations is not None or config.rotations:
+        path = read_path("residual_rotations", config.rotations if rotations is None else rotations)
+        rotations = read_rotations(path, config, width)
+    if getattr(pipe, "scheduler", None) is None and (config.start, config.end) != (0.0, 1.0):
         raise ValueError("--residual_start, --residual_end: need the pipeline, whose scheduler knows the step")
-    shared = _Shared(config, ResidualStream(config, rotations), pipe, bare, scheduler)
+    shared = _Shared(config, ResidualStream(config, rotations), pipe, bare)
     removals: list[Callable[[], None]] = []
     if NAME in HookRegistry.check_if_exists_or_initialize(transformer).hooks:
         raise ValueError(f"{type(bare).__name__}: has residual text streaming on already; remove() that first")
@@ -106,11 +113,10 @@ class _CallName(StateManager):
 class _Shared:
     """What the hooks of one pipeline share: the stream, and how far the running pass has come."""
 
-    def __init__(self, config: ResidualConfig, stream: ResidualStream, pipe: Any, transformer: Any, scheduler: Any):
+    def __init__(self, config: ResidualConfig, stream: ResidualStream, pipe: Any, transformer: Any):
         self.config = config
         self.stream = stream
         self.pipe = pipe
-        self.scheduler = scheduler
         self.scale = TIMESTEPS.get(type(transformer).__name__)
         self.arguments = _parameters(transformer)
         self.call = _CallName()
@@ -118,6 +124,11 @@ class _Shared:
         self.texts: list[tuple[Tensor, int]] = []
         self.active: Any = None
         self.next = 0
+
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's own, whichever it has by now: `pipe.scheduler = Other.from_config(...)` is usual."""
+        return getattr(self.pipe, "scheduler", None)
 
     @torch.compiler.disable
     def begin(self, args: tuple, kwargs: dict) -> None:

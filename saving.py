@@ -143,11 +143,11 @@ def make_folder(parent: Path, name: str, postfix: str | None, now: datetime.date
 def check_writable(out_dir: str, flag: str = "out_dir") -> None:
     """Raises ValueError where pictures could not be written below `out_dir`; makes nothing."""
     place = Path(out_dir)
-    while not place.exists():
-        if place.is_symlink() or place == place.parent:
+    while not os.path.exists(place):  # also where one may not look
+        if os.path.islink(place) or place == place.parent:
             break
         place = place.parent
-    if not place.is_dir():
+    if not os.path.isdir(place):
         raise ValueError(f"--{flag} {out_dir}: {place} is not a folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ValueError(f"--{flag} {out_dir}: {place} cannot be written")

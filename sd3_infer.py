@@ -38,6 +38,7 @@ if __name__ == "__main__" and not {"--help", "-h"} & set(sys.argv[1:]):
             status = fail(early)
         sys.exit(status)
 
+import ast  # noqa: E402
 import contextlib  # noqa: E402
 import dataclasses  # noqa: E402
 import datetime  # noqa: E402
@@ -272,14 +273,17 @@ def open_image(flag: str, path: str, width: int, height: int) -> Image.Image:
                     shown, see_through = as_shown(image)
         except UnidentifiedImageError:
             raise Unreadable(f"{where}: is not a picture") from None
-        if see_through and where not in _SEE_THROUGH:
-            _SEE_THROUGH.add(where)
-            warnings.warn(f"{where}: is transparent in places; white is taken for what lies behind", stacklevel=2)
-        return shown.resize((width, height), Image.Resampling.LANCZOS)
-    raise AssertionError  # `reading` returns or raises
+        shown = shown.resize((width, height), Image.Resampling.LANCZOS)
+    if see_through and where not in _SEE_THROUGH:
+        _SEE_THROUGH.add(where)
+        warnings.warn(f"{where}: is transparent in places; white is taken for what lies behind", stacklevel=2)
+    return shown
 
 
 _SEE_THROUGH: set[str] = set()  # pictures of which that was said: they are opened for every batch
+
+
+_FEW_GREYS = {"L;2": 3, "L;4": 15}  # the highest value of a grey PNG of so few bits, by Pillow's name for it
 
 
 def as_shown(image: Image.Image) -> tuple[Image.Image, bool]:
@@ -287,8 +291,11 @@ def as_shown(image: Image.Image) -> tuple[Image.Image, bool]:
 
     Raises ValueError for grey values of 32 bits: there is no telling which of them is white.
     """
+    levels = _FEW_GREYS.get(image.tile[0].args if image.format == "PNG" and image.tile else None)
     image = ImageOps.exif_transpose(image)
     key = image.info.get("transparency")
+    if levels and isinstance(key, int):  # Pillow widens the values and leaves the clear one as it stands in the file
+        key = image.info["transparency"] = key * 255 // levels
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
         if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) > 65535:
@@ -534,7 +541,7 @@ class SD3Inferencer:
         self.weights, self.compile, self.offload = weights, compile, offload
         self.model_file = self._open("model", model, fetch_model(model))
         own = self.model_file.path if self.model_file.folder else self.model_file.path.parent
-        self.folders = [Path(model_folder)] if model_folder else [own]
+        self.folders = [models_folder(model_folder)] if model_folder else [own]
         if not model_folder and self.folders != [Path("models")]:
             self.folders.append(Path("models"))
         self.mmdit_part = checkpoint.mmdit_part(self.model_file)
@@ -1582,11 +1589,20 @@ def fetch_model(path: str) -> str:
     return f"; get it with: hf download {repository} {name} --local-dir {Path(path).parent}"
 
 
+def models_folder(folder: str) -> Path:
+    """The folder that --model_folder names; raises FileNotFoundError, or ValueError where it is something else."""
+    if os.path.isdir(folder):
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise ValueError(f"--model_folder {folder}: may not be read")
+        return Path(folder)
+    if os.path.lexists(folder):
+        raise ValueError(f"--model_folder {folder}: is not a folder")
+    raise FileNotFoundError(f"--model_folder {folder}: no such folder")
+
+
 def list_models(folder: str) -> str:
     """What was found in a models folder, what is missing and the command that fetches it."""
-    place = Path(folder)
-    if not place.is_dir():
-        raise FileNotFoundError(f"--model_folder {folder}: no such folder")
+    place = models_folder(folder)
     lines, seen = [f"{place}:"], set()
     for path in sorted(p.parent for p in place.glob("*/transformer") if p.is_dir()):
         try:
@@ -2027,9 +2043,18 @@ def available_devices(settings: Mapping[str, Any]) -> dict[str, str]:
     return out
 
 
+def _description() -> str:
+    """`infer`'s docstring; from the source where Python runs without docstrings (-OO, PYTHONOPTIMIZE=2)."""
+    if infer.__doc__:
+        return inspect.getdoc(infer) or ""
+    tree = ast.parse(Path(__file__).read_text(encoding="utf-8"))
+    found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == infer.__name__]
+    return ast.get_docstring(found[0]) or ""
+
+
 def help_text() -> str:
     """The flags, from `infer`'s docstring."""
-    text = inspect.getdoc(infer).replace("Args:", "flags (defaults in brackets):")
+    text = _description().replace("Args:", "flags (defaults in brackets):")
     flags = re.sub(r"^    (\w+): ", lambda m: f"  --{m[1]:<24}", text, flags=re.MULTILINE)
     wrapped = re.sub(r"^ {8}(?=\w)", " " * 28, flags, flags=re.MULTILINE)
     return f"usage: sd3_infer.py [--flag value ...]\n\n{wrapped}"
@@ -2039,8 +2064,18 @@ def _stop(*_: Any) -> None:
     raise Stopped
 
 
-def _show_warning(message, *_: Any, **__: Any) -> None:
-    tqdm.write(f"note: {message}", file=sys.stderr)
+def _note_once() -> Callable[..., None]:
+    """What shows warnings as notes, each once: files are opened more than once."""
+    said: dict[str, None] = {}
+
+    def show(message: Any, *_: Any, **__: Any) -> None:
+        if str(message) not in said:
+            while len(said) >= MOST_SAID:
+                said.pop(next(iter(said)))
+            said[str(message)] = None
+            tqdm.write(f"note: {message}", file=sys.stderr)
+
+    return show
 
 
 def guarded(work: Callable[[], Any], smaller: str) -> int:
@@ -2053,7 +2088,8 @@ def guarded(work: Callable[[], Any], smaller: str) -> int:
         previous = signal.signal(signal.SIGTERM, _stop)
     try:
         with shell_streams.bearing(), warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _note_once()
+            warnings.simplefilter("default", UserWarning)  # they are notes, whatever PYTHONWARNINGS says of warnings
             work()
         return 0
     except SelfCheckFailed:

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from sd3_infer import SD3Inferencer
 
 GROUP = 64  # prompts whose text is held encoded at once
+LONGEST_OUT = 200  # bytes of a rotation file's name; its state and what is half written have longer ones
 SAVE_EVERY = 30.0  # seconds between writes of a calibration's state
 RIDGE = 1e-2  # regularisation of the linear probes, as a share of the features' mean variance
 FOLDS = 5
@@ -799,6 +800,10 @@ def calibrate(flags: Mapping[str, Any]) -> Path:
     out = Path(flags["out"])
     if out.is_dir():
         raise ValueError(f"--out {out}: is a folder")
+    if len(out.name.encode()) > LONGEST_OUT:
+        raise ValueError(
+            f"--out {display(out)}: its name is too long; at most {LONGEST_OUT} bytes, for files beside it"
+        )
     saving.check_writable(str(out.parent), "out")
     engine, values = load(flags)
     config = ResidualConfig(flags["origin"], flags["targets"])

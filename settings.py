@@ -192,6 +192,8 @@ def read_float(
     plain = plain_scalar(value)
     if isinstance(plain, bool) or not isinstance(plain, (str, numbers.Real)):
         raise ValueError(f"--{flag} {display(value)}: must be {what}")
+    if isinstance(plain, str) and "_" in plain:  # Python reads 3_5 as 35; it is 3-5 with a slip of the finger
+        raise ValueError(f"--{flag} {display(value)}: must be {what}; digits go without _ between them")
     try:
         number = float(plain)
     except (TypeError, ValueError):
@@ -400,7 +402,7 @@ def read_weights(flag: str, value: Any) -> tuple[float, ...] | str:
 def _ramp(text: str) -> tuple[float, float] | None:
     name, *ends = text.split(":")
     try:
-        first, last = map(float, ends)
+        first, last = (read_float("", end) for end in ends)
     except ValueError:
         return None
     return (first, last) if name.lower() == "linear" and math.isfinite(first) and math.isfinite(last) else None
@@ -491,6 +493,8 @@ def read_lines(flag: str, path: str | Path) -> list[str]:
     check_file(where, path)
     with reading(where, "cannot be read as UTF-8 text"):
         text = Path(path).read_bytes().decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds null characters, as UTF-16 and programs do")
     lines = text.split("\n")
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 

@@ -47,9 +47,11 @@ class SweepFolder:
         self.lock: FileLock | None = None
         self.record: dict[str, Any] = {}
         self.stats: dict[str, os.stat_result | None] = {}  # of the files as this process found them
-        if self.path.exists():
+        if os.path.exists(self.path):
             if not self.path.is_dir():
                 raise ValueError(f"--out {path}: is not a folder")
+            if not os.access(self.path, os.R_OK | os.X_OK):
+                raise ValueError(f"--out {path}: may not be read")
             if (self.path / SWEEP).exists():
                 self.record = self._read()
             elif left := sorted(p.name for p in self.path.iterdir() if not self._is_own(p.name)):

@@ -21,6 +21,7 @@ from settings import (
     base_name,
     check_flag,
     display,
+    read_float,
     read_int,
     read_jsonl,
     read_layers,
@@ -137,8 +138,18 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         raise ValueError("--grid: needs PyYAML; get it with: pip install -r requirements-sweep.txt") from None
     path = read_path("grid", path)
     check_file(f"--grid {path}", path)
+
+    class Loader(yaml.BaseLoader):
+        """Takes no key twice: PyYAML would drop all but the last, a whole named variant perhaps."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                raise ValueError(f"{display(twice)} is there twice")
+            return super().construct_mapping(node, deep)
+
     with reading(f"--grid {path}", "cannot be read as YAML"):
-        values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=yaml.BaseLoader)
+        values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=Loader)
     if not isinstance(values, dict):
         raise ValueError(f"--grid {path}: must name flags and their values, such as `seed: 0-3`")
     named = values.pop("variants", None) or {}
@@ -177,10 +188,8 @@ def alternatives(flag: str, value: Any) -> list[Any]:
 
 
 def _is_number(value: Any) -> bool:
-    if not isinstance(value, str):
-        return isinstance(value, (int, float))
     try:
-        float(value)
+        read_float("", value)
     except ValueError:
         return False
     return True

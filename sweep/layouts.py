@@ -25,7 +25,7 @@ from PIL import Image
 
 import saving
 from foreign import check_file, reading
-from settings import read_jsonl, read_lines, read_prompts
+from settings import LONGEST_NAME, display, read_jsonl, read_lines, read_prompts
 from sweep.grid import Grid
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from sweep.plan import Plan
 
 DPG_PICTURES = 4
-LONGEST_NAME = 255  # bytes of a file's name
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,12 @@ def read_entries(layout: str, path: str) -> list[Entry]:
 
 def _read_geneval(path: str) -> list[Entry]:
     form = '{"tag": "...", "include": [...], "prompt": "..."}'
-    lines = read_jsonl("prompt", path, lambda r: isinstance(r["prompt"], str) and isinstance(r["tag"], str), form)
+    lines = read_jsonl("prompt", path, lambda r: _is_text(r["prompt"]) and isinstance(r["tag"], str), form)
     return [Entry(line["prompt"], f"{i:05d}", line) for i, line in enumerate(lines)]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _read_dpg(path: str) -> list[Entry]:
@@ -77,13 +80,13 @@ def _read_dpg(path: str) -> list[Entry]:
             f"--prompt {path}: must be DPG-Bench's folder of .txt files, or its .csv with item_id and text"
         )
     for number, line in enumerate(lines, 2):
-        if not line["item_id"] or not line["text"]:
+        if not _is_text(line["item_id"]) or not _is_text(line["text"]):
             raise ValueError(f"--prompt {path}: line {number} lacks an item_id or a text")
     return list({line["item_id"]: Entry(line["text"].strip(), line["item_id"]) for line in lines}.values())
 
 
 def _read_compbench(path: str) -> list[Entry]:
-    if not path.endswith(".txt"):
+    if not path.lower().endswith(".txt"):
         raise ValueError(f"--prompt {path}: must be T2I-CompBench's .txt file with one prompt a line")
     return [Entry(prompt, str(i)) for i, prompt in enumerate(read_prompts(path)[0])]
 
@@ -93,8 +96,9 @@ def check_entries(layout: str, entries: Sequence[Entry], grid: Grid) -> None:
     if layout == "dpg" and len(grid.seeds) != DPG_PICTURES:
         raise ValueError(f"--layout dpg: needs {DPG_PICTURES} seeds for its 2 x 2 pictures, such as --seed 0-3")
     for entry in entries:
-        if layout == "dpg" and re.search(r"[/\\]", entry.id):
-            raise ValueError(f"--prompt: the id {entry.id} cannot be the name of a file")
+        name = f"{entry.id}.png".encode(errors="replace")
+        if layout == "dpg" and (re.search(rb"[/\\\x00]", name) or len(name) > LONGEST_NAME):
+            raise ValueError(f"--prompt: the id {display(entry.id)} cannot be the name of a file")
         if layout == "t2i_compbench":
             if re.search(r"[/_\x00]", entry.prompt):
                 raise ValueError(
