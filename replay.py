@@ -203,7 +203,7 @@ class Replay:
                 if {n: here.get(n) for n in known} != known:  # earlier records know less of each
                     out.append(what.format(name))
         then, here = _object(self.record.get("encoders")), now.get("encoders", {})
-        for name in ENCODERS if "hardware" in self.record else ():  # the first records knew nothing of encoders
+        for name in ENCODERS if "clip tokenizer" in then else ():  # earlier records know less
             if name in here and name not in then and not (name == "t5xxl" and had_effect.no_t5):
                 out.append(f"text encoder {name}")  # it lay in the model's own file
         if "environment" not in _object(self.record.get("hardware")) and _changing_while_cached(had_effect):
