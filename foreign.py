@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 
+class Note(UserWarning):
+    """A warning of ours: something about a file that people are to know; the command lines always say it."""
+
+
 class Unreadable(ValueError):
     """A file that cannot be used, said in one line that names it."""
 
