@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foreign import Unreadable, check_file, parse_json, reading
+from foreign import Note, Unreadable, check_file, parse_json, reading
 from headers import Entry, read_header
 
 if TYPE_CHECKING:
@@ -342,7 +342,7 @@ class Part:
         others = self.file.owners()
         extra = [k for k in self.shapes if k not in owned and not self._harmless(k, others)]
         if extra:
-            warnings.warn(f"{self.file.path}: not used, unknown: {_some(extra)}", stacklevel=2)
+            warnings.warn(f"{self.file.path}: not used, unknown: {_some(extra)}", Note, stacklevel=2)
 
     def _scales(self, entry: Entry) -> list[Entry]:
         """What lies beside a weight for it to be multiplied by."""
@@ -392,7 +392,7 @@ class Part:
             raise Unreadable(f"{self.file.where}: holds nothing but zeros: its download never filled it; get it again")
         if zero and not some_may_be_empty:
             some = f"{len(zero)} of {len(weights)} weights looked at hold nothing but zeros, such as {zero[0]}"
-            warnings.warn(f"{self.file.path}: {some}; its download may have stopped early", stacklevel=2)
+            warnings.warn(f"{self.file.path}: {some}; its download may have stopped early", Note, stacklevel=2)
 
     def not_finite(self) -> str:
         """The name of the first tensor that holds NaN or infinity, or ``; reads all of them."""

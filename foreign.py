@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 
+class Note(UserWarning):
+    """A warning of ours: something about a file that people are to know; the command lines always say it."""
+
+
 class Unreadable(ValueError):
     """A file that cannot be used, said in one line that names it."""
 
@@ -22,13 +26,18 @@ class Unreadable(ValueError):
 def reading(where: str, why: str = "cannot be read") -> Iterator[None]:
     """Turns whatever a library raises inside into `Unreadable` with one line: `where: why (what it said)`.
 
-    where: how the file is named to the user, such as `--model x.safetensors`. `Unreadable`, FileNotFoundError and
-    running out of memory pass unchanged, and so does everything that is not an error (Ctrl-C, SIGTERM).
+    where: how the file is named to the user, such as `--model x.safetensors`. `Unreadable` and running out
+    of memory pass unchanged, and so does everything that is not an error (Ctrl-C, SIGTERM); a file that is gone stays a
+    FileNotFoundError.
     """
     try:
         yield
-    except (Unreadable, FileNotFoundError, MemoryError):
+    except (Unreadable, MemoryError):
         raise
+    except FileNotFoundError as error:
+        if error.errno is None:  # it says which file by its flag
+            raise
+        raise FileNotFoundError(f"{where}: {error.strerror}: it went away while it was read") from None
     except RecursionError:
         raise Unreadable(f"{where}: {why} (it is nested too deeply)") from None
     except Exception as error:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoint import FLOATS, WeightFile
-from foreign import Unreadable, check_file, parse_json, reading
+from foreign import Note, Unreadable, check_file, parse_json, reading
 from headers import describe, is_safetensors
 from settings import (
     NEEDS_ROTATIONS,
@@ -172,7 +172,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         if name in _NAMES.values() or name in _READ:
             fields[name] = _plain(value, f"{where}: {key}")
         elif pickled:
-            warnings.warn(f"{where}: not used, unknown: {key}", stacklevel=2)
+            warnings.warn(f"{where}: not used, unknown: {key}", Note, stacklevel=2)
         else:
             keys = [_KEYS.get(name, name) for name in _READ]
             raise ValueError(f"{where}: unknown key {display(key)}{nearest(key, keys)} (known: {', '.join(keys)})")

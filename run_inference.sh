@@ -68,13 +68,13 @@ if [ "$which" != demo ]; then
   fi
 fi
 
-# What a Python says of itself: `fits`, or `no: ` and what keeps it from running sd3_infer.py. Any Python reads it.
-examine() {
+# What keeps a Python from running sd3_infer.py, in one line; nothing, and status 0, where it can. Any Python reads it.
+lacks() {
   "$1" - "$here/requirements.txt" 2>/dev/null <<'CODE'
 import re, sys
 if sys.version_info < (3, 10):
-    print("no: is Python %d.%d; 3.10 or later is needed" % sys.version_info[:2])
-    sys.exit()
+    print("is Python %d.%d; 3.10 or later is needed" % sys.version_info[:2])
+    sys.exit(1)
 import importlib.metadata, importlib.util
 imported = {"pillow": "PIL"}
 def numbers(version):
@@ -100,20 +100,9 @@ for line in open(sys.argv[1]):
             wrong.append("%s is %s, %s is needed" % (name, version, bounds))
             break
 told = (["lacks " + ", ".join(missing)] if missing else []) + wrong
-print("no: " + "; ".join(told) if told else "fits")
+print("; ".join(told))
+sys.exit(bool(told))
 CODE
-}
-
-# What keeps a Python from running sd3_infer.py, in one line; nothing, and status 0, where it can. A program that is no
-# Python, such as true, says neither.
-lacks() {
-  local said
-  said=$(examine "$1") || true
-  case $said in
-    fits) return 0 ;;
-    "no: "*) printf '%s' "${said#no: }" ;;
-  esac
-  return 1
 }
 
 venv=$here/.venv

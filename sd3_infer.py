@@ -71,7 +71,7 @@ import sd3_impls  # noqa: E402
 from checkpoint import Part, WeightFile, file_sha256  # noqa: E402
 from dit_embedder import ControlNet, ControlNetConfig, control_kind, control_pixels, controlnet_part  # noqa: E402
 from embed_cache import EmbedCache, file_identity  # noqa: E402
-from foreign import Unreadable, check_file, reading  # noqa: E402
+from foreign import Note, Unreadable, check_file, reading  # noqa: E402
 from mmditx import ContextHook, MMDiT, MMDiTConfig  # noqa: E402
 from offload import Offload  # noqa: E402
 from other_impls import (  # noqa: E402
@@ -276,7 +276,7 @@ def open_image(flag: str, path: str, width: int, height: int) -> Image.Image:
         shown = shown.resize((width, height), Image.Resampling.LANCZOS)
     if see_through and where not in _SEE_THROUGH:
         _SEE_THROUGH.add(where)
-        warnings.warn(f"{where}: is transparent in places; white is taken for what lies behind", stacklevel=2)
+        warnings.warn(f"{where}: is transparent in places; white is taken for what lies behind", Note, stacklevel=2)
     return shown
 
 
@@ -2089,7 +2089,7 @@ def guarded(work: Callable[[], Any], smaller: str) -> int:
     try:
         with shell_streams.bearing(), warnings.catch_warnings():
             warnings.showwarning = _note_once()
-            warnings.simplefilter("default", UserWarning)  # they are notes, whatever PYTHONWARNINGS says of warnings
+            warnings.simplefilter("always", Note)  # whatever PYTHONWARNINGS says of warnings
             work()
         return 0
     except SelfCheckFailed:

@@ -21,7 +21,7 @@ import sd3_infer
 import sd3_probe
 import sd3_sweep
 from checkpoint import ENCODER_FOLDERS, ENCODER_PREFIX, WeightFile
-from foreign import Unreadable
+from foreign import Unreadable, check_file, reading
 from other_impls import CLIPTokenizer
 from residual import ResidualConfig
 from sd3_infer import SD3Inferencer, open_image
@@ -344,17 +344,12 @@ def test_notes_are_notes_whatever_is_said_of_warnings(tmp_path):
     assert got.returncode == 0 and got.stderr.count("note: ") == 2 and "is transparent in places" in got.stderr
 
 
-@pytest.mark.parametrize("program", ["true", "echo", "cat", "false"])
-def test_the_launcher_and_a_program_that_is_no_python(program):
-    got = subprocess.run(
-        ["bash", str(ROOT / "run_inference.sh"), "demo", "red"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHON": shutil.which(program)},
-        check=False,
-    )
-    assert got.returncode == 2 and got.stdout == ""
-    assert got.stderr.count("\n") == 1 and "does not work as a Python" in got.stderr
+def test_a_file_that_goes_away_between_two_looks(tmp_path):
+    for read in (lambda p: p.read_bytes(), lambda p: p.open(), lambda p: [*os.scandir(p)], lambda p: np.load(p)):
+        with pytest.raises(FileNotFoundError, match=r"^--flag name: .*went away"), reading("--flag name"):
+            read(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=r"^--flag name: no such file$"), reading("--other"):
+        check_file("--flag name", tmp_path / "gone")
 
 
 WITHOUT_RIGHTS = """
