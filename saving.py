@@ -13,7 +13,7 @@ import platform
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -224,22 +224,33 @@ def encode_picture(image: Image.Image, settings: Settings, made_with: Mapping[st
     return buffer.getvalue()
 
 
+@contextlib.contextmanager
+def open_picture(where: str, path: str | Path) -> Iterator[Image.Image]:
+    """A picture file, opened by Pillow; raises FileNotFoundError or `Unreadable` for whatever goes wrong inside.
+
+    where: how the file is named to the user.
+    """
+    check_file(where, path)
+    with reading(where, "cannot be read"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Pillow: what matters of them follows as an error
+                # by its handle: of a path Pillow maps some TIFFs into memory, those turned with the wrong line length
+                with open(path, "rb") as file, Image.open(file) as image:
+                    yield image
+        except UnidentifiedImageError:
+            raise Unreadable(f"{where}: is not a picture") from None
+
+
 def read_record(path: str | Path, flag: str = "replay") -> dict[str, Any]:
     """What a PNG of ours says of itself: settings, model_sha256, versions and what else was recorded.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or says nothing.
     """
     where = f"--{flag} {path}"
-    check_file(where, path)
-    with reading(where, "cannot be read"):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of Pillow: what matters of them follows as an error
-                with Image.open(path) as image:
-                    image.load()
-                    text = getattr(image, "text", {}).get(SETTINGS_CHUNK)
-        except UnidentifiedImageError:
-            raise Unreadable(f"{where}: is not a picture") from None
+    with open_picture(where, path) as image:
+        image.load()
+        text = getattr(image, "text", {}).get(SETTINGS_CHUNK)
     if text is None:
         told = "holds no settings: made with --no_metadata, by another program, or saved again by one"
         raise Unreadable(f"{where}: {told}")

@@ -61,7 +61,7 @@ from typing import IO, Any, TypeVar  # noqa: E402
 import fire  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image, ImageOps, UnidentifiedImageError  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -71,7 +71,7 @@ import sd3_impls  # noqa: E402
 from checkpoint import Part, WeightFile, file_sha256  # noqa: E402
 from dit_embedder import ControlNet, ControlNetConfig, control_kind, control_pixels, controlnet_part  # noqa: E402
 from embed_cache import EmbedCache, file_identity  # noqa: E402
-from foreign import Note, Unreadable, check_file, reading  # noqa: E402
+from foreign import Note, reading  # noqa: E402
 from mmditx import ContextHook, MMDiT, MMDiTConfig  # noqa: E402
 from offload import Offload  # noqa: E402
 from other_impls import (  # noqa: E402
@@ -263,16 +263,8 @@ def open_image(flag: str, path: str, width: int, height: int) -> Image.Image:
     white, of an animation the first frame. Raises FileNotFoundError or ValueError.
     """
     where = f"--{flag} {path}"
-    check_file(where, path)
-    with reading(where, "cannot be read"):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of Pillow: what matters of them follows as an error
-                # by its handle: of a path Pillow maps some TIFFs into memory, those turned with the wrong line length
-                with open(path, "rb") as file, Image.open(file) as image:
-                    shown, see_through = as_shown(image)
-        except UnidentifiedImageError:
-            raise Unreadable(f"{where}: is not a picture") from None
+    with saving.open_picture(where, path) as image:
+        shown, see_through = as_shown(image)
         shown = shown.resize((width, height), Image.Resampling.LANCZOS)
     if see_through and where not in _SEE_THROUGH:
         _SEE_THROUGH.add(where)

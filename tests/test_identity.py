@@ -298,6 +298,15 @@ def test_a_schedule_that_moves_is_not_reused_across_its_steps(engine):
 # ---- what earlier versions wrote -----------------------------------------------------------------
 
 
+def put_record(path: Path, record: dict) -> None:
+    """Gives a picture another record."""
+    with Image.open(path) as image:
+        image.load()
+        info = PngInfo()
+        info.add_text(saving.SETTINGS_CHUNK, json.dumps(record))
+        image.save(path, pnginfo=info)
+
+
 def stored() -> list[dict]:
     return [*EARLIER["runs"].values(), *EARLIER["sweep"]["pictures"].values()]
 
@@ -336,11 +345,7 @@ def test_an_earlier_picture_made_with_offload_is_replayed_with_it(tmp_path, caps
     (path,) = tmp_path.rglob("0*.png")
     record = saving.read_record(path)
     del record["settings"]["offload"]
-    with Image.open(path) as image:
-        image.load()
-        info = PngInfo()
-        info.add_text(saving.SETTINGS_CHUNK, json.dumps(record))
-        image.save(path, pnginfo=info)
+    put_record(path, record)
     capsys.readouterr()
     assert sd3_infer.main(["--replay", str(path), "--out_dir", str(tmp_path / "again")]) == 0
     told = capsys.readouterr().err
@@ -434,11 +439,7 @@ def test_a_record_that_knows_less_of_the_text_encoders_is_no_difference(apart, t
     (path,) = (tmp_path / "o").rglob("0*.png")
     record = saving.read_record(path)
     record["encoders"] = {"t5xxl": {n: v for n, v in record["encoders"]["t5xxl"].items() if n != "identity"}}
-    with Image.open(path) as image:
-        image.load()
-        info = PngInfo()
-        info.add_text(saving.SETTINGS_CHUNK, json.dumps(record))
-        image.save(path, pnginfo=info)
+    put_record(path, record)
     capsys.readouterr()
     assert sd3_infer.main(["--replay", str(path), "--out_dir", str(tmp_path / "again")]) == 0
     assert "not as it was" not in capsys.readouterr().err

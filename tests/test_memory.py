@@ -22,20 +22,7 @@ import sweep.work
 from sd3_infer import OutOfMemory, RunRecord, explained, out_of_memory
 from settings import Flags, Settings
 
-SMALL = [
-    "--model",
-    str(DEMO),
-    "--device",
-    "cpu",
-    "--steps",
-    "1",
-    "--width",
-    "32",
-    "--height",
-    "32",
-    "--dtype",
-    "float32",
-]
+SMALL = f"--model {DEMO} --device cpu --steps 1 --width 32 --height 32 --dtype float32".split()
 CPU = (
     "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
 )

@@ -22,20 +22,7 @@ import sd3_probe
 from sd3_infer import RunRecord
 from settings import Flags, Settings
 
-SMALL = [
-    "--model",
-    str(DEMO),
-    "--device",
-    "cpu",
-    "--steps",
-    "1",
-    "--width",
-    "32",
-    "--height",
-    "32",
-    "--dtype",
-    "float32",
-]
+SMALL = f"--model {DEMO} --device cpu --steps 1 --width 32 --height 32 --dtype float32".split()
 
 
 def infer(out: Path, *more) -> int:
