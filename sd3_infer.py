@@ -208,9 +208,14 @@ def device_memory(device: torch.device) -> int:
     return 8 * 10**9
 
 
-def container_memory() -> float:
-    """Bytes of main memory that the container of this process may use (Linux control groups); without a limit, inf."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2 and 1
+
+
+def container_memory(limits: Sequence[str | Path] = CONTAINER_LIMITS) -> float:
+    """Bytes of main memory that the container of this process may use (Linux control groups, the files `limits`);
+    without a limit, inf.
+    """
+    for path in limits:
         try:
             return int(Path(path).read_text(encoding="ascii"))
         except (OSError, ValueError):  # no such group, or the word max

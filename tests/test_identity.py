@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 import threading
@@ -463,3 +464,14 @@ def test_a_served_line_is_answered_with_what_had_no_effect(tmp_path):
     serve.serve(Flags.read(raw), raw, lines, answers.append)
     notes = [json.loads(answer).get("notes") for answer in answers]
     assert notes == [["note: --denoise has no effect without --init_image"], None] * 1 + [notes[0]]
+
+
+# ---- tiles by memory -----------------------------------------------------------------------------
+
+
+def test_the_limit_of_a_container_counts(tmp_path):
+    for text, wanted in (("max\n", math.inf), ("4000000000\n", 4e9), ("", math.inf)):
+        (tmp_path / "memory.max").write_text(text)
+        assert sd3_infer.container_memory([tmp_path / "none", tmp_path / "memory.max"]) == wanted
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert sd3_infer.device_memory(torch.device("cpu")) == min(whole, sd3_infer.container_memory())
