@@ -305,7 +305,8 @@ def test_a_record(record, planned, tmp_path, monkeypatch):
     flags = [f.name for f in dataclasses.fields(Settings) if f.name in READERS]
 
     def door(flag: str, value: Any) -> None:
-        write_record(tmp_path / "r.png", record, **{flag: value})
+        more = {"denoise": 0.5} if flag == "init_image" else {}  # so that it has a say
+        write_record(tmp_path / "r.png", record, **{flag: value}, **more)
         if flag in LISTS and not isinstance(value, list):
             value = [value, [[]]]  # refused as such: a list is needed
             write_record(tmp_path / "r.png", record, **{flag: value})
