@@ -30,6 +30,7 @@ HISTORY = "training.jsonl"  # the thinned log beside them
 LOG_EVERY = 25  # steps; states are saved only at these steps, so a resumed run logs the same means
 SAVE_EVERY = 150.0  # seconds
 WARMUP = 200  # steps
+PAUSE = 120.0  # seconds; a longer step was paused from outside, and the rest of it is no training time
 BANDS = (0.5, 0.8, 0.9, 0.97)  # edges of the sigma bands whose losses are logged separately
 AVERAGES = {"average": 0.999, "long_average": 0.9997}  # decays
 # Learning rates. The encoders' queries and keys are not in Muon, whose step does not shrink with the gradient: T5's
@@ -428,7 +429,7 @@ def train(
         run.step += 1
         _note(means, each.detach(), sigma, seen.item(), says.item(), right)
         now = time.time()
-        run.spent, last = run.spent + now - last, now
+        run.spent, last = run.spent + min(now - last, PAUSE), now
         if run.step % LOG_EVERY:
             continue
         line = {"step": run.step, "minutes": round(run.spent / 60, 2), "scenes": len(rows.data.captions)}
