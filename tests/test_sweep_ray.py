@@ -83,7 +83,7 @@ def test_two_workers_one_of_them_killed_make_the_same_pictures(tmp_path, argumen
     assert hashes(out) == wanted
     assert [line["file"] for line in results(out)] == [line["file"] for line in results(tmp_path / "one")]
     assert len(log(out, "encode")) == 1  # on one worker, though three were started
-    assert len(log(out, "load")) == 3
+    assert len(log(out, "load")) in (2, 3)  # the third may come up when all is made
 
 
 @pytest.mark.slow
