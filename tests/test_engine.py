@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import relative
@@ -126,7 +127,8 @@ def test_zero_denoise_gives_the_initial_image_back(small_engine, tmp_path):
     values = {"init_image": str(tmp_path / "in.png"), "cfg": 3.0}
     (kept,) = make(small_engine, ["a star"], [1], **values, denoise=0.0)
     latent = small_engine.vae_encode(Image.open(tmp_path / "in.png"), 1)
-    assert kept == small_engine.vae_decode(latent).tobytes()
+    shown, wanted = (np.frombuffer(b, np.uint8).astype(int) for b in (kept, small_engine.vae_decode(latent).tobytes()))
+    assert np.abs(shown - wanted).max() <= 1  # into the model's space and back: the last bit may turn a rounding
     assert make(small_engine, ["a star"], [1], **values, denoise=1.0) != [kept]
 
 
