@@ -595,7 +595,7 @@ class Settings:
         """Reads every field as its flag is read, and keeps what was read; raises ValueError naming the flag."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and value != field.default and field.name in READERS:
+            if value is not None and value is not field.default and field.name in READERS:  # 5 equals 5.0
                 object.__setattr__(self, field.name, READERS[field.name](field.name, value))
         if self.vae_tile is None:
             raise ValueError("--vae_tile auto: must be a number here; the size is chosen before a picture is described")

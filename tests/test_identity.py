@@ -197,6 +197,7 @@ def test_values_are_kept_as_they_were_read():
         prompt="a", model="m", steps=7, cfg=5.0, seed=3, residual_weights=(1.0,), sampler="euler"
     )
     assert json.dumps(numbers.asdict())
+    assert Settings(prompt="a", model="m", cfg=5, steps=50.0).digest() == Settings(prompt="a", model="m").digest()
     spread = Settings(prompt="a", model="m", residual_target_layers="2-4", residual_weights="linear:1:0")
     assert spread.residual_weights == (1.0, 0.5, 0.0)
 
