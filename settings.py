@@ -837,13 +837,6 @@ def check_residual_window(start: float, end: float) -> None:
         raise ValueError(f"--residual_start {start:g}: must be below --residual_end {end:g}; no step is left")
 
 
-def check_residual_choices(mode: str, schedule: str, branch: str) -> None:
-    """Raises ValueError for a mode, schedule or branch that there is not."""
-    read_choice("residual_mode", mode, RESIDUAL_MODES)
-    read_schedule("residual_schedule", schedule)
-    read_choice("residual_branch", branch, RESIDUAL_BRANCHES)
-
-
 # ---- the command line ----------------------------------------------------------------------------
 
 
