@@ -12,31 +12,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import FLOATS, Part, Source, WeightFile, count_layers
-from foreign import Unreadable
 from mmditx import MMDiT, MMDiTConfig, PatchEmbed, StreamBlock, TimestepEmbedder, VectorEmbedder
-from other_impls import Shapes
-
-CONTROL_TYPES = {0: "blur", 1: "canny", 2: "depth"}
-# Our names -> the file's, for the timestep and pooled-text embedders.
-RENAMES = {
-    f"{ours}.mlp.{layer}.{leaf}": f"time_text_embed.{theirs}.linear_{number}.{leaf}"
-    for ours, theirs in (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder"))
-    for layer, number in ((0, 1), (2, 2))
-    for leaf in ("weight", "bias")
-}
-# Ours below a block -> diffusers', for a file in its layout.
-BLOCK = {
-    "adaLN_modulation.1": ("norm1.linear",),
-    "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "attn.proj": ("attn.to_out.0",),
-    "mlp.fc1": ("ff.net.0.proj",),
-    "mlp.fc2": ("ff.net.2",),
-}
-LAYOUTS = (
-    "those load that stabilityai publishes as .safetensors (8B and 2B), and diffusers' layout without text blocks "
-    "(that of SD3.5 Large)"
-)
+from other_impls import Shapes, count_layers
 
 
 @dataclass(frozen=True)
@@ -126,44 +103,6 @@ class ControlNet(nn.Module):
             out = block(out if self.chained else tokens, active)
             states.append(project(out) * strength)
         return states
-
-
-def controlnet_part(file: WeightFile) -> Part:
-    """The tensors of a ControlNet file under our names, in diffusers' layout too.
-
-    Raises ValueError for a ControlNet of a layout that does not load.
-    """
-    prefix = (*file.prefixes("", "controlnet_blocks."), "")[0]
-    sources = {ours: Source((theirs,)) for ours, theirs in RENAMES.items()}
-    names = {name[len(prefix) :] for name in file.entries if name.startswith(prefix)}
-    if "controlnet_blocks.0.weight" in names and "transformer_blocks.0.attn.to_q.weight" in names:
-        other = next((n for n in ("context_embedder.weight", "pos_embed.proj.weight") if n in names), None)
-        if other is not None:
-            kind = "text blocks" if other.startswith("context") else "positions of its own"
-            raise Unreadable(f"{file.where}: is a ControlNet in diffusers' layout with {kind} ({other}); {LAYOUTS}")
-        for i in range(count_layers(names, "transformer_blocks.")):
-            for ours, theirs in BLOCK.items():
-                for leaf in ("weight", "bias"):
-                    pieces = tuple(f"transformer_blocks.{i}.{their}.{leaf}" for their in theirs)
-                    sources[f"transformer_blocks.{i}.{ours}.{leaf}"] = Source(pieces)
-    elif "input_hint_block.0.weight" in names or any(n.startswith(("input_blocks.", "down_blocks.")) for n in names):
-        raise Unreadable(f"{file.where}: is a ControlNet for SD 1, SD 2 or SDXL; {LAYOUTS}")
-    return Part(file, prefix, sources)
-
-
-def control_kind(part: Part) -> str:
-    """blur, canny or depth, as the file says (canny images get another range in the 8B kind); `` where it does not.
-
-    Raises ValueError for a kind that is no number.
-    """
-    shape = part.shapes.get("control_type")
-    if shape is None:
-        return ""
-    entry = part.entry("control_type")
-    if shape not in ((), (1,)) or (entry.dtype not in FLOATS and entry.dtype[0] not in "IU"):
-        raise Unreadable(f"{part.file.where}: its control_type is no number: {entry.dtype} {list(shape)}")
-    ((_, value),) = part.read(["control_type"], "cpu", None)
-    return CONTROL_TYPES.get(value.item(), "")
 
 
 def control_pixels(image: Tensor, chained: bool, kind: str) -> Tensor:

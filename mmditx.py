@@ -2,6 +2,15 @@
 
 Covers SD3 Medium, SD3.5 Medium (dual attention), SD3.5 Large (qk-norm) and anything built alike: every size is read
 off the tensors. Architecture: Esser et al. 2024, arXiv 2403.03206.
+
+Residual text streaming: C_i are the text tokens about to enter block i. C_o of the origin o is kept as it arrives;
+right before every target block i runs, C_i is mixed with it under the weight w = w_i f(sigma), f the schedule:
+
+add       C_i + w C_o
+anchored  LN(standardise(C_i) + w standardise(C_o)), back on C_i's own mean and deviation (token by token)
+aligned   the same with standardise(C_o) R_i, R_i an orthogonal matrix that turns the origin's features to block i's
+
+anchored and aligned after "Prompt Reinjection", arXiv 2602.06886.
 """
 
 from __future__ import annotations
@@ -10,23 +19,24 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import count_layers
-from offload import Offload
-from other_impls import Mlp, Shapes
-from residual import mixed
-from weights import HeldLinear
+from other_impls import Mlp, Shapes, count_layers
+from sd3.layers import HeldLinear
+from sd3.offload import Offload
+from sd3.windows import acts_in_window
+
+if TYPE_CHECKING:
+    from sd3.residual import ResidualConfig, Rotations
 
 HEAD_WIDTH = 64  # features per attention head in every MMDiT of the family
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 NORM_EPS = 1e-6
 MOST_CODES = 64  # kinds of block (plain, dual, last) times ways to mix, and batches of one, each compiled once
-
 # Called right before block i with (i, context); what it returns enters the block.
 ContextHook = Callable[[int, Tensor], Tensor]
 
@@ -509,3 +519,222 @@ class MMDiT(nn.Module):
         p = self.config.patch
         patches = tokens.view(tokens.shape[0], height // p, width // p, p, p, -1)
         return torch.einsum("bhwpqc->bchpwq", patches).reshape(tokens.shape[0], -1, height, width)
+
+
+# ---- residual text streaming: mixing -------------------------------------------------------------
+
+EPS = 1e-6  # least standard deviation, what is added to it in the division, and the layer norm's
+TIMESTEPS = 1000  # timesteps are 1000 sigma
+MOST_TEXTS = 4  # texts whose prepared origin is kept at once: both halves, the skip-layer pass, and one to spare
+
+
+def schedule_factor(schedule: str, sigma: float) -> float:
+    """f(s) for s = sigma in [0, 1]: constant 1, linear s, cosine (1 + cos(pi (1 - s))) / 2, exp:A e^(-A s)."""
+    if schedule == "linear":
+        return sigma
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * (1 - sigma))) / 2
+    if schedule.startswith("exp:"):
+        return math.exp(-float(schedule.removeprefix("exp:")) * sigma)
+    return 1.0
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation (at least 1e-6) of every token of x (..., D): both (..., 1)."""
+
+    variance, mean = torch.var_mean(x, dim=-1, correction=1, keepdim=True)
+    return mean, variance.sqrt().clamp(min=EPS)
+
+
+def standardise(x: Tensor) -> Tensor:
+    """Every token of x (..., D) with mean 0 and standard deviation 1, float32."""
+    x = x.float()
+    mean, deviation = moments(x)
+    return (x - mean) / (deviation + EPS)
+
+
+def mixed(context: Tensor, origin: Tensor, weight: float | Tensor, anchored: bool) -> Tensor:
+    """context (B, T, D) with `weight` times origin (B, T, D) mixed in: added, or by `anchored_mix`."""
+    return anchored_mix(context, origin, weight) if anchored else _add(context, origin, weight)
+
+
+def _add(x: Tensor, origin: Tensor, weight: float | Tensor) -> Tensor:
+    """x + weight origin; compiled code takes the weight as a tensor (no dimensions), so that it serves for any."""
+    return x.add(origin, alpha=weight) if isinstance(weight, (int, float)) else x + weight * origin
+
+
+def anchored_mix(context: Tensor, origin: Tensor, weight: float | Tensor) -> Tensor:
+    """context (B, T, D) mixed with a standardised (for `aligned`: and rotated) origin (B, T, D) float32.
+
+    m = standardise(context) + weight origin; layer norm of m; back on the context's own mean and deviation.
+    """
+
+    x = context.float()
+    mean, deviation = moments(x)
+    m = _add((x - mean) / (deviation + EPS), origin, weight)
+    return torch.addcmul(mean, F.layer_norm(m, m.shape[-1:], eps=EPS), deviation).to(context.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One run of the network: what a hook is told before it.
+
+    step: which of `steps`, from 0; sigma in [0, 1]; cond and uncond: places of the conditional and the unconditional
+    rows of the batch, each with both ends, either may be empty; text: the object that holds the text, the same one
+    as long as the text is, None where that cannot be told; skip_layers: blocks not run.
+    """
+
+    step: int
+    steps: int
+    sigma: float
+    cond: slice
+    uncond: slice
+    text: Any = None
+    skip_layers: Collection[int] = ()
+
+    @classmethod
+    def of_rows(cls, step: int, steps: int, sigma: float, rows: int, first: str, halves: bool, **others: Any) -> Pass:
+        """A pass of `rows` rows, all of the branch `first` (cond or uncond), or with `halves` both, that one first."""
+        middle = rows // 2 if halves else rows
+        places = (slice(0, middle), slice(middle, rows))
+        cond, uncond = places if first == "cond" else places[::-1]
+        return cls(step, steps, sigma, cond, uncond, **others)
+
+
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """What is mixed into the text tokens before one block: called with them, returns those that enter it.
+
+    origin: what is added, `weight` times; anchored: by `anchored_mix`; rows: of the batch, None for all.
+    """
+
+    origin: Tensor
+    weight: float
+    anchored: bool
+    rows: slice | None = None
+
+    def __call__(self, context: Tensor) -> Tensor:
+        """context (B, T, D); a new tensor."""
+        if self.rows is None:
+            return self._mixed(context)
+
+        before, after = context[: self.rows.start], context[self.rows.stop :]
+        return torch.cat([before, self._mixed(context[self.rows]), after])
+
+    def _mixed(self, context: Tensor) -> Tensor:
+        return mixed(context, self.origin, self.weight, self.anchored)
+
+
+class ResidualStream:
+    """The hook of one picture (or batch): called with (i, context) right before block i, returns what enters it.
+
+    `begin` tells it about the network's next pass; without that, sigma is 1 and all rows are mixed.
+    """
+
+    def __init__(self, config: ResidualConfig, rotations: Rotations | None = None):
+        """Raises ValueError where the mode is aligned and there are no rotations."""
+        if config.mode == "aligned" and rotations is None and config.active:
+            raise ValueError("mode aligned needs rotations")
+        self.config = config
+        self.rotations = rotations
+        self.weights = dict(zip(config.targets, config.weights, strict=True))
+        self.kept: Tensor | None = None  # the origin's tokens, of the rows that are mixed
+        self.prepared: dict[int | None, Tensor] = {}  # normalised (None) or rotated (by target) origin
+        self._of_text: dict[int, tuple[Any, dict]] = {}  # the same by text, where the origin is the text alone
+        self._turned: dict[Any, Tensor] = {}  # rotations on the model's device, in its dtype
+        self.sigma, self.factor = 1.0, schedule_factor(config.schedule, 1.0)
+        self.rows, self.whole, self.text = slice(None), True, None
+        self.acts = True
+
+    def begin(self, at: Pass) -> ResidualStream | None:
+        """Gets ready for a pass; returns the hook for it, None where nothing is mixed in it."""
+        config, self.acts = self.config, False
+        if not acts_in_window(config.start, config.end, at.step, at.steps):
+            return None
+        self.sigma = at.sigma
+        self.factor = schedule_factor(config.schedule, at.sigma)
+        self.whole, self.text = config.branch == "both", at.text
+        if not self.whole:
+            self.rows, others = (at.cond, at.uncond) if config.branch == "cond" else (at.uncond, at.cond)
+            if self.rows.start == self.rows.stop:
+                return None
+            self.whole = others.start == others.stop
+        self.acts = True
+        return self
+
+    @property
+    def effect(self) -> tuple[float, Any] | None:
+        """What is mixed in the pass begun last, see `mmditx.Effect`; None where nothing is."""
+        if not self.acts or self.factor == 0:
+            return None
+        rotated = self.rotations is not None and self.config.mode == "aligned"
+        return self.factor, self.rotations.bucket(self.sigma) if rotated else None
+
+    def forget(self) -> None:
+        """Drops what is known of texts: another picture begins."""
+        self._of_text.clear()
+
+    def __call__(self, i: int, context: Tensor) -> Tensor:
+        """context (B, T, D) about to enter block i; a new tensor where i is a target."""
+        mix = self.mix(i, context)
+        return context if mix is None else mix(context)
+
+    def mix(self, i: int, context: Tensor) -> Mix | None:
+        """What is to be mixed into context (B, T, D), which is about to enter block i; None where nothing is."""
+        if i == self.config.origin:
+            self.kept = context if self.whole else context[self.rows]  # before any mixing here
+            self.prepared = self._known() if i == 0 and self.text is not None and not context.requires_grad else {}
+        if i not in self.weights:
+            return None
+        anchored = self.config.mode != "add"
+        origin = self._origin(i) if anchored else self.kept
+        return Mix(origin, self.weights[i] * self.factor, anchored, None if self.whole else self.rows)
+
+    def _origin(self, i: int) -> Tensor:
+        """The standardised origin, rotated for target i where the mode is aligned: once per pass, or per text."""
+        if None not in self.prepared:
+            self.prepared[None] = standardise(self.kept)
+        if self.rotations is None or self.config.mode != "aligned":
+            return self.prepared[None]
+        key = (i, self.rotations.bucket(self.sigma))
+        if key not in self.prepared:
+            turn = self._turned.get(key)
+            if turn is None:
+                turn = self._turned[key] = self.rotations.matrix(i, self.sigma).to(self.kept.device, self.kept.dtype)
+            self.prepared[key] = (self.prepared[None].to(turn.dtype) @ turn).float()
+        return self.prepared[key]
+
+    def _known(self) -> dict:
+        """What is prepared of this text already; texts themselves are held, so that none is taken for another."""
+        held = self._of_text.get(id(self.text))
+        if held is None:
+            while len(self._of_text) >= MOST_TEXTS:
+                del self._of_text[next(iter(self._of_text))]
+            held = self._of_text[id(self.text)] = (self.text, {})
+        return held[1]
+
+
+def residual_stream(config: ResidualConfig | None, rotations: Rotations | None = None) -> ResidualStream | None:
+    """A stream for `config`, or None where there is nothing to mix (the model then runs as without it)."""
+    return ResidualStream(config, rotations) if config is not None and config.active else None
+
+
+def effects(hooks: Sequence[Any]) -> list[tuple[float, Any] | None]:
+    """What each hook mixes into the text in the pass begun last; hooks that only look on mix in nothing."""
+    return [getattr(hook, "effect", None) for hook in hooks]
+
+
+def hook_for(hooks: Sequence[Any], at: Pass) -> Callable[[int, Tensor], Tensor] | None:
+    """The hook of one pass from several, which run in their order; those with a `begin` are told of it and may sit
+    out. None where none is left.
+    """
+    ready = [h for h in (hook.begin(at) if hasattr(hook, "begin") else hook for hook in hooks) if h is not None]
+    if len(ready) < 2:
+        return ready[0] if ready else None
+
+    def chain(i: int, context: Tensor) -> Tensor:
+        for hook in ready:
+            context = hook(i, context)
+        return context
+
+    return chain

@@ -14,8 +14,21 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from checkpoint import count_layers
-from foreign import Unreadable, check_file, parse_json, reading
+from sd3.reading import Unreadable, check_file, parse_json, reading
+
+
+def count_layers(names: Iterable[str], stem: str) -> int:
+    """One more than the highest number that follows `stem` in a name; gaps show as missing tensors later.
+
+    Raises ValueError where most are missing: a number out of all bounds would be that many layers.
+    """
+    numbers = {name[len(stem) :].split(".", 1)[0] for name in names if name.startswith(stem)}
+    found = {int(n) if len(n) < 7 else 10**7 for n in numbers if re.fullmatch(r"[0-9]+", n)}
+    count = max(found, default=-1) + 1
+    if count > 4 * len(found) + 16:
+        raise ValueError(f"{stem}{max(found)}, of which {len(found)} are there")
+    return count
+
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -49,9 +62,6 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc1(x)
         return self.fc2(ACTIVATIONS[self.activation](h) if self.activation else h)
-
-
-# ---- CLIP text encoders --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -187,8 +197,6 @@ class CLIP(CLIPEnd):
             x = layer(x)
         return hidden, self.pooled(x, ids)
 
-
-# ---- T5 encoder ----------------------------------------------------------------------------------
 
 T5_MAX_DISTANCE = 128  # distances from here on share the last bucket
 
@@ -349,8 +357,6 @@ def join_text(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
     clip = torch.cat([clip_l, clip_g], dim=-1)
     return torch.cat([F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], dim=1)
 
-
-# ---- prompts to tokens ---------------------------------------------------------------------------
 
 T5_CHARACTERS = 226  # of a prompt reach T5, as in the public reference
 LARGE_WORD = 8  # a CLIP word of that many tokens is split where it does not fit, a smaller one is left out whole

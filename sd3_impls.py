@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from dit_embedder import ControlNet
-from mmditx import ContextHook, MMDiT, Reuse, Text
-from residual import Pass, effects, hook_for
-from settings import SkipLayerConfig, skipped_steps, skips_layers
+from mmditx import ContextHook, MMDiT, Pass, Reuse, Text, effects, hook_for
+from sd3.effects import skipped_steps
+from sd3.models import SkipLayerConfig
+from sd3.windows import skips_layers
 
 LATENT_SHIFT = 0.0609
 LATENT_SCALE = 1.5305
 TIMESTEPS = 1000  # the network is told 1000 sigma
-
 # (x, sigma (B,)) -> denoised, both (B, C, h, w)
 DenoiseFn = Callable[..., Tensor]
 

@@ -24,16 +24,17 @@ import torch
 from random_weights import write_random
 from real_size import FILES, GB, ROOT, status
 
+import sd3.weights
+
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
 import to_diffusers
 
-import checkpoint
-from checkpoint import MMDIT_PREFIX, VAE_PREFIX, WeightFile
 from mmditx import MMDiT, MMDiTConfig
-from sd3_infer import on_meta
-from vae import VAE, VAEConfig
+from sd3.engine import on_meta
+from sd3.files import MMDIT_PREFIX, VAE_PREFIX, WeightFile
+from sd3.vae import VAE, VAEConfig
 
 PROMPT = "a red circle left of a blue square"
 CLIPS = {
@@ -73,8 +74,8 @@ def diffusers_folder(source: Path, place: Path) -> Path:
         (place / name).symlink_to((source / own).resolve())
     file = WeightFile(source / FILES["sd3_medium"])
     for name, part, read, make, convert in (
-        ("transformer", checkpoint.mmdit_part(file), MMDiTConfig.from_shapes, MMDiT, to_diffusers.transformer),
-        ("vae", checkpoint.vae_part(file), VAEConfig.from_shapes, VAE, to_diffusers.vae),
+        ("transformer", sd3.weights.mmdit_part(file), MMDiTConfig.from_shapes, MMDiT, to_diffusers.transformer),
+        ("vae", sd3.weights.vae_part(file), VAEConfig.from_shapes, VAE, to_diffusers.vae),
     ):
         assert part.prefix in (MMDIT_PREFIX, VAE_PREFIX)
         config = part.config(read, name)

@@ -19,11 +19,11 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import saving  # noqa: E402
-from sweep.folder import SweepFolder  # noqa: E402
-from sweep.grid import Grid  # noqa: E402
-from sweep.plan import make_plan  # noqa: E402
-from sweep.report import Report  # noqa: E402
+import sd3.png  # noqa: E402
+from sd3.sweep.folder import SweepFolder  # noqa: E402
+from sd3.sweep.grid import Grid  # noqa: E402
+from sd3.sweep.plan import make_plan  # noqa: E402
+from sd3.sweep.report import Report  # noqa: E402
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
 FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
@@ -47,7 +47,7 @@ def write(folder: Path, prompts: int, seeds: int) -> int:
     for p in plan.pictures:
         noise = np.random.default_rng(rng.randrange(2**32)).integers(0, 255, (12, 12, 3), dtype=np.uint8)
         image = Image.fromarray(noise).resize((96, 96))
-        saving.save_picture(sweep.picture(p.id), image, p.settings, {"model_sha256": ""})
+        sd3.png.save_picture(sweep.picture(p.id), image, p.settings, {"model_sha256": ""})
         sweep.save_difference(plan, p)
         report.scores["demo", p.id] = {"position": float(rng.random() < 0.5)}
         report.add(p)

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from residual import Pass, ResidualConfig, ResidualStream, Rotations, residual_stream
+from mmditx import Pass, ResidualStream, residual_stream
+from sd3.residual import ResidualConfig, Rotations
 from sd3_impls import Conditioning, Denoiser, seeded_noise
 from sd3_infer import SD3Inferencer
 

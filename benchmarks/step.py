@@ -35,8 +35,9 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
 from mmditx import MMDiT  # noqa: E402
+from sd3.engine import on_meta  # noqa: E402
 from sd3_impls import seeded_noise  # noqa: E402
-from sd3_infer import SD3Inferencer, on_meta  # noqa: E402
+from sd3_infer import SD3Inferencer  # noqa: E402
 
 TOKENS = 154
 DTYPE = torch.bfloat16

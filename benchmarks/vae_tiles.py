@@ -26,16 +26,17 @@ from random_weights import write_random
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import checkpoint  # noqa: E402
-from checkpoint import WeightFile  # noqa: E402
-from sd3_infer import SD3Inferencer, on_meta  # noqa: E402
-from vae import OVERLAP, VAE, VAEConfig, pieces  # noqa: E402
+import sd3.weights  # noqa: E402
+from sd3.engine import on_meta  # noqa: E402
+from sd3.files import WeightFile  # noqa: E402
+from sd3.vae import OVERLAP, VAE, VAEConfig, pieces  # noqa: E402
+from sd3_infer import SD3Inferencer  # noqa: E402
 
 
 @torch.no_grad()
 def one(file: str, size: int, tile: int) -> None:
     """Decodes once; prints peak memory beyond what the weights took, and seconds."""
-    part = checkpoint.vae_part(WeightFile(file))
+    part = sd3.weights.vae_part(WeightFile(file))
     config = part.config(VAEConfig.from_shapes, "a VAE")
     vae = part.load_into(on_meta(lambda: VAE(config)), "cpu", torch.float32).to(memory_format=torch.channels_last)
     latent = torch.randn(1, config.latent_channels, size // 8, size // 8)

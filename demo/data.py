@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from demo.scenes import BACKGROUNDS, COLOURS, COUNTS, LONGEST, SHAPES, SIZE, Scene, render, training_scene
+from sd3.vae import VAE
 from sd3_impls import latent_in
-from vae import VAE
 
 PATCH_PIXELS = 16  # pixels under one image token
 TOKENS = SIZE // PATCH_PIXELS

@@ -32,7 +32,7 @@ from demo.scenes import (
     relation_cells,
     render,
 )
-from saving import tile
+from sd3.sheet import tile
 
 KINDS = ("single object", "two objects", "counting", "colours", "position", "colour attribution")
 LEAST_AREA = 0.008  # of the picture; smaller specks are no objects (a drawn object covers 0.03 and more)
@@ -288,7 +288,7 @@ RESIDUAL_SETTINGS = ("off", "0:3,5,7:0.1", "0:3,5,7:0.3", "0:3,5,7:0.8,0.6,0.4",
 
 def residual_of(setting: str, rotations: str | None = None):
     """The configuration of `off` or `[MODE:]ORIGIN:TARGETS:WEIGHTS`; raises ValueError for anything else."""
-    from residual import ResidualConfig
+    from sd3.residual import ResidualConfig
 
     if setting == "off":
         return ResidualConfig()
@@ -303,7 +303,7 @@ def sample(
     engine, prompts: Sequence[Prompt], setting: str, seed: int, batch: int, rotations: str | None = None, **values
 ) -> list[np.ndarray]:
     """A picture for every prompt (seeds count up from `seed`) under `off` or `[MODE:]ORIGIN:TARGETS:WEIGHTS`."""
-    from sd3_infer import residual_settings
+    from sd3.engine import residual_settings
 
     pictures = engine.plan(
         [p.text for p in prompts],

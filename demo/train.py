@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
 from demo import flow as flow_stage
 from demo.command_line import run
 from demo.data import count_sets, encode_set, load, save, set_path, text_set, to_unit
@@ -42,8 +41,9 @@ from demo.flow import (
 from demo.optim import Average, Muon, rate
 from demo.scenes import CELL, HELD_OUT, SIZE, all_words, render, training_scene
 from demo.text import Captions
+from sd3.files import ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
+from sd3.vae import VAE, ResnetBlock, VAEConfig
 from sd3_impls import LATENT_SCALE, LATENT_SHIFT
-from vae import VAE, ResnetBlock, VAEConfig
 
 __all__ = ["Captions", "load"]
 SHIPPED = Path(__file__).parent.parent / "models" / "demo" / "demo.safetensors"

@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from demo.scenes import INVERSE, NORMAL, SIZE, SMALL, Scene, Thing, render, training_scene
 from demo.score import Seen, held_out_prompts, holds, read_picture, sample, score
-from saving import tile
+from sd3.sheet import tile
 
 COUNTS = {
     "position": 24,

@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from checkpoint import ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
-from dit_embedder import RENAMES, ControlNet, ControlNetConfig
+from dit_embedder import ControlNet, ControlNetConfig
 from mmditx import MMDiT, MMDiTConfig
 from other_impls import CLIP, T5, CLIPConfig, T5Config
+from sd3.diffusers_names import RENAMES
+from sd3.files import ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
+from sd3.vae import VAE, VAEConfig
 from sd3_infer import SD3Inferencer
-from vae import VAE, VAEConfig
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "models" / "demo" / "demo.safetensors"

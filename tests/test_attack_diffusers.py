@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import relative
 
-from residual import ResidualConfig, build_residual_config
+from sd3.residual import ResidualConfig, build_residual_config
 
 diffusers = pytest.importorskip("diffusers")
 from test_residual_diffusers import SHIFT, ours, pipe, theirs, transformer  # noqa: E402, F401
 
-from residual_diffusers import apply_residual  # noqa: E402
+from sd3.diffusers_hooks import apply_residual  # noqa: E402
 
 ALIGNED = ResidualConfig(1, (2,), (0.3,), mode="aligned")
 

@@ -17,16 +17,20 @@ import torch
 from conftest import DEMO, ROOT, TOKENIZERS
 from safetensors.torch import load_file, save_file
 
+import sd3.command
+import sd3.pixels
+import sd3.probe.command
+import sd3.sweep.command
 import sd3_infer
-import sd3_probe
-import sd3_sweep
-from checkpoint import ENCODER_FOLDERS, ENCODER_PREFIX, WeightFile
-from foreign import Unreadable, check_file, reading
 from other_impls import CLIPTokenizer
-from residual import ResidualConfig
-from sd3_infer import SD3Inferencer, open_image
-from settings import Flags, read_prompts
-from sweep.grid import read_seeds, read_yaml
+from sd3.files import ENCODER_FOLDERS, ENCODER_PREFIX, WeightFile
+from sd3.flags import Flags
+from sd3.pixels import open_image
+from sd3.prompts import read_prompts
+from sd3.reading import Unreadable, check_file, reading
+from sd3.residual import ResidualConfig
+from sd3.sweep.grid import read_seeds, read_yaml
+from sd3_infer import SD3Inferencer
 
 SMALL = ["--model", str(DEMO), "--steps", "1", "--width", "64", "--height", "64"]
 
@@ -91,8 +95,11 @@ def test_a_model_folder_that_is_none(tmp_path, capsys, command, kind):
     main, arguments = {
         "infer": (sd3_infer.main, [*SMALL, "--prompt", "red", "--out_dir", tmp_path / "o"]),
         "list": (sd3_infer.main, ["--list_models"]),
-        "sweep": (sd3_sweep.main, [*SMALL, "--prompt", "red", "--out", tmp_path / "o"]),
-        "measure": (sd3_probe.main, ["measure", *SMALL, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "o"]),
+        "sweep": (sd3.sweep.command.main, [*SMALL, "--prompt", "red", "--out", tmp_path / "o"]),
+        "measure": (
+            sd3.probe.command.main,
+            ["measure", *SMALL, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "o"],
+        ),
     }[command]
     error = told(capsys, main, *arguments, *more)
     assert error.startswith(f"error: --model_folder {place}: ")
@@ -110,7 +117,9 @@ def test_a_long_name_for_rotations_is_refused_before_the_work(tmp_path, capsys):
     (tmp_path / "p.txt").write_text("red\n")
     arguments = ["calibrate", *SMALL[:2], "--prompts", tmp_path / "p.txt", "--origin", 1, "--targets", 2]
     for length in (236, 246, 255):
-        error = told(capsys, sd3_probe.main, *arguments, "--out", tmp_path / ("x" * (length - 12) + ".safetensors"))
+        error = told(
+            capsys, sd3.probe.command.main, *arguments, "--out", tmp_path / ("x" * (length - 12) + ".safetensors")
+        )
         assert error.startswith("error: --out ") and "too long" in error
     assert [p.name for p in tmp_path.iterdir()] == ["p.txt"]
 
@@ -158,7 +167,7 @@ def test_a_grid_may_name_a_value_twice(tmp_path):
 def test_a_benchmark_that_no_folder_could_be_made_of(tmp_path, capsys, layout, name, text):
     (tmp_path / name).write_text(text, encoding="utf-8")
     arguments = ["--out", tmp_path / "s", "--layout", layout, "--prompt", tmp_path / name, "--seed", "0-3"]
-    assert told(capsys, sd3_sweep.main, *SMALL, *arguments, "--dry_run").startswith("error: --prompt")
+    assert told(capsys, sd3.sweep.command.main, *SMALL, *arguments, "--dry_run").startswith("error: --prompt")
 
 
 # ---- text encoders and tokenizers ----------------------------------------------------------------
@@ -336,9 +345,9 @@ def test_notes_are_notes_whatever_is_said_of_warnings(tmp_path):
         "import sd3_infer, warnings\n"
         "for action in ('error', 'ignore'):\n"
         "    warnings.simplefilter(action)\n"
-        "    sd3_infer._SEE_THROUGH.clear()\n"
-        f"    look = lambda: sd3_infer.open_image('init_image', {str(tmp_path / 'a.png')!r}, 8, 8)\n"
-        "    assert sd3_infer.guarded(look, '') == 0\n"
+        "    sd3.pixels._SEE_THROUGH.clear()\n"
+        f"    look = lambda: sd3.pixels.open_image('init_image', {str(tmp_path / 'a.png')!r}, 8, 8)\n"
+        "    assert sd3.command.guarded(look, '') == 0\n"
     )
     got = python("-c", program)
     assert got.returncode == 0 and got.stderr.count("note: ") == 2 and "is transparent in places" in got.stderr
@@ -354,7 +363,7 @@ def test_a_file_that_goes_away_between_two_looks(tmp_path):
 
 WITHOUT_RIGHTS = """
 import ctypes, os, sys
-import sd3_infer, sd3_sweep
+import sd3_infer, sd3.sweep.command
 folder = sys.argv[1]
 small, out = sys.argv[2:], os.path.join(folder, "o")
 runs = [
@@ -362,8 +371,8 @@ runs = [
     (sd3_infer.main, ["--out_dir", out, "--prompt", "red", "--model", folder + "/d"]),
     (sd3_infer.main, [*small, "--out_dir", folder + "/d/x"]),
     (sd3_infer.main, ["--list_models", "--model_folder", folder + "/d"]),
-    (sd3_sweep.main, [*small, "--out", folder + "/d"]),
-    (sd3_sweep.main, [*small, "--out", folder + "/d/x/y"]),
+    (sd3.sweep.command.main, [*small, "--out", folder + "/d"]),
+    (sd3.sweep.command.main, [*small, "--out", folder + "/d/x/y"]),
 ]
 os.mkdir(folder + "/d")
 os.chmod(folder + "/d", 0)

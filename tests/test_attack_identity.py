@@ -20,15 +20,18 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
-import saving
+import sd3.flags
+import sd3.png
+import sd3.run
+import sd3.serve
+import sd3.streams
+import sd3.sweep.command
+import sd3.writing
 import sd3_infer
-import sd3_sweep
-import serve
-import shell_streams
+from sd3.settings import earlier_digest
+from sd3.sweep.plan import command
+from sd3.unchanged import Changed, Unchanged
 from sd3_infer import SD3Inferencer
-from settings import earlier_digest
-from sweep.plan import command
-from unchanged import Changed, Unchanged
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--device", "cpu", "--dtype", "float32", "--steps", "2", "--width", "96", "--height", "96"]
@@ -49,12 +52,12 @@ def run(out: Path, *arguments) -> list[Path]:
 
 def rewrite(path: Path, change) -> None:
     """Changes what a picture says of itself, as if another version had made it."""
-    record = saving.read_record(path)
+    record = sd3.png.read_record(path)
     change(record)
     with Image.open(path) as image:
         image.load()
     info = PngInfo()
-    info.add_text(saving.SETTINGS_CHUNK, json.dumps(record))
+    info.add_text(sd3.png.SETTINGS_CHUNK, json.dumps(record))
     image.save(path, pnginfo=info)
 
 
@@ -96,7 +99,7 @@ def test_a_watched_file_is_the_same_from_another_folder(tmp_path, monkeypatch):
 
 def test_instructions_and_the_environment_are_recorded(tmp_path, capsys, monkeypatch):
     (path,) = run(tmp_path / "a", *BASE, "--prompt", "red", "--seed", 1)
-    hardware = saving.read_record(path)["hardware"]
+    hardware = sd3.png.read_record(path)["hardware"]
     assert hardware["instructions"] == torch.backends.cpu.get_cpu_capability()
     assert "bit for bit" in replayed(path, tmp_path / "b", capsys)
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
@@ -162,16 +165,16 @@ def test_every_component_of_a_folder_counts(layout, tmp_path, capsys, component,
     size = ["--width", "64", "--height", "48", "--cfg", "2"]
     (path,) = run(tmp_path / "o", *base, *size, "--seed", 3)
     out = ["--out", str(tmp_path / "swept")]
-    assert sd3_sweep.main([*base, *size, "--seed", "0", *out]) == 0
+    assert sd3.sweep.command.main([*base, *size, "--seed", "0", *out]) == 0
     assert "bit for bit" in replayed(path, tmp_path / "same", capsys)
-    assert sd3_sweep.main([*base, *size, "--seed", "0-1", *out]) == 0
+    assert sd3.sweep.command.main([*base, *size, "--seed", "0-1", *out]) == 0
     for file in (layout / component).glob("*.safetensors"):
         tensors = load_file(file)
         save_file({n: (t * 1.25 if t.is_floating_point() else t) for n, t in tensors.items()}, file, {"format": "pt"})
     told = replayed(path, tmp_path / "other", capsys)
     assert f"the {named} in the model's folder" in told
     assert "nothing that was recorded differs" not in told
-    assert sd3_sweep.main([*base, *size, "--seed", "0-2", *out]) == 2
+    assert sd3.sweep.command.main([*base, *size, "--seed", "0-2", *out]) == 2
     assert f"the {named} in " in capsys.readouterr().err
 
 
@@ -186,8 +189,8 @@ def test_an_earlier_picture_whose_longer_negative_prompt_lengthened_its_text(tmp
     assert settings.negative_prompt == LONG  # as earlier versions made it: at the longer length
     assert settings.digest() == earlier_digest(settings)
     ((_, settings, image),) = engine.make([settings])
-    made_with = sd3_infer.MadeWith(engine, settings).wait()
-    saving.save_picture(tmp_path / "then.png", image, settings, made_with)
+    made_with = sd3.run.MadeWith(engine, settings).wait()
+    sd3.png.save_picture(tmp_path / "then.png", image, settings, made_with)
     told = replayed(tmp_path / "then.png", tmp_path / "now", capsys)
     assert "bit for bit" in told
     assert "changed" not in told
@@ -245,10 +248,11 @@ def test_a_control_net_that_was_given_no_picture(tmp_path, capsys):
 
 @pytest.fixture
 def stop_behind(monkeypatch):
-    """Stops the process, as a signal does, right behind the first call of a function of `saving`."""
+    """Stops the process, as a signal does, right behind the first call of a function of `png` or `writing`."""
 
     def arm(name: str, number: int, fits=lambda *a: True) -> None:
-        real, left = getattr(saving, name), [1]
+        module = sd3.png if hasattr(sd3.png, name) else sd3.writing
+        real, left = getattr(module, name), [1]
 
         def then_stop(*args, **options):
             result = real(*args, **options)
@@ -257,7 +261,7 @@ def stop_behind(monkeypatch):
                 os.kill(os.getpid(), number)
             return result
 
-        monkeypatch.setattr(saving, name, then_stop)
+        monkeypatch.setattr(module, name, then_stop)
 
     return arm
 
@@ -285,13 +289,13 @@ def test_a_second_stop_does_not_wait():
     heard = []
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append("stop"))
     try:
-        with shell_streams.held():
+        with sd3.streams.held():
             os.kill(os.getpid(), signal.SIGTERM)
             assert heard == []
             os.kill(os.getpid(), signal.SIGTERM)
             assert heard == ["stop"]
         assert heard == ["stop"]
-        with pytest.raises(OSError, match="full"), shell_streams.held():
+        with pytest.raises(OSError, match="full"), sd3.streams.held():
             os.kill(os.getpid(), signal.SIGTERM)
             raise OSError("full")
         assert heard == ["stop"] * 2  # what failed inside does not swallow it
@@ -303,7 +307,7 @@ def test_other_threads_hold_nothing():
     inside = []
 
     def work():
-        with shell_streams.held():
+        with sd3.streams.held():
             inside.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)
@@ -319,7 +323,7 @@ def test_a_clock_that_goes_back_stops_no_record(tmp_path, monkeypatch):
         now[0] -= 3600
         return now[0]
 
-    monkeypatch.setattr(sd3_infer.time, "time", back)
+    monkeypatch.setattr(sd3.run.time, "time", back)
     run(tmp_path, *BASE, "--prompt", "red", "--num_images", 2)
     (record,) = tmp_path.rglob("run.json")
     assert 0 <= json.loads(record.read_text(encoding="utf-8"))["seconds"] < 600
@@ -331,9 +335,9 @@ def test_a_clock_that_goes_back_stops_no_record(tmp_path, monkeypatch):
 def test_the_command_of_a_whole_picture_says_so():
     engine = SD3Inferencer().load(str(DEMO), device="cpu", dtype="float32")
     (whole,) = engine.plan(["red"], [1], steps=2, width=96, height=96)
-    assert "--vae_tile=off" in command(whole, sd3_infer.Flags.read({}))
+    assert "--vae_tile=off" in command(whole, sd3.flags.Flags.read({}))
     tiled = dataclasses.replace(whole, width=512, vae_tile=128)
-    assert "--vae_tile=128" in command(tiled, sd3_infer.Flags.read({}))
+    assert "--vae_tile=128" in command(tiled, sd3.flags.Flags.read({}))
 
 
 # ---- served lines --------------------------------------------------------------------------------
@@ -371,5 +375,5 @@ def served(folder: Path, lines, **flags) -> list[dict]:
     raw = {"model": str(DEMO), "device": "cpu", "dtype": "float32", "steps": "2", "width": "96", "height": "96"}
     raw |= {"out_dir": str(folder / "served"), "serve_stdin": "True", **flags}
     answers: list[str] = []
-    serve.serve(sd3_infer.Flags.read(raw), raw, [json.dumps(line) for line in lines], answers.append)
+    sd3.serve.serve(sd3.flags.Flags.read(raw), raw, [json.dumps(line) for line in lines], answers.append)
     return [json.loads(answer) for answer in answers]

@@ -12,7 +12,9 @@ from conftest import DEMO, TOKENIZERS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import sd3_probe
+import sd3.probe.calibration
+import sd3.probe.command
+import sd3.probe.running
 
 PROMPTS = [f"a red circle {word}" for word in ("left of a star", "above a square", "and a star", "alone", "x", "y")]
 
@@ -24,14 +26,14 @@ class Killed(BaseException):
 @pytest.fixture
 def files(tmp_path, monkeypatch) -> Path:
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
-    monkeypatch.setattr(sd3_probe, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(sd3.probe.calibration, "SAVE_EVERY", -1.0)
     return tmp_path
 
 
 def calibrate(folder: Path, out: str = "r.safetensors", *more: str) -> int:
     flags = ["--model", str(DEMO), "--prompts", str(folder / "p.txt"), "--targets", "3,5", "--steps", "2", "--dtype",
              "float32", "--device", "cpu", "--width", "32", "--height", "32", "--batch_size", "2"]  # fmt: skip
-    return sd3_probe.main(["calibrate", *flags, "--out", str(folder / out), *more])
+    return sd3.probe.command.main(["calibrate", *flags, "--out", str(folder / out), *more])
 
 
 def rotations(folder: Path, out: str = "r.safetensors") -> torch.Tensor:
@@ -40,7 +42,7 @@ def rotations(folder: Path, out: str = "r.safetensors") -> torch.Tensor:
 
 def interrupt(folder: Path, monkeypatch, *more: str, after: int = 4) -> Path:
     """A state that a kill after some passes left."""
-    real, count = sd3_probe.Calibration.add, []
+    real, count = sd3.probe.calibration.Calibration.add, []
 
     def add(self, *arguments):
         count.append(1)
@@ -49,7 +51,7 @@ def interrupt(folder: Path, monkeypatch, *more: str, after: int = 4) -> Path:
         real(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sd3_probe.Calibration, "add", add)
+        patch.setattr(sd3.probe.calibration.Calibration, "add", add)
         with pytest.raises(Killed):
             calibrate(folder, "r.safetensors", *more)
     state = folder / ".r.safetensors.state"
@@ -68,7 +70,7 @@ def test_a_whole_state_goes_on_to_the_same_rotations(files, monkeypatch, capsys)
 
 def test_batches_are_those_of_one_run(files, monkeypatch, capsys):
     """A stop in the middle of a group of prompts must not move the groups, and so the batches, of the rest."""
-    monkeypatch.setattr(sd3_probe, "GROUP", 3)
+    monkeypatch.setattr(sd3.probe.running, "GROUP", 3)
     assert calibrate(files, "whole.safetensors") == 0
     interrupt(files, monkeypatch, after=6)
     assert calibrate(files) == 0

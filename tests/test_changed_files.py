@@ -13,14 +13,17 @@ from conftest import DEMO, TOKENIZERS, mmdit_config, modules, tensors_of
 from PIL import Image
 from safetensors.torch import save_file
 
+import sd3.png
+import sd3.probe.calibration
+import sd3.probe.command
+import sd3.sweep.command
 import sd3_infer
-import sd3_probe
-import sd3_sweep
-from sd3_infer import SD3Inferencer, load_for
-from serve import Server
-from settings import Flags
-from sweep.folder import SweepFolder
-from unchanged import Changed, Unchanged, stamp
+from sd3.engine import load_for
+from sd3.flags import Flags
+from sd3.serve import Server
+from sd3.sweep.folder import SweepFolder
+from sd3.unchanged import Changed, Unchanged, stamp
+from sd3_infer import SD3Inferencer
 
 SHAPE = ["--steps", "1", "--width", "32", "--height", "32", "--device", "cpu", "--seed", "0"]
 
@@ -69,7 +72,7 @@ CHANGES = [overwrite, replace, grow, remove, touch]
 
 
 def after_the_first_picture(monkeypatch, change, path: Path) -> None:
-    save = sd3_infer.saving.save_picture
+    save = sd3.png.save_picture
     done = []
 
     def saved(*arguments):
@@ -77,7 +80,7 @@ def after_the_first_picture(monkeypatch, change, path: Path) -> None:
         if not done:
             done.append(change(path))
 
-    monkeypatch.setattr(sd3_infer.saving, "save_picture", saved)
+    monkeypatch.setattr(sd3.png, "save_picture", saved)
 
 
 def one_line(error: str, *told: str) -> None:
@@ -185,7 +188,7 @@ def test_a_served_picture_may_come_from_another_image_each_time(tmp_path, model)
         Image.new("RGB", (32, 32), colour).save(tmp_path / "in.bmp")
         answer = server.answer(line)
         assert answer["ok"], answer
-        hashes.append(sd3_infer.saving.read_record(answer["files"][0])["files"]["init_image"])
+        hashes.append(sd3.png.read_record(answer["files"][0])["files"]["init_image"])
     assert len(set(hashes)) == 2
 
 
@@ -221,15 +224,15 @@ def test_a_sweep_stops_and_goes_on_with_the_right_file_only(tmp_path, model, mon
 
     monkeypatch.setattr(SweepFolder, "save", saved)
     flags = ["--model", str(model), "--prompt", "red", *SHAPE[:-2], "--seed", "0-3", "--out", str(tmp_path / "s")]
-    assert sd3_sweep.main(flags) == 2
+    assert sd3.sweep.command.main(flags) == 2
     one_line(capsys.readouterr().err, f"--model {model}: ", "since it was opened")
     assert len(list((tmp_path / "s" / "pictures").glob("*.png"))) == 1
     monkeypatch.setattr(SweepFolder, "save", save)
-    assert sd3_sweep.main(flags) == 2  # the changed file is not what it began with
+    assert sd3.sweep.command.main(flags) == 2  # the changed file is not what it began with
     assert "is not the file that this sweep began with" in capsys.readouterr().err
     model.write_bytes(original)
     os.utime(model, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert sd3_sweep.main(flags) == 0
+    assert sd3.sweep.command.main(flags) == 0
     assert "3 made, 1 were there" in capsys.readouterr().err
 
 
@@ -258,15 +261,17 @@ def test_an_embedding_cache_takes_no_text_of_a_changed_file(tmp_path, model):
 
 def test_a_calibration_stops_too(tmp_path, model, monkeypatch, capsys):
     (tmp_path / "p.txt").write_text("red\nblue\n")
-    real = sd3_probe.Calibration.add
+    real = sd3.probe.calibration.Calibration.add
 
     def added(self, *arguments):
         real(self, *arguments)
         touch(model)
 
-    monkeypatch.setattr(sd3_probe.Calibration, "add", added)
+    monkeypatch.setattr(sd3.probe.calibration.Calibration, "add", added)
     flags = ["--model", str(model), "--prompts", str(tmp_path / "p.txt"), "--targets", "3", "--steps", "1"]
-    assert sd3_probe.main(["calibrate", *flags, "--out", str(tmp_path / "r.safetensors"), "--device", "cpu"]) == 2
+    assert (
+        sd3.probe.command.main(["calibrate", *flags, "--out", str(tmp_path / "r.safetensors"), "--device", "cpu"]) == 2
+    )
     one_line(capsys.readouterr().err, f"--model {model}: ", "since it was opened")
     assert not (tmp_path / "r.safetensors").exists()
 

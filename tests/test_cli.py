@@ -17,9 +17,17 @@ from conftest import DEMO, ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import saving
+import sd3.files
+import sd3.png
+import sd3.run
+import sd3.weights
+import sd3.writing
 import sd3_infer
-from settings import Flags, Settings, SkipLayerConfig, folder_name, read_arguments, read_prompts, resolve
+from sd3.command import read_arguments
+from sd3.flags import Flags
+from sd3.models import SkipLayerConfig
+from sd3.prompts import folder_name, read_prompts
+from sd3.settings import Settings, resolve
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -58,7 +66,7 @@ def text_of(path: Path) -> dict[str, str]:
 
 
 def settings_of(path: Path) -> dict:
-    return json.loads(text_of(path)[saving.SETTINGS_CHUNK])["settings"]
+    return json.loads(text_of(path)[sd3.png.SETTINGS_CHUNK])["settings"]
 
 
 # ---- flags as typed ------------------------------------------------------------------------------
@@ -178,7 +186,7 @@ BAD_FLAGS = [
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_FLAGS, ids=[" ".join(a) for a, _ in BAD_FLAGS])
 def test_bad_flags(small_model, tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sd3_infer.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(sd3.weights.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
     base = quick(small_model, tmp_path / "out", "--prompt", "a red circle")
     assert cli(*base, *arguments) == 2
     error = capsys.readouterr().err
@@ -274,7 +282,7 @@ BAD_FILES = (
 def test_bad_files(small_model, tmp_path, monkeypatch, capsys, case):
     arguments, message = bad_files(tmp_path, small_model)[case]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sd3_infer.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(sd3.weights.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
     assert cli(*quick(small_model, "out", "--prompt", "a star"), *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -284,7 +292,7 @@ def test_bad_files(small_model, tmp_path, monkeypatch, capsys, case):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that even root cannot write")
 def test_a_folder_that_cannot_be_written(small_model, monkeypatch, capsys):
-    monkeypatch.setattr(sd3_infer.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(sd3.weights.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
     assert cli(*quick(small_model, "/proc/pictures", "--prompt", "a star")) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --out_dir")
@@ -325,8 +333,8 @@ def test_a_run_writes_what_it_says(small_model, tmp_path, capsys):
     assert [s["seed"] for s in settings] == [7, 8, 7, 8]
     assert [s["prompt"] for s in settings] == ["a red circle"] * 2 + ["a star"] * 2
     first = text_of(folder / "000000.png")
-    record = json.loads(first[saving.SETTINGS_CHUNK])
-    assert record["model_sha256"] == sd3_infer.WeightFile(small_model).sha256
+    record = json.loads(first[sd3.png.SETTINGS_CHUNK])
+    assert record["model_sha256"] == sd3.files.WeightFile(small_model).sha256
     assert record["settings"]["model"] == "small.safetensors"
     assert record["settings"]["steps"] == 4  # named by the file
     assert record["versions"]["torch"] == torch.__version__ or record["versions"]["torch"] in torch.__version__
@@ -362,7 +370,7 @@ def test_parameters_read_as_a1111_reads_them(small_model, tmp_path):
     assert pairs["Seed"] == "3"
     assert pairs["Size"] == "64x48"
     assert pairs["Model"] == "small"
-    assert pairs["Model hash"] == sd3_infer.WeightFile(small_model).sha256[:10]
+    assert pairs["Model hash"] == sd3.files.WeightFile(small_model).sha256[:10]
     assert pairs["Residual target layers"] == "1, 2"
     assert pairs["Residual weights"] == "0.5, 0.25"
 
@@ -441,7 +449,7 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="the disk is full"):
-        saving.atomic_write(tmp_path / "000000.png", write)
+        sd3.writing.atomic_write(tmp_path / "000000.png", write)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -450,7 +458,7 @@ def test_a_full_disk_is_one_line(small_model, tmp_path, monkeypatch, capsys):
         if os.pread(handle, 4, 0) == b"\x89PNG":
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saving.os, "fsync", full)
+    monkeypatch.setattr(sd3.writing.os, "fsync", full)
     assert cli(*quick(small_model, tmp_path, "--prompt", "a star", "--steps", 1)) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(error) == 1

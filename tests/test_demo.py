@@ -16,17 +16,18 @@ from conftest import DEMO, ROOT
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
-from checkpoint import MMDIT_PREFIX, WeightFile
 from demo import data, flow, optim, scenes, score, text, train, watch
 from demo.scenes import ALL_COMBINATIONS, COLOURS, HELD_OUT, SEEN, SHAPES, sample_scene, training_scene
 from mmditx import MMDiTConfig
+from sd3.files import MMDIT_PREFIX, WeightFile
+from sd3.weights import Part
 from sd3_impls import latent_in
 from sd3_infer import SD3Inferencer
 
 
 def test_the_file_is_small_and_of_the_promised_architecture():
     assert DEMO.stat().st_size <= 40e6
-    config = WeightFile(DEMO).part(MMDIT_PREFIX).config(MMDiTConfig.from_shapes, "an MMDiT")
+    config = Part(WeightFile(DEMO), MMDIT_PREFIX).config(MMDiTConfig.from_shapes, "an MMDiT")
     assert config.depth >= 8
     assert config.qk_norm
     assert config.latent_channels == 16

@@ -11,9 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sd3_impls
-from residual import ResidualConfig
-from sd3_infer import SD3Inferencer, choose_device, choose_dtype, unit_pixels
-from settings import SkipLayerConfig
+from sd3.device import choose_device, choose_dtype
+from sd3.models import SkipLayerConfig
+from sd3.pixels import unit_pixels
+from sd3.residual import ResidualConfig
+from sd3_infer import SD3Inferencer
 
 
 class OneDevice(TorchDispatchMode):

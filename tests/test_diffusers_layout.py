@@ -11,9 +11,10 @@ import torch
 from conftest import TOKENIZERS, mmdit_config, modules, tensors_of
 from safetensors.torch import load_file, save_file
 
-from checkpoint import MMDIT_PREFIX, TRANSFORMER, VAE_PREFIX, WeightFile, mmdit_part, vae_part
+from sd3.files import MMDIT_PREFIX, TRANSFORMER, VAE_PREFIX, WeightFile
+from sd3.models import model_key
+from sd3.weights import mmdit_part, vae_part
 from sd3_infer import SD3Inferencer, main
-from settings import model_key
 
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")

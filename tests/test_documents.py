@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import sd3_probe
-import sd3_sweep
-from settings import READERS
+import sd3.probe.command
+import sd3.sweep.command
+from sd3.flags import READERS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = ("*.py", "*.sh", "requirements*.txt", "pyproject.toml")
@@ -124,8 +124,8 @@ OWN = ["benchmarks", "demo"]
 
 def known_flags() -> set[str]:
     """Flags of the three programs, and the parameters of demo's and the benchmarks' functions."""
-    names = set(READERS) | set(sd3_sweep.OWN) | set(FOREIGN)
-    names |= {name for readers in sd3_probe.COMMANDS.values() for name in readers}
+    names = set(READERS) | set(sd3.sweep.command.OWN) | set(FOREIGN)
+    names |= {name for readers in sd3.probe.command.COMMANDS.values() for name in readers}
     for folder in OWN:
         for path in (ROOT / folder).glob("*.py"):
             source = path.read_text(encoding="utf-8")

@@ -12,10 +12,12 @@ from conftest import relative
 from PIL import Image
 
 import sd3_impls
-from residual import ResidualConfig
+from sd3.flags import Flags, picture_seeds
+from sd3.models import SkipLayerConfig
+from sd3.pixels import check_finite, to_image
+from sd3.residual import ResidualConfig
 from sd3_impls import Conditioning, Denoiser
-from sd3_infer import SD3Inferencer, check_finite, to_image
-from settings import Flags, SkipLayerConfig, picture_seeds
+from sd3_infer import SD3Inferencer
 
 SIZE = {"width": 64, "height": 48}
 
@@ -230,7 +232,7 @@ def test_pixels_are_truncated_and_nan_is_refused():
 def test_t5_streams_as_it_runs_whole(small_model):
     from conftest import modules
 
-    from checkpoint import ENCODER_PREFIX
+    from sd3.files import ENCODER_PREFIX
 
     engine = fresh(small_model)
     whole = modules()[ENCODER_PREFIX.format("t5xxl")]

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import embed_cache
-from embed_cache import EmbedCache, file_identity
+import sd3.embed_cache
+from sd3.embed_cache import EmbedCache, file_identity
 from sd3_infer import SD3Inferencer
 
 PROMPT = "a red circle"
@@ -82,7 +82,7 @@ def test_an_entry_that_was_changed_is_not_taken(small_model, filled, case, check
         rewritten(path, CHANGES[case])
         tensors = load_file(path)
         if checksum == "right" and set(tensors) == {"context", "pooled"} and case != "another number":
-            notes = {"key": path.stem, "checksum": embed_cache._checksum(tensors)}
+            notes = {"key": path.stem, "checksum": sd3.embed_cache._checksum(tensors)}
             save_file(tensors, path, notes)
     assert same(small_model, cache, texts)
 
@@ -148,9 +148,9 @@ def copies(folder: Path, small_model, change=None) -> Path:
         "text_encoders.t5xxl.transformer.encoder.block.2.layer.1.DenseReluDense.wo.weight",
     ],
 )
-@pytest.mark.parametrize("whole", [embed_cache.WHOLE, 1000])
+@pytest.mark.parametrize("whole", [sd3.embed_cache.WHOLE, 1000])
 def test_another_model_of_the_same_size_and_date_has_its_own(tmp_path, small_model, monkeypatch, name, whole):
-    monkeypatch.setattr(embed_cache, "WHOLE", whole)
+    monkeypatch.setattr(sd3.embed_cache, "WHOLE", whole)
     a, b = copies(tmp_path / "a", small_model), copies(tmp_path / "b", small_model, {name: 0.5})
     assert (a.stat().st_size, a.stat().st_mtime_ns) == (b.stat().st_size, b.stat().st_mtime_ns)
     engine(a, tmp_path / "c").get_cond(PROMPT)
@@ -195,7 +195,7 @@ def test_another_tokenizer_has_its_own(tmp_path, small_model):
 @pytest.mark.parametrize("size", [100, 5000, 20_000])
 @pytest.mark.parametrize("end", ["first", "last"])
 def test_a_large_file_is_known_by_both_ends_of_every_tensor(tmp_path, monkeypatch, size, end):
-    monkeypatch.setattr(embed_cache, "WHOLE", 10)
+    monkeypatch.setattr(sd3.embed_cache, "WHOLE", 10)
     tensors = {name: torch.zeros(size, dtype=torch.uint8) for name in "abc"}
     save_file(tensors, tmp_path / "x.safetensors")
     known = {json.dumps(file_identity(tmp_path / "x.safetensors"))}
@@ -208,7 +208,7 @@ def test_a_large_file_is_known_by_both_ends_of_every_tensor(tmp_path, monkeypatc
 
 
 def test_another_large_file_is_known_by_its_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(embed_cache, "WHOLE", 10)
+    monkeypatch.setattr(sd3.embed_cache, "WHOLE", 10)
     known = set()
     for data in (bytes(9000), b"x" + bytes(8999), bytes(8999) + b"x", bytes(9001)):
         (tmp_path / "x.bin").write_bytes(data)
@@ -227,8 +227,8 @@ def test_text_that_is_no_number_is_never_kept_and_never_taken(tmp_path, value, p
     text[place].view(-1)[1] = value
     cache.write("a", 2, tuple(text))
     assert list((tmp_path / "c").iterdir()) == []
-    tensors = dict(zip(embed_cache.NAMES, text, strict=True))
-    notes = {"key": cache.key("a", 2), "checksum": embed_cache._checksum(tensors)}
+    tensors = dict(zip(sd3.embed_cache.NAMES, text, strict=True))
+    notes = {"key": cache.key("a", 2), "checksum": sd3.embed_cache._checksum(tensors)}
     save_file(tensors, cache.path("a", 2), notes)
     assert cache.read("a", 2) is None
 

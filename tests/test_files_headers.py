@@ -11,8 +11,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from safetensors import SafetensorError, safe_open
 
-from checkpoint import WeightFile
-from foreign import Unreadable
+from sd3.files import WeightFile
+from sd3.reading import Unreadable
+from sd3.weights import Part
 
 TENSORS = {
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
@@ -208,7 +209,7 @@ def test_the_line_names_the_tensor(tmp_path, changes, line):
 
 def test_what_is_read_is_what_the_library_reads(tmp_path):
     path = written(tmp_path / "x.safetensors", json.dumps(HEADER).encode(), bytes(range(40)))
-    part = WeightFile(path).part()
+    part = Part(WeightFile(path))
     with safe_open(path, framework="pt", device="cpu") as file:
         for name, tensor in part.read(list(TENSORS), "cpu", None):
             wanted = file.get_tensor(name)

@@ -15,13 +15,16 @@ from conftest import CLIP_L, T5_SMALL, TOKENIZERS, controlnet_tensors, mmdit_con
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sd3_infer as command_line
-from checkpoint import ENCODER_PREFIX, ENCODERS, MMDIT_PREFIX, VAE_PREFIX, WeightFile, mmdit_part, weight_files
-from dit_embedder import ControlNet, ControlNetConfig, controlnet_part
-from foreign import Unreadable
+import sd3.find
+import sd3_infer
+from dit_embedder import ControlNet, ControlNetConfig
 from mmditx import MMDiT, MMDiTConfig
 from other_impls import CLIP, T5
-from sd3_infer import SD3Inferencer, on_meta
+from sd3.engine import on_meta
+from sd3.files import ENCODER_PREFIX, ENCODERS, MMDIT_PREFIX, VAE_PREFIX, WeightFile, weight_files
+from sd3.reading import Unreadable
+from sd3.weights import controlnet_part, mmdit_part
+from sd3_infer import SD3Inferencer
 
 META = {"width": "64", "height": "48", "steps": "2"}
 
@@ -160,7 +163,7 @@ def test_a_device_without_float8_gets_what_it_has(tmp_path, whole, stored, scale
 def test_weights_without_a_point_are_refused_by_name(tmp_path, whole, capsys, dtype, name, weights):
     path = place(tmp_path, whole | {name: whole[name].to(dtype)})
     words = ["--model", str(path), "--prompt", "red", "--device", "cpu", "--weights", weights]
-    assert command_line.main([*words, "--out_dir", str(tmp_path / "o")]) == 2
+    assert sd3_infer.main([*words, "--out_dir", str(tmp_path / "o")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --model {path}: ")
     assert f"{name} is " in line
@@ -168,7 +171,7 @@ def test_weights_without_a_point_are_refused_by_name(tmp_path, whole, capsys, dt
 
 
 def test_eight_bits_need_weights_with_a_point():
-    from weights import quantise
+    from sd3.layers import quantise
 
     with pytest.raises(TypeError, match=r"torch\.int8"):
         quantise(torch.ones(2, 2, dtype=torch.int8), "int8")
@@ -376,7 +379,7 @@ def test_two_that_fit_are_one_line_with_the_flag(tmp_path, whole, capsys, role, 
         save_file(encoder(whole, role), tmp_path / f"{name}.safetensors")
     (tmp_path / f"{role}.safetensors").unlink()
     words = ["--model", str(path), "--prompt", "x", "--device", "cpu", "--out_dir", str(tmp_path / "o")]
-    assert command_line.main(words) == 2
+    assert sd3_infer.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --{role}: ")
     assert all(str(tmp_path / f"{name}.safetensors") in line for name in names)
@@ -415,12 +418,12 @@ def test_the_flag_is_in_the_runs_record_and_replay_finds_it(tmp_path, small_mode
         "--t5xxl",
         str(tmp_path / "mine.safetensors"),
     ]
-    assert command_line.main([*words, *base, "--dtype", "float32"]) == 0
+    assert sd3_infer.main([*words, *base, "--dtype", "float32"]) == 0
     (picture,) = (tmp_path / "o").rglob("000000.png")
     flags = json.loads((picture.parent / "run.json").read_text())["flags"]
     assert flags["t5xxl"] == str(tmp_path / "mine.safetensors")
     capsys.readouterr()
-    assert command_line.main(["--replay", str(picture), *base]) == 0
+    assert sd3_infer.main(["--replay", str(picture), *base]) == 0
     assert "bit for bit" in capsys.readouterr().err
 
 
@@ -512,7 +515,7 @@ def test_a_control_type_that_is_no_number(tmp_path, small_model, value):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 7.0, 0.5])
 def test_an_unknown_control_type_is_none(tmp_path, small_model, value):
-    from dit_embedder import control_kind
+    from sd3.weights import control_kind
 
     save_file(
         controlnet_tensors(mmdit_config(), True) | {"control_type": torch.tensor([value])}, tmp_path / "net.safetensors"
@@ -551,7 +554,7 @@ def test_a_weight_that_is_no_number_is_the_files_damage(tmp_path, whole, capsys,
         "--out_dir",
         str(tmp_path / "o"),
     ]
-    assert command_line.main(words) == 2
+    assert sd3_infer.main(words) == 2
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert f"--model {path}: {name} holds NaN or infinity" in line
     assert "--dtype" not in line
@@ -561,7 +564,7 @@ def test_a_weight_that_is_no_number_is_the_files_damage(tmp_path, whole, capsys,
 def test_a_download_that_never_filled_is_refused(tmp_path, whole, capsys, prefix):
     path = place(tmp_path, {k: torch.zeros_like(v) if k.startswith(prefix) else v for k, v in whole.items()})
     words = ["--model", str(path), "--prompt", "red", "--device", "cpu", "--out_dir", str(tmp_path / "o")]
-    assert command_line.main(words) == 2
+    assert sd3_infer.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "holds nothing but zeros" in line
     assert not (tmp_path / "o").exists()
@@ -592,7 +595,7 @@ def test_sizes_of_no_model_are_one_line(tmp_path, whole, capsys, name, shape):
     tensors = dict(whole) | {MMDIT_PREFIX + name: torch.ones(shape)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        status = command_line.main(
+        status = sd3_infer.main(
             [
                 "--model",
                 str(place(tmp_path, tensors)),
@@ -619,7 +622,7 @@ def test_a_whole_model_whose_heads_do_not_fit(tmp_path, whole, capsys, width):
     net = randomise(MMDiT(mmdit_config(width=width, qk_norm=False)), 0)
     tensors = {k: v for k, v in whole.items() if not k.startswith(MMDIT_PREFIX)}
     path = place(tmp_path, tensors | {MMDIT_PREFIX + k: v.detach() for k, v in net.state_dict().items()})
-    assert command_line.main(["--model", str(path), "--prompt", "x", "--device", "cpu"]) == 2
+    assert sd3_infer.main(["--model", str(path), "--prompt", "x", "--device", "cpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"width {width}, which is no multiple of 64" in line
 
@@ -663,4 +666,4 @@ def test_what_lies_in_a_models_folder_is_listed_whatever_it_is(tmp_path, whole):
 
 
 def sd3_infer_list(folder) -> str:
-    return command_line.list_models(str(folder))
+    return sd3.find.list_models(str(folder))

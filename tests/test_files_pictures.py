@@ -11,8 +11,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import sd3_infer
-from foreign import Unreadable
-from sd3_infer import open_image
+from sd3.pixels import open_image
+from sd3.reading import Unreadable
 
 SIZE = (16, 12)
 

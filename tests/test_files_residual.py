@@ -12,12 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import sd3.probe.command
+import sd3.probe.suggesting
+import sd3.sweep.command
 import sd3_infer
-import sd3_probe
-import sd3_sweep
-from foreign import Unreadable
-from residual import ResidualConfig, read_fields, read_rotations
-from sweep.layouts import read_entries
+from sd3.reading import Unreadable
+from sd3.residual import ResidualConfig, read_fields, read_rotations
+from sd3.sweep.layouts import read_entries
 
 EYE = torch.eye(4)
 
@@ -227,7 +228,12 @@ def test_good_edges_are_read(tmp_path, edges):
 
 def test_pipes_do_not_hang(tmp_path):
     os.mkfifo(tmp_path / "p")
-    for read in (read_fields, read_rotations, sd3_probe.read_measurement, lambda path: read_entries("dpg", str(path))):
+    for read in (
+        read_fields,
+        read_rotations,
+        sd3.probe.suggesting.read_measurement,
+        lambda path: read_entries("dpg", str(path)),
+    ):
         with pytest.raises(Unreadable, match="is not a file"):
             read(tmp_path / "p")
     os.mkfifo(tmp_path / "p.txt")
@@ -241,7 +247,7 @@ def test_pipes_do_not_hang(tmp_path):
 def test_a_grid_of_any_damage_is_one_line(tmp_path, capsys, text):
     path = tmp_path / "g.yaml"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
-    assert sd3_sweep.main(["--grid", str(path), "--out", str(tmp_path / "s")]) == 2
+    assert sd3.sweep.command.main(["--grid", str(path), "--out", str(tmp_path / "s")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --grid {path}: ") or "!!python" in text
     assert not (tmp_path / "s").exists()
@@ -249,7 +255,7 @@ def test_a_grid_of_any_damage_is_one_line(tmp_path, capsys, text):
 
 def test_a_grid_that_is_a_pipe(tmp_path, capsys):
     os.mkfifo(tmp_path / "g.yaml")
-    assert sd3_sweep.main(["--grid", str(tmp_path / "g.yaml"), "--out", str(tmp_path / "s")]) == 2
+    assert sd3.sweep.command.main(["--grid", str(tmp_path / "g.yaml"), "--out", str(tmp_path / "s")]) == 2
     assert "is not a file" in capsys.readouterr().err
 
 
@@ -290,14 +296,14 @@ MEASUREMENTS = {
 def test_a_measurement_of_any_values_is_one_line(tmp_path, capsys, case):
     path = tmp_path / "measure.json"
     path.write_text(MEASUREMENTS[case])
-    assert sd3_probe.main(["suggest", "--measurement", str(path)]) == 2
+    assert sd3.probe.command.main(["suggest", "--measurement", str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: --measurement {path}: is not a measurement of sd3_probe.py")
+    assert line.startswith(f"error: --measurement {path}: is not a measurement of sd3.probe.command.py")
 
 
 def test_a_good_measurement_is_read(tmp_path, capsys):
     (tmp_path / "measure.json").write_text(measurement())
-    assert sd3_probe.main(["suggest", "--measurement", str(tmp_path / "measure.json")]) == 0
+    assert sd3.probe.command.main(["suggest", "--measurement", str(tmp_path / "measure.json")]) == 0
     assert "--residual_origin_layer 0" in capsys.readouterr().out
 
 

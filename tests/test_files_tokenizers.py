@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import sd3_infer
-from foreign import Unreadable
 from other_impls import CLIPTokenizer, T5Tokenizer, weighted_segments
+from sd3.reading import Unreadable
 from sd3_infer import SD3Inferencer
 
 

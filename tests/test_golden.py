@@ -15,11 +15,15 @@ import torch
 from conftest import relative
 from safetensors.torch import load_file
 
-from checkpoint import MMDIT_PREFIX, VAE_PREFIX, Part, WeightFile, encoder_part, mmdit_part
-from dit_embedder import ControlNet, ControlNetConfig, controlnet_part
-from mmditx import MMDiT, MMDiTConfig
+from dit_embedder import ControlNet, ControlNetConfig
+from mmditx import MMDiT, MMDiTConfig, ResidualStream, residual_stream
 from other_impls import CLIP, T5, CLIPConfig, CLIPTokenizer, T5Config, T5Tokenizer
-from residual import ResidualConfig, ResidualStream, Rotations, residual_stream
+from sd3.files import MMDIT_PREFIX, VAE_PREFIX, WeightFile
+from sd3.find import encoder_part
+from sd3.models import SkipLayerConfig
+from sd3.residual import ResidualConfig, Rotations
+from sd3.vae import VAE, VAEConfig
+from sd3.weights import Part, controlnet_part, mmdit_part
 from sd3_impls import (
     SAMPLERS,
     Conditioning,
@@ -31,8 +35,6 @@ from sd3_impls import (
     remaining,
     seeded_noise,
 )
-from settings import SkipLayerConfig
-from vae import VAE, VAEConfig
 
 MODULE, RUN = 1e-5, 1e-4
 FOLDER = Path(os.environ.get("SD3_GOLDEN", ""))
@@ -59,7 +61,7 @@ def build(part: Part, make, config) -> torch.nn.Module:
 
 
 def mmdit(file: str) -> MMDiT:
-    return build(WeightFile(FOLDER / file).part(MMDIT_PREFIX), MMDiT, MMDiTConfig.from_shapes)
+    return build(Part(WeightFile(FOLDER / file), MMDIT_PREFIX), MMDiT, MMDiTConfig.from_shapes)
 
 
 @torch.no_grad()
@@ -129,7 +131,7 @@ def test_reinjection(key):
 @pytest.mark.parametrize("key", REINJECTION_KEYS)
 def test_reinjection_by_hooks_on_diffusers_own_model(key):
     diffusers = pytest.importorskip("diffusers")
-    from residual_diffusers import apply_residual
+    from sd3.diffusers_hooks import apply_residual
 
     g, weights = golden("reinjection_diffusers"), load_file(FOLDER / "reinjection_diffusers.weights.safetensors")
     width, context = weights["context_embedder.weight"].shape
@@ -169,7 +171,7 @@ def test_controlnet(kind):
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "activation"), [("clip_l", "quick_gelu"), ("clip_g", "gelu")])
 def test_clip(name, activation):
-    g, part = golden(name), WeightFile(FOLDER / f"{name}.weights.safetensors").part()
+    g, part = golden(name), Part(WeightFile(FOLDER / f"{name}.weights.safetensors"))
     model = build(part, CLIP, lambda shapes: CLIPConfig.from_shapes(shapes, activation, name == "clip_g"))
     hidden, pooled = model(g["ids"])
     assert relative(hidden, g["hidden"]) < MODULE
@@ -187,7 +189,7 @@ def test_t5():
 @torch.no_grad()
 def test_vae():
     g = golden("vae")
-    model = build(WeightFile(FOLDER / "vae.weights.safetensors").part(VAE_PREFIX), VAE, VAEConfig.from_shapes)
+    model = build(Part(WeightFile(FOLDER / "vae.weights.safetensors"), VAE_PREFIX), VAE, VAEConfig.from_shapes)
     mean, logvar = model.moments(g["image"])
     assert relative(mean, g["mean"]) < MODULE
     assert relative(logvar, g["logvar"]) < MODULE

@@ -19,24 +19,20 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
-import saving
+import sd3.device
+import sd3.pixels
+import sd3.png
+import sd3.serve
+import sd3.sweep.command
 import sd3_infer
-import sd3_sweep
-import serve
-from residual import ResidualConfig
+from sd3.effects import effective, executed_steps, starts_from_noise
+from sd3.flags import Flags
+from sd3.models import SkipLayerConfig
+from sd3.residual import ResidualConfig
+from sd3.settings import Settings, earlier_digest
+from sd3.windows import acts_in_window, skips_layers
 from sd3_impls import flow_schedule
 from sd3_infer import SD3Inferencer
-from settings import (
-    Flags,
-    Settings,
-    SkipLayerConfig,
-    acts_in_window,
-    earlier_digest,
-    effective,
-    executed_steps,
-    skips_layers,
-    starts_from_noise,
-)
 
 EARLIER = json.loads((Path(__file__).parent / "earlier_records.json").read_text(encoding="utf-8"))
 PROMPT = "a red circle left of a blue square"
@@ -99,7 +95,7 @@ def test_a_flag_without_effect_is_at_its_default_is_told_and_changes_nothing(eng
     assert len(notes) == bool(told)
     assert all(told in note and note.startswith("note: ") for note in notes)
     assert effective(shown) == (shown, [])
-    images = sd3_infer.open_images([s])
+    images = sd3.pixels.open_images([s])
     pictures = [engine.vae_decode(engine.sample([one], images), one.vae_tile) for one in (s, shown)]
     assert pictures[0].tobytes() == pictures[1].tobytes()
 
@@ -234,19 +230,19 @@ def test_a_third_of_a_sweep_made_again_is_the_same_byte_for_byte(tmp_path, case)
     command = [*BASE, "--prompt", PROMPT, "--seed", "0-5", "--residual_target_layers", "3,5", "--residual_end", "0.5"]
     command += [*EXACT[case], "--out", str(tmp_path / "out")]
     command = [f"{word}=True" if word == "--offload" else word for word in command]
-    assert sd3_sweep.main(command) == 0
+    assert sd3.sweep.command.main(command) == 0
     made = {p: p.read_bytes() for p in sorted((tmp_path / "out" / "pictures").glob("*.png"))}
     assert len(made) == 12
     for path in list(made)[::3]:
         path.unlink()
-    assert sd3_sweep.main(command) == 0
+    assert sd3.sweep.command.main(command) == 0
     assert made == {p: p.read_bytes() for p in sorted((tmp_path / "out" / "pictures").glob("*.png"))}
 
 
 def test_offloading_makes_another_picture_of_a_sweep_and_is_recorded(tmp_path, capsys):
     command = [*BASE, "--prompt", PROMPT, "--steps", "2", "--out", str(tmp_path / "out"), "--offload=False;True"]
-    assert sd3_sweep.main(command) == 0
-    records = [saving.read_record(p)["settings"] for p in (tmp_path / "out" / "pictures").glob("*.png")]
+    assert sd3.sweep.command.main(command) == 0
+    records = [sd3.png.read_record(p)["settings"] for p in (tmp_path / "out" / "pictures").glob("*.png")]
     assert sorted(r.get("offload", False) for r in records) == [False, True]
 
 
@@ -305,7 +301,7 @@ def put_record(path: Path, record: dict) -> None:
     with Image.open(path) as image:
         image.load()
         info = PngInfo()
-        info.add_text(saving.SETTINGS_CHUNK, json.dumps(record))
+        info.add_text(sd3.png.SETTINGS_CHUNK, json.dumps(record))
         image.save(path, pnginfo=info)
 
 
@@ -325,17 +321,17 @@ def test_a_sweep_of_an_earlier_version_goes_on_without_making_a_picture_twice(tm
     (out / "pictures").mkdir(parents=True)
     for name, record in EARLIER["sweep"]["pictures"].items():
         info = PngInfo()
-        info.add_text(saving.SETTINGS_CHUNK, json.dumps({"settings": record}))
+        info.add_text(sd3.png.SETTINGS_CHUNK, json.dumps({"settings": record}))
         Image.new("RGB", (96, 96)).save(out / "pictures" / f"{name}.png", pnginfo=info)
     record = {"format": 1, "planned": EARLIER["sweep"]["planned"], "files": {}}
     (out / "sweep.json").write_text(json.dumps(record), encoding="utf-8")
     before = sorted((out / "pictures").iterdir())
     arguments = [str(DEMO) if word == "MODEL" else word for word in EARLIER["sweep"]["arguments"]]
-    assert sd3_sweep.main([*arguments, "--out", str(out)]) == 0
+    assert sd3.sweep.command.main([*arguments, "--out", str(out)]) == 0
     assert "0 made" in capsys.readouterr().err
     assert sorted((out / "pictures").iterdir()) == before
     more = ["2.5;1;3" if word == "1;2.5" else word for word in arguments]
-    assert sd3_sweep.main([*more, "--out", str(out)]) == 0
+    assert sd3.sweep.command.main([*more, "--out", str(out)]) == 0
     made = {p.stem for p in (out / "pictures").iterdir()} - {p.stem for p in before}
     assert len(made) == 2 * 5  # both seeds at cfg 3: off, and two windows with two branches each
 
@@ -345,7 +341,7 @@ def test_an_earlier_picture_made_with_offload_is_replayed_with_it(tmp_path, caps
     command = [*BASE, "--prompt", PROMPT, "--seed", "1", "--offload", "--dtype", "bfloat16"]
     assert sd3_infer.main([*command, "--out_dir", str(tmp_path)]) == 0
     (path,) = tmp_path.rglob("0*.png")
-    record = saving.read_record(path)
+    record = sd3.png.read_record(path)
     del record["settings"]["offload"]
     put_record(path, record)
     capsys.readouterr()
@@ -422,12 +418,12 @@ def other_tokenizer(model: Path) -> None:
 @pytest.mark.parametrize(("change", "named"), [(other_t5, "t5xxl"), (other_tokenizer, "t5 tokenizer")])
 def test_other_text_encoders_are_noticed_by_a_sweep_and_by_replay(apart, tmp_path, capsys, change, named):
     command = ["--model", str(apart), "--device", "cpu", "--prompt", "a red circle", "--dtype", "float32"]
-    assert sd3_sweep.main([*command, "--seed", "0", "--out", str(tmp_path / "out")]) == 0
-    assert sd3_sweep.main([*command, "--seed", "0-1", "--out", str(tmp_path / "out")]) == 0
+    assert sd3.sweep.command.main([*command, "--seed", "0", "--out", str(tmp_path / "out")]) == 0
+    assert sd3.sweep.command.main([*command, "--seed", "0-1", "--out", str(tmp_path / "out")]) == 0
     path = next((tmp_path / "out" / "pictures").glob("*.png"))
     capsys.readouterr()
     change(apart)
-    assert sd3_sweep.main([*command, "--seed", "0-2", "--out", str(tmp_path / "out")]) == 2
+    assert sd3.sweep.command.main([*command, "--seed", "0-2", "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
     assert named in told
     assert "not the one that this sweep began with" in told
@@ -439,7 +435,7 @@ def test_a_record_that_knows_less_of_the_text_encoders_is_no_difference(apart, t
     command = ["--model", str(apart), "--device", "cpu", "--prompt", "a red circle", "--dtype", "float32"]
     assert sd3_infer.main([*command, "--out_dir", str(tmp_path / "o")]) == 0
     (path,) = (tmp_path / "o").rglob("0*.png")
-    record = saving.read_record(path)
+    record = sd3.png.read_record(path)
     record["encoders"] = {"t5xxl": {n: v for n, v in record["encoders"]["t5xxl"].items() if n != "identity"}}
     put_record(path, record)
     capsys.readouterr()
@@ -462,7 +458,7 @@ def test_a_served_line_is_answered_with_what_had_no_effect(tmp_path):
     raw = {"model": str(DEMO), "device": "cpu", "steps": "1", "out_dir": str(tmp_path)}
     lines = ['{"prompt": "a star", "denoise": 0.3}', '{"prompt": "a star"}', '{"prompt": "a star", "denoise": 0.3}']
     answers: list[str] = []
-    serve.serve(Flags.read(raw), raw, lines, answers.append)
+    sd3.serve.serve(Flags.read(raw), raw, lines, answers.append)
     notes = [json.loads(answer).get("notes") for answer in answers]
     assert notes == [["note: --denoise has no effect without --init_image"], None] * 1 + [notes[0]]
 
@@ -473,6 +469,6 @@ def test_a_served_line_is_answered_with_what_had_no_effect(tmp_path):
 def test_the_limit_of_a_container_counts(tmp_path):
     for text, wanted in (("max\n", math.inf), ("4000000000\n", 4e9), ("", math.inf)):
         (tmp_path / "memory.max").write_text(text)
-        assert sd3_infer.container_memory([tmp_path / "none", tmp_path / "memory.max"]) == wanted
+        assert sd3.device.container_memory([tmp_path / "none", tmp_path / "memory.max"]) == wanted
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert sd3_infer.device_memory(torch.device("cpu")) == min(whole, sd3_infer.container_memory())
+    assert sd3.device.device_memory(torch.device("cpu")) == min(whole, sd3.device.container_memory())

@@ -15,12 +15,19 @@ import torch
 from conftest import DEMO, ROOT
 from PIL import Image
 
+import sd3.engine
+import sd3.png
+import sd3.probe.command
+import sd3.probe.suggesting
+import sd3.sweep.command
+import sd3.sweep.work
+import sd3.weights
 import sd3_infer
-import sd3_probe
-import sd3_sweep
-import sweep.work
-from sd3_infer import OutOfMemory, RunRecord, explained, out_of_memory
-from settings import Flags, Settings
+from sd3.flags import Flags
+from sd3.memory import OutOfMemory, explained, out_of_memory
+from sd3.run import RunRecord
+from sd3.settings import Settings
+from sd3.streams import MOST_SAID, Once
 
 SMALL = f"--model {DEMO} --device cpu --steps 1 --width 32 --height 32 --dtype float32".split()
 CPU = (
@@ -68,7 +75,7 @@ def test_the_flags_to_turn_down_are_those_of_the_stage(tmp_path, monkeypatch, ca
     def full(*_, **__):
         raise RuntimeError(CPU)
 
-    monkeypatch.setattr(sd3_infer.SD3Inferencer, place, full)
+    monkeypatch.setattr(sd3.engine.Engine, place, full)
     assert infer(tmp_path, "--prompt", "red", *more) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert told in line
@@ -79,8 +86,8 @@ def test_weights_that_do_not_fit_name_other_flags(tmp_path, monkeypatch, capsys)
     def full(*_, **__):
         raise RuntimeError(CPU)
 
-    monkeypatch.setattr(sd3_infer.Part, "load_into", full)
-    monkeypatch.setattr(sd3_infer.SD3Inferencer, "encode", lambda *_: None)
+    monkeypatch.setattr(sd3.weights.Part, "load_into", full)
+    monkeypatch.setattr(sd3.engine.Engine, "encode", lambda *_: None)
     assert infer(tmp_path, "--prompt", "red") == 1
     assert "out of memory while loading the MMDiT; try --weights int8" in capsys.readouterr().err
 
@@ -93,9 +100,9 @@ def test_a_sweep_goes_on_without_what_did_not_fit(tmp_path, monkeypatch, capsys)
             raise RuntimeError(CPU)
         return real(self, latent, *arguments, **options)
 
-    monkeypatch.setattr(sd3_infer.SD3Inferencer, "do_sampling", wide_fails)
+    monkeypatch.setattr(sd3.engine.Engine, "do_sampling", wide_fails)
     flags = [flag if flag != "32" else "32;64" for flag in SMALL[:8]] + SMALL[8:]
-    assert sd3_sweep.main([*flags, "--out", str(tmp_path / "o"), "--prompt", "red", "--seed", "0-1"]) == 1
+    assert sd3.sweep.command.main([*flags, "--out", str(tmp_path / "o"), "--prompt", "red", "--seed", "0-1"]) == 1
     error = capsys.readouterr().err
     assert error.count("failed: off") == 2
     assert "out of memory while sampling; try a smaller --width" in error
@@ -110,8 +117,8 @@ def test_suggest_does_not_name_the_width(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise MemoryError
 
-    monkeypatch.setattr(sd3_probe, "suggest", full)
-    assert sd3_probe.main(["suggest", "--measurement", str(tmp_path / "m.json")]) == 1
+    monkeypatch.setattr(sd3.probe.suggesting, "suggest", full)
+    assert sd3.probe.command.main(["suggest", "--measurement", str(tmp_path / "m.json")]) == 1
     error = capsys.readouterr().err
     assert "blocks in --measurement" in error
     assert "--width" not in error
@@ -144,15 +151,15 @@ def test_prompts_are_encoded_in_groups_and_the_pictures_are_the_same(tmp_path, m
     flags = ["--prompt", tmp_path / "p.txt", "--seed", 1, "--batch_size", 3, "--pad_batch", "True"]
     assert infer(tmp_path / "whole", *flags) == 0
     made: list[tuple[str, int]] = []
-    encode, save = sd3_infer.SD3Inferencer.encode, sd3_infer.saving.save_picture
+    encode, save = sd3_infer.SD3Inferencer.encode, sd3.png.save_picture
 
     def noted(self, wanted):
         encode(self, wanted)
         made.append(("encode", self.known_texts))
 
-    monkeypatch.setattr(sd3_infer, "TEXTS_AT_ONCE", 4)
-    monkeypatch.setattr(sd3_infer.SD3Inferencer, "encode", noted)
-    monkeypatch.setattr(sd3_infer.saving, "save_picture", lambda *a: (save(*a), made.append(("picture", 0))))
+    monkeypatch.setattr(sd3.engine, "TEXTS_AT_ONCE", 4)
+    monkeypatch.setattr(sd3.engine.Engine, "encode", noted)
+    monkeypatch.setattr(sd3.png, "save_picture", lambda *a: (save(*a), made.append(("picture", 0))))
     assert infer(tmp_path / "groups", *flags) == 0
     assert files(tmp_path / "groups") == files(tmp_path / "whole")
     assert [name for name, _ in made[:2]] == ["encode", "picture"]
@@ -163,9 +170,9 @@ def test_prompts_are_encoded_in_groups_and_the_pictures_are_the_same(tmp_path, m
 def test_so_are_those_of_a_sweep(tmp_path, monkeypatch, capsys):
     (tmp_path / "p.txt").write_text("".join(f"a red circle {i}\n" for i in range(7)))
     flags = [*SMALL, "--prompt", str(tmp_path / "p.txt"), "--seed", "0", "--residual_target_layers", "3"]
-    assert sd3_sweep.main([*flags, "--out", str(tmp_path / "whole")]) == 0
-    monkeypatch.setattr(sweep.work, "TEXTS_AT_ONCE", 4)
-    assert sd3_sweep.main([*flags, "--out", str(tmp_path / "groups")]) == 0
+    assert sd3.sweep.command.main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr(sd3.sweep.work, "TEXTS_AT_ONCE", 4)
+    assert sd3.sweep.command.main([*flags, "--out", str(tmp_path / "groups")]) == 0
     both = [
         {p.name: p.read_bytes() for p in (tmp_path / name / "pictures").glob("*.png")} for name in ("whole", "groups")
     ]
@@ -185,29 +192,29 @@ def test_the_first_of_very_many_prompts_does_not_wait_for_the_last(tmp_path, mon
     def first(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sd3_infer.saving, "save_picture", first)
+    monkeypatch.setattr(sd3.png, "save_picture", first)
     assert infer(tmp_path / "o", "--prompt", tmp_path / "p.txt") == 130
-    assert sum(encoded) <= sd3_infer.TEXTS_AT_ONCE
+    assert sum(encoded) <= sd3.engine.TEXTS_AT_ONCE
 
 
 def test_what_was_said_is_not_remembered_for_ever(small_engine, monkeypatch):
-    monkeypatch.setattr(small_engine, "_said", {})
-    for number in range(3 * sd3_infer.MOST_SAID):
+    monkeypatch.setattr(small_engine, "_first", Once())
+    for number in range(3 * MOST_SAID):
         small_engine.say(f"line {number}", once=True)
         small_engine.say(f"other {number}")
-    assert len(small_engine._said) <= sd3_infer.MOST_SAID
+    assert len(small_engine._first.lines) <= MOST_SAID
 
 
 def test_a_long_record_is_written_once_and_not_again_with_every_picture(small_engine, tmp_path, monkeypatch):
     """10,000 pictures: what is written in all is a few times what is there in the end."""
     written: list[int] = []
-    real = sd3_infer.saving.atomic_write
+    real = sd3.png.atomic_write
 
     def counted(path, write):
         real(path, write)
         written.append(path.stat().st_size)
 
-    monkeypatch.setattr(sd3_infer.saving, "atomic_write", counted)
+    monkeypatch.setattr(sd3.writing, "atomic_write", counted)
     record = RunRecord(tmp_path, Flags(), [], 0, small_engine)
     with record.kept():
         for number in range(10_000):

@@ -10,7 +10,7 @@ from conftest import CLIP_G, CLIP_L, T5_SMALL, mmdit_config, randomise, relative
 from dit_embedder import ControlNet, ControlNetConfig
 from mmditx import MMDiT
 from other_impls import CLIP, T5
-from vae import VAE, VAEConfig
+from sd3.vae import VAE, VAEConfig
 
 LIMIT = 1e-5
 diffusers = pytest.importorskip("diffusers")

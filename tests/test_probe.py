@@ -1,4 +1,4 @@
-"""`sd3_probe.py`: streamed measures equal direct ones, rotations are the best there are, runs go on after a stop."""
+"""`python -m sd3.probe`: measures equal direct ones, rotations are the best there are, runs go on after a stop."""
 
 from __future__ import annotations
 
@@ -18,25 +18,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
+import sd3.probe.calibration
+import sd3.probe.command
+import sd3.probe.running
+import sd3.weights
 import sd3_infer
-import sd3_probe
-from checkpoint import WeightFile
-from residual import ResidualConfig, orthogonality, read_rotations, standardise
-from sd3_probe import (
-    Calibration,
-    Collector,
-    Labelled,
-    Measurement,
-    Sums,
-    cka,
-    linear_probe,
-    neighbour_overlap,
-    read_labelled,
-    retrieval,
-    run_prompts,
-    spread,
-    suggest,
-)
+from mmditx import standardise
+from sd3.files import WeightFile
+from sd3.probe.calibration import Calibration
+from sd3.probe.measuring import Measurement, Sums, cka, linear_probe, neighbour_overlap, retrieval, spread
+from sd3.probe.running import Collector, Labelled, read_labelled, run_prompts
+from sd3.probe.suggesting import suggest
+from sd3.residual import ResidualConfig, orthogonality, read_rotations
 
 PROMPTS = [
     "a red circle", "a star", "two green squares", "a blue square on a white background", "an orange triangle",
@@ -122,7 +115,7 @@ def everything(engine, jobs, values, layers):
 
 @pytest.mark.parametrize("group", [64, 3])
 def test_a_measurement_equals_direct_computing(small_engine, monkeypatch, group):
-    monkeypatch.setattr(sd3_probe, "GROUP", group)
+    monkeypatch.setattr(sd3.probe.running, "GROUP", group)
     prompts = [Labelled(p) for p in PROMPTS]
     flags = {"origin": 1, "timesteps": 2, "kept_prompts": 5, "kept_tokens": 40, "neighbours": 3, "seed": 2}
     measurement = Measurement(small_engine, prompts, VALUES, flags)
@@ -245,7 +238,7 @@ def flags_for(small_model, *more) -> list[str]:
 
 
 def probe(command: str, *arguments) -> int:
-    return sd3_probe.main([command, *map(str, arguments)])
+    return sd3.probe.command.main([command, *map(str, arguments)])
 
 
 @pytest.mark.parametrize("buckets", [1, 2])
@@ -295,7 +288,7 @@ class Stop(KeyboardInterrupt):
 
 @pytest.mark.parametrize("after", [1, 5, 11])
 def test_a_stopped_calibration_goes_on(small_model, tmp_path, monkeypatch, capsys, after):
-    monkeypatch.setattr(sd3_probe, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(sd3.probe.calibration, "SAVE_EVERY", -1.0)
     prompts = files(tmp_path)
     command = ["calibrate", *flags_for(small_model, "--prompts", prompts, "--targets", "1,3")]
     assert probe(*command, "--out", tmp_path / "whole.safetensors") == 0
@@ -322,7 +315,7 @@ def test_a_stopped_calibration_goes_on(small_model, tmp_path, monkeypatch, capsy
 
 
 def test_the_state_of_other_settings_is_not_taken_up(small_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sd3_probe, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(sd3.probe.calibration, "SAVE_EVERY", -1.0)
     command = ["calibrate", *flags_for(small_model, "--prompts", files(tmp_path)), "--out", tmp_path / "r.safetensors"]
     real, calls = Calibration.add, []
 
@@ -343,7 +336,7 @@ def test_the_state_of_other_settings_is_not_taken_up(small_model, tmp_path, monk
 def peak(arguments: list[str]) -> int:
     """Peak resident memory of a run in KiB."""
     code = (
-        "import sys, resource, sd3_probe; status = sd3_probe.main(sys.argv[1:]); "
+        "import sys, resource, sd3.probe.command; status = sd3.probe.command.main(sys.argv[1:]); "
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(status)"
     )
     done = subprocess.run(
@@ -444,7 +437,7 @@ def test_rotations_and_settings_files_make_pictures(small_model, tmp_path, capsy
 # ---- mistakes ------------------------------------------------------------------------------------
 
 BAD = [
-    ([], "usage: sd3_probe.py"),
+    ([], "usage: sd3.probe.command.py"),
     (["meassure"], "meassure: must be measure, suggest, calibrate; did you mean measure?"),
     (["measure"], "--prompts: is needed by measure"),
     (["measure", "--prompt", "x.txt"], "--prompt: unknown flag; did you mean prompts?"),
@@ -492,8 +485,8 @@ def test_mistakes_are_one_line(small_model, tmp_path, monkeypatch, capsys, argum
     before = sorted(os.listdir(tmp_path))
     command, *rest = arguments or [""]
     model = flags_for(small_model) if command in ("measure", "calibrate") else []
-    monkeypatch.setattr(sd3_infer.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
-    assert sd3_probe.main([command, *model, *rest] if command else []) == 2
+    monkeypatch.setattr(sd3.weights.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
+    assert sd3.probe.command.main([command, *model, *rest] if command else []) == 2
     told = capsys.readouterr()
     if command:
         assert told.err.startswith("error: ")
@@ -510,7 +503,7 @@ def test_as_a_real_process(tmp_path):
     assert done.stderr == "error: --promts: unknown flag; did you mean prompts? (--help lists all)\n"
     shown = subprocess.run([sys.executable, ROOT / "sd3_probe.py", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
-    for readers in sd3_probe.COMMANDS.values():
+    for readers in sd3.probe.command.COMMANDS.values():
         assert not [n for n in readers if f"--{n}" not in shown.stdout and not n.startswith("residual_")]
 
 

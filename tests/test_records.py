@@ -16,11 +16,13 @@ from conftest import DEMO
 from hypothesis import given
 from hypothesis import strategies as st
 
-import saving
+import sd3.png
+import sd3.probe.command
+import sd3.writing
 import sd3_infer
-import sd3_probe
-from sd3_infer import RunRecord
-from settings import Flags, Settings
+from sd3.flags import Flags
+from sd3.run import RunRecord
+from sd3.settings import Settings
 
 SMALL = f"--model {DEMO} --device cpu --steps 1 --width 32 --height 32 --dtype float32".split()
 
@@ -57,14 +59,16 @@ ODD = ["\udcff", Path("a/\udc80"), Silent(), object(), {1, 2}, {("a", 1): 2}, {b
 
 @pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
 def test_one_value_that_cannot_be_written_does_not_cost_the_record(tmp_path, odd):
-    saving.write_json(tmp_path / "run.json", {"status": "finished", "odd": odd, "pictures": [{"seed": 5}]})
+    sd3.writing.write_json(tmp_path / "run.json", {"status": "finished", "odd": odd, "pictures": [{"seed": 5}]})
     got = json.loads((tmp_path / "run.json").read_bytes().decode("utf-8"))
     assert (got["status"], got["pictures"]) == ("finished", [{"seed": 5}])
     assert "odd" in got
 
 
 def test_numbers_of_numpy_stay_numbers(tmp_path):
-    saving.write_json(tmp_path / "x", {"a": np.int64(3), "b": np.float64(0.5), "c": np.arange(3), "d": np.bool_(True)})
+    sd3.writing.write_json(
+        tmp_path / "x", {"a": np.int64(3), "b": np.float64(0.5), "c": np.arange(3), "d": np.bool_(True)}
+    )
     assert json.loads((tmp_path / "x").read_text()) == {"a": 3, "b": 0.5, "c": [0, 1, 2], "d": True}
 
 
@@ -83,7 +87,7 @@ anything = st.recursive(
 
 @given(anything)
 def test_any_value_can_be_written(value):
-    data = saving.json_bytes({"value": value, "after": 1})
+    data = sd3.writing.json_bytes({"value": value, "after": 1})
     assert json.loads(data.decode("utf-8"))["after"] == 1
 
 
@@ -122,7 +126,7 @@ def full_for(monkeypatch, *names: str, after: int = 0) -> None:
                 raise OSError(errno.ENOSPC, "No space left on device")
         return real(handle)
 
-    monkeypatch.setattr(saving.os, "fsync", sync)
+    monkeypatch.setattr(sd3.writing.os, "fsync", sync)
 
 
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
@@ -195,7 +199,7 @@ def test_rights_that_cannot_be_set_cost_no_picture(tmp_path, monkeypatch, number
     def refused(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(saving.os, "chmod", refused)
+    monkeypatch.setattr(sd3.writing.os, "chmod", refused)
     assert infer(tmp_path) == 0
     assert len(list(tmp_path.rglob("000000.png"))) == 1
 
@@ -205,15 +209,15 @@ def test_a_file_system_that_cannot_sync_costs_no_picture(tmp_path, monkeypatch, 
     def refused(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(saving.os, "fsync", refused)
+    monkeypatch.setattr(sd3.writing.os, "fsync", refused)
     assert infer(tmp_path) == 0
 
 
 def test_files_have_the_rights_of_any_new_file(tmp_path):
     before = os.umask(0o027)
     try:
-        saving.atomic_write(tmp_path / "x", lambda f: f.write(b"x"))
-        saving.append_line(tmp_path / "y", 1)
+        sd3.writing.atomic_write(tmp_path / "x", lambda f: f.write(b"x"))
+        sd3.writing.append_line(tmp_path / "y", 1)
     finally:
         os.umask(before)
     assert {(tmp_path / name).stat().st_mode & 0o777 for name in "xy"} == {0o640}
@@ -221,14 +225,14 @@ def test_files_have_the_rights_of_any_new_file(tmp_path):
 
 def test_a_folder_that_went_is_named(tmp_path):
     with pytest.raises(OSError, match=r"gone/x\.png: cannot be written: No such file"):
-        saving.atomic_write(tmp_path / "gone" / "x.png", lambda f: f.write(b"x"))
+        sd3.writing.atomic_write(tmp_path / "gone" / "x.png", lambda f: f.write(b"x"))
 
 
 def test_a_line_that_did_not_fit_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "log.jsonl"
-    saving.append_line(path, {"a": 1})
+    sd3.writing.append_line(path, {"a": 1})
     path.write_bytes(path.read_bytes() + b'{"torn": ')
-    saving.append_line(path, {"b": 2})
+    sd3.writing.append_line(path, {"b": 2})
     assert path.read_bytes().split(b"\n") == [b'{"a": 1}', b'{"torn": ', b'{"b": 2}', b""]
 
 
@@ -236,7 +240,7 @@ def test_a_log_on_a_full_disk_is_named():
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full")
     with pytest.raises(OSError, match="/dev/full: cannot be written: the disk is full"):
-        saving.append_line(Path("/dev/full"), {"a": 1})
+        sd3.writing.append_line(Path("/dev/full"), {"a": 1})
 
 
 # ---- measurements --------------------------------------------------------------------------------
@@ -269,7 +273,7 @@ def spoiled(**changes) -> bytes:
 def test_a_damaged_measurement_is_one_line(tmp_path, capsys, data):
     path = tmp_path / "m.json"
     path.write_bytes(data)
-    assert sd3_probe.main(["suggest", "--measurement", str(path)]) == 2
+    assert sd3.probe.command.main(["suggest", "--measurement", str(path)]) == 2
     assert f"--measurement {path}: is not a measurement" in error_of(capsys.readouterr().err)
 
 
@@ -280,7 +284,7 @@ def test_a_measurement_that_is_no_file_is_one_line(tmp_path, capsys):
         (tmp_path / "pipe", "is not a file"),
         (tmp_path / "no", "no such file"),
     ):
-        assert sd3_probe.main(["suggest", "--measurement", str(path)]) == 2
+        assert sd3.probe.command.main(["suggest", "--measurement", str(path)]) == 2
         assert told in error_of(capsys.readouterr().err)
 
 
@@ -291,5 +295,5 @@ def test_a_place_that_cannot_be_written_is_called_by_its_flag(tmp_path, capsys, 
     out = tmp_path / "file" / "below" / "r.safetensors"
     more = ["--targets", "3"] if command == "calibrate" else []
     flags = ["--model", str(DEMO), "--prompts", str(tmp_path / "p.txt"), "--out", str(out), *more]
-    assert sd3_probe.main([command, *flags]) == 2
+    assert sd3.probe.command.main([command, *flags]) == 2
     assert error_of(capsys.readouterr().err).startswith("error: --out ")

@@ -12,11 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_cli import pictures, settings_of, text_of
 
-import saving
+import sd3.png
+import sd3.versions
 import sd3_infer
-from residual import ResidualConfig
+from sd3.models import SkipLayerConfig
+from sd3.residual import ResidualConfig
 from sd3_infer import SD3Inferencer
-from settings import SkipLayerConfig
 
 BASE = ["--model", str(DEMO), "--device", "cpu", "--steps", "4", "--prompt", "a red circle left of a blue square"]
 
@@ -104,12 +105,12 @@ def test_skip_layer_guidance_of_an_unknown_model_comes_back(tmp_path):
 def test_what_is_not_as_it_was_is_said(files, tmp_path, capsys, monkeypatch):
     (tmp_path / "in.png").write_bytes((files / "photo.png").read_bytes())
     (path,) = run(tmp_path / "a", *BASE, "--init_image", tmp_path / "in.png", "--denoise", 0.5, "--seed", 7)
-    record = json.loads(text_of(path)[saving.SETTINGS_CHUNK])
+    record = json.loads(text_of(path)[sd3.png.SETTINGS_CHUNK])
     assert record["hardware"]["threads"] == torch.get_num_threads()
     capsys.readouterr()
     Image.effect_noise((120, 90), 50).convert("RGB").save(tmp_path / "in.png")
-    real = saving.versions()
-    monkeypatch.setattr(saving, "versions", lambda: real | {"torch": "9.9"})
+    real = sd3.versions.versions()
+    monkeypatch.setattr(sd3.replay, "versions", lambda: real | {"torch": "9.9"})
     run(tmp_path / "b", "--replay", path)
     told = capsys.readouterr().err
     assert f"replay: not as it was then: contents of init_image, torch {real['torch']} -> 9.9" in told
@@ -146,7 +147,7 @@ def test_text_encoders_in_a_folder_of_their_own(small_model, tmp_path, monkeypat
     save_file(rest, models / "bare.safetensors", {"width": "64", "height": "48", "steps": "2"})
     base = ["--model", models / "bare.safetensors", "--model_folder", encoders, "--device", "cpu"]
     (path,) = run(tmp_path / "a", *base, "--prompt", "a star")
-    assert saving.read_record(path)["encoders"]["clip_l"]["name"] == "clip_l.safetensors"
+    assert sd3.png.read_record(path)["encoders"]["clip_l"]["name"] == "clip_l.safetensors"
     (again,) = run(tmp_path / "b", "--replay", path)  # run.json says where they lie
     assert again.read_bytes() == path.read_bytes()
 
@@ -156,7 +157,7 @@ def test_bad_pictures(tmp_path, capsys):
     (tmp_path / "words.png").write_text("words")
     (path,) = run(tmp_path / "a", *BASE)
     (tmp_path / "half.png").write_bytes(path.read_bytes()[:-200])
-    record = json.loads(text_of(path)[saving.SETTINGS_CHUNK])
+    record = json.loads(text_of(path)[sd3.png.SETTINGS_CHUNK])
     for name, change in {
         "newer": {"hat": 1},
         "odd": {"steps": "many"},
@@ -164,8 +165,8 @@ def test_bad_pictures(tmp_path, capsys):
         "number": {"model": 3},
         "nested": {"residual_target_layers": [3, 5], "residual_weights": 0.5},
     }.items():
-        info = saving.PngInfo()
-        info.add_text(saving.SETTINGS_CHUNK, json.dumps(record | {"settings": record["settings"] | change}))
+        info = sd3.png.PngInfo()
+        info.add_text(sd3.png.SETTINGS_CHUNK, json.dumps(record | {"settings": record["settings"] | change}))
         Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png", pnginfo=info)
     capsys.readouterr()
     for name, message in {

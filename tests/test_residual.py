@@ -8,8 +8,8 @@ from conftest import mmdit_config, randomise, relative
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mmditx import MMDiT
-from residual import ResidualConfig, build_residual_config, residual_stream
+from mmditx import MMDiT, residual_stream
+from sd3.residual import ResidualConfig, build_residual_config
 
 DEPTH = 6
 CONFIG = mmdit_config(depth=DEPTH, width=64, mlp_width=64, dual_layers=frozenset({0}))

@@ -9,12 +9,12 @@ import to_diffusers
 import torch
 from conftest import mmdit_config, randomise, relative
 
-from mmditx import MMDiT
-from residual import ResidualConfig, Rotations, residual_stream
+from mmditx import MMDiT, residual_stream
+from sd3.residual import ResidualConfig, Rotations
 from sd3_impls import Conditioning, Denoiser, flow_schedule, guided_sampling, start_noise
 
 diffusers = pytest.importorskip("diffusers")
-from residual_diffusers import apply_residual  # noqa: E402
+from sd3.diffusers_hooks import apply_residual  # noqa: E402
 
 CONFIG = mmdit_config(mlp_width=512, dual_layers=frozenset({0}), depth=5)
 OURS = randomise(MMDiT(CONFIG), 31)

@@ -13,20 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-import residual
-from mmditx import MMDiT
-from residual import (
-    Pass,
-    ResidualConfig,
-    ResidualStream,
-    Rotations,
-    orthogonality,
-    read_rotations,
-    residual_stream,
-    schedule_factor,
-)
+import mmditx
+from mmditx import MMDiT, Pass, ResidualStream, residual_stream, schedule_factor
+from sd3.models import SkipLayerConfig
+from sd3.residual import ResidualConfig, Rotations, orthogonality, read_rotations
 from sd3_impls import Conditioning, Denoiser, flow_schedule, sample_euler
-from settings import SkipLayerConfig
 
 DEPTH, WIDTH = 6, 64
 MODEL = randomise(MMDiT(mmdit_config(depth=DEPTH, width=WIDTH, mlp_width=64, dual_layers=frozenset({0}))), 5)
@@ -222,7 +213,7 @@ def test_an_origin_that_is_text_alone_is_prepared_once_per_text(monkeypatch, ori
     config = ResidualConfig(origin, (2, 4), (0.5, 0.3), mode=mode)
     rotations = rotations_for(config)
     calls = []
-    monkeypatch.setattr(residual, "standardise", lambda x, real=residual.standardise: calls.append(1) or real(x))
+    monkeypatch.setattr(mmditx, "standardise", lambda x, real=mmditx.standardise: calls.append(1) or real(x))
     _, final = run(config, slg=SKIP_FIRST, rotations=rotations)
     assert len(calls) == times
     monkeypatch.setattr(ResidualStream, "_known", lambda self: {})

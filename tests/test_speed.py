@@ -15,15 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import self_check
-from checkpoint import WeightFile
-from embed_cache import EmbedCache
-from mmditx import MMDiT, Reuse
-from offload import Offload
-from residual import ResidualConfig, residual_stream
+import sd3.device
+import sd3.pixels
+import sd3.self_check
+from mmditx import MMDiT, Reuse, residual_stream
+from sd3.embed_cache import EmbedCache
+from sd3.files import WeightFile
+from sd3.flags import Flags
+from sd3.offload import Offload
+from sd3.residual import ResidualConfig
+from sd3.settings import Settings
+from sd3.vae import pieces
 from sd3_infer import SD3Inferencer, main
-from settings import Flags, Settings
-from vae import pieces
 
 SIZE = {"width": 64, "height": 48, "steps": 4, "cfg": 3.0}
 
@@ -124,7 +127,7 @@ def test_compiled_blocks_do_what_the_others_do(mode, branch):
     config = ResidualConfig(0, (1, 3), (0.4, 0.7), mode, branch=branch) if mode else None
     hooks = [residual_stream(config) for _ in range(2)]
     for hook in filter(None, hooks):
-        from residual import Pass
+        from mmditx import Pass
 
         hook.begin(Pass.of_rows(0, 4, 0.7, 2, "cond", True))
     assert relative(compiled(*INPUTS, hook=hooks[0]), MODEL(*INPUTS, hook=hooks[1])) < 1e-5
@@ -198,12 +201,11 @@ def gradient(width: int, height: int) -> Image.Image:
 
 
 def test_tiles_are_chosen_by_size_and_recorded(small_model, monkeypatch):
-    import sd3_infer
 
     engine = fresh(small_model)
     assert engine.vae_tile(64, 48) == 0
-    monkeypatch.setattr(sd3_infer, "device_memory", lambda device: 10**9)
-    assert engine.vae_tile(2048, 2048) == sd3_infer.VAE_TILE
+    monkeypatch.setattr(sd3.engine, "device_memory", lambda device: 10**9)
+    assert engine.vae_tile(2048, 2048) == sd3.pixels.VAE_TILE
     assert "vae_tile" not in Settings("a", "m").public()
     assert Settings("a", "m", vae_tile=512).public()["vae_tile"] == 512
 
@@ -272,18 +274,18 @@ def test_the_self_check_passes_here_and_would_not_elsewhere(capsys, monkeypatch)
     assert main(["--self_check", "--device", "cpu", "--dtype", "float32"]) == 0
     shown = capsys.readouterr().out
     assert "all within" in shown
-    assert all(f"| {name} |" in shown for name in self_check.load_file(self_check.STORED))
-    stored = self_check.load_file(self_check.STORED)
+    assert all(f"| {name} |" in shown for name in sd3.self_check.load_file(sd3.self_check.STORED))
+    stored = sd3.self_check.load_file(sd3.self_check.STORED)
     changed = stored | {"residual add": stored["plain"]}  # as a device would that leaves the residual out
-    monkeypatch.setattr(self_check, "load_file", lambda path: changed)
+    monkeypatch.setattr(sd3.self_check, "load_file", lambda path: changed)
     assert main(["--self_check", "--device", "cpu", "--dtype", "bfloat16"]) == 1
     assert "FAILED: residual add;" in capsys.readouterr().out
 
 
 def test_what_the_self_check_tells_apart_is_further_than_its_limits():
-    stored = self_check.load_file(self_check.STORED)
+    stored = sd3.self_check.load_file(sd3.self_check.STORED)
     runs = [name for name in stored if name not in ("text tokens", "VAE encoding", "VAE decoding")]
-    limit = max(self_check.LIMITS.values())
+    limit = max(sd3.self_check.LIMITS.values())
     for i, name in enumerate(runs):
         assert all(relative(stored[name], stored[other]) > 1.2 * limit for other in runs[i + 1 :])
-    assert not WeightFile(self_check.CONTROLNET).looks_like().startswith("an unknown")
+    assert not WeightFile(sd3.self_check.CONTROLNET).looks_like().startswith("an unknown")

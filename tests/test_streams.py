@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import DEMO, ROOT
 
-import shell_streams
+import sd3.streams
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 QUICK = f"--model {DEMO} --device cpu --steps 1 --width 32 --height 32 --prompt red --num_images 3 --dtype float32"
@@ -83,7 +83,7 @@ class Broken(io.StringIO):
 def test_printing_bears_what_a_stream_raises(monkeypatch, error):
     monkeypatch.setattr(sys, "stdout", Broken(error))
     monkeypatch.setattr(sys, "stderr", Broken(error))
-    with shell_streams.bearing():
+    with sd3.streams.bearing():
         print("a picture")
         print("a note", file=sys.stderr, flush=True)
     assert isinstance(sys.stdout, Broken)
@@ -92,7 +92,7 @@ def test_printing_bears_what_a_stream_raises(monkeypatch, error):
 def test_what_an_encoding_lacks_is_spelled_out(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    with shell_streams.bearing():
+    with sd3.streams.bearing():
         print("caf\xe9 \u6771 \udcff")
         assert raw.getvalue() == b"caf\\xe9 \\u6771 \\udcff\n"
 
@@ -123,7 +123,7 @@ def test_a_stop_during_imports_is_quiet(tmp_path, program, number, status):
 
 
 def test_an_ignored_interrupt_stays_ignored():
-    code = "import signal, shell_streams; shell_streams.begin(); print(signal.getsignal(2) == signal.SIG_IGN)"
+    code = "import signal, shell_streams; sd3.streams.begin(); print(signal.getsignal(2) == signal.SIG_IGN)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),

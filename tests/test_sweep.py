@@ -23,11 +23,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_cli import settings_of
 
-import saving
+import sd3.engine
+import sd3.png
+import sd3.sweep.command
+import sd3.weights
 import sd3_infer
-import sd3_sweep
-from settings import digest_of
-from sweep.grid import Grid, read_seeds
+from sd3.settings import digest_of
+from sd3.sweep.grid import Grid, read_seeds
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 QUICK = ["--model", DEMO, "--device", "cpu", "--steps", "2"]
@@ -35,7 +37,7 @@ PROMPTS = ["a red circle", "two green stars", "a red circle left of a blue squar
 
 
 def sweep(out: Path, *arguments) -> int:
-    return sd3_sweep.main(["--out", str(out), *map(str, arguments)])
+    return sd3.sweep.command.main(["--out", str(out), *map(str, arguments)])
 
 
 def shell(out: Path, *arguments) -> list[str]:
@@ -192,8 +194,8 @@ def test_bad_grids(tmp_path, monkeypatch, capsys, arguments, message):
         (tmp_path / name).mkdir()
         (tmp_path / name / inside).write_text("notes")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sd3_infer.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
-    assert sd3_sweep.main(["--model", str(DEMO), "--out", "out", *arguments]) == 2
+    monkeypatch.setattr(sd3.weights.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
+    assert sd3.sweep.command.main(["--model", str(DEMO), "--out", "out", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -208,10 +210,10 @@ def test_mistakes_as_a_real_process(tmp_path):
 
 
 def test_help_names_every_flag(capsys):
-    assert sd3_sweep.main(["--help"]) == 0
+    assert sd3.sweep.command.main(["--help"]) == 0
     shown = capsys.readouterr().out
     readme = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "docs" / "sweep.md").read_text(encoding="utf-8")
-    for name in sd3_sweep.OWN:
+    for name in sd3.sweep.command.OWN:
         assert f"--{name}" in shown
         assert f"--{name}" in readme
 
@@ -287,7 +289,7 @@ def test_two_models_and_image_to_image(tmp_path, small_model, prompts):
     assert len(hashes(out)) == 4
     assert len(log(out, "load")) == 2
     assert {line["baseline"] for line in results(out)} == {line["variant"] for line in results(out)}
-    records = [saving.read_record(p) for p in (out / "pictures").iterdir()]
+    records = [sd3.png.read_record(p) for p in (out / "pictures").iterdir()]
     assert len({r["files"]["init_image"] for r in records}) == 1
     assert len({r["model_sha256"] for r in records}) == 2
 
@@ -351,7 +353,7 @@ def test_a_failure_is_one_line_and_the_rest_goes_on(tmp_path, prompts, monkeypat
             raise RuntimeError("no luck\nat all")
         return real(self, batch, *more)
 
-    monkeypatch.setattr(sd3_infer.SD3Inferencer, "sample", sample)
+    monkeypatch.setattr(sd3.engine.Engine, "sample", sample)
     out = tmp_path / "out"
     assert sweep(out, *QUICK, "--prompt", prompts, "--seed", "0-2") == 1
     error = capsys.readouterr().err
@@ -371,7 +373,7 @@ def test_nan_in_one_picture_fails_it_alone(tmp_path, prompts, monkeypatch, capsy
         latents[1, 0, 0, 0] = float("nan")
         return latents
 
-    monkeypatch.setattr(sd3_infer.SD3Inferencer, "sample", sample)
+    monkeypatch.setattr(sd3.engine.Engine, "sample", sample)
     assert sweep(tmp_path / "out", *QUICK, "--prompt", prompts, "--seed", "0", "--batch_size", 3) == 1
     assert f'failed: off, seed 0, "{PROMPTS[1]}": the latent became NaN' in capsys.readouterr().err
     assert len(hashes(tmp_path / "out")) == 2
@@ -497,7 +499,7 @@ def test_a_baseline_that_comes_late_is_compared_all_the_same(tmp_path, prompts, 
             raise RuntimeError("not now")
         return real(self, batch, *more)
 
-    monkeypatch.setattr(sd3_infer.SD3Inferencer, "sample", sample)
+    monkeypatch.setattr(sd3.engine.Engine, "sample", sample)
     out = tmp_path / "out"
     arguments = [*QUICK, "--prompt", prompts, "--seed", "0-1", "--residual_target_layers", "3;4"]
     assert sweep(out, *arguments) == 1

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import sd3_sweep
-from sweep.folder import MOST_NOTES, SweepFolder, is_event, is_record, is_score
+import sd3.sweep.command
+from sd3.sweep.folder import MOST_NOTES, SweepFolder, is_event, is_record, is_score
 
 OLD = ROOT / "tests" / "data" / "swept_by_27f9f54"
 SMALL = ["--device", "cpu", "--dtype", "float32", "--width", "32", "--height", "32", "--steps", "2"]
@@ -23,7 +23,7 @@ FLAGS = [*SMALL, "--model", str(DEMO), "--prompt", "a red circle", "--seed", "0-
 
 
 def sweep(out: Path, *more: str) -> int:
-    return sd3_sweep.main(["--out", str(out), *FLAGS, *more])
+    return sd3.sweep.command.main(["--out", str(out), *FLAGS, *more])
 
 
 @pytest.fixture(scope="session")
@@ -148,7 +148,7 @@ def test_another_model_is_refused_even_without_the_record(out, capsys, tmp_path)
     raw[-8:] = bytes(8)
     (tmp_path / DEMO.name).write_bytes(raw)
     flags = [str(tmp_path / DEMO.name) if flag == str(DEMO) else flag for flag in FLAGS]
-    assert sd3_sweep.main(["--out", str(out), *flags]) == 2
+    assert sd3.sweep.command.main(["--out", str(out), *flags]) == 2
     assert "is not the file that this sweep began with" in capsys.readouterr().err
 
 

@@ -12,7 +12,7 @@ from conftest import DEMO
 from PIL import Image
 from test_sweep import results
 
-import sd3_sweep
+import sd3.sweep.command
 
 QUICK = ["--model", str(DEMO), "--device", "cpu", "--steps", "2"]
 GENEVAL = [
@@ -23,7 +23,7 @@ GENEVAL = [
 
 
 def sweep(out, *arguments) -> int:
-    return sd3_sweep.main(["--out", str(out), *QUICK, *map(str, arguments)])
+    return sd3.sweep.command.main(["--out", str(out), *QUICK, *map(str, arguments)])
 
 
 def pixels(path) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 from conftest import DEMO
 from PIL import Image
 
-import sd3_sweep
+import sd3.sweep.command
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
@@ -27,7 +27,7 @@ def swept(tmp_path_factory):
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     arguments = ["--model", DEMO, "--device", "cpu", "--prompt", folder / "prompts.txt", "--seed", "0;7"]
     arguments += ["--residual_target_layers", "3,5,7;4", "--residual_weights", "0.1;1.5", "--score", "demo"]
-    assert sd3_sweep.main(["--out", str(folder / "out"), "--batch_size", "2", *map(str, arguments)]) == 0
+    assert sd3.sweep.command.main(["--out", str(folder / "out"), "--batch_size", "2", *map(str, arguments)]) == 0
     return folder / "out"
 
 
@@ -176,7 +176,7 @@ def test_prompts_are_shown_as_text(browser, tmp_path):
     odd = "</script><img src=x onerror=document.title='hit'> & \u2028 'quoted'"
     (tmp_path / "prompts.txt").write_text(odd, encoding="utf-8")
     arguments = ["--model", DEMO, "--device", "cpu", "--steps", 1, "--prompt", odd]
-    assert sd3_sweep.main(["--out", str(tmp_path / "out"), *map(str, arguments)]) == 0
+    assert sd3.sweep.command.main(["--out", str(tmp_path / "out"), *map(str, arguments)]) == 0
     page = browser.new_page()
     page.goto((tmp_path / "out" / "index.html").as_uri())
     page.wait_for_selector(".cell img")

@@ -11,12 +11,13 @@ import torch
 from conftest import DEMO, TOKENIZERS
 from PIL import Image
 
-import sd3_sweep
+import sd3.sweep.command
 from demo.score import KINDS, draw, held_out_prompts
-from settings import Flags, Settings
-from sweep.grid import Grid
-from sweep.plan import Plan, Planned
-from sweep.scores import clip_scorer, demo_prompts, demo_scorer, read_caption, spread, summarise, table
+from sd3.flags import Flags
+from sd3.settings import Settings
+from sd3.sweep.grid import Grid
+from sd3.sweep.plan import Plan, Planned
+from sd3.sweep.scores import clip_scorer, demo_prompts, demo_scorer, read_caption, spread, summarise, table
 
 
 def test_captions_are_read_as_they_were_written():
@@ -83,7 +84,7 @@ def test_clip_scores_are_transformers_own(clip_folder):
 def test_a_sweep_with_clip_scores(clip_folder, tmp_path, capsys):
     arguments = ["--model", DEMO, "--device", "cpu", "--steps", 2, "--prompt", "a red circle", "--seed", "0-3"]
     arguments += ["--residual_target_layers", "3", "--score", "clip", "--clip_model", clip_folder]
-    assert sd3_sweep.main(["--out", str(tmp_path), *map(str, arguments)]) == 0
+    assert sd3.sweep.command.main(["--out", str(tmp_path), *map(str, arguments)]) == 0
     with open(tmp_path / "scores.csv", encoding="utf-8", newline="") as f:
         off, residual = csv.DictReader(f)
     with open(tmp_path / "results.csv", encoding="utf-8", newline="") as f:

@@ -12,7 +12,8 @@ from conftest import DEMO, TOKENIZERS
 from hypothesis import given
 from hypothesis import strategies as st
 
-import checkpoint
+import sd3.files
+import sd3.find
 from demo.scenes import vocabulary
 from demo.tokenizers import END, START, WORD_END
 from demo.train import Captions
@@ -88,7 +89,7 @@ def test_every_word_of_the_demo_is_one_token_and_training_saw_the_same_ids():
     assert ids["l"][0].tolist() == clip.tokenize(caption, 16).ids
     assert ids["g"][0].tolist() == clip.tokenize(caption, 16, 0).ids
     assert ids["t5"][0].tolist() == t5.tokenize(caption, 16).ids
-    assert set(checkpoint.WeightFile(DEMO).metadata["words"].split()) == set(vocabulary())
+    assert set(sd3.files.WeightFile(DEMO).metadata["words"].split()) == set(vocabulary())
 
 
 @real
@@ -148,10 +149,10 @@ def test_t5_ends_pads_and_cuts(spiece):
 
 
 def test_tokenizers_come_from_the_folder_then_from_the_hubs_cache(tmp_path, monkeypatch):
-    found = checkpoint.find_tokenizer("clip", [TOKENIZERS])
+    found = sd3.find.find_tokenizer("clip", [TOKENIZERS])
     assert found == TOKENIZERS / "tokenizer"
     with pytest.raises(FileNotFoundError, match="hf download openai/clip-vit-large-patch14 vocab"):
-        checkpoint.find_tokenizer("clip", [tmp_path])
+        sd3.find.find_tokenizer("clip", [tmp_path])
     import huggingface_hub
 
     snapshot = tmp_path / "snapshot"
@@ -162,4 +163,4 @@ def test_tokenizers_come_from_the_folder_then_from_the_hubs_cache(tmp_path, monk
         "try_to_load_from_cache",
         lambda repo, name: str(snapshot / name) if (snapshot / name).exists() else None,
     )
-    assert checkpoint.find_tokenizer("t5", [tmp_path]) == snapshot
+    assert sd3.find.find_tokenizer("t5", [tmp_path]) == snapshot

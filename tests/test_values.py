@@ -21,33 +21,33 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import saving
+import sd3.engine
+import sd3.png
+import sd3.probe.command
+import sd3.probe.running
+import sd3.run
+import sd3.serve
+import sd3.sweep.command
+import sd3.sweep.grid
+import sd3.weights
+import sd3.writing
 import sd3_impls
 import sd3_infer
-import sd3_probe
-import sd3_sweep
-import serve
-from replay import Replay
-from residual import RESIDUAL_FLAGS, ResidualConfig, build_residual_config, mixed, schedule_factor
-from sd3_infer import NotLoaded, SD3Inferencer, choose_device
-from settings import (
-    MOST_PICTURES,
-    READERS,
-    SEED_LIMIT,
-    Flags,
-    Settings,
-    SkipLayerConfig,
-    display,
-    folder_name,
-    picture_seeds,
-    read_arguments,
-    read_jsonl,
-    read_layers,
-    read_lines,
-    read_prompts,
-)
-from sweep.grid import MOST_SEEDS, Grid
-from sweep.report import cell
+from mmditx import mixed, schedule_factor
+from sd3.command import read_arguments
+from sd3.device import choose_device
+from sd3.engine import NotLoaded
+from sd3.flags import MOST_PICTURES, READERS, Flags, picture_seeds
+from sd3.mistakes import display
+from sd3.models import SkipLayerConfig
+from sd3.prompts import folder_name, read_jsonl, read_lines, read_prompts
+from sd3.readers import SEED_LIMIT, read_layers
+from sd3.replay import Replay
+from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, build_residual_config
+from sd3.settings import Settings
+from sd3.sweep.grid import MOST_SEEDS, Grid
+from sd3.sweep.report import cell
+from sd3_infer import SD3Inferencer
 
 OFF = {"model": str(DEMO), "device": "cpu"}
 
@@ -170,19 +170,19 @@ def test_lone_surrogates_are_refused_by_name(flag, text, tmp_path, monkeypatch, 
 def test_lone_surrogates_in_files_and_lines(tmp_path, monkeypatch, capsys, engine):
     monkeypatch.chdir(tmp_path)
     Path("p.jsonl").write_text('{"prompt": "good"}\n{"prompt": "a \\ud800"}\n')
-    error = refused(sd3_sweep.main, ["--out", "o", "--prompt", "p.jsonl", "--model", DEMO], capsys)
+    error = refused(sd3.sweep.command.main, ["--out", "o", "--prompt", "p.jsonl", "--model", DEMO], capsys)
     assert "--prompt p.jsonl: line 2 cannot be written as UTF-8" in error
     Path("p.txt").write_bytes(b"good\nhalf \xed\xa0\x80 a pair\n")
     assert "--prompt p.txt: cannot be read as UTF-8" in refused(sd3_infer.main, ["--prompt", "p.txt"], capsys)
     with pytest.raises(ValueError, match=r"--prompts p.jsonl: line 2 cannot be written as UTF-8"):
-        sd3_probe.read_labelled("p.jsonl")
+        sd3.probe.running.read_labelled("p.jsonl")
     Path("g.yaml").write_text('prompt: "a \\ud800"\n')
-    refused(sd3_sweep.main, ["--out", "o", "--grid", "g.yaml"], capsys)
+    refused(sd3.sweep.command.main, ["--out", "o", "--grid", "g.yaml"], capsys)
     answers: list[str] = []
     raw = OFF | {"out_dir": "served"}
     lines = [json.dumps({"prompt": "a \ud800"}), json.dumps({"prompt": "a", "negative_prompt": "\udfff"})]
     with redirect_stderr(io.StringIO()):
-        serve.serve(Flags.read(raw), raw, lines, answers.append)
+        sd3.serve.serve(Flags.read(raw), raw, lines, answers.append)
     for answer in map(json.loads, answers):
         assert not answer["ok"]
         assert "cannot be written as UTF-8" in answer["error"]
@@ -204,9 +204,9 @@ def picture(tmp_path_factory, engine) -> Path:
 
 
 def with_settings(path: Path, picture: Path, **settings) -> Path:
-    record = saving.read_record(picture)
-    info = saving.PngInfo()
-    info.add_text(saving.SETTINGS_CHUNK, json.dumps(record | {"settings": record["settings"] | settings}))
+    record = sd3.png.read_record(picture)
+    info = sd3.png.PngInfo()
+    info.add_text(sd3.png.SETTINGS_CHUNK, json.dumps(record | {"settings": record["settings"] | settings}))
     Image.new("RGB", (16, 16)).save(path, pnginfo=info)
     return path
 
@@ -275,7 +275,7 @@ def test_a_grid_is_counted_before_it_is_built(tmp_path, monkeypatch, capsys):  #
         "--steps",
         ";".join(map(str, range(1, 1001))),
     ]
-    error = refused(sd3_sweep.main, words, capsys)
+    error = refused(sd3.sweep.command.main, words, capsys)
     assert f"this grid has {981 * 981 * 1000:,} pictures; at most 100,000" in error
     axes = {f"residual_{name}": ";".join(f"0.{i:04}" for i in range(900)) for name in ("start", "weights", "end")}
     with pytest.raises(ValueError, match=r"this grid has 729,000,001 pictures"):
@@ -295,7 +295,7 @@ def test_a_grid_is_counted_before_it_is_built(tmp_path, monkeypatch, capsys):  #
 )
 @hypothesis_settings(deadline=None)
 def test_the_count_is_the_number_of_variants(cfgs, weights, targets, named):
-    from sweep.grid import alternatives, count_variants, cross
+    from sd3.sweep.grid import alternatives, count_variants, cross
 
     raw = {"cfg": ";".join(map(str, range(2, 2 + cfgs)))}
     if targets:
@@ -379,7 +379,7 @@ def test_the_wrong_half_is_not_acted_on(engine):
             cfg=4.0,
             width=96,
             height=96,
-            **sd3_infer.residual_settings(ResidualConfig(0, (3,), 0.5, branch=b)),
+            **sd3.engine.residual_settings(ResidualConfig(0, (3,), 0.5, branch=b)),
         )
         for b in ("cond", "COND", "uncond")
     ]
@@ -394,7 +394,7 @@ def test_gen_image_takes_what_python_has(engine, tmp_path):  # P8, reading.md 6
         out_dir=tmp_path / "out", init_image=tmp_path / "in.png", denoise=np.float64(0.5), negative_prompt=None,
         batch_size=1.0, vae_tile="auto", skip_layer_config={"scale": 2, "layers": [3], "end": 0.9},
     )  # fmt: skip
-    record = saving.read_record(path)["settings"]
+    record = sd3.png.read_record(path)["settings"]
     assert [record[n] for n in ("width", "height", "steps", "cfg", "sampler", "seed")] == [96, 96, 4, 2.5, "euler", 5]
     assert (record["init_image"], record["denoise"], record["batch_size"]) == ("in.png", 0.5, 1)
     assert record["skip_layer"] == {"scale": 2.0, "start": 0.01, "end": 0.9, "layers": [3], "cfg": 4.0}
@@ -428,7 +428,7 @@ def test_gen_image_takes_what_python_has(engine, tmp_path):  # P8, reading.md 6
     ],
 )
 def test_gen_image_refuses_before_weights_load(tmp_path, monkeypatch, values, told):
-    monkeypatch.setattr(sd3_infer.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(sd3.weights.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
     monkeypatch.chdir(tmp_path)
     engine = SD3Inferencer().load(str(DEMO), device="cpu")
     with pytest.raises((ValueError, FileNotFoundError)) as error:
@@ -441,7 +441,7 @@ def test_a_seed_means_that_seed_in_python(engine, tmp_path):
     def seeds(**values) -> list[int]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         paths = engine.gen_image(["a", "b"], steps=1, out_dir=folder, **values)
-        return [saving.read_record(p)["settings"]["seed"] for p in paths]
+        return [sd3.png.read_record(p)["settings"]["seed"] for p in paths]
 
     assert seeds(seed=5) == [5, 5]
     assert seeds(seed=5, num_images=2) == [5, 6, 5, 6]
@@ -557,7 +557,7 @@ def test_a_controlnet_and_its_picture_belong_together(small_model, tmp_path):  #
         engine.gen_image("a", steps=1, out_dir=tmp_path / "out")
     Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "in.png")
     (path,) = engine.gen_image("a", steps=1, out_dir=tmp_path / "out", controlnet_cond_image=tmp_path / "in.png")
-    assert saving.read_record(path)["settings"]["controlnet_cond_image"] == "in.png"
+    assert sd3.png.read_record(path)["settings"]["controlnet_cond_image"] == "in.png"
     plain = SD3Inferencer().load(small_model, device="cpu", dtype="float32")
     for call in (
         lambda: plain.check_settings(plain.plan(["a"], [1], controlnet_cond_image="in.png", width=64, height=48)[0]),
@@ -617,10 +617,10 @@ def test_nested_lines_and_grids(tmp_path, monkeypatch, capsys):  # D8
     Path("deep.jsonl").write_text('{"prompt": "a"}\n' + deep + "\n")
     Path("closed.jsonl").write_text('{"prompt": ' + deep + "]" * 100_000 + "}\n")
     for name, line in (("deep.jsonl", 2), ("closed.jsonl", 1)):
-        error = refused(sd3_sweep.main, ["--out", "o", "--prompt", name], capsys)
+        error = refused(sd3.sweep.command.main, ["--out", "o", "--prompt", name], capsys)
         assert f"--prompt {name}: line {line} is not of the form" in error
         with pytest.raises(ValueError, match=f"--prompts {name}: line {line} is not of the form"):
-            sd3_probe.read_labelled(name)
+            sd3.probe.running.read_labelled(name)
     Path("g.yaml").write_text("prompt: " + "[" * 20_000 + "]" * 20_000)
     Path("h.yaml").write_text("".join(" " * i + "a:\n" for i in range(2000)))
     Path("i.yaml").write_text("prompt: a\ncfg: &a [*a]\n")
@@ -629,11 +629,11 @@ def test_nested_lines_and_grids(tmp_path, monkeypatch, capsys):  # D8
     )
     for name in ("g", "h", "i"):
         assert f"--grid {name}.yaml: cannot be read as YAML" in refused(
-            sd3_sweep.main, ["--out", "o", "--grid", f"{name}.yaml"], capsys
+            sd3.sweep.command.main, ["--out", "o", "--grid", f"{name}.yaml"], capsys
         )
-    refused(sd3_sweep.main, ["--out", "o", "--grid", "j.yaml"], capsys)
+    refused(sd3.sweep.command.main, ["--out", "o", "--grid", "j.yaml"], capsys)
     Path("k.yaml").write_text(Path("j.yaml").read_text().replace("l29", "cfg").replace("prompt: a\n", ""))
-    refused(sd3_sweep.main, ["--out", "o", "--grid", "k.yaml"], capsys)
+    refused(sd3.sweep.command.main, ["--out", "o", "--grid", "k.yaml"], capsys)
     assert not Path("o").exists()
 
 
@@ -644,8 +644,10 @@ def test_pipes_and_folders_are_no_prompt_files(tmp_path, monkeypatch, capsys):
     Path("folder.txt").mkdir()
     assert "--prompt pipe.txt: is not a file" in refused(sd3_infer.main, ["--prompt", "pipe.txt"], capsys)
     assert "--prompt folder.txt: is a folder" in refused(sd3_infer.main, ["--prompt", "folder.txt"], capsys)
-    assert "--grid pipe.yaml: is not a file" in refused(sd3_sweep.main, ["--out", "o", "--grid", "pipe.yaml"], capsys)
-    refused(sd3_probe.main, ["suggest", "--measurement", "pipe.yaml"], capsys)
+    assert "--grid pipe.yaml: is not a file" in refused(
+        sd3.sweep.command.main, ["--out", "o", "--grid", "pipe.yaml"], capsys
+    )
+    refused(sd3.probe.command.main, ["suggest", "--measurement", "pipe.yaml"], capsys)
 
 
 @pytest.mark.parametrize(
@@ -665,7 +667,7 @@ def test_a_postfix_that_no_folder_can_have(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for postfix in ("x" * 101, "é" * 51, "a\0b"):
         assert "--postfix " in refused(sd3_infer.main, [f"--postfix={postfix}", "--prompt", "𠀀" * 60], capsys)
-    name = saving.make_folder(tmp_path, folder_name("𠀀" * 60), "x" * 100)  # the longest there can be
+    name = sd3.writing.make_folder(tmp_path, folder_name("𠀀" * 60), "x" * 100)  # the longest there can be
     assert name.is_dir()
 
 
@@ -693,13 +695,13 @@ def measurement() -> dict:
 def test_a_measurement_that_is_none(tmp_path, monkeypatch, capsys, change):
     monkeypatch.chdir(tmp_path)
     Path("m.json").write_text(json.dumps(measurement()))
-    assert sd3_probe.main(["suggest", "--measurement", "m.json"]) == 0
+    assert sd3.probe.command.main(["suggest", "--measurement", "m.json"]) == 0
     assert "origin 0" in capsys.readouterr().out
     Path("m.json").write_text(json.dumps(measurement() | change))
-    error = refused(sd3_probe.main, ["suggest", "--measurement", "m.json"], capsys)
-    assert "--measurement m.json: is not a measurement of sd3_probe.py" in error
+    error = refused(sd3.probe.command.main, ["suggest", "--measurement", "m.json"], capsys)
+    assert "--measurement m.json: is not a measurement of sd3.probe.command.py" in error
     Path("m.json").write_text("[" * 100_000)
-    assert "nested too deeply" in refused(sd3_probe.main, ["suggest", "--measurement", "m.json"], capsys)
+    assert "nested too deeply" in refused(sd3.probe.command.main, ["suggest", "--measurement", "m.json"], capsys)
 
 
 def test_the_probe_names_its_own_flags(tmp_path, monkeypatch, capsys):  # Y3, reading.md 16
@@ -707,16 +709,16 @@ def test_the_probe_names_its_own_flags(tmp_path, monkeypatch, capsys):  # Y3, re
     Path("p.txt").write_text("a\nb\n")
     Path("file").write_text("")
     base = ["--prompts", "p.txt", "--model", DEMO, "--device", "cpu"]
-    assert "--out file/x" in refused(sd3_probe.main, ["measure", *base, "--out", "file/x"], capsys)
+    assert "--out file/x" in refused(sd3.probe.command.main, ["measure", *base, "--out", "file/x"], capsys)
     words = ["calibrate", *base, "--targets", "3", "--out", "file/r.safetensors"]
-    assert "--out file" in refused(sd3_probe.main, words, capsys)
+    assert "--out file" in refused(sd3.probe.command.main, words, capsys)
     for targets, told in (("3-99", "--targets 8: no such layer"), ("3,3", "--targets: 3 is there twice")):
         words = ["calibrate", *base, "--out", "r.safetensors", "--targets", targets]
-        error = refused(sd3_probe.main, words, capsys)
+        error = refused(sd3.probe.command.main, words, capsys)
         assert told in error
         assert "residual" not in error
     words = ["calibrate", *base, "--out", "r.safetensors", "--targets", "9", "--origin", "8"]
-    assert "--origin 8: no such layer" in refused(sd3_probe.main, words, capsys)
+    assert "--origin 8: no such layer" in refused(sd3.probe.command.main, words, capsys)
 
 
 def test_cells_of_results_are_no_formulas(tmp_path):  # Y4
@@ -739,7 +741,7 @@ def test_results_of_a_sweep_begin_no_cell_with_a_formula(tmp_path):
         "--device",
         "cpu",
     ]
-    assert sd3_sweep.main([*words, "--steps", "1", "--negative_prompt", "@x"]) == 0
+    assert sd3.sweep.command.main([*words, "--steps", "1", "--negative_prompt", "@x"]) == 0
     with open(tmp_path / "s" / "results.csv", encoding="utf-8", newline="") as f:
         rows = list(csv.DictReader(f))
     assert [row["prompt"] for row in rows] == ["'=HYPERLINK(1)", "'-red"]
@@ -764,17 +766,17 @@ def test_as_many_random_seeds_as_there_can_be():
 def test_drawn_seeds_are_printed(tmp_path, capsys):
     words = ["--prompt", "a", "--model", str(DEMO), "--device", "cpu", "--steps", "1", "--num_images", "2"]
     assert sd3_infer.main([*words, "--out_dir", str(tmp_path)]) == 0
-    seeds = [saving.read_record(p)["settings"]["seed"] for p in sorted(tmp_path.rglob("*.png"))]
+    seeds = [sd3.png.read_record(p)["settings"]["seed"] for p in sorted(tmp_path.rglob("*.png"))]
     assert f"seeds drawn: {seeds[0]}, {seeds[1]}\n" in capsys.readouterr().err
     assert sd3_infer.main([*words, "--out_dir", str(tmp_path), "--seed", "3"]) == 0
     assert "seed drawn" not in capsys.readouterr().err
-    assert sd3_infer.drawn_seeds([5]) == "seed drawn: 5"
-    assert sd3_infer.drawn_seeds(range(20)).endswith("14, 15 and 4 more, in run.json")
+    assert sd3.run.drawn_seeds([5]) == "seed drawn: 5"
+    assert sd3.run.drawn_seeds(range(20)).endswith("14, 15 and 4 more, in run.json")
 
 
 def test_a_sweep_varies_switches(tmp_path, capsys):  # reading.md 13
     for words in (["--no_t5", "False;True"], ["--no_t5=False;True"], ["--no_t5", "no; yes;"], ["--no-t5", "0;1"]):
-        raw = read_arguments([*words, "--prompt", "a"], sd3_sweep.SWEPT)
+        raw = read_arguments([*words, "--prompt", "a"], sd3.sweep.grid.SWEPT)
         assert [Flags.read(v.raw).no_t5 for v in Grid.read(raw).variants] == [False, True]
     assert read_arguments(["--no_t5", "a;b"]) == {"no_t5": "True", "prompt": "a;b"}
     error = refused(sd3_infer.main, ["--no_t5", "False;True", "--prompt", "a"], capsys)
@@ -849,7 +851,7 @@ def test_home(tmp_path, monkeypatch, capsys, engine):  # case 10
         assert READERS[flag](flag, "~/x") == str(tmp_path / "home" / "x")
         assert READERS[flag](flag, Path("~/x")) == str(tmp_path / "home" / "x")
         assert READERS[flag](flag, "x~/y") == "x~/y"
-    for readers in (sd3_sweep.OWN, *sd3_probe.COMMANDS.values()):
+    for readers in (sd3.sweep.command.OWN, *sd3.probe.command.COMMANDS.values()):
         for flag in {"out", "grid", "clip_model", "prompts", "measurement", "check_prompts", "model"} & set(readers):
             assert readers[flag](flag, "~/x") == str(tmp_path / "home" / "x")
     (tmp_path / "home" / "p.txt").write_text("a star\n")
@@ -859,7 +861,7 @@ def test_home(tmp_path, monkeypatch, capsys, engine):  # case 10
     (path,) = engine.gen_image("a star", steps=1, out_dir="~/python", init_image=None)
     assert (tmp_path / "home" / "python" / path.name).is_file()
     (tmp_path / "home" / "g.yaml").write_text("prompt: ~/p.txt\nembed_cache: ~/cache\nsteps: 1\n")
-    assert sd3_sweep.main(["--grid", "~/g.yaml", "--out=~/swept", "--model", str(DEMO), "--device", "cpu"]) == 0
+    assert sd3.sweep.command.main(["--grid", "~/g.yaml", "--out=~/swept", "--model", str(DEMO), "--device", "cpu"]) == 0
     assert list((tmp_path / "home" / "swept" / "pictures").glob("*.png"))
     assert (tmp_path / "home" / "cache").is_dir()
     assert read_prompts("~ a cat, home")[0] == ["~ a cat, home"]

@@ -24,15 +24,21 @@ import torch
 from conftest import DEMO
 from PIL import Image
 
-import saving
+import sd3.engine
+import sd3.png
+import sd3.probe.command
+import sd3.residual
+import sd3.serve
+import sd3.sweep.command
+import sd3.sweep.plan
 import sd3_infer
-import sd3_sweep
-import serve
-import sweep.plan
-from residual import RESIDUAL_FLAGS, ResidualConfig
+from sd3.flags import READERS, Flags
+from sd3.mistakes import display
+from sd3.models import SkipLayerConfig
+from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
+from sd3.settings import Settings
+from sd3.sweep.grid import NO_PLACE
 from sd3_infer import SD3Inferencer
-from settings import READERS, Flags, Settings, SkipLayerConfig, display
-from sweep.grid import NO_PLACE
 
 LONG = "x" * 5000
 TEXTS = [
@@ -70,14 +76,14 @@ def record(tmp_path_factory) -> dict[str, Any]:
         residual_config=ResidualConfig(0, (3, 5), (0.1, 0.2)),
         skip_layer_config=SkipLayerConfig(2.0, 0.0, 0.9, (2, 3), cfg=3.0),
     )  # fmt: skip
-    return saving.read_record(path)
+    return sd3.png.read_record(path)
 
 
 @pytest.fixture(scope="module")
 def planned(record) -> Iterator[list[Settings]]:
     """The pictures that were to be made last; engines of the same flags are loaded once."""
     pictures: list[Settings] = []
-    plan, load = SD3Inferencer.plan, sd3_infer.load_for
+    plan, load = SD3Inferencer.plan, sd3.engine.load_for
 
     def noted(engine: SD3Inferencer, *args: Any, **values: Any) -> list[Settings]:
         made = plan(engine, *args, **values)
@@ -87,7 +93,7 @@ def planned(record) -> Iterator[list[Settings]]:
     loaded: dict[str, SD3Inferencer] = {}
 
     def load_once(flags: Flags) -> SD3Inferencer:
-        key = repr([getattr(flags, name) for name in (*sweep.plan.ENGINE, "shift")])
+        key = repr([getattr(flags, name) for name in (*sd3.sweep.plan.ENGINE, "shift")])
         if key not in loaded:
             loaded[key] = load(flags)
             loaded[key].quiet = True
@@ -96,8 +102,8 @@ def planned(record) -> Iterator[list[Settings]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SD3Inferencer, "plan", noted)
         patch.setattr(SD3Inferencer, "make", lambda engine, pictures, pad_batch=False: iter(()))
-        patch.setattr(sd3_infer, "load_for", load_once)
-        patch.setattr(sweep.plan, "load_for", load_once)
+        patch.setattr(sd3.engine, "load_for", load_once)
+        patch.setattr(sd3.sweep.plan, "load_for", load_once)
         yield pictures
 
 
@@ -225,32 +231,31 @@ def test_the_command_line(planned, tmp_path, monkeypatch):
 
 
 def test_flags_of_the_sweep_and_the_probe(tmp_path, monkeypatch):
-    import sd3_probe
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("a\nb\n")
 
     def sweep_door(flag: str, value: str) -> None:
-        line_of(sd3_sweep.main, ["--out=o", "--prompt=a", "--dry_run", f"--model={DEMO}", f"--{flag}={value}"])
+        line_of(sd3.sweep.command.main, ["--out=o", "--prompt=a", "--dry_run", f"--model={DEMO}", f"--{flag}={value}"])
 
-    for name in sd3_sweep.OWN:
+    for name in sd3.sweep.command.OWN:
         for text in TEXTS:
-            if name == "dry_run" and wanted_of(name, text, sd3_sweep.OWN)[0]:
+            if name == "dry_run" and wanted_of(name, text, sd3.sweep.command.OWN)[0]:
                 continue
             try:
-                sd3_sweep.read_flags(["--out=o", "--score=clip", "--ray=auto", f"--{name}={text}"])
+                sd3.sweep.command.read_flags(["--out=o", "--score=clip", "--ray=auto", f"--{name}={text}"])
             except (ValueError, FileNotFoundError) as error:
                 assert f"--{name}" in str(error)
                 assert "\n" not in str(error)
             else:
-                assert wanted_of(name, text, sd3_sweep.OWN)[0]
-    for command, readers in sd3_probe.COMMANDS.items():
+                assert wanted_of(name, text, sd3.sweep.command.OWN)[0]
+    for command, readers in sd3.probe.command.COMMANDS.items():
         needed = {"prompts": "p.txt", "targets": "3", "out": "r.safetensors", "measurement": "m.json"}
         for name in readers:
             for text in TEXTS:
                 words = {n: v for n, v in needed.items() if n in readers} | {name: text}
                 try:
-                    _, flags = sd3_probe.read_flags([command, *(f"--{n}={v}" for n, v in words.items())])
+                    _, flags = sd3.probe.command.read_flags([command, *(f"--{n}={v}" for n, v in words.items())])
                 except (ValueError, FileNotFoundError) as error:
                     assert f"--{name}" in str(error), (command, name, text, error)
                     assert "\n" not in str(error)
@@ -260,11 +265,11 @@ def test_flags_of_the_sweep_and_the_probe(tmp_path, monkeypatch):
 
 def test_a_served_line(planned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(serve, "load_for", sd3_infer.load_for, raising=False)
+    monkeypatch.setattr(sd3.serve, "load_for", sd3.engine.load_for, raising=False)
     raw = BASE | {"out_dir": "served"}
     lines: list[str] = []
     cases = []
-    flags = [n for n in READERS if n not in serve.FIXED]
+    flags = [n for n in READERS if n not in sd3.serve.FIXED]
     for flag in flags:
         for value in [*TEXTS, *OBJECTS]:
             cases.append((flag, value))
@@ -278,7 +283,7 @@ def test_a_served_line(planned, tmp_path, monkeypatch):
         planned.clear()
 
     with redirect_stderr(io.StringIO()):
-        serve.serve(Flags.read(raw), raw, lines, say)
+        sd3.serve.serve(Flags.read(raw), raw, lines, say)
     assert len(answers) == len(lines)
     at = iter(zip(answers, seen, strict=True))
     current: list[Settings] = []
@@ -295,8 +300,8 @@ def test_a_served_line(planned, tmp_path, monkeypatch):
 
 
 def write_record(path: Path, record: dict[str, Any], **settings: Any) -> None:
-    info = saving.PngInfo()
-    info.add_text(saving.SETTINGS_CHUNK, json.dumps(record | {"settings": record["settings"] | settings}))
+    info = sd3.png.PngInfo()
+    info.add_text(sd3.png.SETTINGS_CHUNK, json.dumps(record | {"settings": record["settings"] | settings}))
     Image.new("RGB", (16, 16)).save(path, pnginfo=info)
 
 
@@ -361,7 +366,7 @@ def test_yaml(planned, tmp_path, monkeypatch):
     def door(flag: str, value: Any) -> None:
         text = yaml.safe_dump(grid_of(flag, value), allow_unicode=False)
         (tmp_path / "g.yaml").write_text(text)
-        line_of(sd3_sweep.main, ["--grid", "g.yaml", "--out", "o", "--dry_run"])
+        line_of(sd3.sweep.command.main, ["--grid", "g.yaml", "--out", "o", "--dry_run"])
         assert not (tmp_path / "o").exists()
 
     # A list is a list of alternatives there and every number a text; what YAML cannot hold is left out.
@@ -513,7 +518,7 @@ SPELT = {
 @pytest.mark.parametrize("flag", SPELT)
 def test_the_wrong_case_is_taken_through_each_door(flag, planned, record, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(serve, "load_for", sd3_infer.load_for, raising=False)
+    monkeypatch.setattr(sd3.serve, "load_for", sd3.engine.load_for, raising=False)
     text, read = SPELT[flag]
     assert right([READERS[flag](flag, text)], read)
     targets = {"residual_target_layers": "3,4,5"}
@@ -532,24 +537,24 @@ def test_the_wrong_case_is_taken_through_each_door(flag, planned, record, tmp_pa
     raw = BASE | targets | two | {flag: text}
     line_of(sd3_infer.main, [f"--{n}={v}" for n, v in (raw | {"out_dir": "out"}).items()])
     look("command line")
-    first = {n: v for n, v in raw.items() if n not in serve.FIXED}
+    first = {n: v for n, v in raw.items() if n not in sd3.serve.FIXED}
     given = {"model": str(DEMO), "device": "cpu", "out_dir": "served"}
     with redirect_stderr(io.StringIO()):
-        serve.serve(Flags.read(given), given, [json.dumps(first)], lambda answer: None)
+        sd3.serve.serve(Flags.read(given), given, [json.dumps(first)], lambda answer: None)
     look("served line")
     if flag != "seed_type":
         (tmp_path / "g.yaml").write_text("\n".join(f"{n}: '{v}'" for n, v in raw.items()))
-        line_of(sd3_sweep.main, ["--grid", "g.yaml", "--out", "o", "--dry_run"])
+        line_of(sd3.sweep.command.main, ["--grid", "g.yaml", "--out", "o", "--dry_run"])
         look("YAML")
         if not flag.startswith(("residual_target", "residual_weights")):
             write_record(tmp_path / "r.png", record, **{flag: text})
             line_of(sd3_infer.main, ["--replay", "r.png", "--out_dir", "out", "--model", str(DEMO)])
             look("record")
-    engine = sd3_infer.load_for(Flags.read({"model": str(DEMO), "device": "cpu"}))
+    engine = sd3.engine.load_for(Flags.read({"model": str(DEMO), "device": "cpu"}))
     residual = {n.removeprefix("residual_"): v for n, v in raw.items() if n.startswith("residual_")}
     rest = {"cfg_scale" if n == "cfg" else n: v for n, v in raw.items() if n in (flag, "num_images", "seed")}
     rest = {n: v for n, v in rest.items() if not n.startswith("residual_")}
-    engine.gen_image("a", residual_config=sd3_infer.build_residual_config(**residual), out_dir="out", **rest)
+    engine.gen_image("a", residual_config=sd3.residual.build_residual_config(**residual), out_dir="out", **rest)
     look("gen_image")
     assert [(door, got) for door, got, _ in found if not right([got], found[0][2])] == []
     assert len(found) >= 3

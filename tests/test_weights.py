@@ -7,8 +7,8 @@ import torch
 from conftest import mmdit_config, randomise, relative
 
 from mmditx import MMDiT
-from sd3_infer import on_meta
-from weights import HeldLinear, can_pack, hold_linears, quantise
+from sd3.engine import on_meta
+from sd3.layers import HeldLinear, can_pack, hold_linears, quantise
 
 CONFIG = mmdit_config(depth=3, dual_layers=frozenset({0}), qk_norm=True)
 PLAIN = randomise(MMDiT(CONFIG), 3).to(torch.bfloat16)

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from checkpoint import ENCODER_FOLDERS, ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
 from mmditx import MMDiT, MMDiTConfig
 from other_impls import T5
-from vae import VAE, VAEConfig
+from sd3.files import ENCODER_FOLDERS, ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
+from sd3.vae import VAE, VAEConfig
 
 
 def _swap(tensor: Tensor) -> Tensor:

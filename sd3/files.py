@@ -1,0 +1,193 @@
+"""Finding and reading safetensors files: prefixes, layouts, dtypes, one clear error per file. Headers need no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+
+from sd3.headers import Entry, read_header
+from sd3.reading import Unreadable, check_file, parse_json, reading
+
+MMDIT_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+ENCODERS = ("clip_l", "clip_g", "t5xxl")
+ENCODER_PREFIX = "text_encoders.{}.transformer."
+TRANSFORMER = "transformer/"  # prefix of its tensors in a diffusers folder
+ENCODER_FOLDERS = {"clip_l": "text_encoder/", "clip_g": "text_encoder_2/", "t5xxl": "text_encoder_3/"}
+# Names that models have in files of any prefix, and in diffusers' layout.
+STEMS = {
+    "mmdit": ("joint_blocks.",),
+    "vae": ("encoder.down.", "encoder.down_blocks.", "decoder.up.", "decoder.up_blocks."),
+    "clip_l": ("text_model.",),
+    "clip_g": ("text_model.",),
+    "t5xxl": ("encoder.block.",),
+}
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+
+
+def file_sha256(*paths: Path) -> str:
+    """Hash of a file, or of several one after the other."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        with open(path, "rb") as f:
+            while block := f.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+class WeightFile:
+    """A safetensors file, or a folder in diffusers layout: headers are read at once (no torch needed), tensors when
+    asked for. The tensors of a folder are named `transformer/...`, `vae/...`, `text_encoder/...` and so on.
+    """
+
+    def __init__(self, path: str | Path, flag: str = "", folder: bool = True):
+        """flag: the one that names the file, for errors; folder: whether it may be one.
+
+        Raises FileNotFoundError, or ValueError for a file that is damaged or not safetensors.
+        """
+        self.path = Path(path)
+        self.where = where_of(self.path, flag)
+        self.flag = flag
+        self.folder = folder and self.path.is_dir()
+        if self.folder:
+            self.entries, self.metadata = _read_folder(self.path, flag)
+        else:
+            self.entries, self.metadata = read_header(self.where, self.path)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the whole file, as A1111-style tools compute it; of a folder's transformer, file after file."""
+        own = TRANSFORMER if self.has(TRANSFORMER) else ""
+        return file_sha256(*{e.path for n, e in self.entries.items() if n.startswith(own)})
+
+    def has(self, prefix: str) -> bool:
+        """Whether any tensor's name starts with `prefix`."""
+        return any(name.startswith(prefix) for name in self.entries)
+
+    def prefixes(self, kind: str, *stems: str) -> list[str]:
+        """What stands before the names of a kind of model (see `STEMS`), the most frequent first; averaged copies
+        (`ema`) are left out.
+        """
+        found: Counter[str] = Counter()
+        for name in self.entries:
+            for stem in stems or STEMS[kind]:
+                place = name.find(stem)
+                if place == 0 or (place > 0 and name[place - 1] in "./"):
+                    found[name[:place]] += 1
+        return [prefix for prefix, _ in found.most_common() if "ema" not in re.split(r"[./_]", prefix)]
+
+    def owners(self) -> tuple[str, ...]:
+        """The prefixes of all models that were recognised, for telling a model's own tensors from another's."""
+        kinds = {prefix for kind in STEMS for prefix in self.prefixes(kind)}
+        return (MMDIT_PREFIX, VAE_PREFIX, "text_encoders.", *(prefix for prefix in kinds if prefix))
+
+    def looks_like(self) -> str:
+        """What kind of file this seems to be, for error messages."""
+        for prefixes, what in _KINDS:
+            if any(name.startswith(prefixes) or f".{p}" in name for name in self.entries for p in prefixes):
+                return what
+        return "an unknown kind of model"
+
+
+_KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("lora_", "lora_A.", "lora_B."), "a LoRA"),
+    (("controlnet_blocks.",), "a ControlNet"),
+    (("joint_blocks.",), "an SD3-type MMDiT"),
+    (("double_blocks.",), "a FLUX model"),
+    (("transformer_blocks.",), "a diffusers transformer"),
+    (("input_blocks.",), "an SD 1, SD 2 or SDXL model"),
+    (("encoder.block.",), "a T5 encoder"),
+    (("text_model.",), "a CLIP text encoder"),
+    (("encoder.down.", "decoder.up."), "a VAE"),
+    (("encoder.down_blocks.", "decoder.up_blocks."), "a diffusers VAE"),
+)
+
+
+def where_of(path: Path, flag: str) -> str:
+    """How a file is named to the user."""
+    return f"--{flag} {path}" if flag else str(path)
+
+
+_COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def _read_folder(folder: Path, flag: str) -> tuple[dict[str, Entry], dict[str, str]]:
+    """All tensors of a diffusers folder by `<component>/<name>`, and the scheduler's shift as metadata."""
+    with reading(where_of(folder, flag), "cannot be read"):
+        os.listdir(folder / "")  # else one that may not be looked into seems to be empty
+    if not os.path.isdir(folder / "transformer"):
+        if any(folder.glob("diffusion_pytorch_model*")) or folder.name in _COMPONENTS:  # one component alone
+            headers = [read_header(where_of(path, flag), path)[0] for path in weight_files(folder, flag)]
+            return {name: entry for header in headers for name, entry in header.items()}, {}
+        raise Unreadable(
+            f"{where_of(folder, flag)}: is a folder without transformer/; a .safetensors file or a diffusers folder is "
+            "needed"
+        )
+    entries: dict[str, Entry] = {}
+    for component in _COMPONENTS:
+        if (folder / component).is_dir():
+            for path in weight_files(folder / component, flag):
+                header, _ = read_header(where_of(path, flag), path)
+                entries |= {f"{component}/{name}": entry for name, entry in header.items()}
+    return entries, _scheduler(folder / "scheduler" / "scheduler_config.json", flag)
+
+
+def _scheduler(path: Path, flag: str) -> dict[str, str]:
+    """The shift that a scheduler's configuration names, as a file's metadata has it; nothing where it names none."""
+    where = where_of(path, flag)
+    if not path.exists():
+        return {}
+    check_file(where, path)
+    with reading(where, "is damaged"):
+        values = parse_json(path.read_text(encoding="utf-8-sig"))
+    shift = values.get("shift") if isinstance(values, dict) else None
+    return {"shift": str(shift)} if type(shift) in (int, float) else {}
+
+
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
+
+
+def weight_files(folder: Path, flag: str = "") -> list[Path]:
+    """The safetensors files of one component: whole or in shards, of the plain variant if there is one, else of any.
+
+    Raises FileNotFoundError where there is none, or a shard is missing.
+    """
+    for stem in ("diffusion_pytorch_model", "model"):
+        plain, shards = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+        whole = [p for p in sorted(folder.glob(f"{stem}.*.safetensors")) if not _SHARD.search(p.name)]
+        variants = [*whole, *sorted(folder.glob(f"{plain}.index.*.json"))]
+        for path in (folder / plain, folder / shards, *variants):
+            if path.suffix == ".safetensors" and path.exists():
+                return [path]
+            if path.exists():
+                return _shards(folder, path, flag)
+        if rest := [p for p in sorted(folder.glob(f"{stem}*.safetensors")) if _SHARD.search(p.name)]:
+            raise FileNotFoundError(
+                f"{where_of(folder, flag)}: holds {rest[0].name}, and no index that names all shards"
+            )
+    pickled = any(folder.glob("*.bin"))
+    why = "only pickled .bin weights, which are not loaded" if pickled else "no .safetensors weights"
+    raise FileNotFoundError(f"{where_of(folder, flag)}: holds {why}")
+
+
+def _shards(folder: Path, index: Path, flag: str) -> list[Path]:
+    """The files that an index of shards names, which lie beside it."""
+    where = where_of(index, flag)
+    check_file(where, index)
+    with reading(where, "is damaged"):
+        values = parse_json(index.read_text(encoding="utf-8-sig"))
+    named = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(named, dict) or not named:
+        raise Unreadable(f"{where}: is damaged: no weight_map in it")
+    for name, file in named.items():
+        if not isinstance(file, str) or not file or re.search(r"[/\\\x00]", file) or file in (".", ".."):
+            raise Unreadable(f"{where}: is damaged: {name} is said to lie in {file!r}, which is no file beside it")
+    names = sorted(set(named.values()))
+    for name in names:
+        if not os.path.exists(folder / name):  # also where no file can have such a name
+            raise FileNotFoundError(f"{where_of(folder / name, flag)}: no such file, though {index.name} names it")
+    return [folder / name for name in names]

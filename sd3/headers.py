@@ -1,0 +1,265 @@
+"""Headers of safetensors files by the rules of the safetensors library, and what a file is that is none. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sd3.reading import Unreadable, check_file, reading
+
+MOST_HEADER = 100_000_000  # bytes; the library reads no longer ones
+DEEPEST = 125  # levels of lists and objects in a field that nobody knows: the library reads no more
+WORD = 2**64
+DTYPE_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
+    "U16": 16, "U8": 8, "BOOL": 8, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+FIELDS = ("dtype", "shape", "data_offsets")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file, as its header names it. offset: from the first tensor's first byte; place: in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    path: Path
+    name: str
+    size: int = 0
+    place: int = 0
+
+
+def read_header(where: str, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of a safetensors file by name, and its metadata.
+
+    where: how the file is named to the user. Raises FileNotFoundError, or `Unreadable` for everything that the library
+    would refuse, and for a file without tensors.
+    """
+    check_file(where, path)
+    with reading(where, "cannot be read"), open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        start = f.read(8)
+        length = int.from_bytes(start, "little")
+        opening = f.read(64)
+        if len(start) < 8 or length == 0 or (opening.strip() and opening.lstrip()[:1] != b"{"):
+            raise Unreadable(f"{where}: is not a safetensors file{_hint(path)}")
+        if length > MOST_HEADER:
+            raise Unreadable(f"{where}: its header is damaged (it is said to have {length:,} bytes)")
+        if 8 + length > size:
+            raise Unreadable(f"{where}: is truncated: its header alone needs {8 + length} bytes, there are {size}")
+        f.seek(8)
+        text = f.read(length)
+    try:
+        metadata, tensors = _parse(text)
+        end = _check_places(tensors)
+    except RecursionError:
+        raise Unreadable(f"{where}: its header is damaged (it is nested too deeply)") from None
+    except ValueError as error:
+        raise Unreadable(f"{where}: its header is damaged ({' '.join(str(error).split())[:200]})") from None
+    needed = 8 + length + end
+    if size < needed:
+        raise Unreadable(f"{where}: is truncated: {size} bytes of {needed}; download it again")
+    if size > needed:
+        raise Unreadable(f"{where}: its header is damaged ({size - needed} bytes follow on the last tensor)")
+    if not tensors:
+        raise Unreadable(f"{where}: holds no usable tensors")
+    return {
+        name: Entry(dtype, shape, first, path, name, last - first, 8 + length + first)
+        for name, (dtype, shape, (first, last)) in tensors.items()
+    }, metadata
+
+
+class _Object(dict):
+    """An object of a JSON text that knows all its pairs, those that a later one replaced among them."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        self.pairs = pairs
+        for name, _ in pairs:
+            name.encode()  # half a surrogate pair is an error, as it is for the library
+
+    def once(self, names: Iterable[str]) -> None:
+        """Raises ValueError where one of the names is there twice."""
+        for wanted in names:
+            if len(self.pairs) > len(self) and sum(name == wanted for name, _ in self.pairs) > 1:
+                raise ValueError(f"{wanted} is there twice")
+
+
+def _whole(text: str) -> int | float:
+    """A number without a point; the library takes `-0` and what is beyond 64 bits for one with a point."""
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError("a number is too large")
+    return number if text == "-0" or abs(number) >= 2 * WORD else int(text)
+
+
+def _real(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError("a number is too large")
+    return number
+
+
+def _constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+Tensors = dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]
+
+
+def _parse(text: bytes) -> tuple[dict[str, str], Tensors]:
+    """Metadata, and dtype, shape and offsets by name; raises ValueError."""
+    try:
+        decoded = text.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8") from None
+    header = json.loads(
+        decoded, object_pairs_hook=_Object, parse_int=_whole, parse_float=_real, parse_constant=_constant
+    )
+    if not isinstance(header, _Object):
+        raise ValueError("it is no object")
+    header.once(["__metadata__"])
+    metadata = header.pop("__metadata__", None)
+    if metadata is not None and not isinstance(metadata, _Object):
+        raise ValueError("__metadata__ is no object")
+    for name, value in metadata.pairs if metadata else ():
+        if not isinstance(value, str):
+            raise ValueError(f"__metadata__ {name} is no text")
+        value.encode()
+    tensors = {name: _tensor(name, value) for name, value in header.pairs if name != "__metadata__"}
+    return dict(metadata or {}), tensors
+
+
+def _tensor(name: str, value: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    if isinstance(value, list) and len(value) == len(FIELDS):  # which the library takes too
+        value = _Object(list(zip(FIELDS, value, strict=True)))
+    if not isinstance(value, _Object):
+        raise ValueError(f"{name} is no object")
+    value.once(FIELDS)
+    if missing := [field for field in FIELDS if field not in value]:
+        raise ValueError(f"{name} has no {missing[0]}")
+    for field, other in value.pairs:
+        if field not in FIELDS:
+            _check_other(other)
+    dtype, shape, offsets = (value[field] for field in FIELDS)
+    if isinstance(dtype, _Object) and [v for _, v in dtype.pairs] == [None]:
+        (dtype,) = dtype
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        raise ValueError(f"{name} has an unknown dtype {dtype!r}")
+    if not isinstance(shape, list) or not all(map(_is_size, shape)):
+        raise ValueError(f"{name} has the shape {shape}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise ValueError(f"{name} has the data_offsets {offsets}")
+    return dtype, tuple(shape), tuple(offsets)
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < WORD
+
+
+def _check_other(value: Any) -> None:
+    """Raises ValueError for a field's value, which is of no use to anybody, where the library would not read it."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        following: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                item.encode()
+            elif isinstance(item, _Object):
+                following += [v for _, v in item.pairs]
+            elif isinstance(item, list):
+                following += item
+        if not any(isinstance(item, (list, dict)) for item in level):
+            return
+        level = following
+    raise ValueError("it is nested too deeply")
+
+
+def _check_places(tensors: Tensors) -> int:
+    """Where the last tensor ends; raises ValueError unless they lie one behind the other and have their sizes."""
+    end = 0
+    for name, (dtype, shape, (first, last)) in sorted(tensors.items(), key=lambda item: item[1][2]):
+        if first != end or last < first:
+            raise ValueError(f"{name} lies at {first} to {last}; {end} was to come")
+        bits = DTYPE_BITS[dtype]
+        count = 1
+        for side in shape:
+            count *= side
+            if count >= WORD:
+                raise ValueError(f"{name} is too large")
+        if count * bits >= WORD or count * bits % 8:
+            raise ValueError(f"{name} is no whole number of bytes")
+        if last - first != count * bits // 8:
+            raise ValueError(f"{name} has {last - first} bytes; its shape needs {count * bits // 8}")
+        end = last
+    return end
+
+
+_PICKLED = "pickled checkpoints are not loaded"
+_STARTS: tuple[tuple[bytes, str], ...] = (
+    (b"GGUF", "a GGUF file, which is not supported; take the .safetensors"),
+    (b"GGML", "a GGML file, which is not supported; take the .safetensors"),
+    (b"PK\x03\x04", f"a zip archive, as torch.save writes them; {_PICKLED}"),
+    (b"PK\x05\x06", "an empty zip archive"),
+    (b"\x1f\x8b", "a gzip archive; unpack it"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it"),
+    (b"\xfd7zXZ", "an xz archive; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it"),
+    (b"Rar!", "a RAR archive; unpack it"),
+    (b"BZh", "a bzip2 archive; unpack it"),
+    (b"\x89HDF", "an HDF5 file, which is not supported"),
+    (b"\x89PNG", "a picture"),
+    (b"\xff\xd8\xff", "a picture"),
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself; get it with: git lfs pull"),
+)
+
+
+def describe(start: bytes, size: int, end: bytes = b"") -> str:
+    """What a file is by its first bytes (a few hundred) and its last one, or ``."""
+    if size == 0:
+        return "empty; download it again"
+    for magic, what in _STARTS:
+        if start.startswith(magic):
+            return what
+    if is_pickle(start, end):
+        return f"a pickle; {_PICKLED}"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:64].lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+        return "a web page, such as a site shows for a refused download; download it again"
+    if text[:1] in (b"{", b"["):
+        return "JSON"
+    return "" if start.strip(b"\0") else "nothing but zeros at its beginning: a download that never filled"
+
+
+def is_pickle(start: bytes, end: bytes = b"") -> bool:
+    """Whether a file begins as pickles do: with a protocol from 2 on, or as one of the older two, ending with a dot."""
+    if re.match(rb"\x80[\x02-\x0f]", start):
+        return True
+    return end == b"." and bool(re.match(rb"[(\]}][\x00-\x7f]?(q|p\d|d|l|t|i|c)|c[\w.]+\n[\w.]+\n", start))
+
+
+def _hint(path: Path) -> str:
+    """`: it is a ...`, where that can be told."""
+    size, start, end = 0, b"", b""
+    with contextlib.suppress(OSError), open(path, "rb") as f:
+        size, start = os.fstat(f.fileno()).st_size, f.read(512)
+        f.seek(max(size - 1, 0))
+        end = f.read(1)
+    what = describe(start, size, end)
+    return f": it is {what}" if what else f" ({size} bytes)" if size < 512 else ""
+
+
+def is_safetensors(start: bytes) -> bool:
+    """Whether a file's first bytes (nine or more) are those of a safetensors file: a length and an opening brace."""
+    (length,) = struct.unpack("<Q", start[:8]) if len(start) >= 8 else (0,)
+    return 0 < length <= MOST_HEADER and start[8:].lstrip().startswith(b"{")

@@ -1,0 +1,130 @@
+"""Pictures on disk: folder names, PNG metadata, atomic writes and the record of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from sd3.reading import Unreadable, check_file, parse_json, reading
+from sd3.settings import Settings, base_name
+from sd3.versions import versions
+from sd3.writing import atomic_write
+
+A1111_SAMPLERS = {"euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
+SETTINGS_CHUNK = "sd3_residual"  # the PNG text chunk with the full settings as JSON
+
+
+def _quoted(value: Any) -> str:
+    """A value of an A1111 parameter line: quoted as JSON where it would break the line apart."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
+
+
+def parameters(settings: Settings, model_hash: str, software: Mapping[str, str]) -> str:
+    """The `parameters` text of A1111-style readers: prompt, negative prompt, one line of `Name: value` pairs."""
+    model = base_name(settings.model) or ""
+    pairs: dict[str, Any] = {
+        "Steps": settings.steps,
+        "Sampler": A1111_SAMPLERS[settings.sampler],
+        "CFG scale": settings.cfg,
+        "Seed": settings.seed,
+        "Size": f"{settings.width}x{settings.height}",
+        "Model hash": model_hash[:10],
+        "Model": model.removesuffix(".safetensors"),
+        "Shift": settings.shift,
+    }
+    if settings.vae:
+        pairs["VAE"] = base_name(settings.vae)
+    if settings.init_image:
+        pairs["Denoising strength"] = settings.denoise
+        pairs["Init image"] = base_name(settings.init_image)
+    if settings.controlnet_ckpt:
+        pairs["ControlNet"] = base_name(settings.controlnet_ckpt)
+        pairs["ControlNet image"] = base_name(settings.controlnet_cond_image)
+        pairs["ControlNet strength"] = settings.controlnet_strength
+    if settings.skip_layer:
+        slg = settings.skip_layer
+        pairs["Skip layers"] = ", ".join(map(str, slg.layers))
+        pairs["Skip layer guidance"] = f"scale {slg.scale:g} from {slg.start:g} to {slg.end:g}"
+    if settings.residual_target_layers:
+        pairs["Residual origin layer"] = settings.residual_origin_layer
+        pairs["Residual target layers"] = ", ".join(map(str, settings.residual_target_layers))
+        pairs["Residual weights"] = ", ".join(f"{w:.6g}" for w in settings.residual_weights)
+        for name, usual in (("mode", "add"), ("schedule", "constant"), ("start", 0), ("end", 1), ("branch", "both")):
+            if (value := getattr(settings, f"residual_{name}")) != usual:
+                pairs[f"Residual {name}"] = value
+        if settings.residual_rotations:
+            pairs["Residual rotations"] = base_name(settings.residual_rotations)
+    if settings.no_t5:
+        pairs["T5"] = "off"
+    pairs["Dtype"] = settings.dtype
+    pairs["Version"] = f"sd3-residual, torch {software.get('torch', '?')}"
+    line = ", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items())
+    negative = f"\nNegative prompt: {settings.negative_prompt}" if settings.negative_prompt else ""
+    return f"{settings.prompt}{negative}\n{line}"
+
+
+def save_picture(
+    path: Path, image: Image.Image, settings: Settings, made_with: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a PNG atomically. With `made_with` (at least model_sha256), it carries its settings as text chunks."""
+    data = encode_picture(image, settings, made_with)
+    atomic_write(path, lambda f: f.write(data))
+
+
+def encode_picture(image: Image.Image, settings: Settings, made_with: Mapping[str, Any] | None = None) -> bytes:
+    """The bytes of a PNG; `made_with` as for `save_picture`."""
+    info = PngInfo()
+    if made_with is not None:
+        software = versions()
+        record = {"settings": settings.public(), **made_with, "versions": software}
+        info.add_text("parameters", parameters(settings, made_with.get("model_sha256", ""), software))
+        info.add_text(SETTINGS_CHUNK, json.dumps(record, ensure_ascii=False))
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def open_picture(where: str, path: str | Path) -> Iterator[Image.Image]:
+    """A picture file, opened by Pillow; raises FileNotFoundError or `Unreadable` for whatever goes wrong inside.
+
+    where: how the file is named to the user.
+    """
+    check_file(where, path)
+    with reading(where, "cannot be read"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Pillow: what matters of them follows as an error
+                # by its handle: of a path Pillow maps some TIFFs into memory, those turned with the wrong line length
+                with open(path, "rb") as file, Image.open(file) as image:
+                    yield image
+        except UnidentifiedImageError:
+            raise Unreadable(f"{where}: is not a picture") from None
+
+
+def read_record(path: str | Path, flag: str = "replay") -> dict[str, Any]:
+    """What a PNG of ours says of itself: settings, model_sha256, versions and what else was recorded.
+
+    Raises FileNotFoundError, or ValueError for a file that is damaged or says nothing.
+    """
+    where = f"--{flag} {path}"
+    with open_picture(where, path) as image:
+        image.load()
+        text = getattr(image, "text", {}).get(SETTINGS_CHUNK)
+    if text is None:
+        told = "holds no settings: made with --no_metadata, by another program, or saved again by one"
+        raise Unreadable(f"{where}: {told}")
+    with reading(where, "its settings cannot be read"):
+        record = parse_json(text)
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise Unreadable(f"{where}: its settings cannot be read")
+    return record

@@ -1,0 +1,116 @@
+"""`suggest`: an origin and targets from a measurement."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sd3.reading import check_file, parse_json, reading
+
+if TYPE_CHECKING:
+    pass
+
+
+def measures(record: Mapping[str, Any]) -> list[str]:
+    """Names of what a measurement holds per block."""
+    return [name for name in record["rows"][0] if name not in ("step", "sigma", "block")]
+
+
+def by_block(record: Mapping[str, Any], name: str) -> list[float]:
+    """A measure per block, mean over the timesteps."""
+    out = []
+    for block in range(record["depth"]):
+        values = [row[name] for row in record["rows"] if row["block"] == block]
+        out.append(sum(values) / len(values))
+    return out
+
+
+def knowing(record: Mapping[str, Any]) -> list[str]:
+    """Names of the measures that say how much of the prompt is known."""
+    return [name for name in measures(record) if name == "retrieval" or name.startswith("probe ")]
+
+
+def known(record: Mapping[str, Any]) -> list[float]:
+    """How much of the prompt the tokens entering each block let one know: 1 all, 0 no more than chance.
+
+    The mean over retrieval and the linear probes of (measure - chance) / (1 - chance).
+    """
+    names = knowing(record)
+    out = [0.0] * record["depth"]
+    for name in names:
+        chance = record["chance"][name]
+        for block, value in enumerate(by_block(record, name)):
+            out[block] += (value - chance) / max(1 - chance, 1e-9) / len(names)
+    return out
+
+
+def suggest(record: Mapping[str, Any], tolerance: float = 0.05) -> tuple[int, list[int], str]:
+    """Origin, targets and the reason, from a measurement.
+
+    Origin: of the first third of the blocks, the earliest whose tokens know as much as the best there, up to a fifth
+    of the tolerance. Targets: from the first block after it that knows less by more than the tolerance to the last.
+    """
+    level, depth = known(record), record["depth"]
+    early = level[: max(2, depth // 3)]
+    origin = next(i for i, value in enumerate(early) if value >= max(early) - tolerance / 5)
+    forgetful = [i for i in range(origin + 1, depth) if level[i] < level[origin] - tolerance]
+    why = [
+        f"origin {origin}: its tokens know {level[origin]:.2f} of the prompt (1: all, 0: chance; mean of "
+        f"{', '.join(knowing(record))}), the most of blocks 0 to {len(early) - 1} is {max(early):.2f}"
+    ]
+    if not forgetful:
+        lowest = min(range(origin + 1, depth), key=lambda i: level[i])
+        why.append(
+            f"no targets: no later block knows less by more than {tolerance:g} (least: block {lowest} with "
+            f"{level[lowest]:.2f}); by this measure nothing is forgotten, and there is little to bring back"
+        )
+        return origin, [], "\n".join(why)
+    targets = list(range(forgetful[0], depth))
+    worst = min(forgetful, key=lambda i: level[i])
+    why.append(
+        f"targets {targets[0]} to {targets[-1]}: block {targets[0]} is the first to know less by more than "
+        f"{tolerance:g} ({level[targets[0]]:.2f}); least is known at block {worst} ({level[worst]:.2f}), at the last "
+        f"{level[-1]:.2f}"
+    )
+    return origin, targets, "\n".join(why)
+
+
+def read_measurement(path: str | Path, flag: str = "measurement") -> dict[str, Any]:
+    """A measure.json of ours; raises FileNotFoundError, or ValueError that says what is wrong with it."""
+    where = f"--{flag} {path}"
+    check_file(where, path)
+    not_one = "is not a measurement of sd3_probe.py"
+    with reading(where, not_one):
+        record = parse_json(Path(path).read_text(encoding="utf-8-sig"))
+        if not isinstance(record, dict):
+            raise ValueError("it is no object")
+        depth, rows, chance = (record[name] for name in ("depth", "rows", "chance"))
+        if type(depth) is not int or not 2 <= depth <= 10_000:
+            raise ValueError(f"depth {depth!r:.40}: must be a number of blocks, from 2 to 10000")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError("rows must be a list of objects")
+        if missing := set(range(depth)) - {row["block"] for row in rows if type(row["block"]) is int}:
+            raise ValueError(f"block {min(missing)} has no row")
+        for name in knowing(record):
+            values = [(f"{name} of block {row['block']}", row[name]) for row in rows]
+            for what, value in [*values, (f"chance of {name}", chance[name])]:
+                if type(value) not in (int, float) or not math.isfinite(value):
+                    raise ValueError(f"{what} is {value!r:.40}, not a number")
+        if not knowing(record):
+            raise ValueError("nothing in it says how much of a prompt is known")
+        return record
+    raise AssertionError  # `reading` returns or raises
+
+
+def run_suggest(flags: Mapping[str, Any]) -> None:
+    """Prints what `suggest` proposes."""
+    path = flags["measurement"]
+    if not os.path.lexists(path):
+        raise FileNotFoundError(f"--measurement {path}: no such file; sd3_probe.py measure makes one")
+    origin, targets, why = suggest(read_measurement(path), flags["tolerance"])
+    print(why)
+    if targets:
+        print(f"--residual_origin_layer {origin} --residual_target_layers {targets[0]}-{targets[-1]}")

@@ -1,0 +1,243 @@
+"""`--replay FILE.png`: the settings that a picture carries, as flags again, and what became different since."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import glob
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sd3 import png
+from sd3.effects import effective
+from sd3.files import ENCODERS
+from sd3.flags import READERS
+from sd3.mistakes import display
+from sd3.models import SkipLayerConfig, read_skip_layer
+from sd3.reading import parse_json
+from sd3.settings import FILE_SETTINGS, TEXT_FILES, Settings, base_name
+from sd3.versions import versions
+
+LISTS = ("residual_target_layers", "residual_weights")
+DECIDE_INITIAL_PICTURE = {"denoise", "steps", "shift"}  # flags that decide whether one has a say
+RECORDS = ("run.json", "sweep.json")  # files beside or above a picture that name its files with their folders
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A picture's record, and the flags given beside `--replay`, which replace single settings."""
+
+    path: Path
+    record: Mapping[str, Any]
+    given: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any]) -> Replay:
+        """From raw flags, `replay` among them; raises FileNotFoundError, or ValueError where there are no settings."""
+        path = READERS["replay"]("replay", given["replay"])
+        record = png.read_record(path)
+        known = {f.name for f in dataclasses.fields(Settings)}
+        if unknown := sorted(set(record["settings"]) - known):
+            names = display(", ".join(unknown))
+            raise ValueError(f"--replay {path}: was made by another version; unknown here: {names}")
+        if missing := [name for name in ("prompt", "model") if record["settings"].get(name) is None]:
+            raise ValueError(f"--replay {path}: its settings cannot be read: {', '.join(missing)} missing")
+        return cls(Path(path), record, given)
+
+    def flags(self, available: Mapping[str, str]) -> dict[str, Any]:
+        """Raw flags that make the picture again, the given ones in their place.
+
+        available: devices to take in place of the recorded ones, by flag. Raises FileNotFoundError for a file that
+        is not found by its name (see `find`), ValueError for a record that holds what no picture can have.
+        """
+        raw = self._flags() | dict(available)
+        found = {n: self._found(n, raw[n]) for n in FILE_SETTINGS if raw.get(n) is not None and n not in self.given}
+        return raw | found | self._text_files() | dict(self.given)
+
+    def _found(self, flag: str, name: str) -> str | None:
+        """As `find`; None for a file that is not there and had no effect, as earlier versions recorded them too."""
+        try:
+            return self.find(flag, name)
+        except FileNotFoundError:
+            if getattr(effective(self.settings())[0], flag) is None and not self.given.keys() & DECIDE_INITIAL_PICTURE:
+                return None
+            raise
+
+    def _read(self, name: str, value: Any) -> Any:
+        """A recorded value as its flag's reader reads it; raises ValueError naming the picture."""
+        try:
+            if name in LISTS and not isinstance(value, list):
+                raise ValueError(f"--{name} {display(value)}: must be a list")
+            return READERS[name](name, value)
+        except ValueError as error:
+            raise ValueError(f"--replay {self.path}: its settings cannot be read: {error}") from None
+
+    def _given(self, name: str) -> Any:
+        """What a flag beside --replay says, read; None where it is not given."""
+        value = self.given.get(name)
+        return None if value is None else READERS[name](name, value)
+
+    def _flags(self) -> dict[str, Any]:
+        recorded = self.record["settings"]
+        raw = {
+            n: self._read(n, v) for n, v in recorded.items() if v is not None and n in READERS and n not in self.given
+        }
+        if "residual_config" in self.given:
+            raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
+        targets = self._given("residual_target_layers")
+        if not (raw.get("residual_target_layers") if targets is None else targets):  # off: the rest would be in the way
+            raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
+        weights = raw.get("residual_weights")
+        if weights and len(set(weights)) == 1:
+            raw["residual_weights"] = weights[:1]  # so that it holds for other targets too
+        if (self._given("residual_mode") or raw.get("residual_mode")) != "aligned":
+            raw.pop("residual_rotations", None)
+        if raw.get("controlnet_ckpt") and not (
+            raw.get("controlnet_cond_image") or self.given.get("controlnet_cond_image")
+        ):
+            raw.pop("controlnet_ckpt")  # earlier versions recorded one that was loaded and given no picture
+        raw["skip_layer_cfg"] = self.record["settings"].get("skip_layer") is not None
+        return {"vae_tile": 0, "offload": self._offload()} | raw | {"pad_batch": True}
+
+    def _offload(self) -> bool:
+        """Whether the run's record says so: pictures themselves once did not."""
+        return any(_object(values.get("flags")).get("offload") is True for values in self._records())
+
+    def _text_files(self) -> dict[str, str]:
+        """Where the text encoders lay, as the record of the run says."""
+        out: dict[str, str] = {}
+        for values in self._records():
+            flags = _object(values.get("flags"))
+            for name in TEXT_FILES:
+                path = flags.get(name)
+                if isinstance(path, str) and (os.path.isdir if name == "model_folder" else os.path.isfile)(path):
+                    out.setdefault(name, path)
+        return out
+
+    def skip_layer(self) -> SkipLayerConfig | None:
+        """The recorded skip-layer guidance, unless the flag was given again."""
+        return None if "skip_layer_cfg" in self.given else self._skip_layer()
+
+    def settings(self) -> Settings:
+        """The recorded settings."""
+        return Settings(**{"offload": self._offload()} | self.record["settings"] | {"skip_layer": self._skip_layer()})
+
+    def _skip_layer(self) -> SkipLayerConfig | None:
+        values = self.record["settings"].get("skip_layer")
+        if values is None:
+            return None
+        told = f"--replay {self.path}: its skip-layer settings cannot be read"
+        if not isinstance(values, dict):
+            raise ValueError(f"{told}: {display(values)}")
+        try:
+            return read_skip_layer(values)
+        except ValueError as error:
+            raise ValueError(f"{told}: {error}") from None
+
+    def find(self, flag: str, name: str) -> str:
+        """The path of a file that the picture names without its folder: where the record of its run says, beside the
+        picture, here, or in `models` (or --model_folder).
+        """
+        places = list(dict.fromkeys(self._places(flag, name)))
+        for place in places:
+            if os.path.exists(place):
+                return str(place)
+        looked = ", ".join(sorted({os.path.dirname(p) or "." for p in map(str, places)}))
+        raise FileNotFoundError(
+            f"--replay {self.path}: was made with {flag} {name}, which is not in {looked}; name it with --{flag}"
+        )
+
+    def _places(self, flag: str, name: str) -> Iterator[Path]:
+        for values in self._records():
+            paths = [_object(values.get("flags")).get(flag), *_object(values.get("files"))]
+            yield from (Path(p) for p in paths if isinstance(p, str) and base_name(p) == name)
+        models = Path(self._given("model_folder") or "models")
+        yield from (self.path.parent / name, Path(name), models / name)
+        yield from sorted(models.glob(f"*/{glob.escape(name)}"))
+
+    def _records(self) -> Iterator[dict[str, Any]]:
+        """The records of the run beside the picture, or in the folder above."""
+        for folder in (self.path.parent, self.path.parent.parent):
+            for record in RECORDS:
+                values: Any = None
+                with contextlib.suppress(OSError, ValueError):
+                    if (folder / record).is_file():
+                        values = parse_json((folder / record).read_text(encoding="utf-8"))
+                if isinstance(values, dict):
+                    yield values
+
+    def changed(self, settings: Settings) -> list[str]:
+        """Settings that the picture made now does not share with the recorded ones; such as had no effect then do not
+        count.
+        """
+        recorded = self.settings()
+        had_effect = dataclasses.replace(effective(recorded)[0], batch_size=recorded.batch_size)  # with a cache it had
+        now, then = (json.loads(json.dumps(s.named())) for s in (effective(settings)[0], had_effect))
+        return [f"{n} {then[n]} -> {now[n]}" for n in now if then[n] != now[n]]
+
+    def differs(self, made_with: Mapping[str, Any]) -> list[str]:
+        """What else differs between then and now: files, versions, the device."""
+        now = json.loads(json.dumps({**made_with, "versions": versions()}))
+        out = []
+        if self.record.get("model_sha256") and now.get("model_sha256") != self.record["model_sha256"]:
+            out.append("the model file's contents")
+        then, had_effect = _object(self.record.get("files")), effective(self.settings())[0]
+        without = [n for n in FILE_SETTINGS if getattr(had_effect, n) is None]
+        out += [f"contents of {n}" for n in then if n not in without and now.get("files", {}).get(n) != then[n]]
+        for kind, what in (("encoders", "text encoder {}"), ("components", "the {} in the model's folder")):
+            then = _object(self.record.get(kind))
+            for name, was in then.items():
+                known, here = _object(was), _object(now.get(kind, {}).get(name))
+                if {n: here.get(n) for n in known} != known:  # earlier records know less of each
+                    out.append(what.format(name))
+        then, here = _object(self.record.get("encoders")), now.get("encoders", {})
+        for name in ENCODERS if "clip tokenizer" in then else ():  # earlier records know less
+            if name in here and name not in then and not (name == "t5xxl" and had_effect.no_t5):
+                out.append(f"text encoder {name}")  # it lay in the model's own file
+        if "environment" not in _object(self.record.get("hardware")) and _changing_while_cached(had_effect):
+            out.append("which steps --cache reuses while residual text streaming changes")  # since that is recorded
+        for kind in ("versions", "hardware"):
+            then, here = _object(self.record.get(kind)), now.get(kind, {})
+            out += [f"{n} {then[n] or 'none'} -> {here.get(n) or 'none'}" for n in then if then[n] != here.get(n)]
+        return out
+
+    def report(self, image: Image.Image, settings: Settings, made_with: Mapping[str, Any]) -> list[str]:
+        """Lines for the shell: whether `image` is the picture bit for bit, and what is known to differ."""
+        changed, differs = self.changed(settings), self.differs(made_with)
+        lines = [f"replay: changed {', '.join(changed)}"] if changed else []
+        lines += [f"replay: not as it was then: {', '.join(differs)}"] if differs else []
+        told = compare(self.path, image)
+        if told and not changed and not differs:
+            told += "; nothing that was recorded differs"
+        return [*lines, f"replay: {told}" if told else f"replay: the same picture as {self.path}, bit for bit"]
+
+
+def _changing_while_cached(s: Settings) -> bool:
+    """Whether residual streaming does not act alike in all steps of a run with a cache."""
+    window = s.residual_start > 0 or s.residual_end < 1
+    return s.cache > 0 and (window or s.residual_schedule != "constant" or s.residual_mode == "aligned")
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """A part of a record, where it is what it should be."""
+    return value if isinstance(value, dict) else {}
+
+
+def compare(path: Path, image: Image.Image) -> str:
+    """How a picture differs from the one in a file, or `` where all pixels are equal."""
+    with Image.open(path) as there:
+        then = np.asarray(there.convert("RGB"), dtype=np.int16)
+    now = np.asarray(image.convert("RGB"), dtype=np.int16)
+    if then.shape != now.shape:
+        return f"{path} is {then.shape[1]} x {then.shape[0]}, this one {now.shape[1]} x {now.shape[0]}"
+    apart = np.abs(then - now).max(axis=-1)
+    if not apart.any():
+        return ""
+    return f"{(apart > 0).mean():.1%} of the pixels differ from {path}, by at most {apart.max()} of 255"

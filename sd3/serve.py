@@ -1,0 +1,161 @@
+"""`--serve_stdin`: one load, then a picture for every line of JSON; every line is answered with one.
+
+{"prompt": "a red circle", "seed": 3}  ->  {"ok": true, "files": ["outputs/.../000000.png"], "seeds": [3], ...}
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sd3 import png, streams, writing
+from sd3.engine import Engine, load_for, plan_for
+from sd3.flags import Flags, check_flag
+from sd3.memory import OutOfMemory, one_line, out_of_memory
+from sd3.prompts import read_prompts
+from sd3.run import MadeWith, RunRecord, models_folder_name
+from sd3.settings import FILE_SETTINGS, Settings
+from sd3.unchanged import stamp
+
+# Flags that belong to the process: they decide what is loaded and where pictures go.
+FIXED = (
+    "model", "vae", "controlnet_ckpt", "model_folder", "clip_l", "clip_g", "t5xxl", "text_encoder_device", "device",
+    "dtype", "no_t5", "t5_resident", "embed_cache", "compile", "weights", "offload", "out_dir", "postfix",
+    "no_metadata", "verbose", "serve_stdin", "self_check", "list_models", "replay",
+)  # fmt: skip
+EXAMPLE = json.dumps({"prompt": "a red circle", "seed": 3})
+LONGEST_LINE = 2**24  # bytes; what is longer is answered without being held in memory
+
+
+class Server:
+    """An engine, the flags as typed, which a line's own replace, and the folder of the pictures."""
+
+    def __init__(self, engine: Engine, flags: Flags, raw: Mapping[str, Any], folder: Path):
+        self.engine, self.raw, self.folder = engine, dict(raw), folder
+        self.record = RunRecord(folder, flags, [f"--{n}={v}" for n, v in raw.items()], 0, engine)
+        self.notes: list[str] = []  # of the line that is answered
+        self.made_with: dict[tuple, MadeWith] = {}  # by the files that pictures name and when they changed
+
+    def answer(self, line: str | bytes) -> dict[str, Any]:
+        """What a line is answered with: files, seeds and seconds, or the error; `id` comes back as it was given.
+
+        Whatever is in the line, nothing is raised but what stops the process (Ctrl-C, SIGTERM).
+        """
+        answer: dict[str, Any] = {"ok": False}
+        made: list[tuple[Path, int]] = []
+        self.notes = []
+        started = time.perf_counter()
+        try:
+            wanted = read_line(line)
+            if "id" in wanted:
+                answer["id"] = wanted.pop("id")
+            for one in self._make(wanted):
+                made.append(one)
+            answer["ok"] = True
+        except OutOfMemory as error:
+            answer["error"] = one_line(error)
+        except (ValueError, OSError) as error:  # FileNotFoundError among them
+            answer["error"] = one_line(error, 2000)
+        except Exception as error:  # a line must not end what serves others
+            known = "out of memory; try a smaller width, height or batch_size" if out_of_memory(error) else "failed"
+            answer["error"] = f"{known} ({type(error).__name__}: {one_line(error)})"
+        if made or answer["ok"]:  # of a request that failed half way, what is there is named too
+            answer |= {"files": [str(path) for path, _ in made], "seeds": [seed for _, seed in made]}
+            if self.notes:
+                answer["notes"] = self.notes
+        return answer | {"seconds": round(time.perf_counter() - started, 3)}
+
+    def _make(self, wanted: Mapping[str, Any]) -> Iterator[tuple[Path, int]]:
+        for name in wanted:
+            check_flag(name)
+            if name in FIXED:
+                raise ValueError(f"--{name}: belongs to the whole process; give it on the command line")
+        flags = Flags.read({**self.raw, **{n: v for n, v in wanted.items() if v is not None}})
+        if wanted.get("prompt") is None and "prompt" not in self.raw:
+            raise ValueError("--prompt: is missing")
+        prompts, _ = read_prompts(flags.prompt)
+        pictures = plan_for(self.engine, flags, prompts, flags.seeds(len(prompts)))
+        self.notes = self.engine.notes
+        first = self.record.count
+        made_with = self._files(pictures[0])
+        for number, settings, image in self.engine.make(pictures, flags.pad_batch):
+            path = self.folder / f"{first + number:06d}.png"
+            known = made_with.wait()
+            with streams.held():  # a picture that is there is in the record
+                png.save_picture(path, image, settings, None if flags.no_metadata else known)
+                self.record.add(path, settings, known)
+            yield path, settings.seed
+
+    def _files(self, settings: Settings) -> MadeWith:
+        paths = [path for name in FILE_SETTINGS if (path := getattr(settings, name))]
+        key = tuple((path, stamp(path)) for path in paths)
+        if key not in self.made_with or self.made_with[key].error is not None:
+            self.made_with = {key: MadeWith(self.engine, settings)}  # the last one only: they are seldom others
+        return self.made_with[key]
+
+
+def read_line(line: str | bytes) -> dict[str, Any]:
+    """The flags of a request; raises ValueError for a line that is none."""
+    if len(line) > LONGEST_LINE:
+        raise ValueError(f"not a line of JSON: longer than {LONGEST_LINE} bytes")
+    try:
+        text = line.decode("utf-8-sig") if isinstance(line, bytes) else line
+        wanted = json.loads(text)  # which takes NaN too: its flag then says what is wrong with it
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not a line of JSON: byte {error.start + 1} is no UTF-8") from None
+    except RecursionError:
+        raise ValueError("not a line of JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not a line of JSON: {error}") from None
+    if not isinstance(wanted, dict):
+        raise ValueError('not an object such as {"prompt": "a red circle", "seed": 3}')
+    try:
+        json.dumps(wanted.get("id"), allow_nan=False)
+    except (ValueError, RecursionError):
+        raise ValueError("id: cannot be given back: a number beyond all bounds, or nested too deeply") from None
+    return wanted
+
+
+def lines_of(stream: Any) -> Iterator[bytes]:
+    """The lines of a binary stream; of one that is too long, its beginning. Raises ValueError where stdin fails."""
+    try:
+        while line := stream.readline(LONGEST_LINE + 2):
+            rest = line
+            while rest and not rest.endswith(b"\n"):
+                rest = stream.readline(LONGEST_LINE)
+            yield line
+    except OSError as error:
+        raise ValueError(f"--serve_stdin: stdin cannot be read any further ({error.strerror})") from None
+
+
+def serve(
+    flags: Flags,
+    raw: Mapping[str, Any],
+    lines: Iterable[str | bytes] | None = None,
+    say: Callable[[str], Any] | None = None,
+) -> Path | None:
+    """Answers every line (of stdin) on stdout, in ASCII, until there is none; empty ones are passed over. Returns the
+    folder of the pictures, if any.
+
+    raw: the flags as typed, which the lines' own replace. Raises what `load_for` raises, before anything is read.
+    """
+    lines = lines_of(sys.stdin.buffer) if lines is None else lines
+    say = say or (lambda text: print(text, flush=True))
+    writing.check_writable(flags.out_dir)
+    raw = {n: v for n, v in raw.items() if n != "serve_stdin"}
+    engine = load_for(flags)
+    engine.get_mmdit()
+    engine.get_controlnet()
+    engine.get_vae()
+    folder = writing.make_folder(Path(flags.out_dir) / models_folder_name(flags), "served", flags.postfix)
+    server = Server(engine, flags, raw, folder)
+    engine.say(f"ready: one JSON object a line, such as {EXAMPLE}; pictures go to {folder}")
+    with server.record.kept():
+        for line in lines:
+            if line.strip():
+                say(json.dumps(server.answer(line)))
+    return folder if server.record.count else None

@@ -1,0 +1,295 @@
+"""The grid of a sweep: which prompts, which seeds, which variants of all other settings. Needs no torch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sd3.flags import DEFAULT_SEED, MOST_PICTURES, READERS, Flags, check_flag
+from sd3.mistakes import display
+from sd3.prompts import read_jsonl, read_prompts
+from sd3.readers import SEED_LIMIT, read_float, read_int, read_layers, read_list, read_path, read_text
+from sd3.reading import check_file, reading
+from sd3.settings import base_name
+
+NO_PLACE = {
+    "out_dir": "use --out",
+    "postfix": "use --out",
+    "seed_type": "name the seeds, such as --seed 0-3",
+    "num_images": "name the seeds, such as --seed 0-3",
+    "pad_batch": "batches are always filled up",
+    "no_metadata": "finished pictures are known by their settings",
+    "replay": "that is for sd3_infer.py",
+    "serve_stdin": "that is for sd3_infer.py",
+    "self_check": "that is for sd3_infer.py",
+    "list_models": "that is for sd3_infer.py",
+    "verbose": "log.jsonl has it all",
+}
+SWEPT = {name: reader for name, reader in READERS.items() if name not in NO_PLACE}
+WHOLE = ("prompt", "negative_prompt", "seed")  # `;` has no meaning in these
+LISTS = ("residual_target_layers", "residual_weights")
+MOST_SEEDS = MOST_PICTURES
+OFF = "off"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A column: raw flags of `sd3_infer.py` but for prompt and seed, and the column it is compared with (None for a
+    baseline itself).
+    """
+
+    name: str
+    raw: Mapping[str, Any]
+    baseline: str | None = None
+
+
+@dataclass(frozen=True)
+class Grid:
+    """prompts times seeds times variants; variants are in the order in which they are made, baselines first."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    variants: tuple[Variant, ...]
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """Where each seed stands among them."""
+        return {seed: i for i, seed in enumerate(self.seeds)}
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any], file: str | None = None, prompts: Sequence[str] | None = None) -> Grid:
+        """From flags as typed, alternatives parted by `;`, and a YAML file whose values they replace.
+
+        prompts: in place of --prompt. Raises ValueError or FileNotFoundError, for every value that `sd3_infer.py`
+        refuses too.
+        """
+        values, named = read_yaml(file) if file else ({}, {})
+        values |= raw
+        check_names(values)
+        if prompts is None:
+            prompts = read_axis_prompts(values.get("prompt"))
+        prompts = tuple(dict.fromkeys(prompts))
+        seeds = read_seeds(values.get("seed", DEFAULT_SEED))
+        axes = {n: alternatives(n, v) for n, v in values.items() if n not in ("prompt", "seed")}
+        for flag, items in [*axes.items(), *((n, [v]) for flags in named.values() for n, v in flags.items())]:
+            for item in items:
+                SWEPT[flag](flag, item)
+        each = len(prompts) * len(seeds)
+        check_count(each * count_variants(axes, named))  # before any of them is built
+        variants = cross(axes, named)
+        check_count(each * len(variants))
+        return cls(prompts, seeds, variants)
+
+
+def check_count(pictures: int) -> None:
+    """Raises ValueError for a grid of too many pictures."""
+    if pictures > MOST_PICTURES:
+        raise ValueError(f"this grid has {pictures:,} pictures; at most {MOST_PICTURES:,}")
+
+
+def count_variants(axes: Mapping[str, Sequence[Any]], named: Mapping[str, Mapping[str, Any]]) -> int:
+    """How many variants `cross` makes, by multiplication, without those that it adds for named variants to be compared
+    with.
+    """
+    product = lambda names: math.prod(len(axes[n]) for n in names)  # noqa: E731
+    plain = [n for n in axes if not is_residual(n)]
+    residual = [n for n in axes if is_residual(n)]
+    off = 0
+    if "residual_config" not in axes:
+        targets = axes.get("residual_target_layers", [None])
+        others = (n for n in residual if n != "residual_target_layers")
+        off = sum(not read_layers("residual_target_layers", t) for t in targets) * product(others)
+    mixed = product(residual) - off if residual else 0
+    return product(plain) * (1 + mixed) + sum(product(n for n in plain if n not in flags) for flags in named.values())
+
+
+def check_names(values: Iterable[str]) -> None:
+    """Raises ValueError for a flag that there is not, or that has no place in a sweep."""
+    for name in values:
+        if name in NO_PLACE:
+            raise ValueError(f"--{name}: has no place in a sweep; {NO_PLACE[name]}")
+        check_flag(name, SWEPT)
+
+
+def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Values by flag and named variants of a YAML file; every number and word stays the text that stands there."""
+    try:
+        import yaml
+    except ImportError:
+        raise ValueError("--grid: needs PyYAML; get it with: pip install -r requirements-sweep.txt") from None
+    path = read_path("grid", path)
+    check_file(f"--grid {path}", path)
+
+    class Loader(yaml.BaseLoader):
+        """Takes no key twice: PyYAML would drop all but the last, a whole named variant perhaps."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := next((key for key in keys if keys.count(key) > 1), None):
+                raise ValueError(f"{display(twice)} is there twice")
+            return super().construct_mapping(node, deep)
+
+    with reading(f"--grid {path}", "cannot be read as YAML"):
+        values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=Loader)
+    if not isinstance(values, dict):
+        raise ValueError(f"--grid {path}: must name flags and their values, such as `seed: 0-3`")
+    named = values.pop("variants", None) or {}
+    if not isinstance(named, dict) or not all(isinstance(v, dict) for v in named.values()):
+        raise ValueError(f"--grid {path}: variants must be names with flags below them")
+    for name, flags in named.items():
+        read_text("grid", name)
+        if name.strip().lower() in (OFF, ""):
+            raise ValueError(f"--grid {path}: a variant {name!r} cannot be named so; off is always there")
+        check_names(flags)
+        for flag in ("prompt", "seed"):
+            if flag in flags:
+                raise ValueError(f"--grid {path}: {name}: {flag} cannot differ between variants")
+        for flag, value in flags.items():
+            items = alternatives(flag, value)
+            if len(items) != 1:
+                raise ValueError(f"--grid {path}: {name}: {flag} must have one value in a named variant")
+            flags[flag] = items[0]
+    return values, named
+
+
+def alternatives(flag: str, value: Any) -> list[Any]:
+    """The values of an axis: what stands between `;`, or the items of a list. A list of plain numbers is one value of
+    the flags that take lists.
+    """
+    if isinstance(value, (list, tuple)):
+        items = [value] if flag in LISTS and all(map(_is_number, value)) else list(value)
+    elif isinstance(value, str) and ";" in value and flag not in WHOLE:
+        items = [part.strip() for part in value.split(";")]
+        items = items[:-1] if items[-1] == "" else items
+    else:
+        items = [value]
+    if not items:
+        raise ValueError(f"--{flag}: is an empty list")
+    return items
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        read_float("", value)
+    except ValueError:
+        return False
+    return True
+
+
+def read_axis_prompts(value: Any) -> list[str]:
+    """Prompts from a text, a .txt or .jsonl file, or a list of texts; raises ValueError or FileNotFoundError."""
+    if value is None:
+        raise ValueError("--prompt: is needed: a text, or a .txt file with one prompt a line")
+    if isinstance(value, (list, tuple)):
+        texts = [read_text("prompt", v) for v in value]
+        if not texts or not all(text.strip() for text in texts):
+            raise ValueError("--prompt: must be texts")
+        return texts
+    if read_text("prompt", value).lower().endswith(".jsonl"):
+        form = '{"prompt": "..."}'
+        return [row["prompt"] for row in read_jsonl("prompt", value, lambda r: isinstance(r["prompt"], str), form)]
+    return read_prompts(value)[0]
+
+
+def read_seeds(value: Any) -> tuple[int, ...]:
+    """Seeds and ranges of seeds: `0-3`, `0-3;10`, `1,5,9`, each once."""
+    items = value.split(";") if isinstance(value, str) else value
+    seeds: dict[int, None] = {}
+    for item in read_list("seed", items):
+        match = re.fullmatch(r"([0-9]+)-([0-9]+)", item) if isinstance(item, str) else None
+        ends = (match[1], match[2]) if match else (item, item)
+        first, last = (read_int("seed", n, 0, SEED_LIMIT - 1) for n in ends)
+        if last < first or last - first >= MOST_SEEDS:
+            told = f"a range counts up, such as 0-3, and has at most {MOST_SEEDS:,} seeds"
+            raise ValueError(f"--seed {display(item)}: {told}")
+        seeds |= dict.fromkeys(range(first, last + 1))
+        if len(seeds) > MOST_SEEDS:
+            raise ValueError(f"--seed: names more than {MOST_SEEDS:,} seeds")
+    if not seeds:
+        raise ValueError("--seed: names no seed")
+    return tuple(seeds)
+
+
+def is_residual(flag: str) -> bool:
+    """Whether a flag says something of residual text streaming only."""
+    return flag.startswith("residual_")
+
+
+def cross(axes: Mapping[str, Sequence[Any]], named: Mapping[str, Mapping[str, Any]]) -> tuple[Variant, ...]:
+    """The off variants, one for each combination of the axes that are not residual, then the combinations with residual
+    axes, then the named variants, which stand in place of residual axes.
+    """
+    plain = {n: v for n, v in axes.items() if not is_residual(n)}
+    residual = {n: v for n, v in axes.items() if is_residual(n)}
+    out: dict[str, Variant] = {}
+    baselines: dict[str, str] = {}  # names of the off variants by their settings
+    numbers: dict[str, int] = {}  # how many variants have a label
+
+    def add(label: str, raw: dict[str, Any], baseline: str | None) -> str:
+        Flags.read(raw)
+        name = label
+        while name in out:
+            numbers[label] = numbers.get(label, 1) + 1
+            name = f"{label} ({numbers[label]})"
+        out[name] = Variant(name, raw, baseline)
+        return name
+
+    def off(raw: Mapping[str, Any]) -> str:
+        """The name of the baseline for settings, which is added where it is not there yet."""
+        own = {n: v for n, v in raw.items() if not is_residual(n)}
+        key = repr(sorted(own.items()))
+        if key not in baselines:
+            baselines[key] = add(", ".join([OFF, *labels(own, plain)]), own, None)
+        return baselines[key]
+
+    for raw in combinations(plain):
+        off(raw)
+    chosen = []  # named variants: name, raw flags, raw flags of what it is compared with
+    for name, flags in named.items():
+        for raw in combinations({n: v for n, v in plain.items() if n not in flags}):
+            own, first = raw | dict(flags), {n: v[0] for n, v in plain.items() if n in flags}
+            chosen.append((name, raw, own, own if any(map(is_residual, flags)) else first | raw))
+            off(chosen[-1][-1])
+    if residual:
+        for raw in combinations(plain | residual):
+            if residual_label(raw) != OFF:
+                add(", ".join([residual_label(raw), *labels(raw, plain)]), raw, off(raw))
+    for name, raw, own, without in chosen:
+        add(", ".join([name, *labels(raw, plain)]), own, off(without))
+    return tuple(out.values())
+
+
+def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every choice of one value per axis; the last axis turns fastest."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def labels(raw: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> list[str]:
+    """`cfg 3`, for every flag that is not residual and not the same in all variants."""
+    differs = [n for n in raw if not is_residual(n) and (n not in axes or len(axes[n]) > 1)]
+    return [f"{n} {base_name(str(raw[n]))}" for n in differs]
+
+
+def residual_label(raw: Mapping[str, Any]) -> str:
+    """`[MODE:]ORIGIN:TARGETS:WEIGHTS` and what else is set, or off."""
+    if "residual_config" not in raw and not read_layers("residual_target_layers", raw.get("residual_target_layers")):
+        return OFF
+    text = {n.removeprefix("residual_"): _spelt(v) for n, v in raw.items() if is_residual(n)}
+    out = [base_name(text.pop("config"))] if "config" in text else []
+    mode = text.pop("mode", "add")
+    main = [text.pop("origin_layer", "0"), text.pop("target_layers", ""), text.pop("weights", "1.0")]
+    if main[1]:
+        out.insert(0, ":".join([*([mode] if mode != "add" else []), *main]))
+    elif mode != "add":
+        out.append(mode)
+    return ", ".join(out + [f"{n} {base_name(v)}" for n, v in text.items()])
+
+
+def _spelt(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else re.sub(r"\s*,\s*|\s+", ",", str(value))

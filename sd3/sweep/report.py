@@ -1,0 +1,164 @@
+"""The report of a sweep: index.html with data.js beside it, results.csv, scores.csv, scores.md and contact sheets."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sd3 import sheet, writing
+from sd3.sweep import scores as scoring
+from sd3.sweep.folder import SweepFolder
+from sd3.sweep.plan import Plan, Planned, command
+
+PAGE = Path(__file__).with_name("page.html")
+SHEET_ROWS = 40  # rows of a contact sheet, then the next begins
+EVERY = 3.0  # seconds between writes while a sweep runs, at least
+HIDDEN = ("prompt", "seed")
+
+
+def cell(value: Any) -> Any:
+    """A value as a cell of a CSV file: a text that a spreadsheet would run as a formula begins with `'`, which marks it
+    as text there.
+    """
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{value}"
+    return "" if value is None else value
+
+
+class Report:
+    """Grows as pictures are finished; `write` brings the files up to date."""
+
+    def __init__(self, folder: SweepFolder, plan: Plan, score: str | None = None):
+        self.folder, self.plan, self.score = folder, plan, score
+        self.scores = folder.scores()
+        self.rows: list[scoring.Row] = []
+        self.done: dict[str, float | None] = {}  # mean difference to the baseline by picture
+        self.seconds = self.folder.seconds()
+        self.written = self.cost = 0.0
+        first = [plan.of(i)[0].settings for i in range(len(plan.variants))]
+        self.settings = [{n: v for n, v in s.named().items() if n not in HIDDEN} for s in first]
+        self.varying = [n for n in self.settings[0] if len({json.dumps(s[n]) for s in self.settings}) > 1]
+        flags = [plan.engines[plan.engine_of[i]] for i in range(len(plan.variants))]
+        self.commands = [" ".join(command(s, f)) for s, f in zip(first, flags, strict=True)]
+
+    def add(self, picture: Planned) -> None:
+        """Takes a finished picture in."""
+        self.done[picture.id] = self.folder.mean_difference(picture.id)
+
+    def write_now_and_then(self) -> None:
+        """Brings the files up to date, if the last time is long enough ago."""
+        if time.perf_counter() - self.written > max(EVERY, 20 * self.cost):
+            self.write(running=True)
+
+    def write(self, running: bool, whole: bool = False) -> None:
+        """Writes all files; contact sheets only where `whole`."""
+        start = time.perf_counter()
+        if not running:
+            self.seconds = self.folder.seconds()
+        chosen = {id: s for (scorer, id), s in self.scores.items() if scorer == self.score and id in self.done}
+        self.rows = scoring.summarise(self.plan, chosen) if chosen else []
+        data = "window.sweepData(" + json.dumps(self.data(chosen, running), ensure_ascii=False) + ");\n"
+        data = data.replace("</", "<\\/")
+        writing.atomic_write(self.folder.path / "data.js", lambda f: f.write(data.encode()))
+        with open(PAGE, "rb") as page:
+            writing.atomic_write(self.folder.path / "index.html", lambda f: shutil.copyfileobj(page, f))
+        self._write_csv("results.csv", self.results(chosen))
+        if self.rows:
+            self._write_csv("scores.csv", self.score_lines())
+            writing.atomic_write(self.folder.path / "scores.md", lambda f: f.write((self.table() + "\n").encode()))
+        if whole:
+            self.write_sheets()
+        self.written = time.perf_counter()
+        self.cost = self.written - start
+
+    def table(self) -> str:
+        """Scores as Markdown."""
+        return scoring.table(self.plan, self.rows)
+
+    def data(self, scores: Mapping[str, Mapping[str, float]], running: bool) -> dict[str, Any]:
+        """What the page shows."""
+        grid = self.plan.grid
+        pictures = []
+        for p in self.plan.pictures:
+            if p.id in self.done:
+                difference = self.done[p.id]
+                short = {k: round(v, 3) for k, v in scores.get(p.id, {}).items()}
+                pictures.append([p.variant, p.prompt, grid.places[p.seed], p.id, difference, short])
+        first = self.plan.pictures[0].settings
+        return {
+            "title": self.folder.path.resolve().name,
+            "running": running,
+            "planned": len(self.plan.pictures),
+            "size": [first.width, first.height],
+            "prompts": grid.prompts,
+            "seeds": [str(s) for s in grid.seeds],  # text: JavaScript's numbers lose digits beyond 2^53
+            "varying": self.varying,
+            "variants": [
+                {"name": v.name, "baseline": b, "settings": s, "command": c}
+                for v, b, s, c in zip(
+                    self.plan.variants, self.plan.baselines, self.settings, self.commands, strict=True
+                )
+            ],
+            "score": self.score,
+            "rows": [
+                [r.variant, r.kind, r.count, r.mean, r.low, r.high, r.gain, r.gain_low, r.gain_high] for r in self.rows
+            ],
+            "pictures": pictures,
+        }
+
+    def results(self, scores: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
+        """A line per finished picture."""
+        kinds = sorted({k for s in scores.values() for k in s})
+        out = []
+        for p in self.plan.pictures:
+            if p.id not in self.done:
+                continue
+            line: dict[str, Any] = {
+                "file": f"pictures/{p.id}.png",
+                "variant": self.plan.variants[p.variant].name,
+                "baseline": self.plan.variants[self.plan.baselines[p.variant]].name,
+                "prompt": self.plan.grid.prompts[p.prompt],
+                "seed": p.seed,
+                "mean_difference": self.done[p.id],
+                "seconds": round(self.seconds[p.id], 3) if p.id in self.seconds else None,
+            }
+            line |= {f"{self.score}: {k}": scores.get(p.id, {}).get(k) for k in kinds}
+            own = self.settings[p.variant]
+            line |= {n: v if v is None or isinstance(v, (str, int, float)) else json.dumps(v) for n, v in own.items()}
+            out.append(line)
+        return out
+
+    def score_lines(self) -> list[dict[str, Any]]:
+        """A line per variant and kind."""
+        names = ("count", "mean", "low", "high", "gain", "gain_low", "gain_high")
+        return [
+            {"scorer": self.score, "variant": self.plan.variants[r.variant].name, "kind": r.kind}
+            | {n: getattr(r, n) for n in names}
+            for r in self.rows
+        ]
+
+    def _write_csv(self, name: str, lines: list[dict[str, Any]]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(lines[0]) if lines else ["file"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: cell(v) for k, v in line.items()} for line in lines)
+        writing.atomic_write(self.folder.path / name, lambda f: f.write(text.getvalue().encode()))
+
+    def write_sheets(self) -> None:
+        """sheet.png, then sheet_2.png and on: a row per prompt and seed, a column per variant."""
+        grid = self.plan.grid
+        columns = [self.plan.of(i) for i in range(len(self.plan.variants))]
+        labels = [f"{prompt}  [{seed}]" for prompt in grid.prompts for seed in grid.seeds]
+        names = [v.name for v in self.plan.variants]
+        for start in range(0, len(labels), SHEET_ROWS):
+            rows = range(start, min(start + SHEET_ROWS, len(labels)))
+            paths = [[self.folder.picture(c[i].id) for c in columns] for i in rows]
+            image = sheet.contact_sheet(paths, [labels[i] for i in rows], names)
+            name = "sheet.png" if start == 0 else f"sheet_{start // SHEET_ROWS + 1}.png"
+            writing.atomic_write(self.folder.path / name, lambda f, s=image: s.save(f, format="PNG"))

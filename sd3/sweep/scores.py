@@ -1,0 +1,190 @@
+"""Scores of finished pictures, and what they say of each variant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from demo.score import KINDS, Prompt, held_out_prompts, interval
+from demo.score import score as shows
+from sd3.sweep.grid import Grid
+from sd3.sweep.plan import Plan
+
+Scorer = Callable[[Image.Image, str], dict[str, float]]  # picture and prompt -> scores by kind
+OVERALL = "overall"
+
+
+@dataclass(frozen=True)
+class Row:
+    """Mean score of a variant's pictures with its 95 % interval; gain: the same of the differences to its baseline on
+    the same prompts and seeds, None for a baseline.
+    """
+
+    variant: int
+    kind: str
+    count: int
+    mean: float
+    low: float
+    high: float
+    gain: float | None = None
+    gain_low: float | None = None
+    gain_high: float | None = None
+
+
+def demo_prompts(per_kind: int) -> list[str]:
+    """The texts of the prompts that `python -m demo.score` uses, each once."""
+    return list(dict.fromkeys(p.text for p in held_out_prompts(per_kind)))
+
+
+def demo_scorer(grid: Grid, per_kind: int | None = None) -> Scorer:
+    """Reads pictures of coloured shapes. per_kind: the prompts are `demo_prompts`, whose kinds are known; else kinds
+    are read off the texts. Raises ValueError for a prompt that is no caption of such a scene.
+    """
+    try:
+        import scipy.ndimage  # noqa: F401
+    except ImportError:
+        raise ValueError("--score demo: needs scipy; get it with: pip install -r requirements-demo.txt") from None
+    from demo.score import read_picture
+
+    wanted: dict[str, list[Prompt]] = {}
+    if per_kind is not None:
+        for prompt in held_out_prompts(per_kind):
+            if prompt not in wanted.setdefault(prompt.text, []):
+                wanted[prompt.text].append(prompt)
+    else:
+        wanted = {text: read_caption(text) for text in grid.prompts}
+
+    def scorer(image: Image.Image, text: str) -> dict[str, float]:
+        seen = read_picture(np.asarray(image.convert("RGB")))
+        return {p.kind: float(shows(p, seen)) for p in wanted[text]}
+
+    return scorer
+
+
+def read_caption(text: str) -> list[Prompt]:
+    """What a caption asks for, once for every kind that it belongs to. Raises ValueError for other texts."""
+    from demo.scenes import BACKGROUNDS, COLOURS, COUNTS, RELATIONS, SHAPES
+
+    colour, shape = "|".join(COLOURS), "|".join(SHAPES)
+    thing = rf"an? ({colour}) ({shape})"
+    ground = rf"(?: on an? (?:{'|'.join(BACKGROUNDS)}) background)?"
+    text = text.strip().lower()
+    if match := re.fullmatch(rf"({'|'.join(COUNTS.values())}) ({colour}) ({shape})s{ground}", text):
+        count = next(n for n, word in COUNTS.items() if word == match[1])
+        return [Prompt(text, "counting", ((match[2], match[3]),), count)]
+    if match := re.fullmatch(rf"{thing}{ground}", text):
+        return [Prompt(text, kind, ((match[1], match[2]),)) for kind in ("single object", "colours")]
+    if match := re.fullmatch(rf"{thing} (and|{'|'.join(RELATIONS)}) {thing}{ground}", text):
+        both = ((match[1], match[2]), (match[4], match[5]))
+        if match[3] != "and":
+            return [Prompt(text, "position", both, relation=match[3])]
+        return [Prompt(text, kind, both) for kind in ("two objects", "colour attribution")]
+    raise ValueError(
+        f'--score demo: "{text}" is no caption of coloured shapes, such as "a red circle left of a blue square"'
+    )
+
+
+def clip_scorer(model: str | None, device: str = "auto") -> Scorer:
+    """100 times the cosine between a picture's and its prompt's embedding, not below 0 (CLIPScore, arXiv 2104.08718,
+    without its factor 2.5), by a CLIP model in transformers' layout in a folder here.
+
+    Raises ValueError or FileNotFoundError where transformers or the model is missing.
+    """
+    import torch
+
+    from sd3.device import choose_device
+
+    if model is None:
+        raise ValueError("--score clip: needs --clip_model FOLDER, such as a clone of openai/clip-vit-large-patch14")
+    if not Path(model).is_dir():
+        raise FileNotFoundError(f"--clip_model {model}: no such folder")
+    try:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
+    except ImportError:
+        raise ValueError("--score clip: needs transformers; get it with: pip install transformers") from None
+    try:
+        network = CLIPModel.from_pretrained(model, local_files_only=True, use_safetensors=True).eval()
+        tokenizer = CLIPTokenizerFast.from_pretrained(model, local_files_only=True)
+        processor = CLIPImageProcessor.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ValueError(f"--clip_model {model}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+    place = choose_device(device)
+    network = network.to(place)
+    texts: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def scorer(image: Image.Image, text: str) -> dict[str, float]:
+        if text not in texts:
+            tokens = tokenizer([text], truncation=True, return_tensors="pt").to(place)
+            texts[text] = embedding(network.get_text_features(**tokens))
+        inputs = processor(images=[image.convert("RGB")], return_tensors="pt").to(place)
+        picture = embedding(network.get_image_features(**inputs))
+        return {"clip": max(0.0, 100 * torch.nn.functional.cosine_similarity(picture, texts[text]).item())}
+
+    def embedding(output) -> torch.Tensor:
+        """(1, D): transformers 5 wraps it, transformers 4 does not."""
+        return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+    return scorer
+
+
+def summarise(plan: Plan, scores: Mapping[str, Mapping[str, float]]) -> list[Row]:
+    """A row per variant and kind, and one over all kinds (the mean over pictures and kinds).
+
+    scores: by picture, then by kind. Intervals are bootstrapped over prompts, each with all its seeds; over pictures
+    where there is one prompt. A gain counts the pictures only whose baseline is scored too.
+    """
+    kinds = [k for k in KINDS if any(k in s for s in scores.values())]
+    kinds += sorted({k for s in scores.values() for k in s} - set(kinds))
+    out = []
+    for number in range(len(plan.variants)):
+        own = [p for p in plan.of(number) if p.id in scores]
+        for kind in ([OVERALL] if len(kinds) > 1 else []) + kinds:
+            values, gains = [], []  # (prompt, value)
+            for p in own:
+                for k, value in scores[p.id].items():
+                    if kind not in (k, OVERALL):
+                        continue
+                    values.append((p.prompt, value))
+                    if plan.baselines[number] != number and k in scores.get(base := plan.baseline(p).id, {}):
+                        gains.append((p.prompt, value - scores[base][k]))
+            if values:
+                mean, low, high = spread(values)
+                gain = spread(gains) if gains else (None, None, None)
+                out.append(Row(number, kind, len(values), mean, low, high, *gain))
+    return out
+
+
+def spread(values: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
+    """Mean of (prompt, value) and its 95 % bootstrap interval, prompts drawn whole."""
+    groups: dict[int, list[float]] = {}
+    for prompt, value in values:
+        groups.setdefault(prompt, []).append(value)
+    units = [float(np.mean(g)) for g in groups.values()] if len(groups) > 1 else [v for _, v in values]
+    low, high = interval(units)
+    return float(np.mean(units)), low, high
+
+
+def table(plan: Plan, rows: Sequence[Row]) -> str:
+    """Markdown: a row per variant, mean and gain on its baseline with intervals."""
+    kinds = list(dict.fromkeys(r.kind for r in rows))
+    lines = ["| variant | " + " | ".join(kinds) + " |", "| --- |" + " --- |" * len(kinds)]
+    for number, variant in enumerate(plan.variants):
+        cells = {r.kind: r for r in rows if r.variant == number}
+        shown = []
+        for kind in kinds:
+            r = cells.get(kind)
+            text = f"{r.mean:.2f} ({r.low:.2f} to {r.high:.2f})" if r else ""
+            if r and r.gain is not None:
+                text += f"; {r.gain:+.2f} ({r.gain_low:+.2f} to {r.gain_high:+.2f})"
+            shown.append(text)
+        lines.append(f"| {variant.name} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,142 @@
+"""What makes the pictures of a sweep: one engine, loaded once, batch after batch."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from sd3 import png
+from sd3.engine import in_groups, load_for
+from sd3.flags import Flags
+from sd3.memory import OutOfMemory, one_line, out_of_memory
+from sd3.pixels import open_images
+from sd3.run import MadeWith
+from sd3.settings import FILE_SETTINGS, Settings
+from sd3.sweep.plan import Batch, Plan
+from sd3.unchanged import Changed
+
+TEXTS_AT_ONCE = 1024  # encoded prompts that are held in memory; a sweep meets each again with every variant
+Result = bytes | str  # a finished PNG, or why there is none
+Text = dict[tuple[str, int], tuple[Tensor, Tensor]]
+
+
+class Maker:
+    """An engine with what a sweep needs around it. `events` collects what is to be logged."""
+
+    def __init__(self, flags: Flags, quiet: bool = False):
+        """Reads headers only; raises as `Engine.load` does."""
+        self.engine = load_for(flags)
+        self.engine.quiet = quiet
+        self.events: list[dict[str, Any]] = []
+        self._made_with: dict[tuple, MadeWith] = {}
+
+    def encode(self, pictures: Sequence[Settings]) -> None:
+        """Encodes every distinct text of these pictures, each once; drops others where there are many."""
+        texts = list(dict.fromkeys(t for s in pictures for t in self.engine.texts(s)))
+        start = time.perf_counter()
+        self.engine.encode_only(texts, TEXTS_AT_ONCE)
+        self.events.append(
+            {
+                "event": "encode",
+                "texts": len({prompt for prompt, _ in texts}),
+                "prompts": sorted({prompt for prompt, _ in texts}),
+                "seconds": round(time.perf_counter() - start, 3),
+            }
+        )
+
+    def known(self, pictures: Sequence[Settings]) -> Text:
+        """The encoded texts of these pictures, on the CPU."""
+        texts = {t for s in pictures for t in self.engine.texts(s)}
+        return {t: tuple(part.cpu() for part in self.engine.get_cond(*t)) for t in texts}
+
+    def know(self, text: Text) -> None:
+        """Takes texts that were encoded elsewhere."""
+        self.engine.know_text(text)
+
+    def load(self) -> None:
+        """Loads the weights, unless they are there."""
+        if self.engine.mmdit is None:
+            start = time.perf_counter()
+            self.engine.get_mmdit()
+            self.engine.get_controlnet()
+            self.engine.get_vae()
+            model = str(self.engine.model_file.path.name)
+            self.events.append({"event": "load", "model": model, "seconds": round(time.perf_counter() - start, 3)})
+
+    def make(self, batch: Sequence[Settings]) -> list[Result]:
+        """The pictures of a batch, filled up to its batch_size; where that failed, why.
+
+        Raises `Changed` where a file that the pictures come from is not what it was when it was opened.
+        """
+        self.load()
+        self.engine.quiet = True
+        made_with = self.made_with(batch[0])
+        try:
+            made = list(self.engine.make_batch(batch, open_images(batch[:1]), pad_batch=True))
+        except Changed:
+            raise
+        except Exception as error:  # the other batches may do well
+            made_with.check()
+            told = one_line(error, 500)
+            if not isinstance(error, OutOfMemory):
+                kind = "out of memory" if out_of_memory(error) else type(error).__name__
+                told = f"{kind}: {told}"
+            return [told] * len(batch)
+        if any(isinstance(image, ValueError) for _, image in made):
+            made_with.check()  # weights that another program overwrites become NaN, too
+        return [
+            str(image) if isinstance(image, ValueError) else png.encode_picture(image, settings, made_with.wait())
+            for settings, image in made
+        ]
+
+    def made_with(self, settings: Settings) -> MadeWith:
+        """The record of files and device; files are read once."""
+        key = tuple(getattr(settings, name) for name in FILE_SETTINGS)
+        if key not in self._made_with:
+            self._made_with[key] = MadeWith(self.engine, settings)
+        return self._made_with[key]
+
+    def hashes(self) -> dict[str, str]:
+        """sha256 by path of the files that were hashed so far."""
+        out = {}
+        for key, made_with in self._made_with.items():
+            paths = dict(zip(FILE_SETTINGS, key, strict=True))
+            out |= {paths[name]: value for name, value in made_with.hashes().items()}
+        return out
+
+    def drain(self) -> list[dict[str, Any]]:
+        """What is to be logged since the last time."""
+        events, self.events = self.events, []
+        return events
+
+
+@dataclass(frozen=True)
+class Done:
+    """A batch with its results, the seconds it took, what is to be logged and the hashes of files known by then."""
+
+    batch: Batch
+    results: Sequence[Result]
+    seconds: float
+    events: Sequence[Mapping[str, Any]] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
+
+
+def make_here(plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], None]) -> Iterator[Done]:
+    """Makes batches in this process; one engine is loaded at a time, and each once. begin: told each batch first."""
+    for number, own in itertools.groupby(batches, lambda b: b.engine):
+        maker = None  # the former engine's memory goes first
+        maker = Maker(plan.engines[number])
+        texts = lambda b: [t for p in b.pictures for t in maker.engine.texts(p.settings)]  # noqa: B023, E731
+        for group in in_groups(own, texts, TEXTS_AT_ONCE):
+            maker.encode([p.settings for b in group for p in b.pictures])
+            maker.load()
+            for batch in group:
+                start = time.perf_counter()
+                begin(batch)
+                results = maker.make([p.settings for p in batch.pictures])
+                yield Done(batch, results, time.perf_counter() - start, maker.drain(), maker.hashes())

@@ -1,0 +1,19 @@
+"""Versions of this tool and of what it computes with."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "pillow")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that can change a picture."""
+    out = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return out
