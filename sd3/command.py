@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sd3 import streams
 from sd3.flags import READERS, Flags, check_flag
 from sd3.memory import OutOfMemory, one_line, out_of_memory
-from sd3.mistakes import display
+from sd3.mistakes import Mistake, display, flag_name
 from sd3.readers import read_bool
 from sd3.reading import Note
 
@@ -88,7 +88,8 @@ USER_ERRORS = (ValueError, FileNotFoundError, OSError)
 
 def fail(error: BaseException) -> int:
     """One line on stderr for a mistake of the user's; returns the exit status."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    text = error.spelled(flag_name) if isinstance(error, Mistake) else str(error)
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
     return 2
 
 

@@ -6,7 +6,7 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
-import torch
+from sd3.mistakes import Mistake, flag_name
 
 
 class OutOfMemory(MemoryError):
@@ -21,7 +21,7 @@ NO_MEMORY = (
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out; torch has a type for that on GPUs only."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
@@ -31,7 +31,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def one_line(error: BaseException, most: int = 300) -> str:
     """What an error says, in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = error.spelled(flag_name) if isinstance(error, Mistake) else str(error)
+    text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= most else f"{text[:most]} ..."
 
 

@@ -1,15 +1,98 @@
-"""What a user did wrong, in one line. Needs no torch."""
+"""What a user did wrong, in one line that names field, value and what would be right. Needs no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import os
+import re
 import reprlib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+
+class Where(NamedTuple):
+    """A field and its value, as a message names them: `Mistake(*where, why)`."""
+
+    field: str
+    value: Any = ""
+
+    def __str__(self) -> str:
+        return f"{self.field} {display(self.value)}".strip()
+
+
+class Mistake(ValueError):
+    """What a user did wrong. `str` gives `field value: why`; the command line puts dashes before the field.
+
+    field: a name such as `seed`, perhaps with a part of it (`skip_layer_cfg scale`); empty where the value says enough
+    (a path, a line of a file). value: as the user gave it; an empty text shows nothing. why: what is wrong and what
+    would be right; field names in it stand between backquotes: "needs `vae`".
+    """
+
+    def __init__(self, field: str, value: Any, why: str):
+        super().__init__(field, display(value), why)
+
+    field = property(lambda self: self.args[0])
+    value = property(lambda self: self.args[1])  # as text
+    why = property(lambda self: self.args[2])
+
+    def __str__(self) -> str:
+        return self.spelled(lambda name: name)
+
+    def spelled(self, name: Callable[[str], str]) -> str:
+        """The line, every field name spelled by `name`."""
+        start = f"{name(self.field) if self.field else ''} {self.value}".strip()
+        why = spell(self.why, name)
+        return f"{start}: {why}" if start else why
+
+    def renamed(self, names: Mapping[str, str]) -> Mistake:
+        """The same mistake with other names for fields, such as a flag's for a keyword's."""
+        why = re.sub(_BACKQUOTED, lambda m: f"`{names.get(m[1], m[1])}`", self.why)
+        return _rebuilt(type(self), (names.get(self.field, self.field), self.value, why))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuilt, (type(self), self.args)
+
+
+def _rebuilt(kind: type[Mistake], args: tuple[str, str, str]) -> Mistake:
+    mistake = kind(args[0], "", args[2])
+    mistake.args = args  # the value is text already
+    return mistake
+
+
+class Missing(Mistake, FileNotFoundError):
+    """A file or folder that is not there."""
+
+
+class Unwritable(Mistake, OSError):
+    """A file or folder that cannot be written: a full disk, missing rights."""
+
+
+_BACKQUOTED = r"`([a-z]\w*)`"
+
+
+def spell(text: str, name: Callable[[str], str] = lambda name: name) -> str:
+    """A text with every field name between backquotes spelled by `name`, without the backquotes."""
+    return re.sub(_BACKQUOTED, lambda m: name(m[1]), text)
+
+
+def flag_name(field: str) -> str:
+    """A field as the command line spells it."""
+    return f"--{field}"
+
+
+@contextlib.contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Gives mistakes from inside the caller's names of fields."""
+    try:
+        yield
+    except Mistake as mistake:
+        raise mistake.renamed(names) from None
+
 
 _SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 3, 8, 8, 4, 60, 60
 SHOWN = 200  # letters of a value that an error line shows
 
 

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from sd3.flags import DEFAULT_DENOISE, DEFAULT_SEED, READERS, Flags, check_residual, check_residual_window
-from sd3.mistakes import _SHORT
 from sd3.models import CONTROLNET, DEFAULT_SIZE, MODELS, OTHER_MODEL, SKIP_LAYERS, SkipLayerConfig, model_key
 from sd3.readers import spread_weights
 
-_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 3, 8, 8, 4, 60, 60
 TEXT_FILES = ("model_folder", "clip_l", "clip_g", "t5xxl")  # where text encoders lie; pictures do not name it
 FILE_SETTINGS = ("model", "vae", "init_image", "controlnet_ckpt", "controlnet_cond_image", "residual_rotations")
 
