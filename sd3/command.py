@@ -1,42 +1,66 @@
-"""What every command line shares: words to values, exit statuses, signals, notes. Needs no torch."""
+"""What every command line shares: words to values, help, exit statuses, signals, notes. Needs no torch."""
 
 from __future__ import annotations
 
+import inspect
 import os
+import shlex
 import signal
 import sys
 import threading
+import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from sd3 import streams
-from sd3.flags import READERS, Flags, check_flag
+from sd3.flags import READERS, check_flag
 from sd3.memory import OutOfMemory, one_line, out_of_memory
-from sd3.mistakes import Mistake, display, flag_name
-from sd3.readers import read_bool
+from sd3.mistakes import Mistake, flag_name, spell
 from sd3.reading import Note
+from sd3.settings import Flags
+from sd3.versions import NAME, __version__
+
+MISTAKE, FAILED = 2, 1  # exit statuses; shells count signals from 128
+Values = dict[str, Any]
 
 
-def begin(words: Sequence[str]) -> None:
-    """First thing of `sd3_infer.py` as a program, before torch is imported: ends the process on a mistake in the flags.
+class Failed(Exception):
+    """The work was done and went wrong; what about it has been printed."""
 
-    Asks torch for large pages too, which it reads once: most of the time that loading takes on a CPU is for pages.
+
+def begin(read: Callable[[Sequence[str]], Values], help_text: Callable[[], str], bare: bool = True) -> Values:
+    """The words of the process, read: first thing of a program, before torch is imported.
+
+    Ends the process on --help, --version and a mistake in the words. bare: whether no words at all are fine, else the
+    help is shown. Asks torch, which looks once, for large pages: most of the time that loading takes on a CPU is for
+    pages.
     """
     streams.begin()
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if {"--help", "-h"} & set(words):
-        return
-    try:
-        raw = read_arguments(words)
-        if "replay" not in raw:  # else they are checked together with the picture's own
-            Flags.read(raw)
-    except USER_ERRORS as error:
-        with streams.bearing():
-            status = fail(error)
+    status, values = answer_early(sys.argv[1:], read, help_text, bare)
+    if status is not None:
         sys.exit(status)
+    return values
+
+
+def answer_early(
+    words: Sequence[str], read: Callable[[Sequence[str]], Values], help_text: Callable[[], str], bare: bool = True
+) -> tuple[int | None, Values]:
+    """The exit status where nothing but the words is needed for the answer (else None), and what they say."""
+    with streams.bearing():
+        if {"--help", "-h"} & set(words) or not (words or bare):
+            print(help_text())
+            return (0 if words else MISTAKE), {}
+        if "--version" in words:
+            print(f"{NAME} {__version__}")
+            return 0, {}
+        try:
+            return None, read(words)
+        except Mistake as mistake:
+            return fail(mistake), {}
 
 
 def read_arguments(
@@ -45,10 +69,10 @@ def read_arguments(
     """Flags and their values exactly as typed: `--name value`, `--name=value`, a switch, one word for flag `bare`.
 
     The word after a flag is its value whatever it looks like (`-0.5`, `-`, `None`), unless it is a flag itself.
-    readers: the flags there are; those read by `read_bool` are switches. Raises ValueError for an unknown flag, a
-    missing value and for stray words; the last of equal flags counts.
+    readers: the flags with their readers. Raises Mistake for an unknown flag, a missing value and for stray words; the
+    last of equal flags counts.
     """
-    switches = [name for name, reader in readers.items() if reader is read_bool]
+    switches = [name for name, reader in readers.items() if getattr(reader, "kind", "") == "switch"]
     is_flag = lambda word: word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in readers  # noqa: E731
     out: dict[str, str] = {}
     words = list(arguments)
@@ -56,8 +80,7 @@ def read_arguments(
         word = words.pop(0)
         if not word.startswith("--"):
             if bare is None or bare in out or word.startswith("-"):
-                told = "not understood; flags start with --, and lists with spaces need quotes"
-                raise ValueError(f"{display(word)}: {told}")
+                raise Mistake("", word, "not understood; flags start with --, and lists with spaces need quotes")
             out[bare] = word
             continue
         name, equals, value = word[2:].partition("=")
@@ -70,31 +93,78 @@ def read_arguments(
             if name in switches:
                 value = words.pop(0) if following is not None and _is_bool(following) else "True"
             elif following is None or is_flag(following):
-                raise ValueError(f"--{name}: needs a value")
+                raise Mistake(name, "", "needs a value")
             else:
                 value = words.pop(0)
         out[name] = value
     return out
 
 
+def read_infer_flags(words: Sequence[str]) -> Values:
+    """The flags of `sd3_infer.py` as typed, each checked; raises Mistake."""
+    raw = read_arguments(words)
+    if "replay" not in raw:  # else they are checked together with the image's own
+        Flags.read(raw)
+    return raw
+
+
+def signature(flags: Iterable[str]) -> inspect.Signature:
+    """Of a function that takes flags by keyword, none of them needed."""
+    return inspect.Signature([inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in flags])
+
+
 def _is_bool(word: str) -> bool:
-    """Whether a word is a switch's value, or several parted by `;`, which a sweep takes."""
+    """Whether a word is a switch's value, or several separated by `;`, which a sweep takes."""
     values = word.strip().lower().removesuffix(";").split(";")
     return all(value.strip() in ("true", "false", "1", "0", "yes", "no", "on", "off") for value in values)
 
 
-USER_ERRORS = (ValueError, FileNotFoundError, OSError)
-
-
-def fail(error: BaseException) -> int:
+def fail(mistake: Mistake) -> int:
     """One line on stderr for a mistake of the user's; returns the exit status."""
-    text = error.spelled(flag_name) if isinstance(error, Mistake) else str(error)
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
-    return 2
+    print(f"error: {' '.join(mistake.spelled(flag_name).split())}", file=sys.stderr)
+    return MISTAKE
 
 
-class SelfCheckFailed(Exception):
-    """A device computes what it should not; what it is has been printed."""
+def execute(work: Callable[[], Any], smaller: str) -> int:
+    """Does a command's work; returns the exit status: 0, 2 for a mistake in flags or files, 1 where memory ran out
+    (`smaller`: the flags to turn down), where the work failed and for a bug, 130 and 143 if stopped.
+    """
+    previous = None
+    if threading.current_thread() is threading.main_thread():
+        streams.imported()
+        previous = signal.signal(signal.SIGTERM, _stop)
+    try:
+        with streams.bearing(), warnings.catch_warnings():
+            warnings.showwarning = _note_once()
+            warnings.simplefilter("always", Note)  # whatever PYTHONWARNINGS says of warnings
+            work()
+        return 0
+    except Failed:
+        return FAILED
+    except KeyboardInterrupt:
+        return streams.INTERRUPTED
+    except streams.Stopped:
+        return streams.TERMINATED
+    except Exception as error:
+        with streams.bearing():
+            return _explain(error, smaller)
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def _explain(error: Exception, smaller: str) -> int:
+    """Says what went wrong: a mistake, no memory, or a bug; returns the exit status."""
+    if isinstance(error, Mistake):
+        return fail(error)
+    if out_of_memory(error):
+        told = f"out of memory; try a smaller {smaller} ({one_line(error)})"
+        print(f"error: {error if isinstance(error, OutOfMemory) else told}", file=sys.stderr)
+        return FAILED
+    traceback.print_exception(error)
+    line = f"error: this is a bug of {NAME} {__version__}; please report it with the lines above and the command:"
+    print(line, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]), file=sys.stderr)
+    return FAILED
 
 
 def _stop(*_: Any) -> None:
@@ -107,40 +177,6 @@ def _note_once() -> Callable[..., None]:
 
     def show(message: Any, *_: Any, **__: Any) -> None:
         if first(str(message)):
-            tqdm.write(f"note: {message}", file=sys.stderr)
+            tqdm.write(f"note: {spell(str(message), flag_name)}", file=sys.stderr)
 
     return show
-
-
-def guarded(work: Callable[[], Any], smaller: str) -> int:
-    """Does a command line's work; returns the exit status: 0, 2 for a mistake in flags or files, 1 where memory ran out
-    (`smaller`: the flags to turn down), 130 and 143 if stopped.
-    """
-    previous = None
-    if threading.current_thread() is threading.main_thread():
-        streams.imported()
-        previous = signal.signal(signal.SIGTERM, _stop)
-    try:
-        with streams.bearing(), warnings.catch_warnings():
-            warnings.showwarning = _note_once()
-            warnings.simplefilter("always", Note)  # whatever PYTHONWARNINGS says of warnings
-            work()
-        return 0
-    except SelfCheckFailed:
-        return 1
-    except KeyboardInterrupt:
-        return streams.INTERRUPTED
-    except streams.Stopped:
-        return streams.TERMINATED
-    except Exception as error:
-        with streams.bearing():
-            if out_of_memory(error):
-                told = f"out of memory; try a smaller {smaller} ({one_line(error)})"
-                print(f"error: {error if isinstance(error, OutOfMemory) else told}", file=sys.stderr)
-                return 1
-            if isinstance(error, USER_ERRORS):
-                return fail(error)
-        raise
-    finally:
-        if previous is not None:
-            signal.signal(signal.SIGTERM, previous)

@@ -7,12 +7,13 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sd3.mistakes import Mistake
 from sd3.readers import read_device
 
 # Variables by which torch and its libraries choose how they multiply. torch tells of the first one's effect only.
@@ -24,7 +25,7 @@ DECIDING = (
 
 
 def choose_device(name: str | torch.device = "auto", flag: str = "device") -> torch.device:
-    """The device for `auto`, cpu, cuda, cuda:N or mps; raises ValueError where it is not there."""
+    """The device for `auto`, cpu, cuda, cuda:N or mps; raises Mistake where it is not there."""
     if isinstance(name, torch.device):
         return name
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -32,9 +33,9 @@ def choose_device(name: str | torch.device = "auto", flag: str = "device") -> to
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     device = torch.device(read_device(flag, name))
     count = torch.cuda.device_count() if cuda else 0
-    there = ["cpu", *(f"cuda:{i}" for i in range(count)), *(["mps"] if mps else [])]
+    available = ["cpu", *(f"cuda:{i}" for i in range(count)), *(["mps"] if mps else [])]
     if (device.type == "cuda" and (not cuda or (device.index or 0) >= count)) or (device.type == "mps" and not mps):
-        raise ValueError(f"--{flag} {name}: is not available here; there is {', '.join(there)}")
+        raise Mistake(flag, name, f"not available; available devices: {', '.join(available)}")
     return device
 
 
@@ -116,3 +117,18 @@ def _cpuinfo() -> str:
 def encoder_dtype(dtype: torch.dtype) -> torch.dtype:
     """Text encoders run in float32 where the MMDiT runs in float16: T5 overflows there."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def available_devices(settings: Mapping[str, Any]) -> dict[str, str]:
+    """`auto` for each device that an image was made on and that is not here; other words stay, to be named."""
+    out = {}
+    for name in ("device", "text_encoder_device"):
+        try:
+            device = read_device(name, settings.get(name, "auto"))
+        except Mistake:
+            continue
+        try:
+            choose_device(device, name)
+        except (Mistake, RuntimeError):
+            out[name] = "auto"
+    return out

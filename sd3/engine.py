@@ -43,21 +43,21 @@ from other_impls import (
     weighted_segments,
 )
 from sd3.device import choose_device, choose_dtype, device_memory, device_record, encoder_dtype
-from sd3.effects import effective, executed_steps
+from sd3.effects import executed_steps
 from sd3.embed_cache import EmbedCache, file_identity
 from sd3.files import ENCODERS, WeightFile
 from sd3.find import TOKENIZER_FILES, Fit, find_encoders, find_tokenizer, models_folder
-from sd3.flags import DEFAULT_SEED, NEEDS_ROTATIONS, READERS, Flags, read_values
+from sd3.flags import DEFAULT_SEED, READERS, read_values
 from sd3.layers import can_pack, hold_linears
 from sd3.memory import explained
-from sd3.mistakes import display
+from sd3.mistakes import Missing, Mistake, flag_name, renaming, spell
 from sd3.models import SkipLayerConfig, fetch_model, read_skip_layer
 from sd3.offload import Offload
 from sd3.pixels import VAE_TILE, check_finite, open_images, to_image, unit_pixels
 from sd3.readers import read_list, read_text, read_tile
 from sd3.reading import reading
-from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, Rotations, read_rotations
-from sd3.settings import Settings, resolve
+from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, Rotations, needs_rotations, read_rotations
+from sd3.settings import Flags, Settings, Setup, effective, resolve
 from sd3.streams import Once
 from sd3.unchanged import Stamp, Unchanged, stamp
 from sd3.vae import VAE, VAEConfig
@@ -107,7 +107,9 @@ class Engine:
     What is asked of an engine before `load`, or after a load that failed, raises `NotLoaded`, a ValueError.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, spelling: Callable[[str], str] = str) -> None:
+        """spelling: how notes name a field, such as `flag_name`."""
+        self.spelling = spelling
         self.quiet = sys.stderr is None  # as in programs without a console
         self._first = Once()
         self._forget()
@@ -124,7 +126,7 @@ class Engine:
 
     def _forget(self) -> None:
         """Drops everything that belongs to a loaded model."""
-        for name in set(vars(self)) - {"quiet", "_first"}:
+        for name in set(vars(self)) - {"quiet", "spelling", "_first"}:
             delattr(self, name)
         self.mmdit: MMDiT | None = None
         self.vae: VAE | None = None
@@ -146,6 +148,10 @@ class Engine:
         if not self.quiet:
             tqdm.write(text, file=sys.stderr)
 
+    def note(self, text: str) -> None:
+        """Adds a line to `notes`; names of fields stand between backquotes."""
+        self.notes.append(spell(text, self.spelling))
+
     def say_notes(self) -> None:
         """Says, once each, the notes of the last `plan`."""
         for note in self.notes:
@@ -163,74 +169,34 @@ class Engine:
     # -- loading --
 
     @_whole
-    def load(
-        self,
-        model: str = "models/sd3_medium.safetensors",
-        vae: str | None = None,
-        shift: float | None = None,
-        controlnet_ckpt: str | None = None,
-        model_folder: str | None = None,
-        text_encoder_device: str | torch.device = "auto",
-        verbose: bool = False,
-        load_tokenizers: bool = True,
-        *,
-        device: str | torch.device = "auto",
-        dtype: str = "auto",
-        no_t5: bool = False,
-        t5_resident: bool = False,
-        embed_cache: str | None = None,
-        weights: str = "full",
-        compile: bool = False,
-        offload: bool = False,
-        clip_l: str | None = None,
-        clip_g: str | None = None,
-        t5xxl: str | None = None,
+    def open(
+        self, setup: Setup, shift: float | None = None, verbose: bool = False, load_tokenizers: bool = True
     ) -> Engine:
         """Reads headers, checks that all files are there and fit each other, decides device and dtype.
 
-        model_folder: where text encoders and tokenizers lie (default: the model file's folder, then `models`);
-        t5_resident: text encoders stay in memory; embed_cache: folder of encoded prompts; weights: full, int8 or fp8;
-        compile: see `MMDiT.compile_blocks`; offload: blocks stay in main memory, see `offload`; clip_l, clip_g, t5xxl:
-        files of text encoders, in place of those that the model file holds or that are found.
-        Raises FileNotFoundError or ValueError that names the file and what is wrong with it.
+        shift: of images that name none. Raises Mistake that names the file and what is wrong with it.
         """
-        chosen = {"device": device, "text_encoder_device": text_encoder_device}  # a device of torch's is read already
-        given = {
-            "model": model, "vae": vae, "shift": shift, "controlnet_ckpt": controlnet_ckpt,
-            "model_folder": model_folder, "verbose": verbose, "dtype": dtype, "no_t5": no_t5,
-            "t5_resident": t5_resident, "embed_cache": embed_cache, "weights": weights, "compile": compile,
-            "offload": offload, "clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl,
-        }  # fmt: skip
-        read = Flags(**read_values(given | {n: v for n, v in chosen.items() if not isinstance(v, torch.device)}))
-        model, vae, shift, controlnet_ckpt = read.model, read.vae, read.shift, read.controlnet_ckpt
-        model_folder, embed_cache, verbose, dtype = read.model_folder, read.embed_cache, read.verbose, read.dtype
-        no_t5, t5_resident, weights, compile = read.no_t5, read.t5_resident, read.weights, read.compile
-        offload, clip_l, clip_g, t5xxl = read.offload, read.clip_l, read.clip_g, read.t5xxl
-        device, text_encoder_device = (
-            value if isinstance(value, torch.device) else getattr(read, name) for name, value in chosen.items()
-        )
+        self.setup = setup
+        model, vae, controlnet_ckpt = setup.model, setup.vae, setup.controlnet_ckpt
         early = {Path(path): stamp(path) for path in (model, vae, controlnet_ckpt) if path}
-        self.device = choose_device(device)
-        same = text_encoder_device == "auto"
-        self.encoder_device = self.device if same else choose_device(text_encoder_device, "text_encoder_device")
-        self.no_t5 = no_t5
-        self.t5_resident = t5_resident
-        self.weights, self.compile, self.offload = weights, compile, offload
+        self.device = choose_device(setup.device)
+        same = setup.text_encoder_device == "auto"
+        self.encoder_device = self.device if same else choose_device(setup.text_encoder_device, "text_encoder_device")
         self.model_file = self._open("model", model, fetch_model(model))
         own = self.model_file.path if self.model_file.folder else self.model_file.path.parent
-        self.folders = [models_folder(model_folder)] if model_folder else [own]
-        if not model_folder and self.folders != [Path("models")]:
+        self.folders = [models_folder(setup.model_folder)] if setup.model_folder else [own]
+        if not setup.model_folder and self.folders != [Path("models")]:
             self.folders.append(Path("models"))
         self.mmdit_part = mmdit_part(self.model_file)
         self.config: MMDiTConfig = self.mmdit_part.config(MMDiTConfig.from_shapes, "an SD3 or SD3.5 model")
         self._check(self.mmdit_part, lambda: MMDiT(self.config))
-        self.dtype = choose_dtype(dtype, self.device, self.mmdit_part.dtype_name())
+        self.dtype = choose_dtype(setup.dtype, self.device, self.mmdit_part.dtype_name())
         self._open_vae(vae)
         self.controlnet_part = self._open_controlnet(controlnet_ckpt) if controlnet_ckpt else None
         self.embed_cache = None
         if load_tokenizers:
-            self._open_encoders({"clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl})
-            self.embed_cache = self._open_embed_cache(embed_cache) if embed_cache else None
+            self._open_encoders({role: getattr(setup, role) for role in ENCODERS})
+            self.embed_cache = self._open_embed_cache(setup.embed_cache) if setup.embed_cache else None
         self.files = self._opened(early, load_tokenizers)
         self.defaults, _ = resolve(Flags(model=model, shift=shift), self.model_file.metadata, self.large_controlnet)
         self.shift = self.defaults["shift"]
@@ -242,12 +208,12 @@ class Engine:
     @staticmethod
     def _open(flag: str, path: str, fetch: str = "") -> WeightFile:
         if not os.path.exists(path):
-            raise FileNotFoundError(f"--{flag} {path}: no such file{fetch}")
+            raise Missing(flag, path, f"no such file{fetch}")
         return WeightFile(path, flag)
 
     @staticmethod
     def _check(part: Part, make: Callable[[], nn.Module]) -> None:
-        """Raises ValueError where a part of a file does not fit the module of its sizes, or holds nothing."""
+        """Raises Mistake where a part of a file does not fit the module of its sizes, or holds nothing."""
         with reading(part.file.where, "has sizes of no model"):
             model = on_meta(make)
         part.check(model)
@@ -257,14 +223,12 @@ class Engine:
         file = self._open("vae", path) if path else self.model_file
         self.vae_part = vae_part(file)
         if not path and not has_vae(file):
-            raise FileNotFoundError(f"--model {file.path}: holds no VAE; give one with --vae sd3_vae.safetensors")
+            raise Missing("model", file.path, "holds no VAE; give one with `vae` sd3_vae.safetensors")
         self.vae_config: VAEConfig = self.vae_part.config(VAEConfig.from_shapes, "a VAE")
         self._check(self.vae_part, lambda: VAE(self.vae_config))
         if self.vae_config.latent_channels != self.config.latent_channels:
-            raise ValueError(
-                f"--vae {file.path}: has {self.vae_config.latent_channels} latent channels, "
-                f"the model has {self.config.latent_channels}"
-            )
+            channels = self.vae_config.latent_channels, self.config.latent_channels
+            raise Mistake("vae", file.path, "has {} latent channels, the model has {}".format(*channels))
 
     def _open_controlnet(self, path: str) -> Part:
         part = controlnet_part(self._open("controlnet_ckpt", path))
@@ -282,9 +246,9 @@ class Engine:
         return self.controlnet_part is not None and self.controlnet_chained
 
     def _open_encoders(self, given: dict[str, str | None]) -> None:
-        roles = ("clip_l", "clip_g") if self.no_t5 else ENCODERS
-        if self.no_t5 and given["t5xxl"]:
-            self.say("note: --t5xxl is not used: --no_t5")
+        roles = ("clip_l", "clip_g") if self.setup.no_t5 else ENCODERS
+        if self.setup.no_t5 and given["t5xxl"]:
+            self.say(spell("note: `t5xxl` is not used: `no_t5`", self.spelling))
         fit = Fit(self.config.pooled_width, self.config.context_width)
         self.encoder_parts = find_encoders(roles, self.model_file, self.folders, given, fit)
         self.encoder_configs: dict[str, Any] = {}
@@ -299,23 +263,20 @@ class Engine:
             self.encoder_configs[role] = config
         clip_l, clip_g = self.encoder_configs["clip_l"], self.encoder_configs["clip_g"]
         if clip_l.width + clip_g.width != self.config.pooled_width:
-            raise ValueError(
-                f"{self.encoder_parts['clip_l'].file.where} and {self.encoder_parts['clip_g'].file.path}: have widths "
-                f"{clip_l.width} + {clip_g.width}, the model needs {self.config.pooled_width}: wrong text encoders"
-            )
-        if not self.no_t5 and (width := self.encoder_configs["t5xxl"].width) != self.config.context_width:
-            raise ValueError(
-                f"{self.encoder_parts['t5xxl'].file.where}: has width {width}, "
-                f"the model needs {self.config.context_width}: not this model's T5"
-            )
+            files = [self.encoder_parts[role].file for role in ("clip_l", "clip_g")]
+            why = f"have widths {clip_l.width} + {clip_g.width}, the model needs {self.config.pooled_width}"
+            raise Mistake("", f"{files[0].where} and {files[1].path}", f"{why}: wrong text encoders")
+        if not self.setup.no_t5 and (width := self.encoder_configs["t5xxl"].width) != self.config.context_width:
+            where, needed = self.encoder_parts["t5xxl"].file.where, self.config.context_width
+            raise Mistake("", where, f"has width {width}, the model needs {needed}: not this model's T5")
         beside = [p.file.path.parent for p in self.encoder_parts.values()]
         folders = list(dict.fromkeys([*self.folders, *beside]))
-        kinds = ("clip",) if self.no_t5 else ("clip", "t5")
+        kinds = ("clip",) if self.setup.no_t5 else ("clip", "t5")
         self.tokenizer_folders = {kind: find_tokenizer(kind, folders) for kind in kinds}
         rows = min(clip_l.vocabulary, clip_g.vocabulary)
         self.clip_tokenizer = CLIPTokenizer(self.tokenizer_folders["clip"], rows=rows)
         self.t5_tokenizer = None
-        if not self.no_t5:
+        if not self.setup.no_t5:
             rows = self.encoder_configs["t5xxl"].vocabulary
             self.t5_tokenizer = T5Tokenizer(self.tokenizer_folders["t5"], rows=rows)
         self.positions = min(clip_l.positions, clip_g.positions)  # their tokens lie side by side
@@ -350,7 +311,7 @@ class Engine:
         how = {
             "dtype": str(dtype),
             "device": [self.encoder_device.type, device_record(self.encoder_device)],
-            "no_t5": self.no_t5,
+            "no_t5": self.setup.no_t5,
             "prefixes": {role: part.prefix for role, part in self.encoder_parts.items()},
             "widths": [config.pooled_width, config.context_width, positions],
             "versions": {n: v for n, v in versions().items() if n in ("torch", "tokenizers")},
@@ -382,15 +343,13 @@ class Engine:
         return out
 
     def check_size(self, width: int, height: int) -> None:
-        """Raises ValueError for a size that the model's position grid or its cells do not allow."""
+        """Raises Mistake for a size that the model's position grid or its cells do not allow."""
         cell = self.vae_config.downscale * self.config.patch
         for flag, size in (("width", width), ("height", height)):
             if size % cell:
-                raise ValueError(f"--{flag} {size}: must be a multiple of {cell} for this model")
+                raise Mistake(flag, size, f"must be a multiple of {cell} for this model")
             if size > cell * self.config.grid:
-                raise ValueError(
-                    f"--{flag} {size}: is beyond this model's position grid; at most {cell * self.config.grid}"
-                )
+                raise Mistake(flag, size, f"is beyond this model's position grid; at most {cell * self.config.grid}")
 
     # -- text --
 
@@ -480,7 +439,7 @@ class Engine:
                 try:
                     self.embed_cache.write(*key, (context, pooled))
                 except OSError as error:  # the prompt is encoded; it is only not kept
-                    self.say(f"note: --embed_cache: {error.strerror or error}", once=True)
+                    self.say(spell(f"note: `embed_cache`: {error.strerror or error}", self.spelling), once=True)
             self._cond[key] = tuple(t.to(self.device, self.dtype) for t in (context, pooled))
 
     def _run_clip(self, role: str, prompts: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
@@ -511,7 +470,7 @@ class Engine:
 
     def _run_t5(self, keys: list[tuple[str, int]], dtype: torch.dtype) -> dict[tuple[str, int], Tensor]:
         """T5 block by block, as `_run_clip`."""
-        if self.no_t5:
+        if self.setup.no_t5:
             shape = (1, self.positions, self.config.context_width)
             return {key: torch.zeros(shape, dtype=dtype, device=self.encoder_device) for key in keys}
         part, config, device = self.encoder_parts["t5xxl"], self.encoder_configs["t5xxl"], self.encoder_device
@@ -551,7 +510,7 @@ class Engine:
             return self._resident[role, place]
         layer = on_meta(make)
         Part(part.file, part.prefix + stem).load_into(layer, self.encoder_device, dtype)
-        if self.t5_resident:
+        if self.setup.t5_resident:
             self._resident[role, place] = layer
         return layer
 
@@ -594,13 +553,13 @@ class Engine:
         """The MMDiT, loaded on first use; it stays on its device."""
         if self.mmdit is None:
             model = on_meta(lambda: MMDiT(self.config))
-            if self.weights != "full":
-                hold_linears(model.joint_blocks, self.weights)
-            elif not self.offload:
+            if self.setup.weights != "full":
+                hold_linears(model.joint_blocks, self.setup.weights)
+            elif not self.setup.offload:
                 model.join_modulations(self.device, self.dtype)
                 if can_pack(self.device, self.dtype):
                     hold_linears(model.joint_blocks, "packed")
-            if self.offload:
+            if self.setup.offload:
                 self._load(self.mmdit_part, model, "MMDiT", torch.device("cpu"), self.dtype)
                 model.offload = Offload(model.joint_blocks, self.device)
                 for module in model.children():
@@ -609,7 +568,7 @@ class Engine:
                 model.pos_embed = nn.Parameter(model.pos_embed.to(self.device), requires_grad=False)
             else:
                 self._load(self.mmdit_part, model, "MMDiT", self.device, self.dtype)
-            if self.compile:
+            if self.setup.compile:
                 model.compile_blocks()
             self.mmdit = model
         return self.mmdit
@@ -633,9 +592,9 @@ class Engine:
         seeds = read_row_seeds(seed)
         tile = read_tile("vae_tile", tile) or 0
         if not isinstance(image, Image.Image):
-            raise ValueError(f"vae_encode takes a picture of Pillow's, not {display(image)}")
+            raise Mistake("image", image, "must be a PIL image")
         if control and self.controlnet_part is None:
-            raise ValueError("no ControlNet is loaded that could read a control image; load one with controlnet_ckpt")
+            raise Mistake("control", "", "no ControlNet is loaded; load one with `controlnet_ckpt`")
         pixels = unit_pixels(image)
         if control:
             kind = control_kind(self.controlnet_part)
@@ -700,9 +659,9 @@ class Engine:
         """
         seeds = read_row_seeds(seed)
         if not isinstance(latent, Tensor) or latent.ndim != 4:
-            raise ValueError("latent: must be a tensor (B, channels, height, width)")
+            raise Mistake("latent", "", "must be a tensor (B, channels, height, width)")
         if len(seeds) != latent.shape[0]:
-            raise ValueError(f"--seed: {len(seeds)} given for {latent.shape[0]} rows of the latent; give one for each")
+            raise Mistake("seed", "", f"{len(seeds)} given for {latent.shape[0]} rows of the latent; give one for each")
         read = read_values(
             {
                 "steps": steps, "cfg": cfg_scale, "sampler": sampler, "denoise": denoise, "shift": shift,
@@ -711,14 +670,14 @@ class Engine:
         )  # fmt: skip
         for name in ("steps", "cfg"):
             if name not in read:
-                raise ValueError(f"--{name}: is missing")
+                raise Mistake(name, "", "is missing")
         steps, cfg_scale, shift, cache = read["steps"], read["cfg"], read.get("shift"), read.get("cache", 0.0)
         sampler, denoise = read.get("sampler", "dpmpp_2m"), read.get("denoise", 1.0)
         controlnet_strength = read.get("controlnet_strength", 1.0)
         if controlnet_cond is not None and self.controlnet_part is None:
-            raise ValueError("controlnet_cond is given and no ControlNet is loaded; load one with controlnet_ckpt")
+            raise Mistake("controlnet_cond", "", "no ControlNet is loaded; load one with `controlnet_ckpt`")
         if cfg_scale != 1 and neg_cond is None:
-            raise ValueError(f"--cfg {cfg_scale:g}: needs neg_cond, the other half; a cfg of 1 goes without")
+            raise Mistake("cfg", f"{cfg_scale:g}", "needs neg_cond, the other half; a cfg of 1 goes without")
         if cache and len(seeds) > 1:
             return self._one_by_one(
                 latent,
@@ -738,7 +697,7 @@ class Engine:
                 hooks=hooks,
                 cache=cache,
             )
-        config = _residual(residual_config)
+        config = read_residual(residual_config)
         config.check(self.config.depth)
         stream = residual_stream(config, self.get_rotations(config))
         model = self.get_mmdit()
@@ -750,7 +709,7 @@ class Engine:
             None if cfg_scale == 1 or neg_cond is None else self._rows(neg_cond, len(seeds)),
             cfg_scale,
             steps=steps,
-            skip_layer=_skip_layer(skip_layer_config),
+            skip_layer=read_skip_layer_config(skip_layer_config),
             controlnet=self.get_controlnet() if controlnet_cond is not None else None,
             control=controlnet_cond,
             control_strength=controlnet_strength,
@@ -796,12 +755,11 @@ class Engine:
     def get_rotations(self, config: ResidualConfig) -> Rotations | None:
         """The rotations that a configuration needs, read and checked once; None where it needs none.
 
-        Raises FileNotFoundError, or ValueError for a file that does not fit (see `residual.read_rotations`).
+        Raises Mistake for a file that does not fit (see `residual.read_rotations`).
         """
         if config.mode != "aligned" or not config.active:
             return None
-        if config.rotations is None:
-            raise ValueError(NEEDS_ROTATIONS)
+        needs_rotations(config)
         key = (config.rotations, config.origin, config.targets, stamp(config.rotations))
         if self._rotations is None or self._rotations[0] != key:
             self._rotations = (key, read_rotations(config.rotations, config, self.config.width))
@@ -839,7 +797,7 @@ class Engine:
 
         The settings' batch_size is then the number of rows that ran at once. pad_batch: fills a partial batch up to
         batch_size, so that a picture does not depend, in its last bits, on how many were made with it.
-        Prompts are encoded `TEXTS_AT_ONCE` at a time, before the pictures of them. Raises ValueError before any weights
+        Prompts are encoded `TEXTS_AT_ONCE` at a time, before the pictures of them. Raises Mistake before any weights
         load where a setting does not fit the model, and where a latent turns NaN or infinite.
         """
         for s in pictures:
@@ -900,22 +858,20 @@ class Engine:
                 yield s, image
 
     def check_settings(self, s: Settings) -> None:
-        """Raises ValueError where settings do not fit the loaded model."""
+        """Raises Mistake where settings do not fit the loaded model."""
         self.check_size(s.width, s.height)
-        residual = residual_of(s)
-        residual.check(self.config.depth)
-        residual_stream(residual, self.get_rotations(residual))
+        with renaming(RESIDUAL_FLAGS):
+            s.residual.check(self.config.depth)
+            self.get_rotations(s.residual)
         if s.skip_layer and max(s.skip_layer.layers) >= self.config.depth:
-            raise ValueError(
-                f"--skip_layer_cfg: needs layers {s.skip_layer.layers}, this model has {self.config.depth}"
+            raise Mistake(
+                "skip_layer_cfg", "", f"needs layers {s.skip_layer.layers}, this model has {self.config.depth}"
             )
         if s.controlnet_ckpt and self.controlnet_part is None:
-            raise ValueError("--controlnet_ckpt: no ControlNet is loaded")
+            raise Mistake("controlnet_ckpt", "", "no ControlNet is loaded")
         if s.controlnet_cond_image and self.controlnet_part is None:
-            raise ValueError(
-                f"--controlnet_cond_image {s.controlnet_cond_image}: no ControlNet is loaded that could read it; load "
-                "one with --controlnet_ckpt"
-            )
+            why = "no ControlNet is loaded that could read it; load one with `controlnet_ckpt`"
+            raise Mistake("controlnet_cond_image", s.controlnet_cond_image, why)
 
     def sample(
         self,
@@ -956,7 +912,7 @@ class Engine:
                 control,
                 denoise,
                 s.skip_layer,
-                residual_of(s),
+                s.residual,
                 shift=s.shift,
                 controlnet_strength=s.controlnet_strength,
                 callback=lambda step: bar.update(),
@@ -971,28 +927,24 @@ class Engine:
 
         What has no effect is set to its default, see `settings.effective`; `notes` say so, `as_given` has it as it was.
         recorded: the values come from a picture, perhaps of an earlier version, which encoded a prompt at the length of
-        its negative prompt at cfg 1 too: it is kept where it is the longer one. Raises ValueError for what does not
+        its negative prompt at cfg 1 too: it is kept where it is the longer one. Raises Mistake for what does not
         fit.
         """
         prompts, seeds = read_texts(prompts), list(seeds)
         if not seeds or len(seeds) % len(prompts):
-            raise ValueError(f"--seed: {len(seeds)} given for {len(prompts)} prompts; give as many for each")
-        shared = {
+            raise Mistake("seed", "", f"{len(seeds)} given for {len(prompts)} prompts; give as many for each")
+        shared = self.setup.seen_in_images() | {
             "model": str(self.model_file.path),
             "vae": None if self.vae_part.file is self.model_file else str(self.vae_part.file.path),
             "controlnet_ckpt": None if self.controlnet_part is None else str(self.controlnet_part.file.path),
             "shift": self.shift,
-            "no_t5": self.no_t5,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "text_encoder_device": str(self.encoder_device),
-            "weights": self.weights,
-            "compile": self.compile,
-            "offload": self.offload,
         }
         per_prompt = len(seeds) // len(prompts)
         first = Settings(prompt=prompts[0], seed=seeds[0], **(shared | values))
-        shown, self.notes = effective(first)  # prompt and seed have no part in it
+        shown, notes = effective(first)  # prompt and seed have no part in it
         kept = first.negative_prompt
         if (
             recorded
@@ -1000,7 +952,8 @@ class Engine:
             and any(self.pair_length(p, kept) > self.t5_length(p) for p in prompts)
         ):
             shown = dataclasses.replace(shown, negative_prompt=kept)
-            self.notes = [note for note in self.notes if not note.startswith("note: --negative_prompt")]
+            notes = [note for note in notes if not note.startswith("note: `negative_prompt`")]
+        self.notes = [spell(note, self.spelling) for note in notes]
         if weighted := next((p for p in prompts if any(weight != 1 for _, weight in weighted_segments(p))), None):
             self.notes.append(f'note: "{_short(weighted)}": weights of words have no effect, and brackets are left out')
         names = [field.name for field in dataclasses.fields(Settings)]
@@ -1044,44 +997,40 @@ def _short(prompt: str) -> str:
     return prompt if len(prompt) <= 40 else prompt[:37] + "..."
 
 
-def _skip_layer(config: SkipLayerConfig | Mapping[str, Any] | None) -> SkipLayerConfig | None:
-    """Accepts the public reference's dictionary {"scale", "start", "end", "layers", "cfg"} too; raises ValueError."""
+def read_skip_layer_config(config: SkipLayerConfig | Mapping[str, Any] | None) -> SkipLayerConfig | None:
+    """Accepts the public reference's dictionary {"scale", "start", "end", "layers", "cfg"} too; raises Mistake."""
     if config is None or isinstance(config, SkipLayerConfig):
         return config
     if not isinstance(config, Mapping):
-        raise ValueError(f"skip_layer_config {display(config)}: must be a SkipLayerConfig or a dictionary")
+        raise Mistake("skip_layer_config", config, "must be a SkipLayerConfig or a dictionary")
     if not config:
         return None
     return read_skip_layer({"start": 0.01, "end": 0.20, "cfg": 4.0} | dict(config))
 
 
-def _residual(config: ResidualConfig | None) -> ResidualConfig:
+def read_residual(config: ResidualConfig | None) -> ResidualConfig:
+    """A residual configuration given in Python; None is off. Raises Mistake for anything else."""
     if config is None or isinstance(config, ResidualConfig):
         return config or ResidualConfig()
-    raise ValueError(f"residual_config {display(config)}: must be a ResidualConfig, as build_residual_config makes one")
+    raise Mistake("residual_config", config, "must be a ResidualConfig, as build_residual_config makes one")
 
 
 def read_texts(prompts: Any) -> list[str]:
-    """Prompts from one text or several; raises ValueError where there is none, or something else among them."""
+    """Prompts from one text or several; raises Mistake where there is none, or something else among them."""
     if isinstance(prompts, str):
         prompts = [prompts]
     if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
-        raise ValueError(f"--prompt {display(prompts)}: must be a text, or a list of texts")
+        raise Mistake("prompt", prompts, "must be a text, or a list of texts")
     texts = [read_text("prompt", prompt) for prompt in prompts]
     if not texts:
-        raise ValueError("--prompt: no prompt is given")
+        raise Mistake("prompt", "", "no prompt is given")
     return texts
 
 
 def read_row_seeds(seed: Any) -> list[int]:
-    """The seeds of a batch's rows, from one for one row or a list; raises ValueError."""
+    """The seeds of a batch's rows, from one for one row or a list; raises Mistake."""
     rows = read_list("seed", seed) if isinstance(seed, Iterable) else [seed]
     return [READERS["seed"]("seed", one) for one in rows]
-
-
-def residual_of(s: Settings) -> ResidualConfig:
-    """The residual configuration that a picture's settings hold."""
-    return ResidualConfig(**{name: getattr(s, setting) for name, setting in RESIDUAL_FLAGS.items()})
 
 
 def residual_settings(config: ResidualConfig) -> dict[str, Any]:
@@ -1094,9 +1043,9 @@ def residual_notes(flags: Flags, config: ResidualConfig) -> Iterator[str]:
     """Lines about residual flags that have no effect."""
     given = flags.residual()
     if (given or flags.residual_config) and not config.active:
-        yield "note: --residual_target_layers is empty, so residual text streaming is off"
+        yield "note: `residual_target_layers` is empty, so residual text streaming is off"
     elif "rotations" in given and config.mode != "aligned":
-        yield f"note: --residual_rotations is not used: --residual_mode is {config.mode}, not aligned"
+        yield f"note: `residual_rotations` is not used: `residual_mode` is {config.mode}, not aligned"
 
 
 def _described(files: Sequence[Path]) -> dict[str, Any]:
@@ -1107,27 +1056,8 @@ def _described(files: Sequence[Path]) -> dict[str, Any]:
 
 
 def load_for(flags: Flags) -> Engine:
-    """An engine with the files, the device and the dtype that flags name; raises as `Engine.load` does."""
-    return Engine().load(
-        flags.model,
-        flags.vae,
-        flags.shift,
-        flags.controlnet_ckpt,
-        flags.model_folder,
-        flags.text_encoder_device,
-        flags.verbose,
-        device=flags.device,
-        dtype=flags.dtype,
-        no_t5=flags.no_t5,
-        t5_resident=flags.t5_resident,
-        embed_cache=flags.embed_cache,
-        weights=flags.weights,
-        compile=flags.compile,
-        offload=flags.offload,
-        clip_l=flags.clip_l,
-        clip_g=flags.clip_g,
-        t5xxl=flags.t5xxl,
-    )
+    """An engine with the files, the device and the dtype that flags name; raises as `Engine.open` does."""
+    return Engine(flag_name).open(Setup.of(flags), flags.shift, flags.verbose)
 
 
 def plan_for(
@@ -1136,35 +1066,27 @@ def plan_for(
     prompts: Sequence[str],
     seeds: Sequence[int],
     skip_layer: SkipLayerConfig | None = None,
+    residual: ResidualConfig | None = None,
     recorded: bool = False,
 ) -> list[Settings]:
-    """Settings of every picture that flags ask for, checked against the loaded model and the files they name.
+    """Settings of every image that flags ask for, checked against the loaded model and the files they name.
 
-    seeds: as many per prompt as there are pictures of it; skip_layer: in place of the model's own; recorded: see
-    `Engine.plan`. Raises ValueError or FileNotFoundError.
+    seeds: as many per prompt as there are images of it; skip_layer, residual: in place of the model's own and of the
+    flags'; recorded: see `Engine.plan`. Raises Mistake.
     """
-    values, known = resolve(flags, engine.model_file.metadata, engine.large_controlnet)
-    residual = ResidualConfig.from_flags(flags.residual(), flags.residual_config)
-    pictures = engine.plan(
-        prompts,
-        seeds,
-        recorded=recorded,
-        negative_prompt=flags.negative_prompt,
-        init_image=flags.init_image,
-        denoise=flags.denoise,
-        controlnet_cond_image=flags.controlnet_cond_image,
-        controlnet_strength=flags.controlnet_strength,
-        skip_layer=skip_layer or known,
-        batch_size=flags.batch_size,
-        cache=flags.cache,
-        vae_tile=engine.vae_tile(values["width"], values["height"]) if flags.vae_tile is None else flags.vae_tile,
-        **values,
-        **residual_settings(residual),
-    )
-    if flags.skip_layer_cfg and not (skip_layer or known):
+    values, usual = resolve(flags, engine.model_file.metadata, engine.large_controlnet)
+    if skip_layer is not None and flags.cfg is None:
+        values["cfg"] = skip_layer.cfg
+    residual = residual or ResidualConfig.from_flags(flags.residual(), flags.residual_config)
+    wanted = flags.for_image() | values | residual_settings(residual) | {"skip_layer": skip_layer or usual}
+    if wanted["vae_tile"] is None:
+        wanted["vae_tile"] = engine.vae_tile(values["width"], values["height"])
+    pictures = engine.plan(prompts, seeds, recorded=recorded, **wanted)
+    if flags.skip_layer_cfg and not wanted["skip_layer"]:
         unknown = f"no skip-layer settings are known for {Path(flags.model).name}"
-        engine.notes.append(f"note: {unknown}; --skip_layer_cfg is off")
-    engine.notes += residual_notes(flags, residual)
+        engine.note(f"note: {unknown}; `skip_layer_cfg` is off")
+    for note in residual_notes(flags, residual):
+        engine.note(note)
     if pictures:  # they differ in prompt and seed only; what has no effect is checked too
         given = dataclasses.replace(pictures[0], **engine.as_given)
         engine.check_settings(given)

@@ -1,301 +1,250 @@
-"""The flags. Needs no torch."""
+"""The flags: one row each. The command line and its help, `docs/flags.md`, the fields and checks of `Settings` and
+`Setup`, metadata, replay, sweep axes, what serving fixes and what the probe takes are read off this table. Needs no
+torch.
+"""
 
 from __future__ import annotations
 
-import math
-import random
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sd3.mistakes import display, nearest
+from sd3 import effects
+from sd3.effects import Rule
+from sd3.mistakes import Mistake, display, nearest
+from sd3.models import DEFAULT_SIZE, OTHER_MODEL
 from sd3.readers import (
+    DEVICE,
+    DTYPE,
+    FILE,
+    FOLDER,
+    LAYER,
+    LAYERS,
+    OPTIONAL_FILE,
+    OPTIONAL_FOLDER,
+    POSTFIX,
+    SCHEDULE,
     SEED_LIMIT,
-    _choice,
-    _optional_path,
-    range_int,
-    read_bool,
-    read_device,
-    read_dtype,
-    read_float,
-    read_layer,
-    read_layers,
-    read_path,
-    read_postfix,
-    read_schedule,
-    read_shift,
-    read_size,
-    read_text,
-    read_tile,
-    read_weight,
-    read_weights,
-    spread_weights,
+    SHIFT,
+    SIZE,
+    STORAGE,
+    SWITCH,
+    TEXT,
+    TILE,
+    WEIGHT,
+    WEIGHTS,
+    Reader,
+    choice,
+    number,
+    whole,
 )
 
+DEFAULT_SEED = 23
+DEFAULT_DENOISE = 0.8
 SEED_TYPES = ("fixed", "rand", "roll")
 SAMPLERS = ("euler", "dpmpp_2m")
 RESIDUAL_MODES = ("add", "anchored", "aligned")
 RESIDUAL_BRANCHES = ("both", "cond", "uncond")
-RANDOM_SEEDS = 100_000  # seed_type rand draws below this
-DEFAULT_SEED = 23
-DEFAULT_DENOISE = 0.8
-WEIGHTS = ("full", "int8", "fp8")
-GAIN_LIMIT = 60_000.0  # of a weight times its schedule: float16 ends at 65504
 MOST_PICTURES = 100_000  # of a run, and of a sweep's grid
 
-
-def check_residual(
-    origin: int, targets: Sequence[int], weights: Sequence[float] | str, depth: int | None = None
-) -> None:
-    """Checks residual settings against each other and, where known, the number of joint blocks.
-
-    Raises ValueError naming the value and the valid range. Without targets the feature is off and nothing is wrong.
-    """
-    if not targets:
-        return
-    last = "" if depth is None else f" (this model has {depth} joint blocks: 0 to {depth - 1})"
-    if origin < 0 or (depth is not None and origin >= depth):
-        raise ValueError(f"--residual_origin_layer {origin}: no such layer{last or '; layers count from 0'}")
-    seen: set[int] = set()
-    for target in targets:
-        if target < 0 or (depth is not None and target >= depth):
-            raise ValueError(f"--residual_target_layers {target}: no such layer{last or '; layers count from 0'}")
-        if target in seen:
-            raise ValueError(f"--residual_target_layers: {target} is there twice; name every layer once")
-        seen.add(target)
-        if target < origin:
-            raise ValueError(f"--residual_target_layers {target}: lies below the origin layer {origin}{last}")
-    weights = spread_weights(weights, len(targets))
-    if len(weights) != len(targets):
-        raise ValueError(
-            f"--residual_weights: {len(weights)} given for {len(targets)} target layers; "
-            "give one each, one for all, or none for 1.0"
-        )
-    for weight in weights:
-        read_weight("residual_weights", weight)
-
-
-def check_residual_strength(weights: Sequence[float], schedule: str) -> None:
-    """Raises ValueError where a weight times its schedule (as `read_schedule` spells it) grows beyond what float16
-    holds: a negative ALPHA makes it e^-ALPHA times as large.
-    """
-    if not schedule.startswith("exp:"):
-        return
-    largest = max((abs(w) for w in weights), default=0.0)
-    if largest and math.log(largest) - min(float(schedule.removeprefix("exp:")), 0.0) > math.log(GAIN_LIMIT):
-        raise ValueError(
-            f"--residual_schedule {schedule}: makes the weight {largest:g} larger than {GAIN_LIMIT:,.0f}; "
-            "take a larger ALPHA or smaller weights"
-        )
-
-
-def check_residual_window(start: float, end: float) -> None:
-    """Raises ValueError where the part of the steps in which residual streaming acts is empty or out of range."""
-    read_float("residual_start", start, 0.0, 1.0)
-    read_float("residual_end", end, 0.0, 1.0)
-    if start >= end:
-        raise ValueError(f"--residual_start {start:g}: must be below --residual_end {end:g}; no step is left")
+# Groups of flags in the order of the help, each with an example.
+GROUPS = {
+    "prompt and image": '--prompt "a red circle left of a blue square" --seed 5 --num_images 4 --width 768',
+    "starting from an image, ControlNet": "--init_image sketch.png --denoise 0.6",
+    "sampling": "--steps 28 --cfg 4.5 --sampler euler",
+    "residual text streaming": "--residual_target_layers 2-22 --residual_weights each:0.1 --residual_mode anchored",
+    "model and text encoders": "--model models/sd3.5_medium.safetensors --t5xxl t5xxl_fp16.safetensors",
+    "device, memory and speed": "--dtype bfloat16 --weights int8 --offload --batch_size 4",
+    "output": "--out_dir pictures --postfix _test",
+    "instead of new images": "--replay outputs/sd3_medium/a_fox/000000.png",
+}
 
 
 @dataclass(frozen=True)
-class Flags:
-    """The flags of `sd3_infer.py`, read and checked one by one; None means not given."""
+class Flag:
+    """One row: everything there is to know about a flag."""
 
-    prompt: str = "cute wallpaper art of a cat"
-    model: str = "models/sd3_medium.safetensors"
-    out_dir: str = "outputs"
-    postfix: str | None = None
-    seed: int | None = None
-    seed_type: str | None = None
-    sampler: str | None = None
-    steps: int | None = None
-    cfg: float | None = None
-    shift: float | None = None
-    width: int | None = None
-    height: int | None = None
-    controlnet_ckpt: str | None = None
-    controlnet_cond_image: str | None = None
-    vae: str | None = None
-    init_image: str | None = None
-    denoise: float = DEFAULT_DENOISE
-    skip_layer_cfg: bool = False
-    verbose: bool = False
-    model_folder: str | None = None
-    clip_l: str | None = None
-    clip_g: str | None = None
-    t5xxl: str | None = None
-    text_encoder_device: str = "auto"
-    residual_origin_layer: int | None = None
-    residual_target_layers: tuple[int, ...] | None = None
-    residual_weights: tuple[float, ...] | str | None = None
-    residual_mode: str | None = None
-    residual_schedule: str | None = None
-    residual_start: float | None = None
-    residual_end: float | None = None
-    residual_branch: str | None = None
-    residual_rotations: str | None = None
-    residual_config: str | None = None
-    negative_prompt: str = ""
-    num_images: int = 1
-    batch_size: int = 1
-    controlnet_strength: float = 1.0
-    device: str = "auto"
-    dtype: str = "auto"
-    no_t5: bool = False
-    pad_batch: bool = False
-    t5_resident: bool = False
-    embed_cache: str | None = None
-    compile: bool = False
-    weights: str = "full"
-    offload: bool = False
-    cache: float = 0.0
-    vae_tile: int | None = None
-    no_metadata: bool = False
-    replay: str | None = None
-    serve_stdin: bool = False
-    self_check: bool = False
-    list_models: bool = False
-
-    @classmethod
-    def read(cls, raw: Mapping[str, Any]) -> Flags:
-        """From raw values as typed (text) or given in Python; None values keep the default.
-
-        Raises ValueError for an unknown flag (with the nearest match) and for every value out of its range.
-        """
-        flags = cls(**read_values(raw))
-        if flags.self_check:
-            for name, value in raw.items():
-                if name not in SELF_CHECK and value is not None:
-                    raise ValueError(f"--{name}: does not go with --self_check, which runs the shipped model")
-        if not flags.residual_config:  # else they are checked together with what the file says
-            check_residual(
-                flags.residual_origin_layer or 0, flags.residual_target_layers or (), flags.residual_weights or ()
-            )
-            end = 1.0 if flags.residual_end is None else flags.residual_end
-            check_residual_window(flags.residual_start or 0.0, end)
-            if flags.residual_target_layers:
-                spread = spread_weights(flags.residual_weights or (), len(flags.residual_target_layers))
-                check_residual_strength(spread, flags.residual_schedule or "constant")
-            if flags.residual_mode == "aligned" and flags.residual_target_layers and not flags.residual_rotations:
-                raise ValueError(NEEDS_ROTATIONS)
-        if flags.controlnet_cond_image and not flags.controlnet_ckpt:
-            raise ValueError("--controlnet_cond_image: needs --controlnet_ckpt, the ControlNet that reads it")
-        if flags.controlnet_ckpt and not flags.controlnet_cond_image:
-            raise ValueError("--controlnet_ckpt: needs --controlnet_cond_image, the picture that guides it")
-        return flags
-
-    def seeds(self, prompts: int) -> list[int]:
-        """One seed per picture."""
-        seed = DEFAULT_SEED if self.seed is None else self.seed
-        return picture_seeds(seed, self.kind_of_seeds, prompts, self.num_images)
+    name: str
+    read: Reader
+    default: Any  # of an image's settings too, where the flag is part of them
+    help: str
+    scope: str  # picture: may differ between images of one load; load: decides what is loaded; run: the rest
+    pixels: bool = True  # part of an image's identity and of its record
+    usual: str = ""  # what decides a flag that is not given, in words; its value is None until then
+    field: str = ""  # its name among an image's settings, where that is another one (which then keeps another value)
+    always: bool = False  # recorded at its default too, as the first version recorded it; else only other values are
+    matters: Rule | None = None  # when it has no effect and is set back to its default
+    sweep: str = ""  # why a sweep cannot vary it
+    also: str = ""  # other commands that take it: probe, self_check
+    group: str = ""
 
     @property
-    def kind_of_seeds(self) -> str:
-        """The seed_type; without one: fixed where a seed is given, else rand."""
-        return self.seed_type or ("rand" if self.seed is None else "fixed")
+    def stored(self) -> str:
+        """Its name among an image's settings."""
+        return self.field or self.name
 
-    def residual(self) -> dict[str, Any]:
-        """The residual flags that were given, by their names without `residual_`; the file's name is not among them."""
-        names = [n for n in READERS if n.startswith("residual_") and n != "residual_config"]
-        return {n.removeprefix("residual_"): v for n in names if (v := getattr(self, n)) is not None}
+    @property
+    def given(self) -> Any:
+        """The value of a flag that is not given."""
+        return None if self.usual else self.default
 
 
-NEEDS_ROTATIONS = (
-    "--residual_mode aligned: needs --residual_rotations FILE; `python sd3_probe.py calibrate` makes one for your model"
-)
-READERS: dict[str, Callable[[str, Any], Any]] = {
-    "prompt": read_text,
-    "model": read_path,
-    "out_dir": read_path,
-    "postfix": read_postfix,
-    "seed": range_int(0, SEED_LIMIT - 1),
-    "seed_type": _choice(SEED_TYPES),
-    "sampler": _choice(SAMPLERS),
-    "steps": range_int(1, 10_000),
-    "cfg": lambda flag, value: read_float(flag, value, 0.0, 100.0),
-    "shift": read_shift,
-    "width": read_size,
-    "height": read_size,
-    "controlnet_ckpt": _optional_path,
-    "controlnet_cond_image": _optional_path,
-    "vae": _optional_path,
-    "init_image": _optional_path,
-    "denoise": lambda flag, value: read_float(flag, value, 0.0, 1.0),
-    "skip_layer_cfg": read_bool,
-    "verbose": read_bool,
-    "model_folder": _optional_path,
-    "clip_l": _optional_path,
-    "clip_g": _optional_path,
-    "t5xxl": _optional_path,
-    "text_encoder_device": read_device,
-    "residual_origin_layer": read_layer,
-    "residual_target_layers": read_layers,
-    "residual_weights": read_weights,
-    "residual_mode": _choice(RESIDUAL_MODES),
-    "residual_schedule": read_schedule,
-    "residual_start": lambda flag, value: read_float(flag, value, 0.0, 1.0),
-    "residual_end": lambda flag, value: read_float(flag, value, 0.0, 1.0),
-    "residual_branch": _choice(RESIDUAL_BRANCHES),
-    "residual_rotations": _optional_path,
-    "residual_config": _optional_path,
-    "negative_prompt": read_text,
-    "num_images": range_int(1, MOST_PICTURES),
-    "batch_size": range_int(1, 1024),
-    "controlnet_strength": read_weight,
-    "device": read_device,
-    "dtype": lambda flag, value: read_dtype(value),
-    "no_t5": read_bool,
-    "pad_batch": read_bool,
-    "t5_resident": read_bool,
-    "embed_cache": _optional_path,
-    "compile": read_bool,
-    "weights": _choice(WEIGHTS),
-    "offload": read_bool,
-    "cache": lambda flag, value: read_float(flag, value, 0.0, 1.0),
-    "vae_tile": read_tile,
-    "no_metadata": read_bool,
-    "replay": read_path,
-    "serve_stdin": read_bool,
-    "self_check": read_bool,
-    "list_models": read_bool,
+picture, load, run = (functools.partial(Flag, scope=scope) for scope in ("picture", "load", "run"))
+_TABLE: dict[str, tuple[Flag, ...]] = {
+"prompt and image": (
+    picture("prompt", TEXT, "cute wallpaper art of a cat",
+            "what the image should show, or a .txt file with one prompt a line", always=True),
+    picture("negative_prompt", TEXT, "", "what the image should not show", always=True, matters=effects.guidance,
+            also="probe"),
+    picture("seed", whole(0, SEED_LIMIT - 1), DEFAULT_SEED, "first seed, for seed_type fixed and roll",
+            usual="23 for fixed and roll", always=True, also="probe"),
+    picture("seed_type", choice(*SEED_TYPES), None,
+            "fixed: every prompt starts at the seed; roll: seeds count up; rand: drawn, printed and recorded",
+            pixels=False, usual="fixed where a seed is given, else rand", sweep="name the seeds, such as `seed` 0-3"),
+    picture("num_images", whole(1, MOST_PICTURES), 1, "images per prompt", pixels=False,
+            sweep="name the seeds, such as `seed` 0-3"),
+    picture("width", SIZE, DEFAULT_SIZE, "pixels, a multiple of 16", usual="1024, or what the model file names",
+            always=True, also="probe"),
+    picture("height", SIZE, DEFAULT_SIZE, "pixels, a multiple of 16", usual="1024, or what the model file names",
+            always=True, also="probe"),
+),
+"starting from an image, ControlNet": (
+    picture("init_image", OPTIONAL_FILE, None, "an image to start from", always=True, matters=effects.initial_image),
+    picture("denoise", number(0.0, 1.0), DEFAULT_DENOISE, "how much of the initial image is made anew", always=True,
+            matters=effects.initial_image),
+    load("controlnet_ckpt", OPTIONAL_FILE, None, "a ControlNet file", always=True, matters=effects.control),
+    picture("controlnet_cond_image", OPTIONAL_FILE, None, "the image that guides the ControlNet", always=True),
+    picture("controlnet_strength", WEIGHT, 1.0, "factor on what the ControlNet adds", always=True,
+            matters=effects.control),
+),
+"sampling": (
+    picture("sampler", choice(*SAMPLERS), OTHER_MODEL.sampler, "how to step from noise to image", usual="the model's",
+            always=True, also="probe"),
+    picture("steps", whole(1, 10_000), OTHER_MODEL.steps, "sampling steps", usual="the model's", always=True,
+            also="probe"),
+    picture("cfg", number(0.0, 100.0), OTHER_MODEL.cfg, "scale of classifier-free guidance; 1 turns it off",
+            usual="the model's", always=True, also="probe"),
+    picture("shift", SHIFT, OTHER_MODEL.shift, "shift of the noise schedule", usual="the model's", always=True,
+            also="probe"),
+    picture("skip_layer_cfg", SWITCH, False, "skip-layer guidance, with SD3.5 Medium's settings", field="skip_layer",
+            always=True, matters=effects.skip_layer),
+),
+"residual text streaming": (
+    picture("residual_origin_layer", LAYER, 0, "block whose incoming text tokens are kept", usual="0", always=True,
+            matters=effects.residual),
+    picture("residual_target_layers", LAYERS, (),
+            "blocks they are mixed in before, such as 3,5,7 or 2-22 or 2-22:2; none: off", usual="off", always=True,
+            matters=effects.residual),
+    picture("residual_weights", WEIGHTS, (),
+            "one weight per target; each:0.1, one for all; or a ramp linear:FIRST:LAST", usual="1.0 each",
+            always=True, matters=effects.residual),
+    picture("residual_mode", choice(*RESIDUAL_MODES), "add",
+            "add; anchored (both normalised first); aligned (and the origin rotated)", usual="add", always=True,
+            matters=effects.residual),
+    picture("residual_schedule", SCHEDULE, "constant", "factor on the weights by sigma", usual="constant",
+            always=True, matters=effects.residual),
+    picture("residual_start", number(0.0, 1.0), 0.0, "fraction of the steps before it starts", usual="0", always=True,
+            matters=effects.residual),
+    picture("residual_end", number(0.0, 1.0), 1.0, "fraction of the steps after which it stops", usual="1",
+            always=True, matters=effects.residual),
+    picture("residual_branch", choice(*RESIDUAL_BRANCHES), "both",
+            "the passes it acts in: both, or only the conditional or the unconditional one", usual="both",
+            always=True, matters=effects.residual),
+    picture("residual_rotations", OPTIONAL_FILE, None,
+            "the rotation file of mode aligned (sd3_probe.py calibrate makes one)", always=True,
+            matters=effects.residual),
+    picture("residual_config", OPTIONAL_FILE, None,
+            "a file with all of these, such as residual.json in a run's folder; flags replace its fields",
+            pixels=False),
+),
+"model and text encoders": (
+    load("model", FILE, "models/sd3_medium.safetensors",
+         "the .safetensors file with the MMDiT, or a folder in diffusers layout", always=True, also="probe"),
+    load("vae", OPTIONAL_FILE, None, "a VAE file in place of the model's own", always=True, also="probe"),
+    load("model_folder", OPTIONAL_FOLDER, None, "where text encoders and tokenizers are", pixels=False,
+         usual="the model's folder, then models", also="probe"),
+    load("clip_l", OPTIONAL_FILE, None, "the file of the text encoder CLIP-L", pixels=False,
+         usual="in the model file, or found in model_folder", also="probe"),
+    load("clip_g", OPTIONAL_FILE, None, "the file of the text encoder CLIP-G", pixels=False, usual="as clip_l",
+         also="probe"),
+    load("t5xxl", OPTIONAL_FILE, None, "the file of the text encoder T5", pixels=False, usual="as clip_l",
+         also="probe"),
+    load("no_t5", SWITCH, False, "zeros in place of T5's tokens; T5 is not needed then", always=True, also="probe"),
+),
+"device, memory and speed": (
+    load("device", DEVICE, "auto", "where the model runs", always=True, also="probe self_check"),
+    load("text_encoder_device", DEVICE, "auto", "where the text encoders run; auto: as device", always=True,
+         also="probe self_check"),
+    load("dtype", DTYPE, "auto", "precision of the model (fp32, bf16 and fp16 are taken too)", always=True,
+         also="probe self_check"),
+    load("weights", STORAGE, "full", "full (as the dtype says), or the blocks' weights in 8 bits, for small cards",
+         also="probe self_check"),
+    load("offload", SWITCH, False, "keeps the blocks in main memory and brings each to the device for its turn",
+         also="probe self_check"),
+    load("compile", SWITCH, False, "compiles the MMDiT's blocks: a slower first step, faster later ones",
+         also="self_check"),
+    load("t5_resident", SWITCH, False, "keeps the text encoders in memory once they ran", pixels=False,
+         also="self_check"),
+    load("embed_cache", OPTIONAL_FOLDER, None,
+         "a folder that keeps encoded prompts; a known prompt opens no text encoder", pixels=False, also="probe"),
+    picture("batch_size", whole(1, 1024), 1, "images sampled at once", always=True, matters=effects.step_cache,
+            also="probe"),
+    picture("pad_batch", SWITCH, False,
+            "fills a partial batch up, so that no image depends on how many are made with it", pixels=False,
+            sweep="batches are always filled up"),
+    picture("cache", number(0.0, 1.0), 0.0,
+            "step cache: skip blocks 1 to N when block 0's output changed by less than this fraction (try 0.1)",
+            matters=effects.step_cache),
+    picture("vae_tile", TILE, 0, "auto, off, or the side in pixels of the tiles that the VAE works on one at a time",
+            usual="auto", matters=effects.tiles),
+),
+"output": (
+    run("out_dir", FOLDER, "outputs", "images go to OUT_DIR/<model>/<prompt><postfix>/000000.png", pixels=False,
+        sweep="use `out`"),
+    run("postfix", POSTFIX, None, "end of the folder's name", pixels=False, usual="date and time", sweep="use `out`"),
+    run("no_metadata", SWITCH, False, "images carry no settings", pixels=False,
+        sweep="finished pictures are known by their settings"),
+    run("verbose", SWITCH, False, "says more", pixels=False, sweep="log.jsonl has it all", also="self_check"),
+),
+"instead of new images": (
+    run("replay", FILE, None, "regenerates an image from its metadata; other flags override", pixels=False,
+        sweep="that is for sd3_infer.py"),
+    run("serve_stdin", SWITCH, False, "loads once, then makes images for every line of JSON that it reads",
+        pixels=False, sweep="that is for sd3_infer.py"),
+    run("self_check", SWITCH, False, "runs the small model on this device and compares it with stored results",
+        pixels=False, sweep="that is for sd3_infer.py", also="self_check"),
+    run("list_models", SWITCH, False, "shows what is in the models folder, what is missing and how to get it",
+        pixels=False, sweep="that is for sd3_infer.py"),
+),
+}  # fmt: skip
+FLAGS: dict[str, Flag] = {
+    row.name: dataclasses.replace(row, group=group) for group, rows in _TABLE.items() for row in rows
 }
-# What --self_check goes with; it brings its own model and settings.
-SELF_CHECK = (
-    "self_check", "device", "text_encoder_device", "dtype", "weights", "compile", "offload", "t5_resident", "verbose",
-)  # fmt: skip
+READERS: dict[str, Reader] = {name: row.read for name, row in FLAGS.items()}
+
+
+def names(scope: str = "", **wanted: Any) -> tuple[str, ...]:
+    """Flags of a scope, and of rows whose columns are as `wanted`; `also` by a command that takes it."""
+    return tuple(
+        name
+        for name, row in FLAGS.items()
+        if scope in ("", row.scope)
+        and all(value in row.also.split() if n == "also" else getattr(row, n) == value for n, value in wanted.items())
+    )
 
 
 def read_values(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Every value read by its flag's reader, None left out: what is used from then on. Raises ValueError for an unknown
-    flag and for every value out of its range; says nothing of how they go together.
+    """Every value read by its flag's reader, None left out: what is used from then on. Raises Mistake for an unknown
+    flag and for every value out of its range; how they go together is checked elsewhere.
     """
     for name in raw:
         check_flag(name)
-    return {name: READERS[name](name, value) for name, value in raw.items() if value is not None}
+    return {name: FLAGS[name].read(name, value) for name, value in raw.items() if value is not None}
 
 
-def check_flag(name: Any, readers: Mapping[str, Any] = READERS) -> None:
-    """Raises ValueError with the nearest match where there is no such flag."""
-    if name not in readers:
-        raise ValueError(f"--{display(name)}: unknown flag{nearest(name, readers)} (--help lists all)")
-
-
-def picture_seeds(seed: int, seed_type: str, prompts: int, num_images: int) -> list[int]:
-    """One seed per picture, prompt by prompt; raises ValueError for values out of their ranges.
-
-    fixed: every prompt starts at `seed`, its further images count up; roll: counts up over all pictures; rand: drawn,
-    no two of them the same.
-    """
-    read = read_values({"seed": seed, "seed_type": seed_type, "num_images": num_images})
-    seed, seed_type, num_images = read["seed"], read["seed_type"], read["num_images"]
-    count = prompts * num_images
-    if count > MOST_PICTURES:
-        raise ValueError(
-            f"--num_images {num_images}: for {prompts:,} prompts these are {count:,} pictures; "
-            f"at most {MOST_PICTURES:,}"
-        )
-    if seed_type == "rand":
-        return random.SystemRandom().sample(range(RANDOM_SEEDS), count)
-    if seed_type == "roll":
-        return [(seed + i) % SEED_LIMIT for i in range(count)]
-    return [(seed + i) % SEED_LIMIT for _ in range(prompts) for i in range(num_images)]
+def check_flag(name: Any, flags: Mapping[str, Any] = FLAGS) -> None:
+    """Raises Mistake with the nearest match where there is no such flag."""
+    if name not in flags:
+        raise Mistake(display(name), "", f"unknown flag{nearest(name, flags)} (`help` lists all)")

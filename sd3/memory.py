@@ -40,7 +40,7 @@ def one_line(error: BaseException, most: int = 300) -> str:
 def explained(doing: str, turn: str) -> Iterator[None]:
     """Turns what torch raises without saying what to do about it into one line.
 
-    turn: the flags to turn down where memory runs out. Raises `OutOfMemory`, and ValueError where nothing can be
+    turn: the flags to turn down where memory runs out. Raises `OutOfMemory`, and Mistake where nothing can be
     compiled.
     """
     try:
@@ -53,7 +53,6 @@ def explained(doing: str, turn: str) -> Iterator[None]:
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             why = lines[0] if lines else type(error).__name__
-            raise ValueError(
-                f"--compile: the blocks cannot be compiled here ({why[:300]}); leave it out, or install a compiler"
-            ) from None
+            why = f"the blocks cannot be compiled here ({why[:300]}); leave it out, or install a compiler"
+            raise Mistake("compile", "", why) from None
         raise

@@ -46,6 +46,12 @@ class Mistake(ValueError):
         why = spell(self.why, name)
         return f"{start}: {why}" if start else why
 
+    def nested(self) -> str:
+        """The line, for the `why` of another mistake: the field between backquotes."""
+        field, _, part = self.field.partition(" ")
+        start = " ".join(filter(None, [f"`{field}`" if field else "", part, self.value]))
+        return f"{start}: {self.why}" if start else self.why
+
     def renamed(self, names: Mapping[str, str]) -> Mistake:
         """The same mistake with other names for fields, such as a flag's for a keyword's."""
         why = re.sub(_BACKQUOTED, lambda m: f"`{names.get(m[1], m[1])}`", self.why)

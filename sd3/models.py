@@ -1,4 +1,4 @@
-"""The released models: what they are usually run with and where they are. Needs no torch."""
+"""The released models: what they are usually run with, and where they are. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,20 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3.mistakes import display, nearest
+from sd3.mistakes import Mistake, nearest
 from sd3.readers import read_float, read_layers, read_weight
 
-DEFAULT_SIZE = 1024
-
-
-@dataclass(frozen=True)
-class ModelDefaults:
-    """What a model file is usually run with."""
-
-    shift: float = 3.0
-    steps: int = 50
-    cfg: float = 5.0
-    sampler: str = "dpmpp_2m"
+DEFAULT_SIZE = 1024  # pixels
 
 
 @dataclass(frozen=True)
@@ -36,45 +26,68 @@ class SkipLayerConfig:
     cfg: float  # classifier-free guidance used with it, unless one is given
 
     def __post_init__(self) -> None:
-        """Reads every field and keeps what was read; raises ValueError naming the field."""
-        flag = "skip_layer_cfg"
+        """Reads every field and keeps what was read; raises Mistake."""
+        field = "skip_layer_cfg"
         read = {
-            "scale": read_weight(f"{flag} scale", self.scale),
-            "start": read_float(f"{flag} start", self.start, 0.0, 1.0),
-            "end": read_float(f"{flag} end", self.end, 0.0, 1.0),
-            "layers": read_layers(f"{flag} layers", self.layers),
-            "cfg": read_float(f"{flag} cfg", self.cfg, 0.0, 100.0),
+            "scale": read_weight(f"{field} scale", self.scale),
+            "start": read_float(f"{field} start", self.start, 0.0, 1.0),
+            "end": read_float(f"{field} end", self.end, 0.0, 1.0),
+            "layers": read_layers(f"{field} layers", self.layers),
+            "cfg": read_float(f"{field} cfg", self.cfg, 0.0, 100.0),
         }
         if read["start"] >= read["end"]:
-            raise ValueError(f"--{flag} start {read['start']:g}: must be below --{flag} end {read['end']:g}")
+            raise Mistake(f"{field} start", f"{read['start']:g}", f"must be below `{field}` end {read['end']:g}")
         if not read["layers"]:
-            raise ValueError(f"--{flag} layers: names no layer to skip")
+            raise Mistake(f"{field} layers", "", "names no layer to skip")
         if len(set(read["layers"])) < len(read["layers"]):
-            raise ValueError(f"--{flag} layers {display(self.layers)}: name every layer once")
+            raise Mistake(f"{field} layers", self.layers, "name every layer once")
         for name, value in read.items():
             object.__setattr__(self, name, value)
 
-
-MODELS = {
-    "sd3_medium": ModelDefaults(shift=1.0),
-    "sd3.5_medium": ModelDefaults(),
-    "sd3.5_large": ModelDefaults(steps=40, cfg=4.5),
-    "sd3.5_large_turbo": ModelDefaults(steps=4, cfg=1.0, sampler="euler"),
-}
-OTHER_MODEL = ModelDefaults()
-CONTROLNET = ModelDefaults(steps=60, cfg=3.5, sampler="euler")  # the released SD3.5 Large ControlNets
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether it acts in `step` (from 0) of a schedule of `steps`."""
+        return self.start * steps < step < self.end * steps
 
 
 def read_skip_layer(values: Mapping[str, Any]) -> SkipLayerConfig:
-    """Skip-layer guidance from its fields by name; raises ValueError for a field too many or too few."""
+    """Skip-layer guidance from its fields by name; raises Mistake for a field too many or too few."""
     names = [f.name for f in dataclasses.fields(SkipLayerConfig)]
     for name in values:
         if name not in names:
-            raise ValueError(f"--skip_layer_cfg {display(name)}: unknown{nearest(name, names)} ({', '.join(names)})")
+            raise Mistake("skip_layer_cfg", name, f"unknown{nearest(name, names)} ({', '.join(names)})")
     for name in names:
         if name not in values:
-            raise ValueError(f"--skip_layer_cfg {name}: is missing")
+            raise Mistake("skip_layer_cfg", name, "is missing")
     return SkipLayerConfig(**values)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One row of a model: what it is usually run with, the hub's repository, its skip-layer guidance."""
+
+    shift: float = 3.0
+    steps: int = 50
+    cfg: float = 5.0
+    sampler: str = "dpmpp_2m"
+    hub: str = ""  # repository that holds NAME.safetensors
+    skip_layer: SkipLayerConfig | None = None
+
+    def usual(self) -> dict[str, Any]:
+        """Settings by flag."""
+        return {name: getattr(self, name) for name in ("shift", "steps", "cfg", "sampler")}
+
+
+MODELS = {
+    "sd3_medium": Model(shift=1.0, hub="stabilityai/stable-diffusion-3-medium"),
+    "sd3.5_medium": Model(
+        hub="stabilityai/stable-diffusion-3.5-medium",
+        skip_layer=SkipLayerConfig(scale=2.5, start=0.01, end=0.20, layers=(7, 8, 9), cfg=4.0),
+    ),
+    "sd3.5_large": Model(steps=40, cfg=4.5, hub="stabilityai/stable-diffusion-3.5-large"),
+    "sd3.5_large_turbo": Model(steps=4, cfg=1.0, sampler="euler", hub="stabilityai/stable-diffusion-3.5-large-turbo"),
+}
+OTHER_MODEL = Model()
+CONTROLNET = Model(steps=60, cfg=3.5, sampler="euler")  # the released SD3.5 Large ControlNets
 
 
 def model_key(model: str | Path) -> str:
@@ -93,19 +106,15 @@ def model_key(model: str | Path) -> str:
     return ""
 
 
-SKIP_LAYERS = {"sd3.5_medium": SkipLayerConfig(2.5, 0.01, 0.20, (7, 8, 9), cfg=4.0)}
-FETCH = {
-    "sd3_medium": "stabilityai/stable-diffusion-3-medium",
-    "sd3.5_medium": "stabilityai/stable-diffusion-3.5-medium",
-    "sd3.5_large": "stabilityai/stable-diffusion-3.5-large",
-    "sd3.5_large_turbo": "stabilityai/stable-diffusion-3.5-large-turbo",
-}
+def model_row(model: str | Path) -> Model:
+    """The row of a model file or folder, by its name."""
+    return MODELS.get(model_key(model), OTHER_MODEL)
 
 
 def fetch_model(path: str) -> str:
-    """How to get a released model, as the end of an error line, or ``."""
+    """How to get a released model, as the end of an error line."""
     name = Path(path).name
-    repository = FETCH.get(name.removesuffix(".safetensors"))
-    if repository is None:
-        return "; --list_models shows what there is"
-    return f"; get it with: hf download {repository} {name} --local-dir {Path(path).parent}"
+    row = MODELS.get(name.removesuffix(".safetensors"), OTHER_MODEL)
+    if not row.hub:
+        return "; `list_models` shows what there is"
+    return f"; get it with: hf download {row.hub} {name} --local-dir {Path(path).parent}"

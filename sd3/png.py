@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from sd3.reading import Unreadable, check_file, parse_json, reading
 from sd3.settings import Settings, base_name
-from sd3.versions import versions
+from sd3.versions import __version__, versions
 from sd3.writing import atomic_write
 
 A1111_SAMPLERS = {"euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
@@ -85,7 +85,7 @@ def encode_picture(image: Image.Image, settings: Settings, made_with: Mapping[st
     info = PngInfo()
     if made_with is not None:
         software = versions()
-        record = {"settings": settings.public(), **made_with, "versions": software}
+        record = {"settings": settings.public(), **made_with, "version": __version__, "versions": software}
         info.add_text("parameters", parameters(settings, made_with.get("model_sha256", ""), software))
         info.add_text(SETTINGS_CHUNK, json.dumps(record, ensure_ascii=False))
     buffer = io.BytesIO()

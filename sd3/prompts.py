@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sd3.mistakes import display
+from sd3.mistakes import Missing, Mistake, Where
 from sd3.readers import read_path, read_text
 from sd3.reading import check_file, parse_json, reading
 
@@ -19,28 +19,28 @@ PROMPT_FILES = (".txt", ".jsonl")  # a prompt that ends so names a file of promp
 def read_prompts(prompt: Any, flag: str = "prompt") -> tuple[list[str], str]:
     """The prompts and the name of their folder, from a text or a `.txt` file with one prompt a line.
 
-    Blank lines, CRLF and a byte-order mark are fine. Raises FileNotFoundError or ValueError.
+    Blank lines, CRLF and a byte-order mark are fine. Raises Missing or Mistake.
     """
     text = read_text(flag, os.fspath(prompt) if isinstance(prompt, os.PathLike) else prompt)
     if not text.lower().endswith(".txt"):
         if not text.strip():
-            raise ValueError(f"--{flag}: is empty; say what the picture should show, or name a .txt file")
+            raise Mistake(flag, "", "is empty; say what the picture should show, or name a .txt file")
         return [text], folder_name(text)
     path = read_path(flag, text)
     if not os.path.lexists(path):
-        raise FileNotFoundError(f"--{flag} {text}: no such file (a prompt that ends in .txt is a file of prompts)")
+        raise Missing(flag, text, "no such file (a prompt that ends in .txt is a file of prompts)")
     prompts = [line.strip() for line in read_lines(flag, path) if line.strip()]
     if not prompts:
-        raise ValueError(f"--{flag} {text}: the file holds no prompt")
+        raise Mistake(flag, text, "the file holds no prompt")
     return prompts, folder_name(text)
 
 
 def read_lines(flag: str, path: str | Path) -> list[str]:
-    """The lines of a text file, as `wc -l` counts them; raises FileNotFoundError, or ValueError where it is none.
+    """The lines of a text file, as `wc -l` counts them; raises Missing, or Mistake where it is none.
 
     A line ends with \\n or \\r\\n. Other marks that Unicode counts as ends of lines may stand inside one.
     """
-    where = f"--{flag} {display(path)}"
+    where = Where(flag, path)
     check_file(where, path)
     with reading(where, "cannot be read as UTF-8 text"):
         text = Path(path).read_bytes().decode("utf-8-sig")
@@ -53,7 +53,7 @@ def read_lines(flag: str, path: str | Path) -> list[str]:
 def read_jsonl(flag: str, path: str, fits: Callable[[dict[str, Any]], bool], form: str) -> list[dict[str, Any]]:
     """The objects of a file with one JSON object a line. fits: whether an object is as it should be, see `form`.
 
-    Raises FileNotFoundError, or ValueError naming the line.
+    Raises Missing, or Mistake naming the line.
     """
     path = read_path(flag, path)
     out = []
@@ -66,13 +66,13 @@ def read_jsonl(flag: str, path: str, fits: Callable[[dict[str, Any]], bool], for
         except (ValueError, KeyError, TypeError, AttributeError):
             good = False
         if not good:
-            raise ValueError(f"--{flag} {path}: line {number} is not of the form {form}")
+            raise Mistake(flag, path, f"line {number} is not of the form {form}")
         try:
             json.dumps(out[-1], ensure_ascii=False).encode()
         except (UnicodeEncodeError, RecursionError):
-            raise ValueError(f"--{flag} {path}: line {number} cannot be written as UTF-8 (a lone surrogate)") from None
+            raise Mistake(flag, path, f"line {number} cannot be written as UTF-8 (a lone surrogate)") from None
     if not out:
-        raise ValueError(f"--{flag} {path}: the file holds no prompt")
+        raise Mistake(flag, path, "the file holds no prompt")
     return out
 
 

@@ -7,12 +7,14 @@ import numbers
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
-from sd3.mistakes import display, nearest, plain_scalar
+from sd3.mistakes import Mistake, nearest, plain_scalar
 
 RESIDUAL_SCHEDULES = ("constant", "linear", "cosine")  # and exp:ALPHA
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+STORAGES = ("full", "int8", "fp8")  # of the blocks' weights
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 SIZE_STEP = 16  # pixels: VAE cell (8) times patch (2)
@@ -29,16 +31,16 @@ LONGEST_POSTFIX = 100  # bytes; with the longest folder name and a number it sta
 
 
 def read_int(flag: str, value: Any, low: int | None = None, high: int | None = None) -> int:
-    """A whole number in [low, high]; raises ValueError naming flag, value and range."""
+    """A whole number in [low, high]; raises Mistake naming flag, value and range."""
     number: float = read_float(flag, value, what="a whole number")
     plain = plain_scalar(value)
     if isinstance(plain, int) or (isinstance(plain, str) and re.fullmatch(r"\s*[+-]?\d+\s*", plain)):
         number = int(plain)  # a float would lose digits
     if number != int(number):
-        raise ValueError(f"--{flag} {display(value)}: must be a whole number")
+        raise Mistake(flag, value, "must be a whole number")
     number = int(number)
     if (low is not None and number < low) or (high is not None and number > high):
-        raise ValueError(f"--{flag} {display(value)}: must be {_range(low, high)}")
+        raise Mistake(flag, value, f"must be {_range(low, high)}")
     return number
 
 
@@ -50,24 +52,24 @@ def read_float(
     what: str = "a number",
     above: float | None = None,
 ) -> float:
-    """A finite number in [low, high] and greater than `above`; raises ValueError naming flag, value and range."""
+    """A finite number in [low, high] and greater than `above`; raises Mistake naming flag, value and range."""
     plain = plain_scalar(value)
     if isinstance(plain, bool) or not isinstance(plain, (str, numbers.Real)):
-        raise ValueError(f"--{flag} {display(value)}: must be {what}")
+        raise Mistake(flag, value, f"must be {what}")
     if isinstance(plain, str) and "_" in plain:  # Python reads 3_5 as 35; it is 3-5 with a slip of the finger
-        raise ValueError(f"--{flag} {display(value)}: must be {what}; digits go without _ between them")
+        raise Mistake(flag, value, f"must be {what}; digits go without _ between them")
     try:
         number = float(plain)
     except (TypeError, ValueError):
-        raise ValueError(f"--{flag} {display(value)}: must be {what}") from None
+        raise Mistake(flag, value, f"must be {what}") from None
     except OverflowError:
-        raise ValueError(f"--{flag} {display(value)}: too large") from None
+        raise Mistake(flag, value, "too large") from None
     if not math.isfinite(number):
-        raise ValueError(f"--{flag} {display(value)}: must be {what}")
+        raise Mistake(flag, value, f"must be {what}")
     if above is not None and number <= above:
-        raise ValueError(f"--{flag} {display(value)}: must be greater than {above:g}")
+        raise Mistake(flag, value, f"must be greater than {above:g}")
     if (low is not None and number < low) or (high is not None and number > high):
-        raise ValueError(f"--{flag} {display(value)}: must be {_range(low, high)}")
+        raise Mistake(flag, value, f"must be {_range(low, high)}")
     return number or 0.0  # no negative zero
 
 
@@ -78,17 +80,17 @@ def _range(low: float | None, high: float | None) -> str:
 
 
 def read_weight(flag: str, value: Any) -> float:
-    """A number within -1000..1000; raises ValueError."""
+    """A number within -1000..1000; raises Mistake."""
     return read_float(flag, value, -WEIGHT_LIMIT, WEIGHT_LIMIT)
 
 
 def read_shift(flag: str, value: Any) -> float:
-    """A shift of the noise schedule, from 0.001 to 1000; raises ValueError."""
+    """A shift of the noise schedule, from 0.001 to 1000; raises Mistake."""
     return read_float(flag, value, *SHIFTS)
 
 
 def read_bool(flag: str, value: Any) -> bool:
-    """True or False from a bool or the usual words; raises ValueError."""
+    """True or False from a bool or the usual words; raises Mistake."""
     plain = plain_scalar(value)
     if isinstance(plain, bool):
         return plain
@@ -97,25 +99,25 @@ def read_bool(flag: str, value: Any) -> bool:
         return True
     if word in ("false", "0", "no", "off"):
         return False
-    raise ValueError(f"--{flag} {display(value)}: must be True or False")
+    raise Mistake(flag, value, "must be True or False")
 
 
 def read_choice(flag: str, value: Any, choices: Sequence[str]) -> str:
-    """One of `choices`, however it is spelt; raises ValueError with the nearest match."""
+    """One of `choices`, however it is spelt; raises Mistake with the nearest match."""
     name = value.strip().lower() if isinstance(value, str) else ""
     if name not in choices:
-        raise ValueError(f"--{flag} {display(value)}: must be one of {', '.join(choices)}{nearest(name, choices)}")
+        raise Mistake(flag, value, f"must be one of {', '.join(choices)}{nearest(name, choices)}")
     return name
 
 
-def read_dtype(value: Any) -> str:
+def read_dtype(flag: str, value: Any) -> str:
     """auto, float32, bfloat16 or float16, or torch's dtypes of these names; fp32, bf16 and fp16 are taken too."""
     plain = value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else ""
     name = plain.strip().lower().removeprefix("torch.")
     name = DTYPES.get(name, name)
     if name not in DTYPE_NAMES:
         near = nearest(name, DTYPE_NAMES)
-        raise ValueError(f"--dtype {display(value)}: must be one of {', '.join(DTYPE_NAMES)}{near}")
+        raise Mistake(flag, value, f"must be one of {', '.join(DTYPE_NAMES)}{near}")
     return name
 
 
@@ -131,38 +133,38 @@ def read_device(flag: str, value: Any) -> str:
         return f"cuda:{match[1]}"
     names = (*DEVICES, "cuda:0")
     told = f"must be auto, cpu, cuda, cuda:N or mps{nearest(name, names)}"
-    raise ValueError(f"--{flag} {display(plain or value)}: {told}")
+    raise Mistake(flag, plain or value, f"{told}")
 
 
 def read_text(flag: str, value: Any) -> str:
-    """A text that can be written as UTF-8; raises ValueError.
+    """A text that can be written as UTF-8; raises Mistake.
 
     Bytes of the command line that are no UTF-8 arrive as lone surrogates, and so does `\\ud800` of a JSON file.
     """
     if not isinstance(value, str):
-        raise ValueError(f"--{flag} {display(value)}: must be text")
+        raise Mistake(flag, value, "must be text")
     text = str(plain_scalar(value))
     try:
         text.encode()
     except UnicodeEncodeError as error:
         place = f"character {error.start + 1}"
-        raise ValueError(f"--{flag} {display(value)}: cannot be written as UTF-8 ({place})") from None
+        raise Mistake(flag, value, f"cannot be written as UTF-8 ({place})") from None
     return text
 
 
 def read_path(flag: str, value: Any) -> str:
-    """A path, `~` at its beginning replaced by the home folder; raises ValueError for what no file can be called."""
+    """A path, `~` at its beginning replaced by the home folder; raises Mistake for what no file can be called."""
     named = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(named, str):
-        raise ValueError(f"--{flag} {display(value)}: must be a path")
+        raise Mistake(flag, value, "must be a path")
     if not named.strip():
-        raise ValueError(f"--{flag}: is empty")
+        raise Mistake(flag, "", "is empty")
     path = home(read_text(flag, named))
     if "\0" in path:
-        raise ValueError(f"--{flag} {display(path)}: no path holds a null character")
+        raise Mistake(flag, path, "no path holds a null character")
     longest = max(len(part.encode()) for part in path.split(os.sep))
     if longest > LONGEST_NAME or len(path.encode()) > LONGEST_PATH:
-        raise ValueError(f"--{flag} {display(path)}: is too long for a path; a name has at most {LONGEST_NAME} bytes")
+        raise Mistake(flag, path, f"is too long for a path; a name has at most {LONGEST_NAME} bytes")
     return path
 
 
@@ -182,7 +184,7 @@ def read_list(flag: str, value: Any) -> list[Any]:
     if isinstance(value, str):
         items = _split_list(flag, value)
     elif isinstance(value, (Mapping, Set, bytes, bytearray)):
-        raise ValueError(f"--{flag} {display(value)}: must be a list such as 3,5,7")
+        raise Mistake(flag, value, "must be a list such as 3,5,7")
     elif isinstance(value, Iterable):
         items = []
         for part in value:  # it may have no end
@@ -192,7 +194,7 @@ def read_list(flag: str, value: Any) -> list[Any]:
     else:
         items = [value]
     if len(items) > MOST_ITEMS:
-        raise ValueError(f"--{flag}: names more than {MOST_ITEMS:,} items")
+        raise Mistake(flag, "", f"names more than {MOST_ITEMS:,} items")
     return items
 
 
@@ -203,7 +205,7 @@ def _split_list(flag: str, text: str) -> list[str]:
     if text.strip() and _empty_item(text):
         text = text.rstrip().removesuffix(",")  # one comma at the end is how Python writes (3,)
         if _empty_item(text):
-            raise ValueError(f"--{flag} {display(shown)}: an item between two commas is empty")
+            raise Mistake(flag, shown, "an item between two commas is empty")
     return [_unquote(item) for item in re.split(r"[,\s]+", text.strip()) if item]
 
 
@@ -226,15 +228,15 @@ def read_layers(flag: str, value: Any) -> tuple[int, ...]:
     for item in read_list(flag, value):
         layers += _layer_range(flag, item)
         if len(layers) > LAYER_LIMIT:
-            raise ValueError(f"--{flag} {display(value)}: names more than {LAYER_LIMIT:,} layers")
+            raise Mistake(flag, value, f"names more than {LAYER_LIMIT:,} layers")
     return tuple(layers)
 
 
 def read_layer(flag: str, value: Any) -> int:
-    """A layer's number; whether a model has it is checked later. Raises ValueError."""
+    """A layer's number; whether a model has it is checked later. Raises Mistake."""
     layer = read_int(flag, value, 0)
     if layer >= LAYER_LIMIT:
-        raise ValueError(f"--{flag} {display(value)}: must be below {LAYER_LIMIT}")
+        raise Mistake(flag, value, f"must be below {LAYER_LIMIT}")
     return layer
 
 
@@ -244,42 +246,47 @@ def _layer_range(flag: str, item: Any) -> Sequence[int]:
         return (read_layer(flag, item),)
     first, last, step = (int(n) if len(n) < 10 else LAYER_LIMIT for n in (match[1], match[2], match[3] or "1"))
     if last < first or step < 1 or last >= LAYER_LIMIT:
-        raise ValueError(f"--{flag} {display(item)}: a range counts up, such as 2-22 or 2-22:2")
+        raise Mistake(flag, item, "a range counts up, such as 2-22 or 2-22:2")
     return range(first, last + 1, step)
 
 
 def read_weights(flag: str, value: Any) -> tuple[float, ...] | str:
-    """Numbers within -1000..1000, or a ramp `linear:FIRST:LAST` over the targets, in that spelling."""
+    """Numbers within -1000..1000, one per target; or `each:W`, one for all, or a ramp `linear:FIRST:LAST` over the
+    targets, both in one spelling.
+    """
     items = read_list(flag, value)
-    if any(isinstance(item, str) and ":" in item for item in items):
-        ends = _ramp(items[0]) if len(items) == 1 else None
-        if ends is None:
-            raise ValueError(f"--{flag} {display(value)}: must be numbers, or a ramp such as linear:0.8:0.2")
-        if max(map(abs, ends)) > WEIGHT_LIMIT:
-            raise ValueError(f"--{flag} {display(value)}: must begin and end within -1000 to 1000")
-        return f"linear:{ends[0]}:{ends[1]}"
-    return tuple(read_weight(flag, item) for item in items)
+    if not any(isinstance(item, str) and ":" in item for item in items):
+        return tuple(read_weight(flag, item) for item in items)
+    name, numbers = _named_numbers(items[0]) if len(items) == 1 else ("", ())
+    if (name, len(numbers)) not in (("each", 1), ("linear", 2)):
+        raise Mistake(flag, value, "must be numbers, each:0.5, or a ramp such as linear:0.8:0.2")
+    if max(map(abs, numbers)) > WEIGHT_LIMIT:
+        raise Mistake(flag, value, "must be within -1000 to 1000")
+    return ":".join([name, *map(str, numbers)])
 
 
-def _ramp(text: str) -> tuple[float, float] | None:
-    name, *ends = text.split(":")
+def _named_numbers(text: str) -> tuple[str, tuple[float, ...]]:
+    """`linear:0.8:0.2` -> its name and numbers; no numbers where one of them is none."""
+    name, *texts = str(text).split(":")
     try:
-        first, last = (read_float("", end) for end in ends)
-    except ValueError:
-        return None
-    return (first, last) if name.lower() == "linear" and math.isfinite(first) and math.isfinite(last) else None
+        return name.strip().lower(), tuple(read_float("", text) for text in texts)
+    except Mistake:
+        return "", ()
 
 
 def spread_weights(weights: Sequence[float] | str, count: int) -> tuple[float, ...]:
-    """One weight for each of `count` targets: none given means 1.0, one holds for all, a ramp (as `read_weights` spells
-    it) is filled in.
+    """One weight for each of `count` targets: none given means 1.0; `each:W` and ramps (as `read_weights` spells them)
+    are filled in.
 
-    Another number of weights comes back as it is, for `check_residual` to name.
+    Another number of weights comes back as it is, for the residual settings' check to name.
     """
     if isinstance(weights, str):
-        first, last = map(float, weights.split(":")[1:])
+        name, *ends = weights.split(":")
+        first, last = (float(ends[0]), float(ends[-1]))
+        if name == "each":
+            return (first,) * count
         return tuple(round(first + (last - first) * i / max(count - 1, 1), 12) for i in range(count))
-    return (*(weights or (1.0,)),) * count if len(weights) < 2 else tuple(weights)
+    return tuple(weights) or (1.0,) * count
 
 
 def read_schedule(flag: str, value: Any) -> str:
@@ -291,18 +298,18 @@ def read_schedule(flag: str, value: Any) -> str:
     if text in RESIDUAL_SCHEDULES:
         return text
     names, near = ", ".join(RESIDUAL_SCHEDULES), nearest(text, RESIDUAL_SCHEDULES)
-    raise ValueError(f"--{flag} {display(value)}: must be {names} or exp:ALPHA such as exp:2{near}")
+    raise Mistake(flag, value, f"must be {names} or exp:ALPHA such as exp:2{near}")
 
 
 def read_size(flag: str, value: Any) -> int:
-    """Pixels: a positive multiple of 16; raises ValueError with the nearest sizes."""
+    """Pixels: a positive multiple of 16; raises Mistake with the nearest sizes."""
     size = read_int(flag, value, SIZE_STEP)
     if size > MOST_SIDE:
-        raise ValueError(f"--{flag} {display(value)}: must be at most {MOST_SIDE}")
+        raise Mistake(flag, value, f"must be at most {MOST_SIDE}")
     if size % SIZE_STEP:
         below = size // SIZE_STEP * SIZE_STEP
         near = f"{below} or {below + SIZE_STEP}"
-        raise ValueError(f"--{flag} {display(value)}: must be a multiple of {SIZE_STEP}, such as {near}")
+        raise Mistake(flag, value, f"must be a multiple of {SIZE_STEP}, such as {near}")
     return size
 
 
@@ -314,34 +321,97 @@ def read_tile(flag: str, value: Any) -> int | None:
         return None if word == "auto" else 0
     size = read_size(flag, value)
     if size < LEAST_TILE:
-        raise ValueError(f"--{flag} {display(value)}: must be auto, off, or at least {LEAST_TILE}")
+        raise Mistake(flag, value, f"must be auto, off, or at least {LEAST_TILE}")
     return size
 
 
-def _optional_path(flag: str, value: Any) -> str | None:
+def read_optional_path(flag: str, value: Any) -> str | None:
     """A path; an empty one and `None` mean none (shell scripts pass empty variables)."""
     return None if isinstance(value, str) and value.strip() in ("", "None") else read_path(flag, value)
 
 
 def read_postfix(flag: str, value: Any) -> str:
-    """The end of a folder's name: a text of at most 100 bytes; raises ValueError."""
+    """The end of a folder's name: a text of at most 100 bytes; raises Mistake."""
     text = read_text(flag, value)
     if "\0" in text or len(text.encode()) > LONGEST_POSTFIX:
-        raise ValueError(f"--{flag} {display(text)}: must be at most {LONGEST_POSTFIX} bytes, without null characters")
+        raise Mistake(flag, text, f"must be at most {LONGEST_POSTFIX} bytes, without null characters")
     return text
 
 
 def read_filled(flag: str, value: Any) -> str:
-    """A text with something in it; raises ValueError."""
+    """A text with something in it; raises Mistake."""
     if not read_text(flag, value).strip():
-        raise ValueError(f"--{flag}: is empty")
+        raise Mistake(flag, "", "is empty")
     return read_text(flag, value)
 
 
-def range_int(low: int, high: int | None = None) -> Callable[[str, Any], int]:
-    """A reader of whole numbers in [low, high]."""
-    return lambda flag, value: read_int(flag, value, low, high)
+@dataclass(frozen=True)
+class Reader:
+    """Reads one kind of value: called with a field's name and a value of any type, it returns what is used from then
+    on, or raises Mistake. kind, low, high and choices let a program draw a form and a document print the range.
+    """
+
+    kind: str  # switch, whole, number, choice, text, file, folder, layers, weights, size, device
+    read: Callable[[str, Any], Any]
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def __call__(self, field: str, value: Any) -> Any:
+        """The value as it is used."""
+        return self.read(field, value)
+
+    def range(self) -> str:
+        """What is allowed, in words; empty where the kind says it."""
+        if self.choices:
+            return ", ".join(self.choices)
+        if self.low is None:
+            return ""
+        return f"at least {self.low:g}" if self.high is None else f"{self.low:g} to {self.high:g}"
 
 
-def _choice(choices: Sequence[str]) -> Callable[[str, Any], str]:
-    return lambda flag, value: read_choice(flag, value, choices)
+def whole(low: int, high: int | None = None, most: int | None = None) -> Reader:
+    """Whole numbers in [low, high]. most: the highest that documents name, where `high` is a limit of the machine."""
+    return Reader("whole", lambda field, value: read_int(field, value, low, high), low, high if most is None else most)
+
+
+def number(low: float, high: float) -> Reader:
+    """Numbers in [low, high]."""
+    return Reader("number", lambda field, value: read_float(field, value, low, high), low, high)
+
+
+def choice(*choices: str) -> Reader:
+    """One of some words."""
+    return Reader("choice", lambda field, value: read_choice(field, value, choices), choices=choices)
+
+
+def read_storage(flag: str, value: Any) -> str:
+    """How the blocks' weights are kept: full, int8 or fp8; a number is meant for another flag."""
+    try:
+        return read_choice(flag, value, STORAGES)
+    except Mistake as mistake:
+        if isinstance(value, str) and re.match(r"(each|linear):|[-+.]*[0-9]", value.strip()):
+            why = f"{mistake.why}; weights of residual text streaming are `residual_weights`"
+            raise Mistake(flag, value, why) from None
+        raise
+
+
+SWITCH = Reader("switch", read_bool, choices=("True", "False"))
+TEXT = Reader("text", read_text)
+FILLED = Reader("text", read_filled)
+POSTFIX = Reader("text", read_postfix)
+FILE = Reader("file", read_path)
+FOLDER = Reader("folder", read_path)
+OPTIONAL_FILE = Reader("file", read_optional_path)
+OPTIONAL_FOLDER = Reader("folder", read_optional_path)
+DEVICE = Reader("device", read_device, choices=("auto", "cpu", "cuda", "cuda:N", "mps"))
+DTYPE = Reader("choice", read_dtype, choices=DTYPE_NAMES)
+SIZE = Reader("size", read_size, SIZE_STEP, MOST_SIDE)
+TILE = Reader("size", read_tile, LEAST_TILE, MOST_SIDE)
+SHIFT = Reader("number", read_shift, *SHIFTS)
+WEIGHT = Reader("number", read_weight, -WEIGHT_LIMIT, WEIGHT_LIMIT)
+LAYER = Reader("whole", read_layer, 0)
+LAYERS = Reader("layers", read_layers)
+WEIGHTS = Reader("weights", read_weights, -WEIGHT_LIMIT, WEIGHT_LIMIT)
+STORAGE = Reader("choice", read_storage, choices=STORAGES)
+SCHEDULE = Reader("choice", read_schedule, choices=(*RESIDUAL_SCHEDULES, "exp:ALPHA"))

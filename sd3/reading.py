@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sd3.mistakes import Missing, Mistake, Where
+
 
 class Note(UserWarning):
     """A warning of ours: something about a file that people are to know; the command lines always say it."""
@@ -23,7 +25,7 @@ class Unreadable(ValueError):
 
 
 @contextlib.contextmanager
-def reading(where: str, why: str = "cannot be read") -> Iterator[None]:
+def reading(where: Where | str, why: str = "cannot be read") -> Iterator[None]:
     """Turns whatever a library raises inside into `Unreadable` with one line: `where: why (what it said)`.
 
     where: how the file is named to the user, such as `--model x.safetensors`. `Unreadable` and running out
@@ -32,20 +34,28 @@ def reading(where: str, why: str = "cannot be read") -> Iterator[None]:
     """
     try:
         yield
-    except (Unreadable, MemoryError):
+    except (Mistake, Unreadable, MemoryError):
         raise
     except FileNotFoundError as error:
         if error.errno is None:  # it says which file by its flag
             raise
-        raise FileNotFoundError(f"{where}: {error.strerror}: it went away while it was read") from None
+        raise _missing(where, f"{error.strerror}: it went away while it was read") from None
     except RecursionError:
-        raise Unreadable(f"{where}: {why} (it is nested too deeply)") from None
+        raise _mistake(where, f"{why} (it is nested too deeply)") from None
     except Exception as error:
-        raise Unreadable(f"{where}: {why}{_said(error)}") from None
+        raise _mistake(where, f"{why}{_said(error)}") from None
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # what a library written in Rust raises where it fails
             raise
-        raise Unreadable(f"{where}: {why}{_said(error)}") from None
+        raise _mistake(where, f"{why}{_said(error)}") from None
+
+
+def _mistake(where: Where | str, why: str) -> Mistake:
+    return Mistake(*where, why) if isinstance(where, Where) else Unreadable(f"{where}: {why}")
+
+
+def _missing(where: Where | str, why: str) -> FileNotFoundError:
+    return Missing(*where, why) if isinstance(where, Where) else FileNotFoundError(f"{where}: {why}")
 
 
 def _said(error: BaseException) -> str:
@@ -54,18 +64,18 @@ def _said(error: BaseException) -> str:
     return f" ({said})" if said else ""
 
 
-def check_file(where: str, path: str | Path) -> None:
+def check_file(where: Where | str, path: str | Path) -> None:
     """Raises FileNotFoundError or `Unreadable` where `path` is no plain file: a pipe or a device would never end."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise FileNotFoundError(f"{where}: no such file") from None
+        raise _missing(where, "no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
-        raise Unreadable(f"{where}: cannot be opened{_said(error)}") from None
+        raise _mistake(where, f"cannot be opened{_said(error)}") from None
     if stat.S_ISDIR(mode):
-        raise Unreadable(f"{where}: is a folder; a file is needed")
+        raise _mistake(where, "is a folder; a file is needed")
     if not stat.S_ISREG(mode):
-        raise Unreadable(f"{where}: is not a file (a pipe, a socket or a device)")
+        raise _mistake(where, "is not a file (a pipe, a socket or a device)")
 
 
 def parse_json(text: str | bytes, once: bool = False) -> Any:

@@ -16,16 +16,15 @@ import numpy as np
 from PIL import Image
 
 from sd3 import png
-from sd3.effects import effective
 from sd3.files import ENCODERS
-from sd3.flags import READERS
-from sd3.mistakes import display
+from sd3.flags import FLAGS, READERS
+from sd3.mistakes import Missing, Mistake, display
 from sd3.models import SkipLayerConfig, read_skip_layer
 from sd3.reading import parse_json
-from sd3.settings import FILE_SETTINGS, TEXT_FILES, Settings, base_name
+from sd3.settings import FILE_SETTINGS, TEXT_FILES, Settings, base_name, effective
 from sd3.versions import versions
 
-LISTS = ("residual_target_layers", "residual_weights")
+LISTS = tuple(name for name, row in FLAGS.items() if row.read.kind in ("layers", "weights"))
 DECIDE_INITIAL_PICTURE = {"denoise", "steps", "shift"}  # flags that decide whether one has a say
 RECORDS = ("run.json", "sweep.json")  # files beside or above a picture that name its files with their folders
 
@@ -40,22 +39,22 @@ class Replay:
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Replay:
-        """From raw flags, `replay` among them; raises FileNotFoundError, or ValueError where there are no settings."""
+        """From raw flags, `replay` among them; raises Mistake where there are no settings."""
         path = READERS["replay"]("replay", given["replay"])
         record = png.read_record(path)
         known = {f.name for f in dataclasses.fields(Settings)}
         if unknown := sorted(set(record["settings"]) - known):
             names = display(", ".join(unknown))
-            raise ValueError(f"--replay {path}: was made by another version; unknown here: {names}")
+            raise Mistake("replay", path, f"was made by another version; unknown here: {names}")
         if missing := [name for name in ("prompt", "model") if record["settings"].get(name) is None]:
-            raise ValueError(f"--replay {path}: its settings cannot be read: {', '.join(missing)} missing")
+            raise Mistake("replay", path, f"its settings cannot be read: {', '.join(missing)} missing")
         return cls(Path(path), record, given)
 
     def flags(self, available: Mapping[str, str]) -> dict[str, Any]:
         """Raw flags that make the picture again, the given ones in their place.
 
-        available: devices to take in place of the recorded ones, by flag. Raises FileNotFoundError for a file that
-        is not found by its name (see `find`), ValueError for a record that holds what no picture can have.
+        available: devices to take in place of the recorded ones, by flag. Raises Missing for a file that is not
+        found by its name (see `find`), Mistake for a record that holds what no picture can have.
         """
         raw = self._flags() | dict(available)
         found = {n: self._found(n, raw[n]) for n in FILE_SETTINGS if raw.get(n) is not None and n not in self.given}
@@ -71,13 +70,13 @@ class Replay:
             raise
 
     def _read(self, name: str, value: Any) -> Any:
-        """A recorded value as its flag's reader reads it; raises ValueError naming the picture."""
+        """A recorded value as its flag's reader reads it; raises Mistake naming the picture."""
         try:
             if name in LISTS and not isinstance(value, list):
-                raise ValueError(f"--{name} {display(value)}: must be a list")
+                raise Mistake(name, value, "must be a list")
             return READERS[name](name, value)
-        except ValueError as error:
-            raise ValueError(f"--replay {self.path}: its settings cannot be read: {error}") from None
+        except Mistake as mistake:
+            raise Mistake("replay", self.path, f"its settings cannot be read: {mistake.nested()}") from None
 
     def _given(self, name: str) -> Any:
         """What a flag beside --replay says, read; None where it is not given."""
@@ -96,7 +95,7 @@ class Replay:
             raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
         weights = raw.get("residual_weights")
         if weights and len(set(weights)) == 1:
-            raw["residual_weights"] = weights[:1]  # so that it holds for other targets too
+            raw["residual_weights"] = f"each:{weights[0]}"  # so that it holds for other targets too
         if (self._given("residual_mode") or raw.get("residual_mode")) != "aligned":
             raw.pop("residual_rotations", None)
         if raw.get("controlnet_ckpt") and not (
@@ -127,19 +126,23 @@ class Replay:
 
     def settings(self) -> Settings:
         """The recorded settings."""
-        return Settings(**{"offload": self._offload()} | self.record["settings"] | {"skip_layer": self._skip_layer()})
+        recorded = {"offload": self._offload()} | self.record["settings"] | {"skip_layer": self._skip_layer()}
+        weights = recorded.get("residual_weights")
+        if isinstance(weights, list) and len(weights) == 1:  # earlier versions recorded one number for all
+            recorded["residual_weights"] = f"each:{self._read('residual_weights', weights)[0]}"
+        return Settings(**recorded)
 
     def _skip_layer(self) -> SkipLayerConfig | None:
         values = self.record["settings"].get("skip_layer")
         if values is None:
             return None
-        told = f"--replay {self.path}: its skip-layer settings cannot be read"
+        told = "its skip-layer settings cannot be read"
         if not isinstance(values, dict):
-            raise ValueError(f"{told}: {display(values)}")
+            raise Mistake("replay", self.path, f"{told}: {display(values)}")
         try:
             return read_skip_layer(values)
-        except ValueError as error:
-            raise ValueError(f"{told}: {error}") from None
+        except Mistake as mistake:
+            raise Mistake("replay", self.path, f"{told}: {mistake.nested()}") from None
 
     def find(self, flag: str, name: str) -> str:
         """The path of a file that the picture names without its folder: where the record of its run says, beside the
@@ -150,9 +153,8 @@ class Replay:
             if os.path.exists(place):
                 return str(place)
         looked = ", ".join(sorted({os.path.dirname(p) or "." for p in map(str, places)}))
-        raise FileNotFoundError(
-            f"--replay {self.path}: was made with {flag} {name}, which is not in {looked}; name it with --{flag}"
-        )
+        why = f"was made with {flag} {name}, which is not in {looked}; name it with `{flag}`"
+        raise Missing("replay", self.path, why)
 
     def _places(self, flag: str, name: str) -> Iterator[Path]:
         for values in self._records():

@@ -23,19 +23,72 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmditx import TIMESTEPS
 from sd3.files import FLOATS, WeightFile
-from sd3.flags import READERS, check_residual, check_residual_strength, check_residual_window
+from sd3.flags import READERS
 from sd3.headers import describe, is_safetensors
-from sd3.mistakes import display, nearest
-from sd3.readers import read_int, read_layers, read_path, spread_weights
+from sd3.mistakes import Mistake, display, nearest, renaming
+from sd3.readers import read_float, read_int, read_layers, read_path, read_weight, spread_weights
 from sd3.reading import Note, Unreadable, check_file, parse_json, reading
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+TIMESTEPS = 1000  # timesteps are 1000 sigma
 LEAST_ORTHOGONAL = 1e-2  # largest entry of R^T R - I that a rotation file may have (stored in bfloat16: 4e-3)
+
+
+GAIN_LIMIT = 60_000.0  # of a weight times its schedule: float16 ends at 65504
+
+
+def check_residual(
+    origin: int, targets: Sequence[int], weights: Sequence[float] | str, depth: int | None = None
+) -> None:
+    """Checks residual settings against each other and, where known, the number of joint blocks.
+
+    Raises Mistake naming the value and the valid range. Without targets the feature is off and nothing is wrong.
+    """
+    if not targets:
+        return
+    last = "" if depth is None else f" (this model has {depth} joint blocks: 0 to {depth - 1})"
+    if origin < 0 or (depth is not None and origin >= depth):
+        raise Mistake("origin", origin, f"no such layer{last or '; layers count from 0'}")
+    seen: set[int] = set()
+    for target in targets:
+        if target < 0 or (depth is not None and target >= depth):
+            raise Mistake("targets", target, f"no such layer{last or '; layers count from 0'}")
+        if target in seen:
+            raise Mistake("targets", "", f"layer {target} is listed twice; name every layer once")
+        seen.add(target)
+        if target < origin:
+            raise Mistake("targets", target, f"lies below the origin layer {origin}{last}")
+    weights = spread_weights(weights, len(targets))
+    if len(weights) != len(targets):
+        all_alike = f"each:{weights[0]:g} for all" if len(weights) == 1 else "each:W for all"
+        why = f"{len(weights)} given for {len(targets)} target layers; give one each, {all_alike}, or none for 1.0"
+        raise Mistake("weights", "", why)
+    for weight in weights:
+        read_weight("weights", weight)
+
+
+def check_residual_strength(weights: Sequence[float], schedule: str) -> None:
+    """Raises Mistake where a weight times its schedule (as `read_schedule` spells it) grows beyond what float16 holds:
+    a negative ALPHA makes it e^-ALPHA times as large.
+    """
+    if not schedule.startswith("exp:"):
+        return
+    largest = max((abs(w) for w in weights), default=0.0)
+    if largest and math.log(largest) - min(float(schedule.removeprefix("exp:")), 0.0) > math.log(GAIN_LIMIT):
+        why = f"makes the weight {largest:g} larger than {GAIN_LIMIT:,.0f}; take a larger ALPHA or smaller weights"
+        raise Mistake("schedule", schedule, why)
+
+
+def check_residual_window(start: float, end: float) -> None:
+    """Raises Mistake where the part of the steps in which residual streaming acts is empty or out of range."""
+    read_float("start", start, 0.0, 1.0)
+    read_float("end", end, 0.0, 1.0)
+    if start >= end:
+        raise Mistake("start", f"{start:g}", f"must be below `end` {end:g}; no step is left")
 
 
 @dataclass(frozen=True)
@@ -63,7 +116,7 @@ class ResidualConfig:
         """
         for name, read in _READ.items():
             if (value := getattr(self, name)) is not None or name != "rotations":
-                object.__setattr__(self, name, read(RESIDUAL_FLAGS[name], value))
+                object.__setattr__(self, name, read(name, value))
         check_residual(self.origin, self.targets, self.weights)
         check_residual_window(self.start, self.end)
         weights = spread_weights(self.weights, len(self.targets)) if self.targets else ()
@@ -76,9 +129,9 @@ class ResidualConfig:
         read: dict[str, Any] = {}
         for name, value in {"origin": origin, "targets": targets, "weights": weights, **others}.items():
             if name not in _READ:
-                raise ValueError(f"--residual_{display(name)}: unknown flag{nearest(name, _READ)}")
+                raise Mistake(name, "", f"unknown{nearest(name, _READ)}")
             if value is not None:
-                read[name] = _READ[name](RESIDUAL_FLAGS[name], value)
+                read[name] = _READ[name](name, value)
         return cls(**read)
 
     @classmethod
@@ -88,7 +141,8 @@ class ResidualConfig:
         """
         fields = read_fields(path) if path else {}
         fields |= {_NAMES.get(name, name): value for name, value in given.items()}
-        return cls.parse(**fields)
+        with renaming(RESIDUAL_FLAGS):
+            return cls.parse(**fields)
 
     @classmethod
     def read(cls, path: str | Path) -> ResidualConfig:
@@ -99,6 +153,11 @@ class ResidualConfig:
     def active(self) -> bool:
         """Whether there is anything to mix."""
         return bool(self.targets)
+
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether it acts in `step` (from 0) of `steps`: start <= step / steps < end."""
+        place = step + 1e-9  # 0.7 * 10 is a little more than 7
+        return self.start * steps <= place < self.end * steps
 
     def check(self, depth: int) -> None:
         """Raises ValueError for a layer that a model of `depth` joint blocks does not have."""
@@ -168,7 +227,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     try:
         ResidualConfig.parse(**{k: v for k, v in fields.items() if k in _READ})
     except Exception as error:  # values may be of any kind
-        raise Unreadable(f"{where}: {str(error).removeprefix('--')}") from None
+        raise Unreadable(f"{where}: {error}") from None
     return fields
 
 
@@ -312,7 +371,7 @@ def read_rotations(path: str | Path, config: ResidualConfig | None = None, width
         if not targets:
             raise ValueError("target_layers: none are there")
     except Exception as error:  # values may be of any kind
-        raise Unreadable(f"{where}: {str(error).removeprefix('--')}") from None
+        raise Unreadable(f"{where}: {error}") from None
     square = len(shape) in (3, 4) and shape[-1] == shape[-2] and shape[-3] == len(targets)
     if not square or 0 in shape:
         told = "x".join(map(str, shape))
@@ -391,3 +450,10 @@ def orthogonality(matrix: Tensor) -> float:
 
     product = matrix.T @ matrix
     return (product - torch.eye(len(product), dtype=product.dtype, device=product.device)).abs().max().item()
+
+
+def needs_rotations(config: ResidualConfig) -> None:
+    """Raises Mistake where the mode is aligned and no rotation file is named."""
+    if config.active and config.mode == "aligned" and not config.rotations:
+        why = "needs `residual_rotations` FILE; `python sd3_probe.py calibrate` makes one for your model"
+        raise Mistake("residual_mode", "aligned", why)

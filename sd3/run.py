@@ -18,13 +18,13 @@ from sd3.device import device_record
 from sd3.engine import Engine, load_for, plan_for
 from sd3.files import file_sha256
 from sd3.find import list_models
-from sd3.flags import Flags
+from sd3.flags import FLAGS
 from sd3.prompts import folder_name, read_prompts
 from sd3.replay import Replay
 from sd3.residual import ResidualConfig
-from sd3.settings import FILE_SETTINGS, Settings
+from sd3.settings import FILE_SETTINGS, Flags, Settings
 from sd3.unchanged import Unchanged
-from sd3.versions import versions
+from sd3.versions import __version__, versions
 
 RESIDUAL_FILE = "residual.json"  # in every run's folder, as --residual_config reads it
 
@@ -33,7 +33,8 @@ def _sha256(path: Path) -> str:
     return file_sha256(*path.rglob("*.safetensors")) if path.is_dir() else file_sha256(path)
 
 
-IMAGES_AND_ROTATIONS = ("init_image", "controlnet_cond_image", "residual_rotations")  # files that `load` does not open
+# Files that loading does not open: images and rotations.
+FILES_OF_IMAGES = tuple(name for name in FILE_SETTINGS if FLAGS[name].scope == "picture")
 
 
 class MadeWith:
@@ -49,7 +50,7 @@ class MadeWith:
         self.value: dict[str, Any] = {}
         self.error: BaseException | None = None
         self.files = Unchanged()
-        for name in IMAGES_AND_ROTATIONS:
+        for name in FILES_OF_IMAGES:
             if path := getattr(settings, name):
                 self.files.add(f"--{name} {path}", path)
         self.thread = threading.Thread(target=self._run, daemon=True) if hashed else None
@@ -98,8 +99,8 @@ class MadeWith:
 
 
 def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -> Path | None:
-    """Does what the flags say; returns the folder of the pictures. Raises ValueError or FileNotFoundError for what
-    is wrong with them before any weights load.
+    """Does what the flags say; returns the folder of the pictures. Raises Mistake for what is wrong
+    with them before any weights load.
 
     replay: the picture that is made again; the flags then hold its settings.
     """
@@ -230,6 +231,7 @@ class RunRecord:
             "arguments": self.given,
             "flags": self.flags,
             **self.made_with,
+            "version": __version__,
             "versions": versions(),
             "planned": self.total,
         }

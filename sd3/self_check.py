@@ -3,7 +3,7 @@
     python sd3_infer.py --self_check [--device cuda] [--dtype float16]
 
 For machines that the makers of this tool do not have: it prints what differs, how long a step takes and what memory it
-took, ready to be pasted into an issue. `python self_check.py` makes the stored results anew.
+took, ready to be pasted into an issue. `python -m sd3.self_check` makes the stored results anew.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from torch import Tensor
 from sd3 import writing
 from sd3.device import device_record, memory_peak
 from sd3.engine import Engine, load_for
-from sd3.flags import Flags
+from sd3.mistakes import Missing
 from sd3.models import SkipLayerConfig
 from sd3.residual import ResidualConfig
+from sd3.settings import Flags
 from sd3.versions import versions
 from sd3_impls import latent_in, seeded_noise
 
@@ -86,10 +87,10 @@ def results(engine: Engine) -> dict[str, tuple[Callable[[], Tensor], int]]:
 
 
 def check(flags: Flags) -> tuple[list[Row], Engine]:
-    """Runs everything; raises FileNotFoundError where the shipped model is not there."""
+    """Runs everything; raises Missing where the shipped model is not there."""
     for path in (MODEL, STORED, CONTROLNET):
         if not path.is_file():
-            raise FileNotFoundError(f"--self_check: {path} is missing; run it in a clone of the repository")
+            raise Missing("self_check", "", f"{path} is missing; run it in a clone of the repository")
     engine = load_for(flags)
     stored, rows = load_file(STORED), []
     for name, (run, steps) in results(engine).items():
@@ -128,7 +129,7 @@ def write() -> None:
     """Makes the ControlNet and the stored results anew, in float32 on this CPU."""
     from dit_embedder import RENAMES, ControlNet, ControlNetConfig
 
-    engine = Engine().load(str(MODEL), device="cpu", dtype="float32")
+    engine = load_for(Flags.read({"model": str(MODEL), "device": "cpu", "dtype": "float32"}))
     base = engine.config
     config = ControlNetConfig(
         latent_channels=base.latent_channels,

@@ -14,19 +14,14 @@ from typing import Any
 
 from sd3 import png, streams, writing
 from sd3.engine import Engine, load_for, plan_for
-from sd3.flags import Flags, check_flag
+from sd3.flags import FLAGS, check_flag
 from sd3.memory import OutOfMemory, one_line, out_of_memory
+from sd3.mistakes import Mistake
 from sd3.prompts import read_prompts
 from sd3.run import MadeWith, RunRecord, models_folder_name
-from sd3.settings import FILE_SETTINGS, Settings
+from sd3.settings import FILE_SETTINGS, Flags, Settings
 from sd3.unchanged import stamp
 
-# Flags that belong to the process: they decide what is loaded and where pictures go.
-FIXED = (
-    "model", "vae", "controlnet_ckpt", "model_folder", "clip_l", "clip_g", "t5xxl", "text_encoder_device", "device",
-    "dtype", "no_t5", "t5_resident", "embed_cache", "compile", "weights", "offload", "out_dir", "postfix",
-    "no_metadata", "verbose", "serve_stdin", "self_check", "list_models", "replay",
-)  # fmt: skip
 EXAMPLE = json.dumps({"prompt": "a red circle", "seed": 3})
 LONGEST_LINE = 2**24  # bytes; what is longer is answered without being held in memory
 
@@ -58,7 +53,7 @@ class Server:
             answer["ok"] = True
         except OutOfMemory as error:
             answer["error"] = one_line(error)
-        except (ValueError, OSError) as error:  # FileNotFoundError among them
+        except Mistake as error:
             answer["error"] = one_line(error, 2000)
         except Exception as error:  # a line must not end what serves others
             known = "out of memory; try a smaller width, height or batch_size" if out_of_memory(error) else "failed"
@@ -72,11 +67,11 @@ class Server:
     def _make(self, wanted: Mapping[str, Any]) -> Iterator[tuple[Path, int]]:
         for name in wanted:
             check_flag(name)
-            if name in FIXED:
-                raise ValueError(f"--{name}: belongs to the whole process; give it on the command line")
+            if FLAGS[name].scope != "picture":  # it decides what is loaded, or where pictures go
+                raise Mistake(name, "", "belongs to the whole process; give it on the command line")
         flags = Flags.read({**self.raw, **{n: v for n, v in wanted.items() if v is not None}})
         if wanted.get("prompt") is None and "prompt" not in self.raw:
-            raise ValueError("--prompt: is missing")
+            raise Mistake("prompt", "", "is missing")
         prompts, _ = read_prompts(flags.prompt)
         pictures = plan_for(self.engine, flags, prompts, flags.seeds(len(prompts)))
         self.notes = self.engine.notes
@@ -99,24 +94,25 @@ class Server:
 
 
 def read_line(line: str | bytes) -> dict[str, Any]:
-    """The flags of a request; raises ValueError for a line that is none."""
+    """The flags of a request; raises Mistake for a line that is none."""
     if len(line) > LONGEST_LINE:
-        raise ValueError(f"not a line of JSON: longer than {LONGEST_LINE} bytes")
+        raise Mistake("", "", f"not a line of JSON: longer than {LONGEST_LINE} bytes")
     try:
         text = line.decode("utf-8-sig") if isinstance(line, bytes) else line
         wanted = json.loads(text)  # which takes NaN too: its flag then says what is wrong with it
     except UnicodeDecodeError as error:
-        raise ValueError(f"not a line of JSON: byte {error.start + 1} is no UTF-8") from None
+        raise Mistake("", "", f"not a line of JSON: byte {error.start + 1} is no UTF-8") from None
     except RecursionError:
-        raise ValueError("not a line of JSON: it is nested too deeply") from None
+        raise Mistake("", "", "not a line of JSON: it is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"not a line of JSON: {error}") from None
+        raise Mistake("", "", f"not a line of JSON: {error}") from None
     if not isinstance(wanted, dict):
-        raise ValueError('not an object such as {"prompt": "a red circle", "seed": 3}')
+        raise Mistake("", "", 'not an object such as {"prompt": "a red circle", "seed": 3}')
     try:
         json.dumps(wanted.get("id"), allow_nan=False)
     except (ValueError, RecursionError):
-        raise ValueError("id: cannot be given back: a number beyond all bounds, or nested too deeply") from None
+        why = "cannot be given back: a number beyond all bounds, or nested too deeply"
+        raise Mistake("", "id", why) from None
     return wanted
 
 
@@ -129,7 +125,7 @@ def lines_of(stream: Any) -> Iterator[bytes]:
                 rest = stream.readline(LONGEST_LINE)
             yield line
     except OSError as error:
-        raise ValueError(f"--serve_stdin: stdin cannot be read any further ({error.strerror})") from None
+        raise Mistake("serve_stdin", "", f"stdin cannot be read any further ({error.strerror})") from None
 
 
 def serve(

@@ -1,4 +1,6 @@
-"""What one picture is made from: every flag's default, check and range. Needs no torch, so bad input fails at once."""
+"""What one image is made from, and what is loaded for it: records with the fields and checks of the flag table.
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,78 +8,67 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+import random
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
-from sd3.flags import DEFAULT_DENOISE, DEFAULT_SEED, READERS, Flags, check_residual, check_residual_window
-from sd3.models import CONTROLNET, DEFAULT_SIZE, MODELS, OTHER_MODEL, SKIP_LAYERS, SkipLayerConfig, model_key
-from sd3.readers import spread_weights
+from sd3.flags import DEFAULT_SEED, FLAGS, MOST_PICTURES, Flag, names, read_values
+from sd3.mistakes import Mistake, renaming
+from sd3.models import CONTROLNET, DEFAULT_SIZE, SkipLayerConfig, model_row
+from sd3.readers import SEED_LIMIT
+from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, needs_rotations
 
-TEXT_FILES = ("model_folder", "clip_l", "clip_g", "t5xxl")  # where text encoders lie; pictures do not name it
-FILE_SETTINGS = ("model", "vae", "init_image", "controlnet_ckpt", "controlnet_cond_image", "residual_rotations")
+RANDOM_SEEDS = 100_000  # seed_type rand draws below this
+REQUIRED = ("prompt", "model")  # an image's settings name them
+IMAGE_ROWS = {row.stored: row for row in FLAGS.values() if row.pixels}
+FILE_SETTINGS = tuple(name for name, row in IMAGE_ROWS.items() if row.read.kind == "file")
+# Where text encoders are; images do not name it, their record holds what was found there.
+TEXT_FILES = tuple(name for name in names("load", pixels=False) if FLAGS[name].group == FLAGS["model"].group)
+
+Record = TypeVar("Record")
 
 
-def base_name(path: str | None) -> str | None:
-    """A path without its folders, whichever system wrote it."""
-    return None if path is None else os.path.basename(path.replace("\\", "/").rstrip("/"))
+def with_fields(rows: Mapping[str, Flag], default: Callable[[Flag], Any], required: Iterable[str] = ()) -> Callable:
+    """Makes a frozen dataclass of a class: a field for every row, with `default(row)`; those required come first."""
+    required = tuple(required)
+
+    def make(cls: type[Record]) -> type[Record]:
+        order = sorted(rows, key=lambda name: name not in required)
+        cls.__annotations__ = dict.fromkeys(order, "Any")
+        for name in order:
+            if name not in required:
+                setattr(cls, name, default(rows[name]))
+        return dataclasses.dataclass(frozen=True)(cls)
+
+    return make
 
 
-@dataclass(frozen=True)
+# ---- one image -----------------------------------------------------------------------------------
+
+
+@with_fields(IMAGE_ROWS, lambda row: None if row.field else row.default, REQUIRED)
 class Settings:
-    """Everything that decides one picture. Files are named as given; what they hold is the business of others."""
-
-    prompt: str
-    model: str
-    negative_prompt: str = ""
-    seed: int = DEFAULT_SEED
-    sampler: str = OTHER_MODEL.sampler
-    steps: int = OTHER_MODEL.steps
-    cfg: float = OTHER_MODEL.cfg
-    shift: float = OTHER_MODEL.shift
-    width: int = DEFAULT_SIZE
-    height: int = DEFAULT_SIZE
-    vae: str | None = None
-    init_image: str | None = None
-    denoise: float = DEFAULT_DENOISE
-    controlnet_ckpt: str | None = None
-    controlnet_cond_image: str | None = None
-    controlnet_strength: float = 1.0
-    skip_layer: SkipLayerConfig | None = None
-    residual_origin_layer: int = 0
-    residual_target_layers: tuple[int, ...] = ()
-    residual_weights: tuple[float, ...] = ()
-    residual_mode: str = "add"
-    residual_schedule: str = "constant"
-    residual_start: float = 0.0
-    residual_end: float = 1.0
-    residual_branch: str = "both"
-    residual_rotations: str | None = None
-    no_t5: bool = False
-    dtype: str = "auto"
-    device: str = "auto"
-    text_encoder_device: str = "auto"
-    batch_size: int = 1  # rows that were sampled at once
-    compile: bool = False
-    weights: str = "full"
-    cache: float = 0.0
-    vae_tile: int = 0  # side of a tile in pixels; 0: the VAE runs on the whole picture
-    offload: bool = False  # other products are computed at once then, which changes the last bits
+    """Everything that decides one image. Files are named as given; their contents are hashed elsewhere."""
 
     def __post_init__(self) -> None:
-        """Reads every field as its flag is read, and keeps what was read; raises ValueError naming the flag."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None and value is not field.default and field.name in READERS:  # 5 equals 5.0
-                object.__setattr__(self, field.name, READERS[field.name](field.name, value))
+        """Reads every field as its flag is read, and keeps what was read; raises Mistake."""
+        for name, row in IMAGE_ROWS.items():
+            value = getattr(self, name)
+            if value is not None and not row.field and value is not row.default:  # 5 equals 5.0
+                object.__setattr__(self, name, row.read(name, value))
         if self.vae_tile is None:
-            raise ValueError("--vae_tile auto: must be a number here; the size is chosen before a picture is described")
-        weights = self.residual_weights
-        if isinstance(weights, str) or (self.residual_target_layers and len(weights) < 2):
-            weights = spread_weights(weights, len(self.residual_target_layers))
-            object.__setattr__(self, "residual_weights", weights)
-        check_residual(self.residual_origin_layer, self.residual_target_layers, self.residual_weights)
-        check_residual_window(self.residual_start, self.residual_end)
+            why = "must be a number here; the size is chosen before a picture is described"
+            raise Mistake("vae_tile", "auto", why)
+        if self.residual_target_layers:
+            object.__setattr__(self, "residual_weights", self.residual.weights)
+        else:
+            self.residual  # noqa: B018  # checks the window
+
+    @property
+    def residual(self) -> ResidualConfig:
+        """The residual settings in the form that checks them and that a stream is made from."""
+        with renaming(RESIDUAL_FLAGS):
+            return ResidualConfig(**{name: getattr(self, flag) for name, flag in RESIDUAL_FLAGS.items()})
 
     def asdict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -86,10 +77,11 @@ class Settings:
     def public(self) -> dict[str, Any]:
         """Plain values for a record that others may see: files by their names, without folders.
 
-        Settings that came later are left out at their defaults, so that pictures made before keep their digests.
-        What has no effect is not seen here: `effective` sets it to its default before a picture is made.
+        Settings that came after the first version are left out at their defaults, so that images made before keep their
+        digests. What has no effect is not seen here: `effective` sets it to its default before an image is made.
         """
-        return {n: v for n, v in self.named().items() if n not in LATER or v != LATER[n]}
+        rows = IMAGE_ROWS
+        return {n: v for n, v in self.named().items() if rows[n].always or v != rows[n].default}
 
     def named(self) -> dict[str, Any]:
         """All plain values, files by their names without folders."""
@@ -97,44 +89,128 @@ class Settings:
         return values | {name: base_name(values[name]) for name in FILE_SETTINGS}
 
     def digest(self) -> str:
-        """A canonical hash of what decides the picture: the same for the same settings on any machine, wherever the
-        files lie there.
+        """A canonical hash of what decides the image: the same for the same settings on any machine, wherever the
+        files are there.
         """
         return digest_of(self.public())
 
 
-LATER = {
-    f.name: f.default
-    for f in dataclasses.fields(Settings)
-    if f.name in ("compile", "weights", "cache", "vae_tile", "offload")
-}
+def base_name(path: str | None) -> str | None:
+    """A path without its folders, whichever system wrote it."""
+    return None if path is None else os.path.basename(path.replace("\\", "/").rstrip("/"))
 
 
 def digest_of(public: Mapping[str, Any]) -> str:
-    """The digest of settings by their public values, as a picture's record holds them."""
+    """The digest of settings by their public values, as an image's record holds them."""
     return hashlib.sha256(json.dumps(public, sort_keys=True).encode()).hexdigest()
 
 
 def earlier_digest(as_given: Settings) -> str:
-    """The digest that pictures of these settings had in versions that counted every flag as it was given, and did not
+    """The digest that images of these settings had in versions that counted every flag as it was given, and did not
     count `offload`.
     """
     return digest_of({n: v for n, v in as_given.public().items() if n != "offload"})
 
 
-FILE_DEFAULTS: dict[str, Callable[[str, Any], Any]] = {
-    k: READERS[k] for k in ("width", "height", "steps", "shift", "cfg", "sampler")
-}
+def effective(s: Settings) -> tuple[Settings, list[str]]:
+    """Settings in which every flag that has no effect on the image is at its default, and a line for each of them.
+
+    Two flags may be without effect only together with others: the rules run in the order of the table, in which each
+    sees the result of those before it.
+    """
+    notes: list[str] = []
+    for rule in dict.fromkeys(row.matters for row in IMAGE_ROWS.values() if row.matters):
+        idle, why = rule(s)
+        usual = {name: None if IMAGE_ROWS[name].field else IMAGE_ROWS[name].default for name in idle}
+        changes = {name: value for name, value in usual.items() if getattr(s, name) != value}
+        if changes:
+            s = dataclasses.replace(s, **changes)
+        if why and (changes or not idle):
+            notes.append(f"note: {why}")
+    return s, notes
+
+
+# ---- what is loaded ------------------------------------------------------------------------------
+
+
+@with_fields({name: FLAGS[name] for name in names("load")}, lambda row: row.given)
+class Setup:
+    """What is loaded and where: the flags that images of one load share."""
+
+    @classmethod
+    def of(cls, flags: Flags) -> Setup:
+        """Those of all flags."""
+        return cls(**{name: getattr(flags, name) for name in names("load")})
+
+    def seen_in_images(self) -> dict[str, Any]:
+        """Those that are part of an image's settings."""
+        return {name: getattr(self, name) for name in names("load", pixels=True)}
+
+
+# ---- all flags -----------------------------------------------------------------------------------
+
+
+@with_fields(FLAGS, lambda row: row.given)
+class Flags:
+    """The flags of `sd3_infer.py`, read and checked one by one; None means not given."""
+
+    @classmethod
+    def read(cls, raw: Mapping[str, Any]) -> Flags:
+        """From raw values as typed (text) or given in Python; None values keep the default.
+
+        Raises Mistake for an unknown flag (with the nearest match) and for every value out of its range.
+        """
+        flags = cls(**read_values(raw))
+        if flags.self_check:
+            for name, value in raw.items():
+                if name not in names(also="self_check") and value is not None:
+                    raise Mistake(name, "", "does not go with `self_check`, which runs the shipped model")
+        if not flags.residual_config:  # else they are checked together with what the file says
+            needs_rotations(ResidualConfig.from_flags(flags.residual()))
+        if flags.controlnet_cond_image and not flags.controlnet_ckpt:
+            raise Mistake("controlnet_cond_image", "", "needs `controlnet_ckpt`, the ControlNet that reads it")
+        if flags.controlnet_ckpt and not flags.controlnet_cond_image:
+            raise Mistake("controlnet_ckpt", "", "needs `controlnet_cond_image`, the picture that guides it")
+        return flags
+
+    def seeds(self, prompts: int) -> list[int]:
+        """One seed per image."""
+        seed = DEFAULT_SEED if self.seed is None else self.seed
+        return picture_seeds(seed, self.kind_of_seeds, prompts, self.num_images)
+
+    @property
+    def kind_of_seeds(self) -> str:
+        """The seed_type; without one: fixed where a seed is given, else rand."""
+        return self.seed_type or ("rand" if self.seed is None else "fixed")
+
+    def residual(self) -> dict[str, Any]:
+        """The residual flags that were given, by their names without `residual_`; the file's name is not among them."""
+        given = {name: getattr(self, name) for name in RESIDUAL_FLAGS.values()}
+        return {name.removeprefix("residual_"): value for name, value in given.items() if value is not None}
+
+    def for_image(self) -> dict[str, Any]:
+        """Image settings that the flags alone decide; None: the model, the files or the device decide."""
+        residual = RESIDUAL_FLAGS.values()
+        own = ("prompt", "seed", *residual)  # each image has its own prompt and seed
+        return {
+            n: getattr(self, n)
+            for n, row in IMAGE_ROWS.items()
+            if row.scope == "picture" and not row.field and n not in own
+        }
+
+
+MODEL_SETTINGS = tuple(model_row("").usual())
+DECIDED_BY_MODEL = (*MODEL_SETTINGS, "width", "height")
 
 
 def file_defaults(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Size, steps, shift, cfg and sampler that a file names in its safetensors metadata; what is wrong is left out."""
     out = {}
-    for name, read in FILE_DEFAULTS.items():
+    for name in DECIDED_BY_MODEL:
         if name in metadata:
             try:
-                out[name] = read(name, metadata[name])
-            except ValueError:
+                out[name] = FLAGS[name].read(name, metadata[name])
+            except Mistake:
                 continue
     return out
 
@@ -147,15 +223,30 @@ def resolve(
     A flag wins over the ControlNet's row (`large_controlnet`), that over the model file's metadata, that over the
     model's row. Skip-layer guidance brings its own cfg unless one is given.
     """
-    key = model_key(flags.model)
-    values = dataclasses.asdict(MODELS.get(key, OTHER_MODEL)) | {"width": DEFAULT_SIZE, "height": DEFAULT_SIZE}
-    values |= file_defaults(metadata or {})
+    row = model_row(flags.model)
+    values = row.usual() | {"width": DEFAULT_SIZE, "height": DEFAULT_SIZE} | file_defaults(metadata or {})
     if large_controlnet:
-        values |= dataclasses.asdict(CONTROLNET)
-    skip_layer = SKIP_LAYERS.get(key) if flags.skip_layer_cfg else None
+        values |= CONTROLNET.usual()
+    skip_layer = row.skip_layer if flags.skip_layer_cfg else None
     if skip_layer is not None:
         values["cfg"] = skip_layer.cfg
-    for name in values:
-        if (given := getattr(flags, name)) is not None:
-            values[name] = given
-    return values, skip_layer
+    return values | {name: given for name in values if (given := getattr(flags, name)) is not None}, skip_layer
+
+
+def picture_seeds(seed: int, seed_type: str, prompts: int, num_images: int) -> list[int]:
+    """One seed per image, prompt by prompt; raises Mistake for values out of their ranges.
+
+    fixed: every prompt starts at `seed`, its further images count up; roll: counts up over all images; rand: drawn, no
+    two of them the same.
+    """
+    read = read_values({"seed": seed, "seed_type": seed_type, "num_images": num_images})
+    seed, seed_type, num_images = read["seed"], read["seed_type"], read["num_images"]
+    count = prompts * num_images
+    if count > MOST_PICTURES:
+        why = f"for {prompts:,} prompts these are {count:,} pictures; at most {MOST_PICTURES:,}"
+        raise Mistake("num_images", num_images, why)
+    if seed_type == "rand":
+        return random.SystemRandom().sample(range(RANDOM_SEEDS), count)
+    if seed_type == "roll":
+        return [(seed + i) % SEED_LIMIT for i in range(count)]
+    return [(seed + i) % SEED_LIMIT for _ in range(prompts) for i in range(num_images)]
