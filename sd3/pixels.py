@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sd3 import png
+from sd3.mistakes import Mistake
 from sd3.reading import Note
 from sd3.settings import Settings
 
@@ -87,7 +88,7 @@ def check_finite(x: Tensor, what: str, dtype: torch.dtype, cause: Callable[[], s
     """Raises ValueError where `x` holds NaN or infinity: with the cause, where that is known, else the dtype to try."""
     if not torch.isfinite(x).all():
         if line := cause():
-            raise ValueError(f"{line}; {what} became NaN or infinite by it; no picture is saved")
+            raise Mistake("", "", f"{line}; {what} became NaN or infinite by it; no picture is saved")
         others = {torch.float16: "try --dtype bfloat16 or float32", torch.bfloat16: "try --dtype float32"}
         advice = others.get(dtype, "the model file may be damaged: download it again")
         name = str(dtype).removeprefix("torch.")

@@ -509,5 +509,5 @@ def test_bad_rotation_files(tmp_path, case, suffix):
         make()
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         read_rotations(path, CONFIG, 16)
-    assert str(error.value).startswith(f"--residual_rotations {path}: ")
+    assert str(error.value).removeprefix("--").startswith(f"residual_rotations {path}: ")
     assert message in str(error.value)
