@@ -32,11 +32,9 @@ from other_impls import (
     CLIPConfig,
     CLIPEnd,
     CLIPLayer,
-    CLIPTokenizer,
     T5Block,
     T5Config,
     T5Norm,
-    T5Tokenizer,
     join_text,
     t5_position_bias,
     table_rows,
@@ -59,6 +57,7 @@ from sd3.reading import reading
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, Rotations, read_rotations
 from sd3.settings import Settings, resolve
 from sd3.streams import Once
+from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.unchanged import Stamp, Unchanged, stamp
 from sd3.vae import VAE, VAEConfig
 from sd3.versions import versions
@@ -319,11 +318,11 @@ class Engine:
         kinds = ("clip",) if self.no_t5 else ("clip", "t5")
         self.tokenizer_folders = {kind: find_tokenizer(kind, folders) for kind in kinds}
         rows = min(clip_l.vocabulary, clip_g.vocabulary)
-        self.clip_tokenizer = CLIPTokenizer(self.tokenizer_folders["clip"], rows=rows)
+        self.clip_tokenizer = open_clip_tokenizer(self.tokenizer_folders["clip"], rows=rows)
         self.t5_tokenizer = None
         if not self.no_t5:
             rows = self.encoder_configs["t5xxl"].vocabulary
-            self.t5_tokenizer = T5Tokenizer(self.tokenizer_folders["t5"], rows=rows)
+            self.t5_tokenizer = open_t5_tokenizer(self.tokenizer_folders["t5"], rows=rows)
         self.positions = min(clip_l.positions, clip_g.positions)  # their tokens lie side by side
 
     def text_files(self) -> dict[str, set[Path]]:

@@ -22,15 +22,16 @@ import sd3.pixels
 import sd3.probe.command
 import sd3.sweep.command
 import sd3_infer
-from other_impls import CLIPTokenizer
 from sd3.files import ENCODER_FOLDERS, ENCODER_PREFIX, WeightFile
+from sd3.find import Fit, find_encoders, list_models
 from sd3.flags import Flags
-from sd3.mistakes import Mistake, Where
+from sd3.mistakes import Missing, Mistake, Where, flag_name
 from sd3.pixels import open_image
 from sd3.prompts import read_prompts
 from sd3.reading import check_file, reading
 from sd3.residual import ResidualConfig
 from sd3.sweep.grid import read_seeds, read_yaml
+from sd3.tokenizers import open_clip_tokenizer
 from sd3_infer import SD3Inferencer
 
 SMALL = ["--model", str(DEMO), "--steps", "1", "--width", "64", "--height", "64"]
@@ -244,11 +245,11 @@ def test_merges_that_were_cut_off(tmp_path, part, ends):
     shutil.copytree(TOKENIZERS / "tokenizer", folder)
     lines = (folder / "merges.txt").read_bytes().splitlines()
     (folder / "merges.txt").write_bytes(ends.join(lines) + ends)
-    whole = CLIPTokenizer(folder).tokenize("a red circle", 77).ids
-    assert whole == CLIPTokenizer(TOKENIZERS / "tokenizer").tokenize("a red circle", 77).ids
+    whole = open_clip_tokenizer(folder).tokenize("a red circle", 77).ids
+    assert whole == open_clip_tokenizer(TOKENIZERS / "tokenizer").tokenize("a red circle", 77).ids
     (folder / "merges.txt").write_bytes(ends.join(lines[: int(len(lines) * part)]))
     with pytest.raises(Mistake, match=r"merges\.txt: are no merges of vocab\.json .*cut off"):
-        CLIPTokenizer(folder)
+        open_clip_tokenizer(folder)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -360,6 +361,24 @@ def test_a_file_that_goes_away_between_two_looks(tmp_path):
             read(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=r"^flag name: no such file$"), reading(Where("other")):
         check_file(Where("flag", "name"), tmp_path / "gone")
+
+
+def test_backquotes_of_a_library_mark_no_flag(tmp_path):
+    with pytest.raises(Mistake) as error, reading(Where("model", "x")):
+        raise ValueError("unknown variant `vae`, expected ``a``")
+    assert str(error.value) == "model x: cannot be read (unknown variant `vae`, expected ``a``)"
+    assert error.value.spelled(flag_name) == f"--{error.value}"
+    assert error.value.renamed({"vae": "y", "model": "z"}).spelled(flag_name) == f"--{error.value}".replace(
+        "model", "z"
+    )
+
+
+def test_a_link_to_itself_beside_a_model_is_passed_over(tmp_path):
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(Missing, match="no clip_l"):
+        find_encoders(["clip_l"], WeightFile(tmp_path / "model.safetensors"), [tmp_path], {}, Fit(8, 8))
+    assert f"damaged  {tmp_path}/loop.safetensors: cannot be opened" in list_models(str(tmp_path))
 
 
 WITHOUT_RIGHTS = """

@@ -20,6 +20,7 @@ from demo import data, flow, optim, scenes, score, text, train, watch
 from demo.scenes import ALL_COMBINATIONS, COLOURS, HELD_OUT, SEEN, SHAPES, sample_scene, training_scene
 from mmditx import MMDiTConfig
 from sd3.files import MMDIT_PREFIX, WeightFile
+from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.weights import Part
 from sd3_impls import latent_in
 from sd3_infer import SD3Inferencer
@@ -194,10 +195,8 @@ def captions(tmp_path_factory) -> text.Captions:
 
 
 def test_training_sees_the_token_ids_that_inference_makes(tmp_path, trained_on):
-    from other_impls import CLIPTokenizer, T5Tokenizer
-
     captions = text.Captions(tmp_path)
-    clip, t5 = CLIPTokenizer(tmp_path / "tokenizer"), T5Tokenizer(tmp_path / "tokenizer_3")
+    clip, t5 = open_clip_tokenizer(tmp_path / "tokenizer"), open_t5_tokenizer(tmp_path / "tokenizer_3")
     vocabulary = json.loads((tmp_path / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     for word in scenes.all_words():
         assert len(clip.tokenize(word, 16).ids[1:-1]) == 14

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 
 from dit_embedder import ControlNet, ControlNetConfig
 from mmditx import MMDiT, MMDiTConfig, ResidualStream, residual_stream
-from other_impls import CLIP, T5, CLIPConfig, CLIPTokenizer, T5Config, T5Tokenizer
+from other_impls import CLIP, T5, CLIPConfig, T5Config
 from sd3.files import MMDIT_PREFIX, VAE_PREFIX, WeightFile
 from sd3.find import encoder_part
 from sd3.models import SkipLayerConfig
 from sd3.residual import ResidualConfig, Rotations
+from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.vae import VAE, VAEConfig
 from sd3.weights import Part, controlnet_part, mmdit_part
 from sd3_impls import (
@@ -222,7 +223,7 @@ ROWS = json.loads((FOLDER / "tokens.json").read_text(encoding="utf-8"))
 @pytest.mark.skipif(not TOKENIZERS, reason="SD3_TOKENIZERS is not set")
 @pytest.mark.parametrize("row", ROWS, ids=[row["prompt"][:20] for row in ROWS])
 def test_tokens(row):
-    clip, t5 = CLIPTokenizer(Path(TOKENIZERS) / "clip"), T5Tokenizer(Path(TOKENIZERS) / "t5")
+    clip, t5 = open_clip_tokenizer(Path(TOKENIZERS) / "clip"), open_t5_tokenizer(Path(TOKENIZERS) / "t5")
     length = len(row["l"]["ids"])
     got = {
         "l": clip.tokenize(row["prompt"], length),
