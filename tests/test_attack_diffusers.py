@@ -19,9 +19,9 @@ ALIGNED = ResidualConfig(1, (2,), (0.3,), mode="aligned")
 @pytest.mark.parametrize(
     "config",
     [
-        ResidualConfig(1, (2, 3), (0.3,)),
-        ResidualConfig(1, (2, 3), (0.3,), start=0.5),
-        ResidualConfig(1, (2, 3), (0.3,), schedule="linear", end=0.7),
+        ResidualConfig(1, (2, 3), "each:0.3"),
+        ResidualConfig(1, (2, 3), "each:0.3", start=0.5),
+        ResidualConfig(1, (2, 3), "each:0.3", schedule="linear", end=0.7),
     ],
 )
 def test_a_scheduler_that_takes_the_place_of_another(pipe, config):  # noqa: F811

@@ -345,7 +345,7 @@ def test_notes_are_notes_whatever_is_said_of_warnings(tmp_path):
         "import sd3_infer, warnings\n"
         "for action in ('error', 'ignore'):\n"
         "    warnings.simplefilter(action)\n"
-        "    sd3.pixels._SEE_THROUGH.clear()\n"
+        "    sd3.pixels._TRANSPARENT.clear()\n"
         f"    look = lambda: sd3.pixels.open_image('init_image', {str(tmp_path / 'a.png')!r}, 8, 8)\n"
         "    assert sd3.command.guarded(look, '') == 0\n"
     )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,28 +23,19 @@ from sd3.engine import Engine
 from sd3.mistakes import display
 from sd3.probe.running import Collector, Labelled, load, read_labelled, run_prompts
 from sd3.readers import SEED_LIMIT
-from sd3.residual import ResidualConfig, orthogonality
+from sd3.residual import ResidualConfig
+from sd3.rotations import orthogonality
 from sd3_impls import flow_schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mmditx import Pass
+    from mmditx import ModelCall
     from sd3.engine import Engine
 
 
 LONGEST_OUT = 200  # bytes of a rotation file's name; its state and what is half written have longer ones
 SAVE_EVERY = 30.0  # seconds between writes of a calibration's state
-
-
-@contextlib.contextmanager
-def own_names() -> Iterator[None]:
-    """Lets an error about residual flags name those of `calibrate`, which were typed."""
-    try:
-        yield
-    except ValueError as error:
-        told = str(error).replace("residual_origin_layer", "origin").replace("residual_target_layers", "targets")
-        raise ValueError(told) from None
 
 
 class Calibration:
@@ -67,7 +57,7 @@ class Calibration:
         """Timesteps 0 to 1000 between and around the buckets."""
         return [TIMESTEPS * b / self.buckets for b in range(self.buckets + 1)]
 
-    def add(self, at: Pass, states: Mapping[int, Sequence[Tensor]]) -> None:
+    def add(self, at: ModelCall, states: Mapping[int, Sequence[Tensor]]) -> None:
         """Takes the tokens of a pass: {block: one (n, D) per picture}."""
         b = self.bucket(at.sigma)
         origin = standardise(torch.cat(list(states[self.origin])))
@@ -105,7 +95,7 @@ class Distances:
         self.plain, self.turned = (torch.zeros(len(calibration.targets), dtype=torch.float64) for _ in range(2))
         self.count = 0
 
-    def add(self, at: Pass, states: Mapping[int, Sequence[Tensor]]) -> None:
+    def add(self, at: ModelCall, states: Mapping[int, Sequence[Tensor]]) -> None:
         """Takes the tokens of a pass."""
         origin = standardise(torch.cat(list(states[self.calibration.origin])))
         self.count += origin.numel()
@@ -140,8 +130,7 @@ def calibrate(flags: Mapping[str, Any]) -> Path:
     writing.check_writable(str(out.parent), "out")
     engine, values = load(flags)
     config = ResidualConfig(flags["origin"], flags["targets"])
-    with own_names():
-        config.check(engine.config.depth)
+    config.check(engine.config.depth)
     engine.check_settings(engine.plan([prompts[0].prompt], [0], **values)[0])
     work = Calibration(config.origin, config.targets, flags["buckets"], engine.config.width)
     met = {work.bucket(sigma) for sigma in flow_schedule(values["steps"], values["shift"]).tolist()[:-1]}

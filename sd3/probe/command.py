@@ -15,11 +15,12 @@ from sd3 import streams
 from sd3.command import guarded, read_arguments
 from sd3.flags import READERS
 from sd3.mistakes import display, nearest
-from sd3.probe.calibration import calibrate, own_names
+from sd3.probe.calibration import calibrate
 from sd3.probe.measuring import measure
 from sd3.probe.running import _ENGINE, _RUN
 from sd3.probe.suggesting import run_suggest
 from sd3.readers import range_int, read_bool, read_float, read_layers
+from sd3.residual import ResidualConfig
 
 if TYPE_CHECKING:
     pass
@@ -112,10 +113,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         if flags.get(name) in (None, ()):
             raise ValueError(f"--{name}: is needed by {command}")
     if command == "calibrate":
-        from sd3.flags import check_residual
-
-        with own_names():
-            check_residual(flags["origin"], flags["targets"], ())
+        ResidualConfig(flags["origin"], flags["targets"])  # checks them against each other
         if not flags["out"].endswith(".safetensors"):
             raise ValueError(f"--out {flags['out']}: must end in .safetensors")
     return command, flags

@@ -17,7 +17,7 @@ from sd3.settings import resolve
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mmditx import Pass
+    from mmditx import ModelCall
     from sd3.engine import Engine
 
 
@@ -71,9 +71,9 @@ class Collector:
     def __init__(
         self,
         masks: Sequence[Tensor],
-        wanted: Callable[[Pass], bool],
+        wanted: Callable[[ModelCall], bool],
         layers: Sequence[int],
-        use: Callable[[Pass, dict[int, list[Tensor]]], None],
+        use: Callable[[ModelCall, dict[int, list[Tensor]]], None],
     ):
         """masks: (T,) of each picture; wanted: whether a pass counts; layers: blocks whose incoming tokens are handed
         to use(pass, {layer: one (n, D) float32 per picture}) once the last of them is reached.
@@ -81,7 +81,7 @@ class Collector:
         self.masks, self.wanted, self.use = masks, wanted, use
         self.layers, self.last = frozenset(layers), max(layers)
 
-    def begin(self, at: Pass) -> Collector | None:
+    def begin(self, at: ModelCall) -> Collector | None:
         """Gets ready for a pass, or sits it out: skip-layer passes, and steps that are not wanted."""
         self.at, self.states = at, {}
         return None if at.skip_layers or not self.wanted(at) else self
