@@ -50,7 +50,7 @@ from sd3.find import TOKENIZER_FILES, Fit, find_encoders, find_tokenizer, models
 from sd3.flags import DEFAULT_SEED, READERS, Flags, read_values
 from sd3.layers import can_pack, hold_linears
 from sd3.memory import explained
-from sd3.mistakes import display, renaming
+from sd3.mistakes import Mistake, Where, display, renaming
 from sd3.models import SkipLayerConfig, fetch_model, read_skip_layer
 from sd3.offload import Offload
 from sd3.pixels import VAE_TILE, check_finite, open_images, to_image, unit_pixels
@@ -270,7 +270,10 @@ class Engine:
     def _open_controlnet(self, path: str) -> Part:
         part = controlnet_part(self._open("controlnet_ckpt", path))
         config = part.config(ControlNetConfig.from_shapes, "an SD3 ControlNet")
-        config.check_base(self.config, path)
+        try:
+            config.check_base(self.config)
+        except ValueError as error:
+            raise Mistake("controlnet_ckpt", path, str(error)) from None
         self.controlnet_chained = config.chained(self.config)
         self.controlnet_config = config
         self._check(part, lambda: ControlNet(config, self.controlnet_chained))
@@ -300,14 +303,17 @@ class Engine:
             self.encoder_configs[role] = config
         clip_l, clip_g = self.encoder_configs["clip_l"], self.encoder_configs["clip_g"]
         if clip_l.width + clip_g.width != self.config.pooled_width:
-            raise ValueError(
-                f"{self.encoder_parts['clip_l'].file.where} and {self.encoder_parts['clip_g'].file.path}: have widths "
-                f"{clip_l.width} + {clip_g.width}, the model needs {self.config.pooled_width}: wrong text encoders"
+            where, other = (self.encoder_parts[role].file.where for role in ("clip_l", "clip_g"))
+            raise Mistake(
+                where.field,
+                f"{where.value} and {other.value}",
+                f"have widths {clip_l.width} + {clip_g.width}, the model needs {self.config.pooled_width}: wrong text "
+                "encoders",
             )
         if not self.no_t5 and (width := self.encoder_configs["t5xxl"].width) != self.config.context_width:
-            raise ValueError(
-                f"{self.encoder_parts['t5xxl'].file.where}: has width {width}, "
-                f"the model needs {self.config.context_width}: not this model's T5"
+            raise Mistake(
+                *self.encoder_parts["t5xxl"].file.where,
+                f"has width {width}, the model needs {self.config.context_width}: not this model's T5",
             )
         beside = [p.file.path.parent for p in self.encoder_parts.values()]
         folders = list(dict.fromkeys([*self.folders, *beside]))
@@ -339,10 +345,10 @@ class Engine:
         for flag, part in parts.items():
             for path in sorted({e.path for e in part.file.entries.values()} if part else ()):
                 if flag == "model" or path not in own:
-                    files.add(f"--{flag} {path}", path, early.get(path))
+                    files.add(Where(flag, path), path, early.get(path))
         for role, paths in self.text_files().items() if text else ():
             for path in sorted(paths - own):
-                files.add(f"{role} {path}", path)
+                files.add(Where("", f"{role} {path}"), path)
         return files
 
     def _open_embed_cache(self, folder: str) -> EmbedCache:
@@ -572,7 +578,8 @@ class Engine:
             self._damage = ""
             for part in filter(None, parts):
                 if name := part.not_finite():
-                    self._damage = f"{part.file.where}: {name} holds NaN or infinity: download the file again"
+                    field, path = part.file.where
+                    self._damage = f"`{field}` {path}: {name} holds NaN or infinity: download the file again"
                     break
         return self._damage
 

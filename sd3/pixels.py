@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sd3 import png
-from sd3.mistakes import Mistake, Where, display
+from sd3.mistakes import Mistake, Where, display, verbatim
 from sd3.reading import Note
 from sd3.settings import Settings
 
@@ -29,7 +29,7 @@ def open_image(field: str, path: str, width: int, height: int) -> Image.Image:
     if transparent and where not in _TRANSPARENT:
         _TRANSPARENT.add(where)
         why = "is transparent in places; white is taken for what lies behind"
-        warnings.warn(f"`{field}` {display(path)}: {why}", Note, stacklevel=2)
+        warnings.warn(f"`{field}` {verbatim(display(path))}: {why}", Note, stacklevel=2)
     return opaque
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sd3.flags import READERS
 from sd3.headers import describe
-from sd3.mistakes import Mistake, Where, display, nearest, renaming
+from sd3.mistakes import Mistake, Where, display, nearest, renaming, verbatim
 from sd3.pickles import is_pickle, plain_value, read_pickle
 from sd3.readers import read_path, spread_weights
 from sd3.reading import Note, parse_json, reading
@@ -182,10 +182,12 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         if name in _READ:
             fields[name] = plain_value(value, where, key)
         elif pickled:
-            warnings.warn(f"`{where.field}` {display(path)}: not used, unknown: {key}", Note, stacklevel=2)
+            file, unknown = verbatim(display(path)), verbatim(display(key))
+            warnings.warn(f"`{where.field}` {file}: not used, unknown: {unknown}", Note, stacklevel=2)
         else:
             keys = [_KEYS.get(name, name) for name in _READ]
-            raise Mistake(*where, f"unknown key {display(key)}{nearest(key, keys)} (known: {', '.join(keys)})")
+            others = f"{nearest(key, keys)} (known: {', '.join(keys)})"
+            raise Mistake(*where, f"unknown key {verbatim(display(key))}{others}")
     fields = {name: value for name, value in fields.items() if value is not None}
     if isinstance(fields.get("rotations"), str):
         beside = Path(path).parent / fields["rotations"]
@@ -194,7 +196,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         with renaming(RESIDUAL_FLAGS):
             ResidualConfig(**fields)
     except Exception as error:  # values may be of any kind
-        raise Mistake(*where, str(error)) from None
+        raise Mistake(*where, verbatim(str(error))) from None
     return fields
 
 

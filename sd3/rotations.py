@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmditx import TIMESTEPS
 from sd3.files import FLOATS, WeightFile
-from sd3.mistakes import Mistake, Where
+from sd3.mistakes import Mistake, Where, verbatim
 from sd3.pickles import MOST_VALUES, check_tensor, is_pickle, plain_value, read_pickle
 from sd3.readers import read_int, read_layers
 from sd3.reading import parse_json, reading
@@ -158,7 +158,7 @@ def _read_layers(stored: _Stored) -> tuple[int, tuple[int, ...]]:
         targets = read_layers("target_layers", stored.notes["target_layers"])
         origin = read_int("origin_layer", stored.notes["origin_layer"], 0)
     except Exception as error:  # values may be of any kind
-        raise Mistake(*stored.where, str(error)) from None
+        raise Mistake(*stored.where, verbatim(str(error))) from None
     if not targets:
         raise Mistake(*stored.where, "target_layers: none are there")
     return origin, targets

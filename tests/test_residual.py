@@ -135,7 +135,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("flags", "message"), MISTAKES, ids=[m for _, m in MISTAKES])
 def test_each_mistake_is_named(flags, message):
-    with pytest.raises(Mistake, match="^(origin|targets|weights)") as error:
+    with pytest.raises(Mistake, match=r"^(origin|targets|weights)") as error:
         ResidualConfig.parse(*flags)
     assert message in str(error.value)
 

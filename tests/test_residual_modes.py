@@ -320,7 +320,7 @@ def test_from_flags_each_mistake_names_the_flag(flags, line):
 def test_weights_given_in_python_are_checked_too():
     with pytest.raises(ValueError, match="weights linear: must be a number"):
         ResidualConfig(0, (1,), "linear")
-    with pytest.raises(ValueError, match="must be numbers, each:0.5, or a ramp"):
+    with pytest.raises(ValueError, match=r"must be numbers, each:0\.5, or a ramp"):
         ResidualConfig(0, (1,), "linear:1:x")
 
 
