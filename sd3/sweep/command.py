@@ -12,6 +12,7 @@ from typing import Any
 from sd3 import streams
 from sd3.command import read_arguments
 from sd3.readers import range_int, read_bool, read_choice, read_filled, read_path
+from sd3.shapes.prompts import held_out_texts
 from sd3.sweep.grid import NO_PLACE, SWEPT, Grid, read_yaml
 
 LAYOUTS = ("geneval", "dpg", "t2i_compbench")
@@ -79,9 +80,7 @@ def read_grid(flags: dict[str, Any], raw: Mapping[str, str]) -> tuple[Grid, Any]
         entries = read_entries(flags["layout"], read_path("prompt", raw["prompt"]))
         prompts = [e.prompt for e in entries]
     elif flags.get("score") == "demo" and not named:
-        from sd3.sweep.scores import demo_prompts
-
-        prompts = demo_prompts(flags.setdefault("per_kind", 40))
+        prompts = held_out_texts(flags.setdefault("per_kind", 40))
     grid = Grid.read(raw, flags.get("grid"), prompts)
     if entries is not None:
         from sd3.sweep.layouts import check_entries
