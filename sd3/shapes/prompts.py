@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sd3.mistakes import Mistake
 from sd3.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -76,7 +77,7 @@ def _held_out(kind: str, rng: random.Random) -> Prompt:
 
 
 def read_caption(text: str) -> list[Prompt]:
-    """What a caption asks for, once for every kind that it belongs to. Raises ValueError for other texts."""
+    """What a caption asks for, once for every kind that it belongs to. Raises Mistake for other texts."""
     colour, shape = "|".join(COLOURS), "|".join(SHAPES)
     thing = rf"an? ({colour}) ({shape})"
     ground = rf"(?: on an? (?:{'|'.join(BACKGROUNDS)}) background)?"
@@ -91,9 +92,8 @@ def read_caption(text: str) -> list[Prompt]:
         if match[3] != "and":
             return [Prompt(text, "position", both, relation=match[3])]
         return [Prompt(text, kind, both) for kind in ("two objects", "colour attribution")]
-    raise ValueError(
-        f'--score demo: "{text}" is no caption of coloured shapes, such as "a red circle left of a blue square"'
-    )
+    why = f'"{text}" is no caption of coloured shapes, such as "a red circle left of a blue square"'
+    raise Mistake("score", "demo", why)
 
 
 def draw(prompt: Prompt, rng: random.Random) -> np.ndarray:

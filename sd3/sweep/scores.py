@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from sd3.mistakes import Missing, Mistake
 from sd3.shapes.prompts import KINDS, Prompt, held_out_prompts, read_caption
 from sd3.shapes.scorer import interval, read_picture, score
 from sd3.sweep.grid import Grid
@@ -37,12 +38,12 @@ class Row:
 
 def demo_scorer(grid: Grid, per_kind: int | None = None) -> Scorer:
     """Reads pictures of coloured shapes. per_kind: the prompts are `held_out_texts`, whose kinds are known; else kinds
-    are read off the texts. Raises ValueError for a prompt that is no caption of such a scene.
+    are read off the texts. Raises Mistake for a prompt that is no caption of such a scene.
     """
     try:
         import scipy.ndimage  # noqa: F401
     except ImportError:
-        raise ValueError("--score demo: needs scipy; get it with: pip install -r requirements-demo.txt") from None
+        raise Mistake("score", "demo", "needs scipy; get it with: pip install -r requirements-demo.txt") from None
     wanted: dict[str, list[Prompt]] = {}
     if per_kind is not None:
         for prompt in held_out_prompts(per_kind):
@@ -62,29 +63,29 @@ def clip_scorer(model: str | None, device: str = "auto") -> Scorer:
     """100 times the cosine between a picture's and its prompt's embedding, not below 0 (CLIPScore, arXiv 2104.08718,
     without its factor 2.5), by a CLIP model in transformers' layout in a folder here.
 
-    Raises ValueError or FileNotFoundError where transformers or the model is missing.
+    Raises Mistake where transformers or the model is missing.
     """
     import torch
 
     from sd3.device import choose_device
 
     if model is None:
-        raise ValueError("--score clip: needs --clip_model FOLDER, such as a clone of openai/clip-vit-large-patch14")
+        raise Mistake("score", "clip", "needs `clip_model` FOLDER, such as a clone of openai/clip-vit-large-patch14")
     if not Path(model).is_dir():
-        raise FileNotFoundError(f"--clip_model {model}: no such folder")
+        raise Missing("clip_model", model, "no such folder")
     try:
         import transformers
 
         transformers.logging.set_verbosity_error()
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
     except ImportError:
-        raise ValueError("--score clip: needs transformers; get it with: pip install transformers") from None
+        raise Mistake("score", "clip", "needs transformers; get it with: pip install transformers") from None
     try:
         network = CLIPModel.from_pretrained(model, local_files_only=True, use_safetensors=True).eval()
         tokenizer = CLIPTokenizerFast.from_pretrained(model, local_files_only=True)
         processor = CLIPImageProcessor.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"--clip_model {model}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+        raise Mistake("clip_model", model, f"cannot be loaded ({' '.join(str(error).split())[:300]})") from None
     place = choose_device(device)
     network = network.to(place)
     texts: dict[str, torch.Tensor] = {}
