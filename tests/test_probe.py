@@ -438,7 +438,7 @@ def test_rotations_and_settings_files_make_pictures(small_model, tmp_path, capsy
 # ---- mistakes ------------------------------------------------------------------------------------
 
 BAD = [
-    ([], "usage: sd3.probe.command.py"),
+    ([], "usage: sd3_probe.py"),
     (["meassure"], "meassure: must be measure, suggest, calibrate; did you mean measure?"),
     (["measure"], "--prompts: is needed by measure"),
     (["measure", "--prompt", "x.txt"], "--prompt: unknown flag; did you mean prompts?"),

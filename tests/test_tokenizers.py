@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import sd3.files
 import sd3.find
-from demo.scenes import vocabulary
 from demo.tokenizers import END, START, WORD_END
 from demo.train import Captions
 from other_impls import CLIPTokenizer, T5Tokenizer, weighted_segments, weighted_words
+from sd3.shapes.scenes import vocabulary
 
 REAL = os.environ.get("SD3_TOKENIZERS")
 real = pytest.mark.skipif(not REAL, reason="SD3_TOKENIZERS is not set")

@@ -699,7 +699,7 @@ def test_a_measurement_that_is_none(tmp_path, monkeypatch, capsys, change):
     assert "origin 0" in capsys.readouterr().out
     Path("m.json").write_text(json.dumps(measurement() | change))
     error = refused(sd3.probe.command.main, ["suggest", "--measurement", "m.json"], capsys)
-    assert "--measurement m.json: is not a measurement of sd3.probe.command.py" in error
+    assert "--measurement m.json: is not a measurement of sd3_probe.py" in error
     Path("m.json").write_text("[" * 100_000)
     assert "nested too deeply" in refused(sd3.probe.command.main, ["suggest", "--measurement", "m.json"], capsys)
 

@@ -17,10 +17,9 @@ from tqdm import tqdm
 
 from mmditx import TIMESTEPS, standardise
 from sd3 import writing
-from sd3.command import USER_ERRORS
 from sd3.embed_cache import file_identity
 from sd3.engine import Engine
-from sd3.mistakes import display
+from sd3.mistakes import Mistake, Unwritable
 from sd3.probe.running import Collector, Labelled, load, read_labelled, run_prompts
 from sd3.readers import SEED_LIMIT
 from sd3.residual import ResidualConfig
@@ -119,14 +118,12 @@ def calibrate(flags: Mapping[str, Any]) -> Path:
     others = read_labelled(flags["check_prompts"], "check_prompts") if "check_prompts" in flags else []
     known_prompts = {p.prompt for p in prompts}
     if shared := [p.prompt for p in others if p.prompt in known_prompts]:
-        raise ValueError(f'--check_prompts {flags["check_prompts"]}: "{shared[0]}" is in --prompts too')
+        raise Mistake("check_prompts", flags["check_prompts"], f'"{shared[0]}" is in `prompts` too')
     out = Path(flags["out"])
     if out.is_dir():
-        raise ValueError(f"--out {out}: is a folder")
+        raise Mistake("out", out, "is a folder")
     if len(out.name.encode()) > LONGEST_OUT:
-        raise ValueError(
-            f"--out {display(out)}: its name is too long; at most {LONGEST_OUT} bytes, for files beside it"
-        )
+        raise Mistake("out", out, f"its name is too long; at most {LONGEST_OUT} bytes, for files beside it")
     writing.check_writable(str(out.parent), "out")
     engine, values = load(flags)
     config = ResidualConfig(flags["origin"], flags["targets"])
@@ -135,7 +132,7 @@ def calibrate(flags: Mapping[str, Any]) -> Path:
     work = Calibration(config.origin, config.targets, flags["buckets"], engine.config.width)
     met = {work.bucket(sigma) for sigma in flow_schedule(values["steps"], values["shift"]).tolist()[:-1]}
     if empty := sorted(set(range(work.buckets)) - met):
-        raise ValueError(f"--buckets {work.buckets}: no step falls into bucket {empty[0]}; take fewer, or more --steps")
+        raise Mistake("buckets", work.buckets, f"no step falls into bucket {empty[0]}; take fewer, or more `steps`")
     out.parent.mkdir(parents=True, exist_ok=True)
     seed = flags.get("seed", 0)
     identity = _identity(engine, prompts, values, flags)
@@ -229,8 +226,8 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
         writing.rename_finished(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, USER_ERRORS) or "SafetensorError" in type(error).__name__:
-            raise OSError(f"{path}: cannot be written ({error})") from None
+        if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
+            raise Unwritable("", path, f"cannot be written ({error})") from None
         raise
 
 

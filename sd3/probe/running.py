@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from sd3.engine import Engine, load_for
 from sd3.flags import Flags
+from sd3.mistakes import Mistake
 from sd3.prompts import read_jsonl, read_prompts
 from sd3.readers import read_path
 from sd3.settings import resolve
@@ -38,11 +39,11 @@ class Labelled:
 
 
 def read_labelled(path: str, flag: str = "prompts") -> list[Labelled]:
-    """Prompts of a .txt or .jsonl file, each once. Raises FileNotFoundError or ValueError with the line's number."""
+    """Prompts of a .txt or .jsonl file, each once. Raises Mistake with the line's number."""
     path = read_path(flag, path)
     if not path.lower().endswith(".jsonl"):
         if not path.lower().endswith(".txt"):
-            raise ValueError(f"--{flag} {path}: must be a .txt or .jsonl file")
+            raise Mistake(flag, path, "must be a .txt or .jsonl file")
         return [Labelled(p) for p in dict.fromkeys(read_prompts(path, flag)[0])]
     form = '{"prompt": "...", "labels": {"shape": "star"}}'
     out: dict[str, Labelled] = {}
