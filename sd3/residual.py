@@ -15,8 +15,9 @@ from sd3.flags import READERS
 from sd3.headers import describe
 from sd3.mistakes import Mistake, Where, display, nearest, renaming, verbatim
 from sd3.pickles import is_pickle, plain_value, read_pickle
-from sd3.readers import read_path, spread_weights
+from sd3.readers import read_path, read_weights, spread_weights
 from sd3.reading import Note, parse_json, reading
+from sd3.versions import __version__
 
 if TYPE_CHECKING:
     from mmditx import ResidualStream
@@ -137,14 +138,16 @@ class ResidualConfig:
             raise Mistake("schedule", self.schedule, why)
 
     def as_file(self, folder: str | Path = ".") -> dict[str, Any]:
-        """What a file in `folder` holds, ready for JSON; a rotation file is named as seen from there."""
+        """What a file in `folder` holds, ready for JSON: the fields (a rotation file as seen from there) and the version,
+        see `read_fields`.
+        """
         values = dataclasses.asdict(self)
         if self.rotations is not None:
             try:
                 values["rotations"] = Path(os.path.relpath(self.rotations, folder)).as_posix()
             except ValueError:  # another drive
                 values["rotations"] = os.path.abspath(self.rotations)
-        return {_KEYS.get(name, name): value for name, value in values.items()}
+        return {"version": __version__} | {_KEYS.get(name, name): value for name, value in values.items()}
 
 
 def _read_named_file(field: str, value: Any) -> str:
@@ -166,6 +169,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     """Fields of a `ResidualConfig` from a file: JSON with the flags' names less `residual_`, or a published weight
     file {"residual_weights", "origin_layer", "target_layers"}, JSON or .pth (read with weights_only).
 
+    In a file that an earlier version of this tool wrote (every key, but no version), one weight holds for all targets.
     Raises Missing, or Mistake that names file and key.
     """
     where = Where("residual_config", path)
@@ -175,6 +179,8 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         raise Mistake(*where, 'must hold an object such as {"origin_layer": 1, "target_layers": "2-22"}')
     fields = {}
     for key, value in raw.items():
+        if key == "version":
+            continue
         key = str(key).removeprefix("residual_")
         name = _NAMES.get(key, key)
         if name in fields:
@@ -188,16 +194,24 @@ def read_fields(path: str | Path) -> dict[str, Any]:
             keys = [_KEYS.get(name, name) for name in _READ]
             others = f"{nearest(key, keys)} (known: {', '.join(keys)})"
             raise Mistake(*where, f"unknown key {verbatim(display(key))}{others}")
+    earlier = "version" not in raw and fields.keys() == _READ.keys()
     fields = {name: value for name, value in fields.items() if value is not None}
     if isinstance(fields.get("rotations"), str):
         beside = Path(path).parent / fields["rotations"]
         fields["rotations"] = str(beside if os.path.exists(beside) else fields["rotations"])
     try:
         with renaming(RESIDUAL_FLAGS):
+            if earlier and "weights" in fields:
+                fields["weights"] = _one_for_all(fields["weights"])
             ResidualConfig(**fields)
     except Exception as error:  # values may be of any kind
         raise Mistake(*where, verbatim(str(error))) from None
     return fields
+
+
+def _one_for_all(weights: Any) -> tuple[float, ...] | str:
+    read = read_weights("weights", weights)
+    return f"each:{read[0]}" if isinstance(read, tuple) and len(read) == 1 else read
 
 
 def _read_json(where: Where, path: str | Path) -> Any:

@@ -293,14 +293,14 @@ def test_a_clear_grey_of_few_bits_is_white(tmp_path, bits):
 )
 def test_a_residual_configuration_that_says_something_twice(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
-    with pytest.raises(Mistake, match=r"--residual_config .*r\.json: .*is there twice"):
+    with pytest.raises(Mistake, match=r"^residual_config .*r\.json: .*is there twice"):
         ResidualConfig.read(tmp_path / "r.json")
 
 
 def test_a_rotation_file_named_by_what_no_file_can_be_called(tmp_path):
     for name in ("x" * 5000, "x" * 300, "a/" * 2500 + "b"):
         (tmp_path / "r.json").write_text(json.dumps({"target_layers": [3], "mode": "aligned", "rotations": name}))
-        with pytest.raises(Mistake, match=r"--residual_config .*r\.json: residual_rotations .*too long"):
+        with pytest.raises(Mistake, match=r"^residual_config .*r\.json: residual_rotations .*too long"):
             ResidualConfig.read(tmp_path / "r.json")
 
 

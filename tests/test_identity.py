@@ -214,7 +214,7 @@ EXACT = {
 @pytest.mark.parametrize("case", EXACT)
 def test_replay_is_bit_for_bit_with(tmp_path, capsys, case):
     command = [*BASE, "--prompt", PROMPT, "--seed", "3", "--num_images", "4", "--residual_target_layers", "3,5"]
-    more = ["--residual_weights", "0.2", "--residual_end", "0.5"]
+    more = ["--residual_weights", "each:0.2", "--residual_end", "0.5"]
     assert sd3_infer.main([*command, *more, *EXACT[case], "--out_dir", str(tmp_path)]) == 0
     made = sorted(tmp_path.rglob("0*.png"))
     assert len(made) == 4

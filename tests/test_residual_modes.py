@@ -19,6 +19,7 @@ from sd3.mistakes import Mistake, flag_name
 from sd3.models import SkipLayerConfig
 from sd3.residual import ResidualConfig, residual_stream
 from sd3.rotations import Rotations, orthogonality, read_rotations
+from sd3.versions import __version__
 from sd3_impls import Conditioning, Denoiser, flow_schedule, sample_euler
 
 DEPTH, WIDTH = 6, 64
@@ -339,7 +340,41 @@ def test_a_file_holds_everything(tmp_path):
     path = tmp_path / "residual.json"
     path.write_text(json.dumps(FULL.as_file(tmp_path)))
     assert ResidualConfig.read(path) == FULL
-    assert set(json.loads(path.read_text())) >= {"origin_layer", "target_layers", "residual_weights", "mode"}
+    kept = json.loads(path.read_text())
+    assert set(kept) >= {"origin_layer", "target_layers", "residual_weights", "mode"}
+    assert kept["version"] == __version__
+
+
+EARLIER = {
+    "origin_layer": 1, "target_layers": "2-4", "residual_weights": 0.1, "mode": "add", "schedule": "constant",
+    "start": 0.0, "end": 1.0, "branch": "both", "rotations": None,
+}  # fmt: skip  # every key and no version, as version 0.1.0 wrote and documented it
+
+
+@pytest.mark.parametrize("weights", [0.1, [0.1], "0.1", "each:0.1", [0.1, 0.1, 0.1]], ids=repr)
+def test_one_weight_holds_for_all_in_a_file_of_an_earlier_version_only(tmp_path, weights):
+    path = tmp_path / "residual.json"
+    path.write_text(json.dumps(EARLIER | {"residual_weights": weights}))
+    assert ResidualConfig.read(path) == ResidualConfig(1, (2, 3, 4), (0.1, 0.1, 0.1))
+    without = {name: value for name, value in EARLIER.items() if name != "rotations"}
+    for values in (EARLIER | {"version": __version__}, without):
+        path.write_text(json.dumps(values | {"residual_weights": weights}))
+        if weights in ("each:0.1", [0.1, 0.1, 0.1]):
+            assert ResidualConfig.read(path) == ResidualConfig(1, (2, 3, 4), "each:0.1")
+        else:
+            with pytest.raises(Mistake, match=r"residual_weights: 1 given for 3 target layers; .*each:0\.1 for all"):
+                ResidualConfig.read(path)
+
+
+def test_a_file_of_an_earlier_version_holds_for_other_targets_too(tmp_path):
+    path = tmp_path / "residual.json"
+    path.write_text(json.dumps(EARLIER))
+    assert ResidualConfig.from_flags({"target_layers": (2, 3)}, str(path)) == ResidualConfig(1, (2, 3), (0.1, 0.1))
+    path.write_text(json.dumps(EARLIER | {"residual_weights": None}))
+    assert ResidualConfig.read(path).weights == (1, 1, 1)
+    path.write_text(json.dumps(EARLIER | {"residual_weights": "much"}))
+    with pytest.raises(Mistake, match="residual_weights much: must be a number"):
+        ResidualConfig.read(path)
 
 
 def test_flags_replace_single_fields(tmp_path):

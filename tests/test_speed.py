@@ -223,7 +223,7 @@ def test_tiles_are_chosen_by_size_and_recorded(small_model, monkeypatch):
     ],
 )
 def test_bad_values_are_said(flag, value, told):
-    with pytest.raises(ValueError, match=f"--{flag} {value}: {told.split('?')[0]}"):
+    with pytest.raises(ValueError, match=f"^{flag} {value}: {told.split('?')[0]}"):
         Flags.read({flag: value})
 
 
