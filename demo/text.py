@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from demo.data import FACTS, NUMBERS, SIDES
-from demo.scenes import LONGEST, all_words
 from demo.tokenizers import clip_files, t5_file
 from other_impls import T5Tokenizer
+from sd3.shapes.scenes import LONGEST, all_words
 from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 
 POSITIONS = 20  # CLIP tokens of a caption with start and end; the real models have 77. Longer captions are cut there

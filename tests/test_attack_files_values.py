@@ -294,14 +294,14 @@ def test_a_clear_grey_of_few_bits_is_white(tmp_path, bits):
 )
 def test_a_residual_configuration_that_says_something_twice(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
-    with pytest.raises(Mistake, match=r"--residual_config .*r\.json: .*is there twice"):
+    with pytest.raises(Mistake, match=r"^residual_config .*r\.json: .*is there twice"):
         ResidualConfig.read(tmp_path / "r.json")
 
 
 def test_a_rotation_file_named_by_what_no_file_can_be_called(tmp_path):
     for name in ("x" * 5000, "x" * 300, "a/" * 2500 + "b"):
         (tmp_path / "r.json").write_text(json.dumps({"target_layers": [3], "mode": "aligned", "rotations": name}))
-        with pytest.raises(Mistake, match=r"--residual_config .*r\.json: residual_rotations .*too long"):
+        with pytest.raises(Mistake, match=r"^residual_config .*r\.json: residual_rotations .*too long"):
             ResidualConfig.read(tmp_path / "r.json")
 
 
@@ -347,7 +347,7 @@ def test_notes_are_notes_whatever_is_said_of_warnings(tmp_path):
         "import sd3.command, sd3.pixels, warnings\n"
         "for action in ('error', 'ignore'):\n"
         "    warnings.simplefilter(action)\n"
-        "    sd3.pixels._SEE_THROUGH.clear()\n"
+        "    sd3.pixels._TRANSPARENT.clear()\n"
         f"    look = lambda: sd3.pixels.open_image('init_image', {str(tmp_path / 'a.png')!r}, 8, 8)\n"
         "    assert sd3.command.guarded(look, '') == 0\n"
     )

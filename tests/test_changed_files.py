@@ -197,7 +197,7 @@ def test_rotations_that_change_between_requests_are_read_again(tmp_path):
     folder = pieces(tmp_path / "models")
     raw = {"model": f"{folder}/m.safetensors", "vae": f"{folder}/vae.safetensors", "device": "cpu", "steps": "2",
            "width": "32", "height": "32", "dtype": "float32", "residual_mode": "aligned",
-           "residual_target_layers": "1,2", "residual_weights": "5",
+           "residual_target_layers": "1,2", "residual_weights": "each:5",
            "residual_rotations": f"{folder}/r.safetensors"}  # fmt: skip
     flags = Flags.read(raw)
     server = Server(load_for(flags), flags, raw, tmp_path)

@@ -29,7 +29,8 @@ from sd3.probe.calibration import Calibration
 from sd3.probe.measuring import Measurement, Sums, cka, linear_probe, neighbour_overlap, retrieval, spread
 from sd3.probe.running import Collector, Labelled, read_labelled, run_prompts
 from sd3.probe.suggesting import suggest
-from sd3.residual import ResidualConfig, orthogonality, read_rotations
+from sd3.residual import ResidualConfig
+from sd3.rotations import orthogonality, read_rotations
 
 PROMPTS = [
     "a red circle", "a star", "two green squares", "a blue square on a white background", "an orange triangle",
@@ -437,7 +438,7 @@ def test_rotations_and_settings_files_make_pictures(small_model, tmp_path, capsy
 # ---- mistakes ------------------------------------------------------------------------------------
 
 BAD = [
-    ([], "usage: sd3.probe.command.py"),
+    ([], "usage: sd3_probe.py"),
     (["meassure"], "meassure: must be measure, suggest, calibrate; did you mean measure?"),
     (["measure"], "--prompts: is needed by measure"),
     (["measure", "--prompt", "x.txt"], "--prompt: unknown flag; did you mean prompts?"),

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import sd3.files
 import sd3.find
-from demo.scenes import vocabulary
 from demo.tokenizers import END, START, WORD_END
 from demo.train import Captions
 from other_impls import weighted_segments, weighted_words
+from sd3.shapes.scenes import vocabulary
 from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 
 REAL = os.environ.get("SD3_TOKENIZERS")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,34 +17,24 @@ from tqdm import tqdm
 
 from mmditx import TIMESTEPS, standardise
 from sd3 import writing
-from sd3.command import USER_ERRORS
 from sd3.embed_cache import file_identity
 from sd3.engine import Engine
-from sd3.mistakes import display
+from sd3.mistakes import Mistake, Unwritable
 from sd3.probe.running import Collector, Labelled, load, read_labelled, run_prompts
 from sd3.readers import SEED_LIMIT
-from sd3.residual import ResidualConfig, orthogonality
+from sd3.residual import ResidualConfig
+from sd3.rotations import orthogonality
 from sd3_impls import flow_schedule
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mmditx import Pass
+    from mmditx import ModelCall
     from sd3.engine import Engine
 
 
 LONGEST_OUT = 200  # bytes of a rotation file's name; its state and what is half written have longer ones
 SAVE_EVERY = 30.0  # seconds between writes of a calibration's state
-
-
-@contextlib.contextmanager
-def own_names() -> Iterator[None]:
-    """Lets an error about residual flags name those of `calibrate`, which were typed."""
-    try:
-        yield
-    except ValueError as error:
-        told = str(error).replace("residual_origin_layer", "origin").replace("residual_target_layers", "targets")
-        raise ValueError(told) from None
 
 
 class Calibration:
@@ -67,7 +56,7 @@ class Calibration:
         """Timesteps 0 to 1000 between and around the buckets."""
         return [TIMESTEPS * b / self.buckets for b in range(self.buckets + 1)]
 
-    def add(self, at: Pass, states: Mapping[int, Sequence[Tensor]]) -> None:
+    def add(self, at: ModelCall, states: Mapping[int, Sequence[Tensor]]) -> None:
         """Takes the tokens of a pass: {block: one (n, D) per picture}."""
         b = self.bucket(at.sigma)
         origin = standardise(torch.cat(list(states[self.origin])))
@@ -105,7 +94,7 @@ class Distances:
         self.plain, self.turned = (torch.zeros(len(calibration.targets), dtype=torch.float64) for _ in range(2))
         self.count = 0
 
-    def add(self, at: Pass, states: Mapping[int, Sequence[Tensor]]) -> None:
+    def add(self, at: ModelCall, states: Mapping[int, Sequence[Tensor]]) -> None:
         """Takes the tokens of a pass."""
         origin = standardise(torch.cat(list(states[self.calibration.origin])))
         self.count += origin.numel()
@@ -129,24 +118,21 @@ def calibrate(flags: Mapping[str, Any]) -> Path:
     others = read_labelled(flags["check_prompts"], "check_prompts") if "check_prompts" in flags else []
     known_prompts = {p.prompt for p in prompts}
     if shared := [p.prompt for p in others if p.prompt in known_prompts]:
-        raise ValueError(f'--check_prompts {flags["check_prompts"]}: "{shared[0]}" is in --prompts too')
+        raise Mistake("check_prompts", flags["check_prompts"], f'"{shared[0]}" is in `prompts` too')
     out = Path(flags["out"])
     if out.is_dir():
-        raise ValueError(f"--out {out}: is a folder")
+        raise Mistake("out", out, "is a folder")
     if len(out.name.encode()) > LONGEST_OUT:
-        raise ValueError(
-            f"--out {display(out)}: its name is too long; at most {LONGEST_OUT} bytes, for files beside it"
-        )
+        raise Mistake("out", out, f"its name is too long; at most {LONGEST_OUT} bytes, for files beside it")
     writing.check_writable(str(out.parent), "out")
     engine, values = load(flags)
     config = ResidualConfig(flags["origin"], flags["targets"])
-    with own_names():
-        config.check(engine.config.depth)
+    config.check(engine.config.depth)
     engine.check_settings(engine.plan([prompts[0].prompt], [0], **values)[0])
     work = Calibration(config.origin, config.targets, flags["buckets"], engine.config.width)
     met = {work.bucket(sigma) for sigma in flow_schedule(values["steps"], values["shift"]).tolist()[:-1]}
     if empty := sorted(set(range(work.buckets)) - met):
-        raise ValueError(f"--buckets {work.buckets}: no step falls into bucket {empty[0]}; take fewer, or more --steps")
+        raise Mistake("buckets", work.buckets, f"no step falls into bucket {empty[0]}; take fewer, or more `steps`")
     out.parent.mkdir(parents=True, exist_ok=True)
     seed = flags.get("seed", 0)
     identity = _identity(engine, prompts, values, flags)
@@ -240,8 +226,8 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
         writing.rename_finished(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, USER_ERRORS) or "SafetensorError" in type(error).__name__:
-            raise OSError(f"{path}: cannot be written ({error})") from None
+        if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
+            raise Unwritable("", path, f"cannot be written ({error})") from None
         raise
 
 

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from sd3 import streams
 from sd3.command import guarded, read_arguments
 from sd3.flags import READERS
-from sd3.mistakes import display, nearest
-from sd3.probe.calibration import calibrate, own_names
+from sd3.mistakes import Mistake, nearest
+from sd3.probe.calibration import calibrate
 from sd3.probe.measuring import measure
 from sd3.probe.running import _ENGINE, _RUN
 from sd3.probe.suggesting import run_suggest
 from sd3.readers import range_int, read_bool, read_float, read_layers
+from sd3.residual import ResidualConfig
 
 if TYPE_CHECKING:
     pass
@@ -100,24 +101,20 @@ all that run a model: --model --vae --model_folder --clip_l --clip_g --t5xxl --t
 
 
 def read_flags(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The command and its flags, read and checked; raises ValueError."""
+    """The command and its flags, read and checked; raises Mistake."""
     command = arguments[0] if arguments else ""
     if command not in COMMANDS:
-        told = display(command) if command else "no command"
-        raise ValueError(f"{told}: must be {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
+        raise Mistake("", command or "no command", f"must be {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
     readers = COMMANDS[command]
     raw = read_arguments(arguments[1:], readers, bare=None)
     flags = DEFAULTS[command] | {name: readers[name](name, value) for name, value in raw.items()}
     for name in NEEDED[command]:
         if flags.get(name) in (None, ()):
-            raise ValueError(f"--{name}: is needed by {command}")
+            raise Mistake(name, "", f"is needed by {command}")
     if command == "calibrate":
-        from sd3.flags import check_residual
-
-        with own_names():
-            check_residual(flags["origin"], flags["targets"], ())
+        ResidualConfig(flags["origin"], flags["targets"])  # checks them against each other
         if not flags["out"].endswith(".safetensors"):
-            raise ValueError(f"--out {flags['out']}: must end in .safetensors")
+            raise Mistake("out", flags["out"], "must end in .safetensors")
     return command, flags
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from sd3 import writing
 from sd3.engine import Engine, residual_settings
 from sd3.flags import Flags
+from sd3.mistakes import Mistake
 from sd3.probe.running import Collector, Labelled, load, read_labelled, run_prompts
 from sd3.probe.suggesting import by_block, measures
 from sd3.readers import SEED_LIMIT
@@ -138,7 +139,7 @@ class Measurement:
         self.depth, width = engine.config.depth, engine.config.width
         self.origin = flags["origin"]
         if self.origin >= self.depth:
-            raise ValueError(f"--origin {self.origin}: this model has {self.depth} joint blocks: 0 to {self.depth - 1}")
+            raise Mistake("origin", self.origin, f"this model has {self.depth} joint blocks: 0 to {self.depth - 1}")
         sigmas = flow_schedule(values["steps"], values["shift"]).tolist()
         count = min(flags["timesteps"], values["steps"])
         places = torch.linspace(0, values["steps"] - 1, count).round().int().tolist() if count > 1 else [0]
@@ -240,7 +241,7 @@ def measure(flags: Mapping[str, Any]) -> Path:
     """Runs `measure`; returns the folder with the results."""
     prompts = read_labelled(flags["prompts"])
     if len(prompts) < 2:
-        raise ValueError(f"--prompts {flags['prompts']}: needs at least two different prompts")
+        raise Mistake("prompts", flags["prompts"], "needs at least two different prompts")
     writing.check_writable(flags["out"], "out")
     engine, values = load(flags)
     residual_flags = Flags(**{k: v for k, v in flags.items() if k.startswith("residual_")})

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from sd3.engine import Engine, load_for
 from sd3.flags import Flags
+from sd3.mistakes import Mistake
 from sd3.prompts import read_jsonl, read_prompts
 from sd3.readers import read_path
 from sd3.settings import resolve
@@ -17,7 +18,7 @@ from sd3.settings import resolve
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mmditx import Pass
+    from mmditx import ModelCall
     from sd3.engine import Engine
 
 
@@ -38,11 +39,11 @@ class Labelled:
 
 
 def read_labelled(path: str, flag: str = "prompts") -> list[Labelled]:
-    """Prompts of a .txt or .jsonl file, each once. Raises FileNotFoundError or ValueError with the line's number."""
+    """Prompts of a .txt or .jsonl file, each once. Raises Mistake with the line's number."""
     path = read_path(flag, path)
     if not path.lower().endswith(".jsonl"):
         if not path.lower().endswith(".txt"):
-            raise ValueError(f"--{flag} {path}: must be a .txt or .jsonl file")
+            raise Mistake(flag, path, "must be a .txt or .jsonl file")
         return [Labelled(p) for p in dict.fromkeys(read_prompts(path, flag)[0])]
     form = '{"prompt": "...", "labels": {"shape": "star"}}'
     out: dict[str, Labelled] = {}
@@ -71,9 +72,9 @@ class Collector:
     def __init__(
         self,
         masks: Sequence[Tensor],
-        wanted: Callable[[Pass], bool],
+        wanted: Callable[[ModelCall], bool],
         layers: Sequence[int],
-        use: Callable[[Pass, dict[int, list[Tensor]]], None],
+        use: Callable[[ModelCall, dict[int, list[Tensor]]], None],
     ):
         """masks: (T,) of each picture; wanted: whether a pass counts; layers: blocks whose incoming tokens are handed
         to use(pass, {layer: one (n, D) float32 per picture}) once the last of them is reached.
@@ -81,7 +82,7 @@ class Collector:
         self.masks, self.wanted, self.use = masks, wanted, use
         self.layers, self.last = frozenset(layers), max(layers)
 
-    def begin(self, at: Pass) -> Collector | None:
+    def begin(self, at: ModelCall) -> Collector | None:
         """Gets ready for a pass, or sits it out: skip-layer passes, and steps that are not wanted."""
         self.at, self.states = at, {}
         return None if at.skip_layers or not self.wanted(at) else self

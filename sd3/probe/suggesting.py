@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sd3.mistakes import Missing, Where
 from sd3.reading import check_file, parse_json, reading
 
 if TYPE_CHECKING:
@@ -79,8 +80,8 @@ def suggest(record: Mapping[str, Any], tolerance: float = 0.05) -> tuple[int, li
 
 
 def read_measurement(path: str | Path, flag: str = "measurement") -> dict[str, Any]:
-    """A measure.json of ours; raises FileNotFoundError, or ValueError that says what is wrong with it."""
-    where = f"--{flag} {path}"
+    """A measure.json of ours; raises Mistake that says what is wrong with it."""
+    where = Where(flag, path)
     check_file(where, path)
     not_one = "is not a measurement of sd3_probe.py"
     with reading(where, not_one):
@@ -109,7 +110,7 @@ def run_suggest(flags: Mapping[str, Any]) -> None:
     """Prints what `suggest` proposes."""
     path = flags["measurement"]
     if not os.path.lexists(path):
-        raise FileNotFoundError(f"--measurement {path}: no such file; sd3_probe.py measure makes one")
+        raise Missing("measurement", path, "no such file; sd3_probe.py measure makes one")
     origin, targets, why = suggest(read_measurement(path), flags["tolerance"])
     print(why)
     if targets:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sd3.flags import Flags
+from sd3.mistakes import Mistake
 from sd3.settings import Settings
 from sd3.sweep.grid import Grid
 from sd3.sweep.plan import Batch, Plan, make_plan
@@ -31,7 +32,7 @@ class Worker:
         if threads:
             torch.set_num_threads(threads)
         if not os.path.isdir(folder):
-            raise ValueError(f"--ray: {folder} is not on every machine; the paths of the flags start there")
+            raise Mistake("ray", "", f"{folder} is not on every machine; the paths of the flags start there")
         os.chdir(folder)
         self.maker: Maker | None = None
         self.number: int | None = None
@@ -63,7 +64,7 @@ class Worker:
 class OnRay:
     """Workers on a cluster, which is started here where there is none.
 
-    address: `auto` or a cluster's; cpus: of a worker where there is no GPU (None: all of a machine). Raises ValueError
+    address: `auto` or a cluster's; cpus: of a worker where there is no GPU (None: all of a machine). Raises Mistake
     where Ray is not installed, or there is no such cluster or machine.
     """
 
@@ -77,17 +78,17 @@ class OnRay:
             threads = cpus or max(sizes)
             count, options = sum(size // threads for size in sizes), {"num_cpus": threads}
             if count == 0:
-                raise ValueError(f"--cpus_per_worker {threads}: no machine here has so many; at most {max(sizes)}")
+                raise Mistake("cpus_per_worker", threads, f"no machine here has so many; at most {max(sizes)}")
         options |= {"max_restarts": -1, "max_task_retries": RETRIES}
         worker = ray.remote(Worker).options(**options)
         self.workers = [worker.remote(threads, os.getcwd()) for _ in range(count)]
 
     def plan(self, grid: Grid) -> tuple[Plan, list[str]]:
-        """See `make_plan`; raises what it raises, and ValueError where no worker can start."""
+        """See `make_plan`; raises what it raises, and Mistake where no worker can start."""
         try:
             return self._get(self.workers[0].plan.remote(grid))
         except self.ray.exceptions.RayActorError as error:
-            raise ValueError(f"--ray: no worker can start ({' '.join(str(error).split())[-300:]})") from None
+            raise Mistake("ray", "", f"no worker can start ({' '.join(str(error).split())[-300:]})") from None
 
     def __call__(self, plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], None]) -> Iterator[Done]:
         """Makes batches on all workers; yields them as they are done. begin: told each batch as it is handed out."""
@@ -125,14 +126,14 @@ class OnRay:
 
 
 def knock(address: str) -> None:
-    """Raises ValueError where nothing listens at `HOST:PORT` or `ray://HOST:PORT`: Ray itself would try for minutes."""
+    """Raises Mistake where nothing listens at `HOST:PORT` or `ray://HOST:PORT`: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise ValueError(f"--ray {address}: must be auto, or a cluster's address such as 10.0.0.1:6379")
+        raise Mistake("ray", address, "must be auto, or a cluster's address such as 10.0.0.1:6379")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
-        raise ValueError(f"--ray {address}: no cluster answers there ({error})") from None
+        raise Mistake("ray", address, f"no cluster answers there ({error})") from None
 
 
 def connect(address: str) -> Any:
@@ -140,7 +141,7 @@ def connect(address: str) -> Any:
     try:
         import ray
     except ImportError:
-        raise ValueError("--ray: needs Ray; get it with: pip install -r requirements-ray.txt") from None
+        raise Mistake("ray", "", "needs Ray; get it with: pip install -r requirements-ray.txt") from None
     if ray.is_initialized():
         return ray
     if address != "auto":
@@ -152,9 +153,8 @@ def connect(address: str) -> Any:
         return ray
     except (ConnectionError, ValueError, RuntimeError) as error:
         if address != "auto":
-            raise ValueError(
-                f"--ray {address}: no cluster answers there ({' '.join(str(error).split())[:200]})"
-            ) from None
+            why = f"no cluster answers there ({' '.join(str(error).split())[:200]})"
+            raise Mistake("ray", address, why) from None
     here = {"env_vars": {"PYTHONPATH": str(CODE)}}
     ray.init(runtime_env=here, include_dashboard=False, **quiet)
     return ray

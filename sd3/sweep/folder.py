@@ -26,7 +26,8 @@ from PIL import Image
 
 from sd3 import png, sheet, writing
 from sd3.files import file_sha256
-from sd3.reading import parse_json
+from sd3.mistakes import Mistake, Unwritable, Where, display
+from sd3.reading import parse_json, reading
 from sd3.settings import TEXT_FILES, Settings, base_name, digest_of
 from sd3.sweep.plan import SHORT, Plan, Planned, file_paths
 
@@ -37,7 +38,7 @@ MOST_NOTES = 5  # damaged lines of a file that are named
 
 
 class SweepFolder:
-    """The folder that --out names. Raises ValueError where it is in use, belongs to another sweep, or is no sweep's."""
+    """The folder that --out names. Raises Mistake where it is in use, belongs to another sweep, or is no sweep's."""
 
     def __init__(self, path: str | Path, tell: Callable[[str], Any] = lambda text: None):
         """tell: takes a line about what of the folder's own files could not be read; each comes once."""
@@ -49,13 +50,13 @@ class SweepFolder:
         self.stats: dict[str, os.stat_result | None] = {}  # of the files as this process found them
         if os.path.exists(self.path):
             if not self.path.is_dir():
-                raise ValueError(f"--out {path}: is not a folder")
+                raise Mistake("out", path, "is not a folder")
             if not os.access(self.path, os.R_OK | os.X_OK):
-                raise ValueError(f"--out {path}: may not be read")
+                raise Mistake("out", path, "may not be read")
             if (self.path / SWEEP).exists():
                 self.record = self._read()
             elif left := sorted(p.name for p in self.path.iterdir() if not self._is_own(p.name)):
-                raise ValueError(f"--out {path}: holds {left[0]}, and no sweep; name a new or empty folder")
+                raise Mistake("out", path, f"holds {display(left[0])}, and no sweep; name a new or empty folder")
         else:
             writing.check_writable(str(path), "out")
 
@@ -70,36 +71,35 @@ class SweepFolder:
             record = parse_json(path.read_bytes())
             if isinstance(record, dict) and isinstance(record.get("format"), int) and record["format"] != FORMAT:
                 told = f"is of version {record['format']}, this is {FORMAT}; name a new folder"
-                raise ValueError(f"--out {self.path}: its {SWEEP} {told}")
+                raise Mistake("out", self.path, f"its {SWEEP} {told}")
             if is_record(record):
                 return record
             line, why = 1, "it is not of a sweep's form"
         except json.JSONDecodeError as error:
             line, why = error.lineno, error.msg
         except OSError as error:
-            raise ValueError(f"--out {self.path}: its {SWEEP} cannot be read ({error.strerror})") from None
+            raise Mistake("out", self.path, f"its {SWEEP} cannot be read ({error.strerror})") from None
+        except Mistake:
+            raise
         except ValueError as error:
-            if str(error).startswith("--out"):
-                raise
             line, why = 1, str(error)
         if not (self.path / "pictures").is_dir():
-            raise ValueError(f"--out {self.path}: its {SWEEP} cannot be read ({why}); name a new folder")
+            raise Mistake("out", self.path, f"its {SWEEP} cannot be read ({why}); name a new folder")
         self.tell(f"note: {path}, line {line}: is damaged ({why}); the pictures say what they are, it is written anew")
         return {}
 
     def open(self) -> None:
-        """Makes the folder and takes it for this process; raises ValueError where another one has it."""
+        """Makes the folder and takes it for this process; raises Mistake where another one has it."""
         try:
             for name in ("pictures", "difference"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.path / ".lock", timeout=0)
             self.lock.acquire()
         except Timeout:
-            raise ValueError(
-                f"--out {self.path}: another sweep is running in this folder; wait for it or name another"
-            ) from None
+            told = "another sweep is running in this folder; wait for it or name another"
+            raise Mistake("out", self.path, told) from None
         except OSError as error:
-            raise ValueError(f"--out {self.path}: cannot be written ({error.strerror})") from None
+            raise Unwritable("out", self.path, f"cannot be written ({error.strerror})") from None
         for partial in (*self.path.glob(".*.partial"), *self.path.glob("*/.*.partial")):
             with contextlib.suppress(OSError):
                 partial.unlink()  # left by a process that was killed
@@ -191,17 +191,15 @@ class SweepFolder:
     # -- what it belongs to --
 
     def check(self, plan: Plan) -> None:
-        """Raises ValueError where the folder holds another sweep, or one made from files that changed since."""
+        """Raises Mistake where the folder holds another sweep, or one made from files that changed since."""
         present = self.present()
         if not self.record and not present:
             return
         own = {p.id for p in plan.pictures}
         before = set(self.record.get("planned", present))
         if not own & (before | present):
-            raise ValueError(
-                f"--out {self.path}: holds another sweep ({len(before)} pictures, none of them "
-                "of this grid); name another folder"
-            )
+            told = f"holds another sweep ({len(before)} pictures, none of them of this grid); name another folder"
+            raise Mistake("out", self.path, told)
         records = {base_name(path): was for path, was in self.record.get("files", {}).items()}
         hashes = {name: was["sha256"] for name, was in records.items() if was["sha256"]}
         if not hashes:  # killed before they were known, or the record was lost
@@ -212,19 +210,17 @@ class SweepFolder:
                 continue
             stat, was = place.stat(), records.get(name, {})
             same = (stat.st_size, stat.st_mtime_ns) == (was.get("bytes"), was.get("mtime_ns")) and was["sha256"]
-            if not same and file_sha256(place) != hashes[name]:
-                raise ValueError(
-                    f"--out {self.path}: {path} is not the file that this sweep began with; name another folder"
-                )
+            with reading(Where("", path)):
+                if not same and file_sha256(place) != hashes[name]:
+                    told = f"{display(path)} is not the file that this sweep began with; name another folder"
+                    raise Mistake("out", self.path, told)
         began: dict[tuple[str, str], set[str]] = {}  # identities of text encoders, by role and name
         for role, was in itertools.chain.from_iterable(e.items() for e in self.record.get("encoders", [])):
             began.setdefault((role, was["name"]), set()).add(was["identity"])
         for role, now in itertools.chain.from_iterable(e.items() for e in plan.encoders):
             if now["identity"] not in began.get((role, now["name"]), {now["identity"]}):
-                raise ValueError(
-                    f"--out {self.path}: the {role} in {now['name']} is not the one that this sweep began with; name "
-                    "another folder"
-                )
+                told = f"the {role} in {now['name']} is not the one that this sweep began with; name another folder"
+                raise Mistake("out", self.path, told)
 
     def _hashes_of_pictures(self, ids: Collection[str]) -> dict[str, str]:
         """sha256 by name of the files that finished pictures were made from, as they say."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from sd3.engine import Engine, load_for, plan_for
 from sd3.flags import Flags
+from sd3.mistakes import Mistake
 from sd3.models import SKIP_LAYERS, model_key
 from sd3.settings import FILE_SETTINGS, TEXT_FILES, Settings, earlier_digest
 from sd3.sweep.grid import Grid, Variant
@@ -103,7 +104,7 @@ class Plan:
 def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
     """Settings of every picture, checked against the models that the variants name; headers are read, no weights.
 
-    Returns the plan and notes for the shell. Raises ValueError or FileNotFoundError as `sd3_infer.py` would.
+    Returns the plan and notes for the shell. Raises Mistake as `sd3_infer.py` would.
     """
     engines: dict[tuple, tuple[Flags, Engine]] = {}
     kept: dict[str, tuple[int, tuple]] = {}  # first picture's digest -> variant's number, where text encoders lie
@@ -131,9 +132,10 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
         number, same = kept.setdefault(settings[0].digest(), (len(variants), text_files))
         numbers[variant.name] = number
         if same != text_files:
-            raise ValueError(
-                f"{variant.name} and {variants[number].name}: differ only in the text encoders' folder or files, which "
-                "pictures do not name; make two sweeps"
+            raise Mistake(
+                "",
+                f"{variant.name} and {variants[number].name}",
+                "differ only in the text encoders' folder or files, which pictures do not name; make two sweeps",
             )
         earlier = [()] * len(settings)
         if engine.as_given or settings[0].offload:
@@ -173,10 +175,10 @@ def resolved(flags: Flags, engine: Engine) -> Flags:
 
 
 def check_names(settings: Settings, paths: dict[tuple[str, str], str]) -> None:
-    """Raises ValueError where two files of a sweep share a name, by which pictures are known."""
+    """Raises Mistake where two files of a sweep share a name, by which pictures are known."""
     for (flag, name), path in file_paths(settings).items():
         if paths.setdefault((flag, name), path) != path:
-            raise ValueError(f"--{flag} {path}: is called as {paths[flag, name]} is; rename one of them")
+            raise Mistake(flag, path, f"is called as {paths[flag, name]} is; rename one of them")
 
 
 def file_paths(settings: Settings) -> dict[tuple[str, str], str]:

@@ -27,9 +27,7 @@ def say(text: str) -> None:
 
 
 def run(flags: Mapping[str, Any], grid: Grid, entries: Sequence[Any] | None, arguments: Sequence[str]) -> int:
-    """Makes what the grid still lacks; returns how many pictures failed. Raises ValueError or FileNotFoundError for
-    mistakes, before any weights load.
-    """
+    """Makes what the grid still lacks; returns how many pictures failed. Raises Mistake before any weights load."""
     started = time.monotonic()
     folder = SweepFolder(flags["out"], say)
     work: Any = make_here
@@ -61,7 +59,7 @@ def run(flags: Mapping[str, Any], grid: Grid, entries: Sequence[Any] | None, arg
 
 
 def make_scorer(flags: Mapping[str, Any], grid: Grid) -> Scorer | None:
-    """The scorer that --score names; raises ValueError or FileNotFoundError."""
+    """The scorer that --score names; raises Mistake."""
     if flags.get("score") == "demo":
         return demo_scorer(grid, flags.get("per_kind"))
     return clip_scorer(flags.get("clip_model")) if flags.get("score") == "clip" else None

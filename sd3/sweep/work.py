@@ -90,7 +90,7 @@ class Maker:
         if any(isinstance(image, ValueError) for _, image in made):
             made_with.check()  # weights that another program overwrites become NaN, too
         return [
-            str(image) if isinstance(image, ValueError) else png.encode_picture(image, settings, made_with.wait())
+            one_line(image, 500) if isinstance(image, ValueError) else png.encode_picture(image, settings, made_with.wait())
             for settings, image in made
         ]
 
