@@ -20,18 +20,11 @@ class Note(UserWarning):
     """A warning of this tool about a file; the command lines always show it."""
 
 
-class Unreadable(Mistake):
-    """A `Mistake` from one line; for modules that still make their own lines."""
-
-    def __init__(self, line: str):
-        super().__init__("", "", line)
-
-
 @contextlib.contextmanager
-def reading(where: Where | str, why: str = "cannot be read") -> Iterator[None]:
+def reading(where: Where, why: str = "cannot be read") -> Iterator[None]:
     """Turns whatever a library raises inside into a `Mistake`: where, why and what the library said.
 
-    where: the field that names the file and the path, or the path alone. A `Mistake` and running out of memory pass
+    where: the field that names the file, and its path. A `Mistake` and running out of memory pass
     unchanged, and so does everything that is not an error (Ctrl-C, SIGTERM). A file that disappears is `Missing`.
     """
     try:
@@ -40,19 +33,15 @@ def reading(where: Where | str, why: str = "cannot be read") -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         reason = error.strerror or " ".join(str(error).split())[:200] or "no such file"
-        raise Missing(*_where(where), f"{verbatim(reason)}: it went away while it was read") from None
+        raise Missing(*where, f"{verbatim(reason)}: it went away while it was read") from None
     except RecursionError:
-        raise Mistake(*_where(where), f"{why} (it is nested too deeply)") from None
+        raise Mistake(*where, f"{why} (it is nested too deeply)") from None
     except Exception as error:
-        raise Mistake(*_where(where), f"{why}{_reason(error)}") from None
+        raise Mistake(*where, f"{why}{_reason(error)}") from None
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # what a library written in Rust raises where it fails
             raise
-        raise Mistake(*_where(where), f"{why}{_reason(error)}") from None
-
-
-def _where(where: Where | str) -> Where:
-    return where if isinstance(where, Where) else Where("", where)
+        raise Mistake(*where, f"{why}{_reason(error)}") from None
 
 
 def _reason(error: BaseException) -> str:
@@ -61,18 +50,18 @@ def _reason(error: BaseException) -> str:
     return f" ({text})" if text else ""
 
 
-def check_file(where: Where | str, path: str | Path) -> None:
+def check_file(where: Where, path: str | Path) -> None:
     """Raises `Missing` or another `Mistake` where `path` is no plain file: a pipe or a device would never end."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise Missing(*_where(where), "no such file") from None
+        raise Missing(*where, "no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
-        raise Mistake(*_where(where), f"cannot be opened{_reason(error)}") from None
+        raise Mistake(*where, f"cannot be opened{_reason(error)}") from None
     if stat.S_ISDIR(mode):
-        raise Mistake(*_where(where), "is a folder; a file is needed")
+        raise Mistake(*where, "is a folder; a file is needed")
     if not stat.S_ISREG(mode):
-        raise Mistake(*_where(where), "is not a file (a pipe, a socket or a device)")
+        raise Mistake(*where, "is not a file (a pipe, a socket or a device)")
 
 
 def parse_json(text: str | bytes, once: bool = False) -> Any:
