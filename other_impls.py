@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 
 def count_layers(names: Iterable[str], stem: str) -> int:
-    """One more than the highest number that follows `stem` in a name; gaps show as missing tensors later.
+    """One more than the highest layer number after `stem`; a gap becomes a list of missing tensors later.
 
-    Raises ValueError where most are missing: a number out of all bounds would be that many layers.
+    Raises ValueError where most are missing, before a huge number becomes that many layers.
     """
     numbers = {name[len(stem) :].split(".", 1)[0] for name in names if name.startswith(stem)}
     found = {int(n) if len(n) < 7 else 10**7 for n in numbers if re.fullmatch(r"[0-9]+", n)}
@@ -49,7 +49,7 @@ ACTIVATIONS = {
 
 
 class Mlp(nn.Module):
-    """fc1, activation (``: fc1 has it in it), fc2."""
+    """Two-layer MLP. An empty activation means fc1 applies it itself (fused)."""
 
     def __init__(self, width: int, hidden: int, activation: str = "gelu_tanh"):
         super().__init__()
@@ -129,7 +129,7 @@ CLIP_EMBEDDINGS = [f"text_model.embeddings.{kind}_embedding.weight" for kind in 
 
 
 def table_rows(table: Tensor, ids: Iterable[int]) -> Tensor:
-    """Rows (L, D) of an embedding table; one by one, as float8 has no gather."""
+    """Rows (L, D) of an embedding table, one by one: float8 has no gather."""
     return torch.stack([table[i] for i in ids])
 
 
@@ -156,7 +156,7 @@ class _CLIPTextModel(nn.Module):
 
 
 class CLIPEnd(nn.Module):
-    """What comes after a CLIP's last layer; `whole`: its other tensors are there too."""
+    """Final norm and projection of a CLIP text encoder; whole: with embeddings and layers."""
 
     def __init__(self, config: CLIPConfig, whole: bool = False):
         super().__init__()
@@ -167,7 +167,7 @@ class CLIPEnd(nn.Module):
 
     def pooled(self, x: Tensor, ids: Tensor) -> Tensor:
         """Pooled (B, D) of the last layer's output (B, L, D): the final norm at the end token (the first place of the
-        largest id, ids (B, L)), projected where the file can.
+        largest id, ids (B, L)), projected where the model has a projection.
         """
         rows = torch.arange(ids.shape[0], device=ids.device)
         pooled = self.text_model.final_layer_norm(x[rows, ids.argmax(dim=-1)])
@@ -177,7 +177,7 @@ class CLIPEnd(nn.Module):
 
 
 class CLIP(CLIPEnd):
-    """A CLIP text encoder, held whole."""
+    """A CLIP text encoder, whole in memory."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__(config, whole=True)
@@ -196,7 +196,7 @@ class CLIP(CLIPEnd):
         return hidden, self.pooled(x, ids)
 
 
-T5_MAX_DISTANCE = 128  # distances from here on share the last bucket
+T5_MAX_DISTANCE = 128  # all larger distances share the last bucket
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,7 @@ def t5_buckets(length: int, buckets: int, device: torch.device) -> Tensor:
 
 
 def t5_position_bias(table: Tensor, length: int) -> Tensor:
-    """Score bias (1, heads, L, L) from the table (buckets, heads) of block 0; every block uses it."""
+    """Score bias (1, heads, L, L) of every block, from the table (buckets, heads) of block 0."""
     return table[t5_buckets(length, table.shape[0], table.device)].permute(2, 0, 1)[None]
 
 
@@ -332,7 +332,7 @@ class _T5Stack(nn.Module):
 
 
 class T5(nn.Module):
-    """A T5 v1.1 encoder, held whole."""
+    """A T5 v1.1 encoder, whole in memory."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -351,20 +351,20 @@ class T5(nn.Module):
 
 
 def join_text(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
-    """Text tokens (B, L1 + L2, D5): [L | G | zeros up to T5's width], then T5, one after the other."""
+    """Text tokens (B, L1 + L2, D5): [CLIP-L | CLIP-G | zeros up to T5's width], followed by T5's."""
     clip = torch.cat([clip_l, clip_g], dim=-1)
     return torch.cat([F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], dim=1)
 
 
-T5_CHARACTERS = 226  # of a prompt reach T5, as in the public reference
-LARGE_WORD = 8  # a CLIP word of that many tokens is split where it does not fit, a smaller one is left out whole
+T5_CHARACTERS = 226  # of a prompt that T5 reads, as in the public reference
+LARGE_WORD = 8  # tokens from which on a CLIP word is cut where it does not fit; a smaller one is left out
 NESTING_WEIGHT = 1.1
 _ESCAPES = (("\\(", "\0\1"), ("\\)", "\0\2"))
 
 
 def weighted_segments(text: str, weight: float = 1.0) -> list[tuple[str, float]]:
     """Splits a prompt at its parentheses into (text, weight): `(x)` weighs 1.1 times its surroundings, `(x:1.4)`
-    exactly 1.4; `\\(` and `\\)` stand for themselves, and from an unclosed `(` on everything does.
+    exactly 1.4; `\\(`, `\\)` and everything from an unclosed `(` on are plain text.
     """
     for written, hidden in _ESCAPES:
         text = text.replace(written, hidden)
@@ -377,11 +377,11 @@ def _unescape(text: str) -> str:
     return text
 
 
-LONGEST_NUMBER = 400  # letters of a weight; a longer text is none
+LONGEST_NUMBER = 400  # characters of a weight; longer text is not parsed as one
 
 
 def _segments(text: str, weight: float) -> list[tuple[str, float]]:
-    """Level by level, without recursion: a prompt may be nested as deeply as it is long."""
+    """Without recursion: a prompt may be nested as deeply as it is long."""
     closing = _closing(text)
     colons = [i for i, char in enumerate(text) if char == ":"]
     out: list[tuple[str, float]] = []
@@ -402,7 +402,7 @@ def _segments(text: str, weight: float) -> list[tuple[str, float]]:
 
 
 def _closing(text: str) -> dict[int, int]:
-    """Where each `(` is closed."""
+    """Place of the `)` by place of its `(`."""
     closing, opened = {}, []
     for i, char in enumerate(text):
         if char == "(":
@@ -413,8 +413,8 @@ def _closing(text: str) -> dict[int, int]:
 
 
 def _pieces(text: str, start: int, end: int, closing: dict[int, int]) -> list[tuple[int, int]]:
-    """Splits text[start:end] into what stands in parentheses, with them, and what stands between; from an unclosed `(`
-    on all is one piece, and after a `)` too many the next `(` only makes up for it.
+    """Splits text[start:end] into parenthesised pieces, with the parentheses, and the pieces between. An unclosed `(`
+    starts one last piece; after a surplus `)` the next `(` only balances it.
     """
     pieces, depth, i = [], 0, start
     while i < end:
@@ -433,7 +433,7 @@ def _pieces(text: str, start: int, end: int, closing: dict[int, int]) -> list[tu
 
 
 def _weighted(text: str, start: int, end: int, weight: float, colons: list[int]) -> tuple[int, float]:
-    """Where the text in parentheses ends and what it weighs: the number after its last colon, else 1.1 times more."""
+    """End and weight of a text in parentheses: the number after its last colon, else 1.1 times the surroundings'."""
     place = bisect.bisect_left(colons, end) - 1
     colon = colons[place] if place >= 0 else -1
     if colon > start and end - colon <= LONGEST_NUMBER:
@@ -456,7 +456,7 @@ def weighted_words(text: str) -> list[tuple[str, float]]:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids and weights of one prompt, and whether the prompt was cut to get there."""
+    """Token ids and weights of one prompt; cut: whether some of the prompt did not fit."""
 
     ids: list[int]
     weights: list[float]

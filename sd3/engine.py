@@ -46,7 +46,7 @@ from sd3.embed_cache import EmbedCache, file_identity
 from sd3.files import ENCODERS, WeightFile
 from sd3.find import TOKENIZER_FILES, Fit, find_encoders, find_tokenizer, models_folder
 from sd3.flags import DEFAULT_SEED, READERS, Flags, read_values
-from sd3.layers import can_pack, hold_linears
+from sd3.layers import can_pack, replace_linears
 from sd3.memory import explained
 from sd3.mistakes import Mistake, Where, display, renaming
 from sd3.models import SkipLayerConfig, fetch_model, read_skip_layer
@@ -62,7 +62,7 @@ from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.unchanged import Stamp, Unchanged, stamp
 from sd3.vae import VAE, VAEConfig
 from sd3.versions import versions
-from sd3.weights import Part, control_kind, controlnet_part, has_vae, mmdit_part, vae_part
+from sd3.weights import ModelTensors, find_controlnet, find_mmdit, find_vae, has_vae, read_control_kind
 
 TEXTS_AT_ONCE = 256  # encoded prompts that are held in memory: 1.3 MB each at SD3's size
 CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
@@ -221,7 +221,7 @@ class Engine:
         self.folders = [models_folder(model_folder)] if model_folder else [own]
         if not model_folder and self.folders != [Path("models")]:
             self.folders.append(Path("models"))
-        self.mmdit_part = mmdit_part(self.model_file)
+        self.mmdit_part = find_mmdit(self.model_file)
         self.config: MMDiTConfig = self.mmdit_part.config(MMDiTConfig.from_shapes, "an SD3 or SD3.5 model")
         self._check(self.mmdit_part, lambda: MMDiT(self.config))
         self.dtype = choose_dtype(dtype, self.device, self.mmdit_part.dtype_name())
@@ -246,7 +246,7 @@ class Engine:
         return WeightFile(path, flag)
 
     @staticmethod
-    def _check(part: Part, make: Callable[[], nn.Module]) -> None:
+    def _check(part: ModelTensors, make: Callable[[], nn.Module]) -> None:
         """Raises ValueError where a part of a file does not fit the module of its sizes, or holds nothing."""
         with reading(part.file.where, "has sizes of no model"):
             model = on_meta(make)
@@ -255,7 +255,7 @@ class Engine:
 
     def _open_vae(self, path: str | None) -> None:
         file = self._open("vae", path) if path else self.model_file
-        self.vae_part = vae_part(file)
+        self.vae_part = find_vae(file)
         if not path and not has_vae(file):
             raise FileNotFoundError(f"--model {file.path}: holds no VAE; give one with --vae sd3_vae.safetensors")
         self.vae_config: VAEConfig = self.vae_part.config(VAEConfig.from_shapes, "a VAE")
@@ -266,8 +266,8 @@ class Engine:
                 f"the model has {self.config.latent_channels}"
             )
 
-    def _open_controlnet(self, path: str) -> Part:
-        part = controlnet_part(self._open("controlnet_ckpt", path))
+    def _open_controlnet(self, path: str) -> ModelTensors:
+        part = find_controlnet(self._open("controlnet_ckpt", path))
         config = part.config(ControlNetConfig.from_shapes, "an SD3 ControlNet")
         try:
             config.check_base(self.config)
@@ -276,7 +276,7 @@ class Engine:
         self.controlnet_chained = config.chained(self.config)
         self.controlnet_config = config
         self._check(part, lambda: ControlNet(config, self.controlnet_chained))
-        control_kind(part)
+        read_control_kind(part)
         return part
 
     @property
@@ -544,24 +544,32 @@ class Engine:
         return {key: norm(x) for key, x in states.items()}
 
     @staticmethod
-    def _tables(part: Part, names: list[str]) -> list[Tensor]:
+    def _tables(part: ModelTensors, names: list[str]) -> list[Tensor]:
         """Embedding tables, mapped: only the rows that are used are read."""
         tables = dict(part.read(names, "cpu", None))
         return [tables[name] for name in names]
 
     def _layer(
-        self, role: str, place: int | str, make: Callable[[], nn.Module], part: Part, stem: str, dtype: torch.dtype
+        self,
+        role: str,
+        place: int | str,
+        make: Callable[[], nn.Module],
+        part: ModelTensors,
+        stem: str,
+        dtype: torch.dtype,
     ) -> nn.Module:
         """A layer of a text encoder with its weights, read from below `stem`; kept where encoders stay resident."""
         if (role, place) in self._resident:
             return self._resident[role, place]
         layer = on_meta(make)
-        Part(part.file, part.prefix + stem).load_into(layer, self.encoder_device, dtype)
+        ModelTensors(part.file, part.prefix + stem).load_into(layer, self.encoder_device, dtype)
         if self.t5_resident:
             self._resident[role, place] = layer
         return layer
 
-    def _load(self, part: Part, model: nn.Module, what: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def _load(
+        self, part: ModelTensors, model: nn.Module, what: str, device: torch.device, dtype: torch.dtype
+    ) -> nn.Module:
         size = sum(p.numel() for p in model.parameters()) * torch.empty((), dtype=dtype).element_size()
         turn = "--weights int8, --dtype bfloat16 or, with a GPU, --offload True"
         bar = byte_bar(f"loading {what}", size, self.quiet)
@@ -602,11 +610,11 @@ class Engine:
         if self.mmdit is None:
             model = on_meta(lambda: MMDiT(self.config))
             if self.weights != "full":
-                hold_linears(model.joint_blocks, self.weights)
+                replace_linears(model.joint_blocks, self.weights)
             elif not self.offload:
                 model.join_modulations(self.device, self.dtype)
                 if can_pack(self.device, self.dtype):
-                    hold_linears(model.joint_blocks, "packed")
+                    replace_linears(model.joint_blocks, "packed")
             if self.offload:
                 self._load(self.mmdit_part, model, "MMDiT", torch.device("cpu"), self.dtype)
                 model.offload = Offload(model.joint_blocks, self.device)
@@ -645,7 +653,7 @@ class Engine:
             raise ValueError("no ControlNet is loaded that could read a control image; load one with controlnet_ckpt")
         pixels = unit_pixels(image)
         if control:
-            kind = control_kind(self.controlnet_part)
+            kind = read_control_kind(self.controlnet_part)
             pixels = control_pixels(pixels, self.controlnet_chained, kind)
         else:
             pixels = pixels * 2 - 1

@@ -1,4 +1,4 @@
-"""Finding and reading safetensors files: prefixes, layouts, dtypes, one clear error per file. Headers need no torch."""
+"""Safetensors files and folders in diffusers' layout: headers, name prefixes, hashes. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENCODERS = ("clip_l", "clip_g", "t5xxl")
 ENCODER_PREFIX = "text_encoders.{}.transformer."
 TRANSFORMER = "transformer/"  # prefix of its tensors in a diffusers folder
 ENCODER_FOLDERS = {"clip_l": "text_encoder/", "clip_g": "text_encoder_2/", "t5xxl": "text_encoder_3/"}
-# Names that models have in files of any prefix, and in diffusers' layout.
+# Parts of tensor names by kind of model, in the published and in diffusers' layout, behind any prefix.
 STEMS = {
     "mmdit": ("joint_blocks.",),
     "vae": ("encoder.down.", "encoder.down_blocks.", "decoder.up.", "decoder.up_blocks."),
@@ -41,8 +41,10 @@ def file_sha256(*paths: Path) -> str:
 
 
 class WeightFile:
-    """A safetensors file, or a folder in diffusers layout: headers are read at once (no torch needed), tensors when
-    asked for. The tensors of a folder are named `transformer/...`, `vae/...`, `text_encoder/...` and so on.
+    """The headers of a safetensors file, or of a folder in diffusers' layout.
+
+    entries: every tensor by name; those of a folder are named `transformer/...`, `vae/...`, `text_encoder/...` and so
+    on; metadata: texts by name.
     """
 
     def __init__(self, path: str | Path, field: str = "", folder: bool = True):
@@ -62,17 +64,17 @@ class WeightFile:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the whole file, as A1111-style tools compute it; of a folder's transformer, file after file."""
-        own = TRANSFORMER if self.has(TRANSFORMER) else ""
-        return file_sha256(*{e.path for n, e in self.entries.items() if n.startswith(own)})
+        """Hash of the whole file, as A1111-style tools compute it; of a folder, hash of its transformer's files."""
+        prefix = TRANSFORMER if self.has(TRANSFORMER) else ""
+        return file_sha256(*{e.path for n, e in self.entries.items() if n.startswith(prefix)})
 
     def has(self, prefix: str) -> bool:
         """Whether any tensor's name starts with `prefix`."""
         return any(name.startswith(prefix) for name in self.entries)
 
     def prefixes(self, kind: str, *stems: str) -> list[str]:
-        """What stands before the names of a kind of model (see `STEMS`), the most frequent first; averaged copies
-        (`ema`) are left out.
+        """Prefixes of the names of a kind of model (see `STEMS`), the most frequent first, without averaged copies
+        (`ema`).
         """
         found: Counter[str] = Counter()
         for name in self.entries:
@@ -83,7 +85,7 @@ class WeightFile:
         return [prefix for prefix, _ in found.most_common() if "ema" not in re.split(r"[./_]", prefix)]
 
     def owners(self) -> tuple[str, ...]:
-        """The prefixes of all models that were recognised, for telling a model's own tensors from another's."""
+        """The prefixes of all models that were recognised, to tell one model's tensors from another's."""
         kinds = {prefix for kind in STEMS for prefix in self.prefixes(kind)}
         return (MMDIT_PREFIX, VAE_PREFIX, "text_encoders.", *(prefix for prefix in kinds if prefix))
 
@@ -131,7 +133,7 @@ def _read_folder(folder: Path, field: str) -> tuple[dict[str, Entry], dict[str, 
 
 
 def _scheduler(path: Path, field: str) -> dict[str, str]:
-    """The shift that a scheduler's configuration names, as a file's metadata has it; nothing where it names none."""
+    """The shift in a scheduler's configuration, as metadata; {} where there is none."""
     where = Where(field, path)
     if not path.exists():
         return {}
@@ -146,7 +148,7 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
 def weight_files(folder: Path, field: str = "") -> list[Path]:
-    """The safetensors files of one component: whole or in shards, of the plain variant if there is one, else of any.
+    """The safetensors files of one component, whole or in shards; the plain variant if there is one, else any other.
 
     Raises `Missing` where there is none, or a shard is missing.
     """
@@ -167,7 +169,7 @@ def weight_files(folder: Path, field: str = "") -> list[Path]:
 
 
 def _shards(folder: Path, index: Path, field: str) -> list[Path]:
-    """The files that an index of shards names, which lie beside it."""
+    """The files that an index of shards names; they must be in its folder."""
     where = Where(field, index)
     check_file(where, index)
     with reading(where, "is damaged"):

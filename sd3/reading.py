@@ -70,12 +70,12 @@ def parse_json(text: str | bytes, once: bool = False) -> Any:
     once: refuse an object with a repeated key, a likely slip in a file written by hand; else the last one counts.
     """
     try:
-        return json.loads(text, object_pairs_hook=_once if once else None)
+        return json.loads(text, object_pairs_hook=_refuse_repeats if once else None)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
         names = [name for name, _ in pairs]

@@ -25,14 +25,14 @@ from sd3.shapes import prompts as shape_prompts
 from sd3.shapes import scenes, scorer
 from sd3.shapes.scenes import ALL_COMBINATIONS, COLOURS, HELD_OUT, SEEN, SHAPES, sample_scene, training_scene
 from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
-from sd3.weights import Part
+from sd3.weights import ModelTensors
 from sd3_impls import latent_in
 from sd3_infer import SD3Inferencer
 
 
 def test_the_file_is_small_and_of_the_promised_architecture():
     assert DEMO.stat().st_size <= 40e6
-    config = Part(WeightFile(DEMO), MMDIT_PREFIX).config(MMDiTConfig.from_shapes, "an MMDiT")
+    config = ModelTensors(WeightFile(DEMO), MMDIT_PREFIX).config(MMDiTConfig.from_shapes, "an MMDiT")
     assert config.depth >= 8
     assert config.qk_norm
     assert config.latent_channels == 16

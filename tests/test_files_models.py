@@ -23,7 +23,7 @@ from other_impls import CLIP, T5
 from sd3.engine import on_meta
 from sd3.files import ENCODER_PREFIX, ENCODERS, MMDIT_PREFIX, VAE_PREFIX, WeightFile, weight_files
 from sd3.mistakes import Mistake
-from sd3.weights import controlnet_part, mmdit_part
+from sd3.weights import find_controlnet, find_mmdit
 from sd3_infer import SD3Inferencer
 
 META = {"width": "64", "height": "48", "steps": "2"}
@@ -137,7 +137,7 @@ def test_a_device_without_float8_gets_what_it_has(tmp_path, whole, stored, scale
             if v.dtype == stored and k.endswith(".weight")
         }
     save_file(tensors, tmp_path / "m.safetensors")
-    part = mmdit_part(WeightFile(tmp_path / "m.safetensors"))
+    part = find_mmdit(WeightFile(tmp_path / "m.safetensors"))
     model = on_meta(lambda: MMDiT(part.config(MMDiTConfig.from_shapes, "an SD3 model")))
     with NoFloat8():
         part.load_into(model, torch.device("meta"), torch.bfloat16)
@@ -515,14 +515,14 @@ def test_a_control_type_that_is_no_number(tmp_path, small_model, value):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 7.0, 0.5])
 def test_an_unknown_control_type_is_none(tmp_path, small_model, value):
-    from sd3.weights import control_kind
+    from sd3.weights import read_control_kind
 
     save_file(
         controlnet_tensors(mmdit_config(), True) | {"control_type": torch.tensor([value])}, tmp_path / "net.safetensors"
     )
-    part = controlnet_part(WeightFile(tmp_path / "net.safetensors"))
+    part = find_controlnet(WeightFile(tmp_path / "net.safetensors"))
     part.check(on_meta(lambda: ControlNet(part.config(ControlNetConfig.from_shapes, "x"), True)))
-    assert control_kind(part) == ""
+    assert read_control_kind(part) == ""
 
 
 # ---- damage --------------------------------------------------------------------------------------

@@ -486,7 +486,7 @@ def test_mistakes_are_one_line(small_model, tmp_path, monkeypatch, capsys, argum
     before = sorted(os.listdir(tmp_path))
     command, *rest = arguments or [""]
     model = flags_for(small_model) if command in ("measure", "calibrate") else []
-    monkeypatch.setattr(sd3.weights.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(sd3.weights.ModelTensors, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
     assert sd3.probe.command.main([command, *model, *rest] if command else []) == 2
     told = capsys.readouterr()
     if command:

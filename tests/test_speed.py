@@ -103,8 +103,8 @@ def test_offloaded_blocks_come_and_go(skip):
     model = randomise(MMDiT(CONFIG), 5)
     model.offload = Offload(model.joint_blocks, torch.device("cpu"))
     seen = []
-    bring = model.offload._bring
-    model.offload._bring = lambda i: seen.append(i) or ([t.clone() for t in bring(i)[0]], None)
+    copy = model.offload._start_copy
+    model.offload._start_copy = lambda i: seen.append(i) or ([t.clone() for t in copy(i)[0]], None)
     homes = [p.data_ptr() for p in model.joint_blocks.parameters()]
     assert torch.equal(model(*INPUTS, skip_layers=skip), MODEL(*INPUTS, skip_layers=skip))
     assert seen == [i for i in range(4) if i not in skip]

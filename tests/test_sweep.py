@@ -194,7 +194,7 @@ def test_bad_grids(tmp_path, monkeypatch, capsys, arguments, message):
         (tmp_path / name).mkdir()
         (tmp_path / name / inside).write_text("notes")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sd3.weights.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(sd3.weights.ModelTensors, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
     assert sd3.sweep.command.main(["--model", str(DEMO), "--out", "out", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")

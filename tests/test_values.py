@@ -428,7 +428,7 @@ def test_gen_image_takes_what_python_has(engine, tmp_path):  # P8, reading.md 6
     ],
 )
 def test_gen_image_refuses_before_weights_load(tmp_path, monkeypatch, values, told):
-    monkeypatch.setattr(sd3.weights.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(sd3.weights.ModelTensors, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
     monkeypatch.chdir(tmp_path)
     engine = SD3Inferencer().load(str(DEMO), device="cpu")
     with pytest.raises((ValueError, FileNotFoundError)) as error:
