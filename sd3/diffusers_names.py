@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from other_impls import count_layers
 from sd3.files import WeightFile
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,6 @@ class StoredAs:
 
     def build(self, pieces: list[Tensor]) -> Tensor:
         """The joined tensor."""
-        import torch
-
         whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         if self.change == "swap":
             return torch.cat(whole.chunk(2)[::-1])

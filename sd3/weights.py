@@ -9,7 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
 
 from other_impls import count_layers
 from sd3.diffusers_names import BLOCK, RENAMES, StoredAs, diffusers_mmdit, diffusers_vae
@@ -17,11 +21,6 @@ from sd3.files import FLOATS, MMDIT_PREFIX, TRANSFORMER, VAE_PREFIX, WeightFile
 from sd3.headers import Entry
 from sd3.mistakes import Mistake, Where, verbatim
 from sd3.reading import Note, reading
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
 
 # Tensors that released files carry and no model needs.
 HARMLESS = (
@@ -179,8 +178,6 @@ class ModelTensors:
 
     def not_finite(self) -> str:
         """The name of the first tensor that holds NaN or infinity, or ``; reads all of them."""
-        import torch
-
         for name, tensor in self.read(list(self.shapes), "cpu", None):
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 return self.full_name(name)
@@ -194,7 +191,6 @@ class ModelTensors:
         Memory-mapped: a tensor that keeps its dtype on the CPU is a view of the mapping. Every `CHUNK` bytes the
         mapping is renewed, so that pages already converted are freed. Scales stored beside a weight are applied.
         """
-        from safetensors import safe_open
 
         def place(name: str) -> tuple[str, int]:
             first = self.entries(name)[0]
@@ -243,7 +239,7 @@ class ModelTensors:
             if hasattr(module, "store"):
                 module.store(leaf, tensor)
             elif module._parameters[leaf].is_meta:
-                module._parameters[leaf] = _parameter(tensor)
+                module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
             else:
                 module._parameters[leaf].copy_(tensor)
             if progress is not None:
@@ -261,15 +257,7 @@ _UNUSED = (
 )
 
 
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    from torch import nn
-
-    return nn.Parameter(tensor, requires_grad=False)
-
-
 def _convert(tensor: Tensor, scales: list[Tensor], device: Any, dtype: torch.dtype | None) -> Tensor:
-    import torch
-
     if torch.device(device).type in HAVE_ALL_DTYPES:
         tensor = tensor.to(device)
     elif tensor.dtype.itemsize not in (2, 4) and tensor.is_floating_point():  # float8 and float64
