@@ -54,17 +54,16 @@ class ControlNetConfig:
             return not self.patch_embedding
         return self.pooled_width == base.pooled_width
 
-    def check_base(self, base: MMDiTConfig, path: object) -> None:
+    def check_base(self, base: MMDiTConfig) -> None:
         """Raises ValueError where this ControlNet was made for another model."""
         if (self.width, self.latent_channels, self.patch) != (base.width, base.latent_channels, base.patch):
             raise ValueError(
-                f"--controlnet_ckpt {path}: has width {self.width}, the model has {base.width}: "
-                "this ControlNet belongs to another model"
+                f"has width {self.width}, the model has {base.width}: this ControlNet belongs to another model"
             )
         if self.pooled_width not in (base.pooled_width, base.width):
             raise ValueError(
-                f"--controlnet_ckpt {path}: takes pooled text of width {self.pooled_width}; "
-                f"the model has {base.pooled_width} (raw) and {base.width} (embedded)"
+                f"takes pooled text of width {self.pooled_width}; the model has {base.pooled_width} (raw) and "
+                f"{base.width} (embedded)"
             )
 
 

@@ -7,14 +7,12 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
-
-from sd3.reading import Unreadable, check_file, parse_json, reading
 
 
 def count_layers(names: Iterable[str], stem: str) -> int:
@@ -465,54 +463,16 @@ class Tokens:
     cut: bool
 
 
-TRIED = "a star, \u00e9\u661f\U0001f7ca <|endoftext|>"  # what a tokenizer must be able to split when it is opened
-
-
-def _tokenizer(path: Path, flag: str) -> Tokenizer:
-    """A tokenizer.json, without the padding and the truncation that a program left in it."""
-    where = f"--{flag} {path}"
-    check_file(where, path)
-    with reading(where, "is no usable tokenizer"):
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        tokenizer.encode(TRIED, add_special_tokens=False)
-        return tokenizer
-
-
-def _largest_id(tokenizer: Tokenizer) -> int:
-    return max(tokenizer.get_vocab().values(), default=-1)
-
-
-def _check_ids(where: str, largest: int, rows: int | None) -> None:
-    """Raises ValueError where an encoder has no embedding for a token."""
-    if rows is not None and largest >= rows:
-        raise Unreadable(
-            f"{where}: has tokens up to {largest}, the text encoder has {rows} (0 to {rows - 1}): they do not belong "
-            "together"
-        )
-
-
 class CLIPTokenizer:
-    """CLIP's byte-level BPE from a folder with vocab.json and merges.txt, or tokenizer.json."""
+    """CLIP's byte-level BPE: `tokenizer` splits a word, this adds weights, start, end and padding."""
 
-    def __init__(self, folder: Path, flag: str = "model_folder", rows: int | None = None):
-        """flag: the one that leads to the folder; rows: of the encoder's embedding table, where known.
-
-        Raises ValueError that names the file that is damaged, or that has ids beyond the table.
-        """
-        folder = Path(folder)
-        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            self.path = folder / "vocab.json"
-            self.tokenizer = _clip_bpe(self.path, folder / "merges.txt", flag)
-        else:
-            self.path = folder / "tokenizer.json"
-            self.tokenizer = _tokenizer(self.path, flag)
-        self.start = self.tokenizer.token_to_id("<|startoftext|>")
-        self.end = self.tokenizer.token_to_id("<|endoftext|>")
+    def __init__(self, tokenizer: Tokenizer):
+        """Raises ValueError for a tokenizer without CLIP's start and end tokens."""
+        self.tokenizer = tokenizer
+        self.start = tokenizer.token_to_id(CLIP_START)
+        self.end = tokenizer.token_to_id(CLIP_END)
         if self.start is None or self.end is None:
-            raise Unreadable(f"--{flag} {self.path}: is no CLIP tokenizer: it has no <|startoftext|> or <|endoftext|>")
-        _check_ids(f"--{flag} {self.path}", _largest_id(self.tokenizer), rows)
+            raise ValueError(f"is no CLIP tokenizer: it has no {CLIP_START} or {CLIP_END}")
 
     def tokenize(self, prompt: str, length: int, pad: int | None = None) -> Tokens:
         """Exactly `length` tokens: start, as many words as fit, end, padding (`pad`; None: the end token)."""
@@ -532,22 +492,14 @@ class CLIPTokenizer:
         return Tokens(ids, weights + [1.0] * (length - len(weights)), cut)
 
 
-def _clip_bpe(vocabulary: Path, merges: Path, flag: str = "model_folder") -> Tokenizer:
-    """The published CLIP tokenizer: NFC, lower case, white space collapsed, then byte-level BPE with word ends."""
-    end = "<|endoftext|>"
-    for path in (vocabulary, merges):
-        check_file(f"--{flag} {path}", path)
-    with reading(f"--{flag} {vocabulary}", "is no usable vocabulary"):
-        known = parse_json(vocabulary.read_bytes())
-        if not isinstance(known, dict) or not all(type(i) is int and 0 <= i < 2**32 for i in known.values()):
-            raise ValueError("it must hold a number for every token")
-    if end not in known or "<|startoftext|>" not in known:  # else they would be added, with numbers of nobody's
-        raise Unreadable(f"--{flag} {vocabulary}: is no CLIP vocabulary: it has no <|startoftext|> or <|endoftext|>")
-    with reading(f"--{flag} {merges}", f"are no merges of {vocabulary.name}"):
-        bpe = models.BPE.from_file(
-            str(vocabulary), str(merges), unk_token=end, continuing_subword_prefix="", end_of_word_suffix="</w>"
-        )
-        _check_merges(known, merges)
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+CLIP_BPE = {"unk_token": CLIP_END, "continuing_subword_prefix": "", "end_of_word_suffix": "</w>"}
+
+
+def clip_pipeline(bpe: models.BPE) -> Tokenizer:
+    """The published CLIP tokenizer around its merges, a BPE with the options `CLIP_BPE`: NFC, lower case, white space
+    collapsed, words split off, then byte-level BPE.
+    """
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -559,45 +511,23 @@ def _clip_bpe(vocabulary: Path, merges: Path, flag: str = "model_folder") -> Tok
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.add_special_tokens(["<|startoftext|>", end])
+    tokenizer.add_special_tokens([CLIP_START, CLIP_END])
     return tokenizer
 
 
-UNMERGED = 0.001  # part of a vocabulary's tokens that no merge need lead to; of small ones two tokens
-
-
-def _check_merges(known: Mapping[str, int], merges: Path) -> None:
-    """Raises ValueError where merges lead to too few of the tokens: of a file that was cut off."""
-    lines = [line.split(" ") for line in merges.read_text(encoding="utf-8").split("\n")]
-    made = {pair[0] + pair[1] for pair in lines if len(pair) == 2}
-    long = [t for t in known if len(t.removesuffix("</w>")) > 1 and not re.fullmatch(r"<.*>", t)]
-    lost = [t for t in long if t not in made]
-    if len(lost) > max(2, UNMERGED * len(long)):
-        raise ValueError(f"they lead to {len(long) - len(lost)} of {len(long)} tokens; the file is cut off")
-
-
 class T5Tokenizer:
-    """T5's unigram pieces from a folder with tokenizer.json or spiece.model."""
+    """T5's unigram pieces: `split` turns a word into piece ids, this adds weights, the end token and padding."""
 
     end, pad = 1, 0
 
-    def __init__(self, folder: Path, flag: str = "model_folder", rows: int | None = None):
-        """As `CLIPTokenizer`."""
-        folder = Path(folder)
-        if (folder / "tokenizer.json").exists():
-            self.path = folder / "tokenizer.json"
-            tokenizer = _tokenizer(self.path, flag)
-            self._pieces = lambda word: tokenizer.encode(word, add_special_tokens=False).ids
-            _check_ids(f"--{flag} {self.path}", _largest_id(tokenizer), rows)
-        else:
-            self.path = folder / "spiece.model"
-            self._pieces = _sentencepiece(self.path, flag, rows)
+    def __init__(self, split: Callable[[str], list[int]]):
+        self.split = split
 
     def tokenize(self, prompt: str, minimum: int) -> Tokens:
         """The first 226 characters' tokens and the end token, padded with 0 to at least `minimum`."""
         ids, weights = [], []
         for word, weight in weighted_words(prompt[:T5_CHARACTERS]):
-            tokens = self._pieces(word)
+            tokens = self.split(word)
             ids += tokens
             weights += [weight] * len(tokens)
         ids.append(self.end)
@@ -605,24 +535,18 @@ class T5Tokenizer:
         return Tokens(ids, weights + [1.0] * (len(ids) - len(weights)), len(prompt) > T5_CHARACTERS)
 
 
-def _sentencepiece(path: Path, flag: str = "model_folder", rows: int | None = None) -> Callable[[str], list[int]]:
-    """A function from a word to its piece ids; `</s>` and the like in a word are their own ids, as on the hub."""
-    from sentencepiece import SentencePieceProcessor
+def sentencepiece_split(model: SentencePieceProcessor, rows: int | None = None) -> Callable[[str], list[int]]:
+    """A function from a word to its piece ids; `</s>` and the like in a word are their own ids, as on the hub.
 
-    where = f"--{flag} {path}"
-    check_file(where, path)
-    with reading(where, "is no usable tokenizer"):
-        model = SentencePieceProcessor(model_file=str(path))
-        model.encode(TRIED)
-        model.id_to_piece(2)
+    rows: of the encoder's embedding table, where known; extra ids beyond it are not used.
+    """
     size = model.get_piece_size()
-    _check_ids(where, size - 1, rows)
     extra = {f"<extra_id_{i}>": size + 99 - i for i in range(100) if rows is None or size + 99 - i < rows}
     special = {model.id_to_piece(i): i for i in range(3)} | extra
-    split = re.compile("(" + "|".join(map(re.escape, special)) + ")")
+    borders = re.compile("(" + "|".join(map(re.escape, special)) + ")")
 
-    def pieces(word: str) -> list[int]:
-        parts = [p for p in split.split(word) if p]
+    def split(word: str) -> list[int]:
+        parts = [p for p in borders.split(word) if p]
         return [i for p in parts for i in ([special[p]] if p in special else model.encode(p))]
 
-    return pieces
+    return split

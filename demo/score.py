@@ -16,6 +16,7 @@ from PIL import Image
 
 from demo.command_line import run
 from sd3.engine import residual_settings
+from sd3.mistakes import Mistake
 from sd3.residual import ResidualConfig
 from sd3.shapes.prompts import KINDS, Prompt, draw, held_out_prompts
 from sd3.shapes.scorer import Seen, interval, read_picture, score
@@ -84,17 +85,17 @@ def shuffled(prompts: Sequence[Prompt], seen: Sequence[list[Seen]], seed: int = 
     return [score(p, seen[order[i]]) for i, p in enumerate(prompts)]
 
 
-RESIDUAL_SETTINGS = ("off", "0:3,5,7:0.1", "0:3,5,7:0.3", "0:3,5,7:0.8,0.6,0.4", "1:2,3,4,5,6,7:0.1")
+RESIDUAL_SETTINGS = ("off", "0:3,5,7:each:0.1", "0:3,5,7:each:0.3", "0:3,5,7:0.8,0.6,0.4", "1:2,3,4,5,6,7:each:0.1")
 
 
 def residual_of(setting: str, rotations: str | None = None):
-    """The configuration of `off` or `[MODE:]ORIGIN:TARGETS:WEIGHTS`; raises ValueError for anything else."""
+    """The configuration of `off` or `[MODE:]ORIGIN:TARGETS:WEIGHTS`; raises Mistake for anything else."""
     if setting == "off":
         return ResidualConfig()
-    fields = setting.split(":", 3)
-    mode = fields.pop(0) if fields[0].isalpha() else "add"
+    mode, rest = setting.split(":", 1) if setting[:1].isalpha() and ":" in setting else ("add", setting)
+    fields = rest.split(":", 2)  # weights may hold more of them: each:0.1, linear:0.8:0.2
     if len(fields) != 3:
-        raise ValueError(f"--settings {setting}: must be off or [MODE:]ORIGIN:TARGETS:WEIGHTS")
+        raise Mistake("settings", setting, "must be off or [MODE:]ORIGIN:TARGETS:WEIGHTS")
     return ResidualConfig.parse(*fields, mode=mode, rotations=rotations if mode == "aligned" else None)
 
 
@@ -122,8 +123,8 @@ def main(
     rotations: str | None = None,
     **values,
 ) -> None:
-    """Prints the table of scores: a column per setting (`off;0:3,5,7:0.1`, [MODE:]ORIGIN:TARGETS:WEIGHTS), and where
-    one of them is `off`, the differences to it.
+    """Prints the table of scores: a column per setting (`off;0:3,5,7:each:0.1`, [MODE:]ORIGIN:TARGETS:WEIGHTS), and
+    where one of them is `off`, the differences to it.
 
     rotations: the file of mode aligned. `values` (steps, cfg, shift, sampler) replace the model's usual ones.
     """

@@ -9,7 +9,6 @@ from typing import Any
 
 from sd3.flags import DEFAULT_DENOISE
 from sd3.settings import Settings
-from sd3.windows import acts_in_window, skips_layers
 
 
 def effective(s: Settings) -> tuple[Settings, list[str]]:
@@ -35,7 +34,9 @@ def executed_steps(s: Settings) -> int:
 
 
 def skipped_steps(steps: int, denoise: float) -> int:
-    """How many steps of a schedule an image-to-image run of strength `denoise` in [0, 1] leaves out at its start."""
+    """How many steps of a schedule an image-to-image run of strength `denoise` in [0, 1] leaves out at its start, as
+    `sd3_impls.img2img_sigmas` does.
+    """
     return int(steps * (1 - denoise))
 
 
@@ -83,9 +84,7 @@ def _negative_prompt(s: Settings) -> _Rule:
 
 def _skip_layer(s: Settings) -> _Rule:
     config = s.skip_layer
-    if config is None or (
-        config.scale != 0 and any(skips_layers(config, i, s.steps) for i in range(executed_steps(s)))
-    ):
+    if config is None or (config.scale != 0 and any(config.acts(i, s.steps) for i in range(executed_steps(s)))):
         return {}, ""
     if config.scale == 0:
         return {"skip_layer": None}, "skip-layer guidance has no effect at scale 0"
@@ -101,7 +100,7 @@ def _residual(s: Settings) -> _Rule:
     if s.cfg == 1 and s.residual_branch == "uncond":
         return _RESIDUAL_OFF, "residual text streaming has no effect: --cfg 1 runs no unconditional pass"
     steps = executed_steps(s)
-    acts = [acts_in_window(s.residual_start, s.residual_end, i, steps) for i in range(steps)]
+    acts = [s.residual.acts(i, steps) for i in range(steps)]
     if not any(acts):
         window = f"--residual_start {s.residual_start:g} to --residual_end {s.residual_end:g}"
         return _RESIDUAL_OFF, f"residual text streaming has no effect: {window} holds none of the {steps} steps"

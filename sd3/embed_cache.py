@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sd3.headers import read_header
+from sd3.mistakes import Unwritable, Where
 from sd3.reading import check_file, reading
 from sd3.weights import SAMPLE
 from sd3.writing import atomic_write
@@ -29,8 +30,9 @@ def file_identity(path: Path) -> list[Any]:
     both ends of every tensor are hashed, of another large file both ends; never its name or its date, which copies
     share or lose.
     """
-    digest, size = hashlib.sha256(), os.stat(path).st_size
-    with open(path, "rb") as f:
+    digest = hashlib.sha256()
+    with reading(Where("", path)), open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
 
         def add(place: int, length: int) -> None:
             f.seek(place)
@@ -41,7 +43,7 @@ def file_identity(path: Path) -> list[Any]:
             return [size, digest.hexdigest()]
         spans = [(0, size)]
         if path.suffix == ".safetensors":
-            entries = list(read_header(str(path), path)[0].values())
+            entries = list(read_header(Where("", path), path)[0].values())
             add(0, min(e.place for e in entries))
             spans = sorted((e.place, e.size) for e in entries)
         for place, length in spans:
@@ -63,15 +65,15 @@ class EmbedCache:
         """files: those of each encoder and tokenizer, by role; how: what else decides the result (dtype, device);
         fits: whether text of a T5 length has the shapes that the model takes.
 
-        Raises ValueError where the folder cannot be written to.
+        Raises `Unwritable` where the folder cannot be written to.
         """
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"--embed_cache {folder}: cannot be made ({error.strerror})") from None
+            raise Unwritable("embed_cache", folder, f"cannot be made ({error.strerror})") from None
         if not os.access(self.folder, os.W_OK):
-            raise ValueError(f"--embed_cache {folder}: cannot be written to")
+            raise Unwritable("embed_cache", folder, "cannot be written to")
         identities = {role: [file_identity(p) for p in sorted(set(paths))] for role, paths in files.items()}
         self.made_by = json.dumps([VERSION, identities, dict(how)], sort_keys=True)
         self.fits = fits
@@ -89,9 +91,9 @@ class EmbedCache:
         not what the model takes.
         """
         path = self.path(prompt, length)
-        with contextlib.suppress(OSError, ValueError), reading(str(path)):
-            check_file(str(path), path)
-            _, notes = read_header(str(path), path)
+        with contextlib.suppress(OSError, ValueError), reading(Where("", path)):
+            check_file(Where("", path), path)
+            _, notes = read_header(Where("", path), path)
             tensors = load(path.read_bytes())
             context, pooled = (tensors[name] for name in NAMES)
             known = notes.get("key") == self.key(prompt, length) and notes.get("checksum") == _checksum(tensors)

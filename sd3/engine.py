@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import sd3_impls
 from dit_embedder import ControlNet, ControlNetConfig, control_pixels
-from mmditx import ContextHook, MMDiT, MMDiTConfig, residual_stream
+from mmditx import ContextHook, MMDiT, MMDiTConfig, ResidualStream
 from other_impls import (
     CLIP,
     CLIP_EMBEDDINGS,
@@ -32,11 +32,9 @@ from other_impls import (
     CLIPConfig,
     CLIPEnd,
     CLIPLayer,
-    CLIPTokenizer,
     T5Block,
     T5Config,
     T5Norm,
-    T5Tokenizer,
     join_text,
     t5_position_bias,
     table_rows,
@@ -47,18 +45,20 @@ from sd3.effects import effective, executed_steps
 from sd3.embed_cache import EmbedCache, file_identity
 from sd3.files import ENCODERS, WeightFile
 from sd3.find import TOKENIZER_FILES, Fit, find_encoders, find_tokenizer, models_folder
-from sd3.flags import DEFAULT_SEED, NEEDS_ROTATIONS, READERS, Flags, read_values
+from sd3.flags import DEFAULT_SEED, READERS, Flags, read_values
 from sd3.layers import can_pack, hold_linears
 from sd3.memory import explained
-from sd3.mistakes import display
+from sd3.mistakes import Mistake, Where, display, renaming
 from sd3.models import SkipLayerConfig, fetch_model, read_skip_layer
 from sd3.offload import Offload
 from sd3.pixels import VAE_TILE, check_finite, open_images, to_image, unit_pixels
 from sd3.readers import read_list, read_text, read_tile
 from sd3.reading import reading
-from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, Rotations, read_rotations
+from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, residual_stream
+from sd3.rotations import Rotations, read_rotations
 from sd3.settings import Settings, resolve
 from sd3.streams import Once
+from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.unchanged import Stamp, Unchanged, stamp
 from sd3.vae import VAE, VAEConfig
 from sd3.versions import versions
@@ -269,7 +269,10 @@ class Engine:
     def _open_controlnet(self, path: str) -> Part:
         part = controlnet_part(self._open("controlnet_ckpt", path))
         config = part.config(ControlNetConfig.from_shapes, "an SD3 ControlNet")
-        config.check_base(self.config, path)
+        try:
+            config.check_base(self.config)
+        except ValueError as error:
+            raise Mistake("controlnet_ckpt", path, str(error)) from None
         self.controlnet_chained = config.chained(self.config)
         self.controlnet_config = config
         self._check(part, lambda: ControlNet(config, self.controlnet_chained))
@@ -299,25 +302,28 @@ class Engine:
             self.encoder_configs[role] = config
         clip_l, clip_g = self.encoder_configs["clip_l"], self.encoder_configs["clip_g"]
         if clip_l.width + clip_g.width != self.config.pooled_width:
-            raise ValueError(
-                f"{self.encoder_parts['clip_l'].file.where} and {self.encoder_parts['clip_g'].file.path}: have widths "
-                f"{clip_l.width} + {clip_g.width}, the model needs {self.config.pooled_width}: wrong text encoders"
+            where, other = (self.encoder_parts[role].file.where for role in ("clip_l", "clip_g"))
+            raise Mistake(
+                where.field,
+                f"{where.value} and {other.value}",
+                f"have widths {clip_l.width} + {clip_g.width}, the model needs {self.config.pooled_width}: wrong text "
+                "encoders",
             )
         if not self.no_t5 and (width := self.encoder_configs["t5xxl"].width) != self.config.context_width:
-            raise ValueError(
-                f"{self.encoder_parts['t5xxl'].file.where}: has width {width}, "
-                f"the model needs {self.config.context_width}: not this model's T5"
+            raise Mistake(
+                *self.encoder_parts["t5xxl"].file.where,
+                f"has width {width}, the model needs {self.config.context_width}: not this model's T5",
             )
         beside = [p.file.path.parent for p in self.encoder_parts.values()]
         folders = list(dict.fromkeys([*self.folders, *beside]))
         kinds = ("clip",) if self.no_t5 else ("clip", "t5")
         self.tokenizer_folders = {kind: find_tokenizer(kind, folders) for kind in kinds}
         rows = min(clip_l.vocabulary, clip_g.vocabulary)
-        self.clip_tokenizer = CLIPTokenizer(self.tokenizer_folders["clip"], rows=rows)
+        self.clip_tokenizer = open_clip_tokenizer(self.tokenizer_folders["clip"], rows=rows)
         self.t5_tokenizer = None
         if not self.no_t5:
             rows = self.encoder_configs["t5xxl"].vocabulary
-            self.t5_tokenizer = T5Tokenizer(self.tokenizer_folders["t5"], rows=rows)
+            self.t5_tokenizer = open_t5_tokenizer(self.tokenizer_folders["t5"], rows=rows)
         self.positions = min(clip_l.positions, clip_g.positions)  # their tokens lie side by side
 
     def text_files(self) -> dict[str, set[Path]]:
@@ -338,10 +344,10 @@ class Engine:
         for flag, part in parts.items():
             for path in sorted({e.path for e in part.file.entries.values()} if part else ()):
                 if flag == "model" or path not in own:
-                    files.add(f"--{flag} {path}", path, early.get(path))
+                    files.add(Where(flag, path), path, early.get(path))
         for role, paths in self.text_files().items() if text else ():
             for path in sorted(paths - own):
-                files.add(f"{role} {path}", path)
+                files.add(Where("", f"{role} {path}"), path)
         return files
 
     def _open_embed_cache(self, folder: str) -> EmbedCache:
@@ -571,7 +577,8 @@ class Engine:
             self._damage = ""
             for part in filter(None, parts):
                 if name := part.not_finite():
-                    self._damage = f"{part.file.where}: {name} holds NaN or infinity: download the file again"
+                    field, path = part.file.where
+                    self._damage = f"`{field}` {path}: {name} holds NaN or infinity: download the file again"
                     break
         return self._damage
 
@@ -738,12 +745,10 @@ class Engine:
                 hooks=hooks,
                 cache=cache,
             )
-        config = _residual(residual_config)
-        config.check(self.config.depth)
-        stream = residual_stream(config, self.get_rotations(config))
+        stream = self.residual_stream(_residual(residual_config))
         model = self.get_mmdit()
         sigmas = sd3_impls.flow_schedule(steps, self.shift if shift is None else shift)
-        sigmas = sd3_impls.remaining(sigmas, steps, denoise)
+        sigmas = sd3_impls.img2img_sigmas(sigmas, steps, denoise)
         denoiser = sd3_impls.Denoiser(
             model,
             self._rows(conditioning, len(seeds)),
@@ -793,15 +798,19 @@ class Engine:
             )
         return torch.cat(out)
 
+    def residual_stream(self, config: ResidualConfig) -> ResidualStream | None:
+        """The stream of a configuration, checked against this model, or None where nothing is mixed; raises Mistake."""
+        config.check(self.config.depth)
+        return residual_stream(config, self.get_rotations(config))
+
     def get_rotations(self, config: ResidualConfig) -> Rotations | None:
         """The rotations that a configuration needs, read and checked once; None where it needs none.
 
-        Raises FileNotFoundError, or ValueError for a file that does not fit (see `residual.read_rotations`).
+        Raises Mistake for a file that does not fit (see `rotations.read_rotations`).
         """
-        if config.mode != "aligned" or not config.active:
+        if not config.aligned:
             return None
-        if config.rotations is None:
-            raise ValueError(NEEDS_ROTATIONS)
+        config.check_rotations()
         key = (config.rotations, config.origin, config.targets, stamp(config.rotations))
         if self._rotations is None or self._rotations[0] != key:
             self._rotations = (key, read_rotations(config.rotations, config, self.config.width))
@@ -902,9 +911,8 @@ class Engine:
     def check_settings(self, s: Settings) -> None:
         """Raises ValueError where settings do not fit the loaded model."""
         self.check_size(s.width, s.height)
-        residual = residual_of(s)
-        residual.check(self.config.depth)
-        residual_stream(residual, self.get_rotations(residual))
+        with renaming(RESIDUAL_FLAGS):
+            self.residual_stream(s.residual)
         if s.skip_layer and max(s.skip_layer.layers) >= self.config.depth:
             raise ValueError(
                 f"--skip_layer_cfg: needs layers {s.skip_layer.layers}, this model has {self.config.depth}"
@@ -956,7 +964,7 @@ class Engine:
                 control,
                 denoise,
                 s.skip_layer,
-                residual_of(s),
+                s.residual,
                 shift=s.shift,
                 controlnet_strength=s.controlnet_strength,
                 callback=lambda step: bar.update(),
@@ -1077,11 +1085,6 @@ def read_row_seeds(seed: Any) -> list[int]:
     """The seeds of a batch's rows, from one for one row or a list; raises ValueError."""
     rows = read_list("seed", seed) if isinstance(seed, Iterable) else [seed]
     return [READERS["seed"]("seed", one) for one in rows]
-
-
-def residual_of(s: Settings) -> ResidualConfig:
-    """The residual configuration that a picture's settings hold."""
-    return ResidualConfig(**{name: getattr(s, setting) for name, setting in RESIDUAL_FLAGS.items()})
 
 
 def residual_settings(config: ResidualConfig) -> dict[str, Any]:

@@ -7,40 +7,36 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sd3.diffusers_names import Source
 from sd3.files import ENCODER_FOLDERS, ENCODER_PREFIX, ENCODERS, STEMS, WeightFile
+from sd3.mistakes import Missing, Mistake
 from sd3.models import FETCH, model_key
-from sd3.reading import Unreadable
 from sd3.weights import Part
-
-if TYPE_CHECKING:
-    pass
 
 
 def models_folder(folder: str) -> Path:
-    """The folder that --model_folder names; raises FileNotFoundError, or ValueError where it is something else."""
+    """The folder that `model_folder` names; raises `Missing`, or `Mistake` where it is not a readable folder."""
     if os.path.isdir(folder):
         if not os.access(folder, os.R_OK | os.X_OK):
-            raise ValueError(f"--model_folder {folder}: may not be read")
+            raise Mistake("model_folder", folder, "may not be read")
         return Path(folder)
     if os.path.lexists(folder):
-        raise ValueError(f"--model_folder {folder}: is not a folder")
-    raise FileNotFoundError(f"--model_folder {folder}: no such folder")
+        raise Mistake("model_folder", folder, "is not a folder")
+    raise Missing("model_folder", folder, "no such folder")
 
 
 def list_models(folder: str) -> str:
     """What was found in a models folder, what is missing and the command that fetches it."""
     place = models_folder(folder)
     lines, seen = [f"{place}:"], set()
-    for path in sorted(p.parent for p in place.glob("*/transformer") if p.is_dir()):
+    for path in sorted(p.parent for p in place.glob("*/transformer") if os.path.isdir(p)):
         try:
             file = WeightFile(path)
             size = sum(p.stat().st_size for p in {e.path for e in file.entries.values()}) / 2**20
             lines.append(f"  found    {path.relative_to(place)}/  a model in diffusers layout, {size:,.0f} MB")
             seen.add(f"{model_key(path)}.safetensors")
-        except (ValueError, OSError) as error:
+        except (Mistake, OSError) as error:
             lines.append(f"  damaged  {error}")
     held: set[str] = set()  # roles of text encoders that were found, whatever their files are called
     for path in sorted([*place.glob("*.safetensors"), *place.glob("*/*.safetensors")]):
@@ -50,7 +46,7 @@ def list_models(folder: str) -> str:
             held |= roles_of(file)
             lines.append(f"  found    {path.relative_to(place)}  {file.looks_like()}, {size:,.0f} MB")
             seen.add(path.name)
-        except (ValueError, OSError) as error:
+        except (Mistake, OSError) as error:
             lines.append(f"  damaged  {error}")
     for name, repository in FETCH.items():
         if not any(s.startswith((name + ".safetensors", f"{name}_incl")) for s in seen):
@@ -63,7 +59,7 @@ def list_models(folder: str) -> str:
     for kind in TOKENIZER_FOLDERS:
         try:
             lines.append(f"  found    {kind} tokenizer in {find_tokenizer(kind, [place])}")
-        except FileNotFoundError as error:
+        except Missing as error:
             lines.append(f"  missing  {kind} tokenizer  {str(error).split('get it with: ')[-1]}")
     return "\n".join(lines)
 
@@ -125,8 +121,8 @@ def find_encoders(
     in `folders`, their `text_encoders/` or `clip/`: by a known name, else in a folder of diffusers' layout there, else
     by what the files hold.
 
-    Raises ValueError for a file that is damaged and where several may be meant, FileNotFoundError that says where it
-    was looked for and how to get it.
+    Raises `Mistake` for a damaged file and where several may be meant; `Missing` says where the encoder was looked for
+    and how to get it.
     """
     roles = list(roles)
     parts: dict[str, Part] = {}
@@ -183,28 +179,29 @@ def _by_contents(role: str, model_file: WeightFile, folders: list[Path], parts: 
     other = {"clip_l": "clip_g", "clip_g": "clip_l"}.get(role)
     width = encoder_width(other, parts[other]) if other in parts else None
     known = {name for names in ENCODER_FILES.values() for name in names}
-    used = {part.file.path.resolve() for part in parts.values()} | {model_file.path.resolve()}
+    used = {os.path.realpath(file.path) for file in [model_file, *(part.file for part in parts.values())]}
     for folder in folders:
-        found: dict[Path, Part] = {}
+        found: dict[str, Part] = {}
         for path in (p for place in _places([folder]) for p in sorted(place.glob("*.safetensors"))):
             hinted = [r for r in ("clip_l", "clip_g") if r in path.name.lower().replace("-", "_")]
-            if path.name in known or path.resolve() in used or (hinted and role not in hinted):
+            if path.name in known or os.path.realpath(path) in used or (hinted and role not in hinted):
                 continue
-            with contextlib.suppress(ValueError, OSError):  # a file that cannot be read is none of those that fit
+            with contextlib.suppress(Mistake):  # a file that cannot be read is none of those that fit
                 part = _alone(role, WeightFile(path, "model_folder", folder=False))
                 if part is not None and fit.fits(role, part, width):
-                    found.setdefault(path.resolve(), part)
+                    found.setdefault(os.path.realpath(path), part)
         if len(found) > 1:
             names = " and ".join(str(part.file.path) for part in found.values())
-            raise Unreadable(f"--{role}: {names} may both be meant; name the right one with --{role}")
+            raise Mistake(role, "", f"{names} may both be meant; name the right one with `{role}`")
         if found:
             return next(iter(found.values()))
     where = ", ".join(f"{f}/ and {f}/text_encoders/ and {f}/clip/" for f in folders)
-    skip = ", or give --no_t5" if role == "t5xxl" else ""
-    raise FileNotFoundError(
-        f"--model_folder: no {' or '.join(ENCODER_FILES[role][:3])} in {where}, nor another file that holds one; name "
-        f"it with --{role}, or {fetch_encoder(role, folders[0])}{skip}"
+    skip = ", or give `no_t5`" if role == "t5xxl" else ""
+    why = (
+        f"no {' or '.join(ENCODER_FILES[role][:3])} in {where}, nor another file that holds one; name it with "
+        f"`{role}`, or {fetch_encoder(role, folders[0])}{skip}"
     )
+    raise Missing("model_folder", "", why)
 
 
 def _alone(role: str, file: WeightFile) -> Part | None:
@@ -242,7 +239,7 @@ def fetch_encoder(role: str, folder: Path) -> str:
 def find_tokenizer(kind: str, folders: list[Path]) -> Path:
     """The folder of the `clip` or `t5` tokenizer: in `folders`, beside the encoders, else in the hub's cache.
 
-    Never uses the network. Raises FileNotFoundError that says where it was looked for and how to get it.
+    Never uses the network. Raises `Missing` that says where it was looked for and how to get it.
     """
     places = [p / name for f in folders for p in (f, f / "text_encoders") for name in TOKENIZER_FOLDERS[kind]]
     for place in places:
@@ -250,13 +247,13 @@ def find_tokenizer(kind: str, folders: list[Path]) -> Path:
             return place
     if cached := _cached_tokenizer(kind):
         return cached
-    flag = TOKENIZER_FOLDERS[kind][0]
     names = " or ".join(" and ".join(n) for n in TOKENIZER_FILES[kind])
     get = " ".join(n for names in TOKENIZER_FILES[kind] for n in names if n != "tokenizer.json")
-    raise FileNotFoundError(
-        f"--model_folder: no tokenizer ({names}) in {', '.join(map(str, places))} or the hub's cache; get it with: "
-        f"hf download {TOKENIZER_HUB[kind]} {get} --local-dir {folders[0] / flag}"
+    why = (
+        f"no tokenizer ({names}) in {', '.join(map(str, places))} or the hub's cache; get it with: "
+        f"hf download {TOKENIZER_HUB[kind]} {get} --local-dir {folders[0] / TOKENIZER_FOLDERS[kind][0]}"
     )
+    raise Missing("model_folder", "", why)
 
 
 def _cached_tokenizer(kind: str) -> Path | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sd3.mistakes import display, nearest
+from sd3.mistakes import display, nearest, renaming
 from sd3.readers import (
     SEED_LIMIT,
     _choice,
@@ -29,7 +28,6 @@ from sd3.readers import (
     read_tile,
     read_weight,
     read_weights,
-    spread_weights,
 )
 
 SEED_TYPES = ("fixed", "rand", "roll")
@@ -40,61 +38,7 @@ RANDOM_SEEDS = 100_000  # seed_type rand draws below this
 DEFAULT_SEED = 23
 DEFAULT_DENOISE = 0.8
 WEIGHTS = ("full", "int8", "fp8")
-GAIN_LIMIT = 60_000.0  # of a weight times its schedule: float16 ends at 65504
 MOST_PICTURES = 100_000  # of a run, and of a sweep's grid
-
-
-def check_residual(
-    origin: int, targets: Sequence[int], weights: Sequence[float] | str, depth: int | None = None
-) -> None:
-    """Checks residual settings against each other and, where known, the number of joint blocks.
-
-    Raises ValueError naming the value and the valid range. Without targets the feature is off and nothing is wrong.
-    """
-    if not targets:
-        return
-    last = "" if depth is None else f" (this model has {depth} joint blocks: 0 to {depth - 1})"
-    if origin < 0 or (depth is not None and origin >= depth):
-        raise ValueError(f"--residual_origin_layer {origin}: no such layer{last or '; layers count from 0'}")
-    seen: set[int] = set()
-    for target in targets:
-        if target < 0 or (depth is not None and target >= depth):
-            raise ValueError(f"--residual_target_layers {target}: no such layer{last or '; layers count from 0'}")
-        if target in seen:
-            raise ValueError(f"--residual_target_layers: {target} is there twice; name every layer once")
-        seen.add(target)
-        if target < origin:
-            raise ValueError(f"--residual_target_layers {target}: lies below the origin layer {origin}{last}")
-    weights = spread_weights(weights, len(targets))
-    if len(weights) != len(targets):
-        raise ValueError(
-            f"--residual_weights: {len(weights)} given for {len(targets)} target layers; "
-            "give one each, one for all, or none for 1.0"
-        )
-    for weight in weights:
-        read_weight("residual_weights", weight)
-
-
-def check_residual_strength(weights: Sequence[float], schedule: str) -> None:
-    """Raises ValueError where a weight times its schedule (as `read_schedule` spells it) grows beyond what float16
-    holds: a negative ALPHA makes it e^-ALPHA times as large.
-    """
-    if not schedule.startswith("exp:"):
-        return
-    largest = max((abs(w) for w in weights), default=0.0)
-    if largest and math.log(largest) - min(float(schedule.removeprefix("exp:")), 0.0) > math.log(GAIN_LIMIT):
-        raise ValueError(
-            f"--residual_schedule {schedule}: makes the weight {largest:g} larger than {GAIN_LIMIT:,.0f}; "
-            "take a larger ALPHA or smaller weights"
-        )
-
-
-def check_residual_window(start: float, end: float) -> None:
-    """Raises ValueError where the part of the steps in which residual streaming acts is empty or out of range."""
-    read_float("residual_start", start, 0.0, 1.0)
-    read_float("residual_end", end, 0.0, 1.0)
-    if start >= end:
-        raise ValueError(f"--residual_start {start:g}: must be below --residual_end {end:g}; no step is left")
 
 
 @dataclass(frozen=True)
@@ -168,16 +112,10 @@ class Flags:
                 if name not in SELF_CHECK and value is not None:
                     raise ValueError(f"--{name}: does not go with --self_check, which runs the shipped model")
         if not flags.residual_config:  # else they are checked together with what the file says
-            check_residual(
-                flags.residual_origin_layer or 0, flags.residual_target_layers or (), flags.residual_weights or ()
-            )
-            end = 1.0 if flags.residual_end is None else flags.residual_end
-            check_residual_window(flags.residual_start or 0.0, end)
-            if flags.residual_target_layers:
-                spread = spread_weights(flags.residual_weights or (), len(flags.residual_target_layers))
-                check_residual_strength(spread, flags.residual_schedule or "constant")
-            if flags.residual_mode == "aligned" and flags.residual_target_layers and not flags.residual_rotations:
-                raise ValueError(NEEDS_ROTATIONS)
+            from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
+
+            with renaming(RESIDUAL_FLAGS):
+                ResidualConfig.from_flags(flags.residual()).check_rotations()
         if flags.controlnet_cond_image and not flags.controlnet_ckpt:
             raise ValueError("--controlnet_cond_image: needs --controlnet_ckpt, the ControlNet that reads it")
         if flags.controlnet_ckpt and not flags.controlnet_cond_image:
@@ -200,9 +138,6 @@ class Flags:
         return {n.removeprefix("residual_"): v for n in names if (v := getattr(self, n)) is not None}
 
 
-NEEDS_ROTATIONS = (
-    "--residual_mode aligned: needs --residual_rotations FILE; `python sd3_probe.py calibrate` makes one for your model"
-)
 READERS: dict[str, Callable[[str, Any], Any]] = {
     "prompt": read_text,
     "model": read_path,

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3.reading import Unreadable, check_file, reading
+from sd3.mistakes import Mistake, Where, verbatim
+from sd3.reading import check_file, reading
 
 MOST_HEADER = 100_000_000  # bytes; the library reads no longer ones
 DEEPEST = 125  # levels of lists and objects in a field that nobody knows: the library reads no more
@@ -39,11 +40,11 @@ class Entry:
     place: int = 0
 
 
-def read_header(where: str, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_header(where: Where, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of a safetensors file by name, and its metadata.
 
-    where: how the file is named to the user. Raises FileNotFoundError, or `Unreadable` for everything that the library
-    would refuse, and for a file without tensors.
+    where: the field that names the file, and its path. Raises `Missing`, or another `Mistake` for everything that the
+    library would refuse and for a file without tensors.
     """
     check_file(where, path)
     with reading(where, "cannot be read"), open(path, "rb") as f:
@@ -52,27 +53,27 @@ def read_header(where: str, path: Path) -> tuple[dict[str, Entry], dict[str, str
         length = int.from_bytes(start, "little")
         opening = f.read(64)
         if len(start) < 8 or length == 0 or (opening.strip() and opening.lstrip()[:1] != b"{"):
-            raise Unreadable(f"{where}: is not a safetensors file{_hint(path)}")
+            raise Mistake(*where, f"is not a safetensors file{_hint(path)}")
         if length > MOST_HEADER:
-            raise Unreadable(f"{where}: its header is damaged (it is said to have {length:,} bytes)")
+            raise Mistake(*where, f"its header is damaged (it is said to have {length:,} bytes)")
         if 8 + length > size:
-            raise Unreadable(f"{where}: is truncated: its header alone needs {8 + length} bytes, there are {size}")
+            raise Mistake(*where, f"is truncated: its header alone needs {8 + length} bytes, there are {size}")
         f.seek(8)
         text = f.read(length)
     try:
         metadata, tensors = _parse(text)
         end = _check_places(tensors)
     except RecursionError:
-        raise Unreadable(f"{where}: its header is damaged (it is nested too deeply)") from None
+        raise Mistake(*where, "its header is damaged (it is nested too deeply)") from None
     except ValueError as error:
-        raise Unreadable(f"{where}: its header is damaged ({' '.join(str(error).split())[:200]})") from None
+        raise Mistake(*where, f"its header is damaged ({verbatim(' '.join(str(error).split())[:200])})") from None
     needed = 8 + length + end
     if size < needed:
-        raise Unreadable(f"{where}: is truncated: {size} bytes of {needed}; download it again")
+        raise Mistake(*where, f"is truncated: {size} bytes of {needed}; download it again")
     if size > needed:
-        raise Unreadable(f"{where}: its header is damaged ({size - needed} bytes follow on the last tensor)")
+        raise Mistake(*where, f"its header is damaged ({size - needed} bytes follow on the last tensor)")
     if not tensors:
-        raise Unreadable(f"{where}: holds no usable tensors")
+        raise Mistake(*where, "holds no usable tensors")
     return {
         name: Entry(dtype, shape, first, path, name, last - first, 8 + length + first)
         for name, (dtype, shape, (first, last)) in tensors.items()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sd3.mistakes import display
+from sd3.mistakes import Where
 from sd3.readers import read_path, read_text
 from sd3.reading import check_file, parse_json, reading
 
@@ -40,7 +40,7 @@ def read_lines(flag: str, path: str | Path) -> list[str]:
 
     A line ends with \\n or \\r\\n. Other marks that Unicode counts as ends of lines may stand inside one.
     """
-    where = f"--{flag} {display(path)}"
+    where = Where(flag, path)
     check_file(where, path)
     with reading(where, "cannot be read as UTF-8 text"):
         text = Path(path).read_bytes().decode("utf-8-sig")

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sd3.flags import DEFAULT_DENOISE, DEFAULT_SEED, READERS, Flags, check_residual, check_residual_window
+from sd3.flags import DEFAULT_DENOISE, DEFAULT_SEED, READERS, Flags
+from sd3.mistakes import renaming
 from sd3.models import CONTROLNET, DEFAULT_SIZE, MODELS, OTHER_MODEL, SKIP_LAYERS, SkipLayerConfig, model_key
-from sd3.readers import spread_weights
+from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
 
 TEXT_FILES = ("model_folder", "clip_l", "clip_g", "t5xxl")  # where text encoders lie; pictures do not name it
 FILE_SETTINGS = ("model", "vae", "init_image", "controlnet_ckpt", "controlnet_cond_image", "residual_rotations")
@@ -72,12 +73,15 @@ class Settings:
                 object.__setattr__(self, field.name, READERS[field.name](field.name, value))
         if self.vae_tile is None:
             raise ValueError("--vae_tile auto: must be a number here; the size is chosen before a picture is described")
-        weights = self.residual_weights
-        if isinstance(weights, str) or (self.residual_target_layers and len(weights) < 2):
-            weights = spread_weights(weights, len(self.residual_target_layers))
-            object.__setattr__(self, "residual_weights", weights)
-        check_residual(self.residual_origin_layer, self.residual_target_layers, self.residual_weights)
-        check_residual_window(self.residual_start, self.residual_end)
+        residual = self.residual  # checks the fields against each other
+        if residual.active:
+            object.__setattr__(self, "residual_weights", residual.weights)
+
+    @property
+    def residual(self) -> ResidualConfig:
+        """The residual settings in the form that checks them and that a stream is made from."""
+        with renaming(RESIDUAL_FLAGS):
+            return ResidualConfig(**{name: getattr(self, flag) for name, flag in RESIDUAL_FLAGS.items()})
 
     def asdict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""

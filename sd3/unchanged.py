@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from sd3.mistakes import Mistake, Where
+
 Stamp = tuple[int, int, int]
 
 
-class Changed(ValueError):
-    """A file is another one than when it was opened."""
+class Changed(Mistake):
+    """A file that was replaced, edited or deleted since it was opened."""
 
 
 def stamp(path: str | Path) -> Stamp | None:
@@ -25,11 +27,11 @@ class Unchanged:
     """Files with the stamps that they had when they were opened."""
 
     def __init__(self) -> None:
-        self.stamps: dict[str, tuple[str, Stamp | None]] = {}
+        self.stamps: dict[Where, tuple[str, Stamp | None]] = {}
 
-    def add(self, where: str, path: str | Path, known: Stamp | None = None) -> None:
-        """Notes a file, before it is read. where: how it is named to the user, such as `--model x.safetensors`; known:
-        its stamp, where it was read before.
+    def add(self, where: Where, path: str | Path, known: Stamp | None = None) -> None:
+        """Notes a file, before it is read. where: the field that names it, and its path; known: its stamp, where it
+        was read before.
         """
         # from the root, as the working folder may change; not abspath, which takes `link/..` for the folder of the link
         self.stamps[where] = os.path.join(os.getcwd(), path), known or stamp(path)
@@ -40,4 +42,4 @@ class Unchanged:
             now = stamp(path)
             if now != then:
                 how = "is gone" if now is None else "has changed"
-                raise Changed(f"{where}: {how} since it was opened; no picture is made of two files: start again")
+                raise Changed(*where, f"{how} since it was opened; no picture is made of two files: start again")

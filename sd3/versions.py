@@ -1,9 +1,12 @@
-"""Versions of this tool and of what it computes with."""
+"""Versions of this tool and of what it computes with. Needs no torch."""
 
 from __future__ import annotations
 
 import platform
 from importlib import metadata
+
+NAME = "sd3-residual"
+__version__ = "0.2.0"
 
 PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "pillow")
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from other_impls import count_layers
 from sd3.diffusers_names import BLOCK, RENAMES, Source, diffusers_mmdit, diffusers_vae
-from sd3.files import FLOATS, MMDIT_PREFIX, TRANSFORMER, VAE_PREFIX, WeightFile, where_of
+from sd3.files import FLOATS, MMDIT_PREFIX, TRANSFORMER, VAE_PREFIX, WeightFile
 from sd3.headers import Entry
-from sd3.reading import Note, Unreadable, reading
+from sd3.mistakes import Mistake, Where, verbatim
+from sd3.reading import Note, reading
 
 if TYPE_CHECKING:
     import torch
@@ -76,18 +77,18 @@ class Part:
         return max(sizes, key=lambda k: sizes[k])
 
     def config(self, read: Callable[[dict[str, tuple[int, ...]]], Any], what: str) -> Any:
-        """The sizes that `read` finds in the shapes; raises ValueError where this is no such model."""
+        """The sizes that `read` finds in the shapes; raises `Mistake` where this is no such model."""
         try:
             return read(self.shapes)
         except Exception as error:  # shapes of any kind meet readers that expect theirs
             like = self.file.looks_like()
             it = "it is damaged, or of another kind" if like == what else f"it looks like {like}"
-            raise Unreadable(f"{self.file.where}: is not {what}: {it} (no usable {error})") from None
+            raise Mistake(*self.file.where, f"is not {what}: {it} (no usable {verbatim(str(error))})") from None
 
     def check(self, model: nn.Module, needed: Callable[[str], bool] = lambda name: True) -> None:
         """Compares with what `model` (on any device, meta too) needs, from the header alone.
 
-        Raises one ValueError that lists what is missing, what has a wrong shape and what holds no numbers with a
+        Raises one `Mistake` that lists what is missing, what has a wrong shape and what holds no numbers with a
         point; warns of unknown extras.
         """
         wanted = {k: tuple(v.shape) for k, v in model.state_dict().items() if needed(k)}
@@ -114,7 +115,7 @@ class Part:
         if scales:
             problems.append(f"{len(scales)} scales that are not read: {_some(scales)}")
         if problems:
-            raise Unreadable(f"{self.file.where}: tensors do not fit the model; {'; '.join(problems)}")
+            raise Mistake(*self.file.where, f"tensors do not fit the model; {verbatim('; '.join(problems))}")
         owned = model.state_dict()
         others = self.file.owners()
         extra = [k for k in self.shapes if k not in owned and not self._harmless(k, others)]
@@ -149,7 +150,7 @@ class Part:
         return leaf in HARMLESS or name.startswith(HARMLESS_PREFIXES) or name in _UNUSED
 
     def check_filled(self, some_may_be_empty: bool = False) -> None:
-        """Looks at both ends of some of the weights. Raises ValueError where all are zero, warns where some are: what
+        """Looks at both ends of some of the weights. Raises `Mistake` where all are zero, warns where some are: what
         a download leaves that reserved its room and stopped. some_may_be_empty: training began with such weights.
         """
         entries = [self.file.entries[self.prefix + n] for k in self.shapes for n in self.source(k).names]
@@ -166,7 +167,7 @@ class Part:
                 if not ends.strip(b"\0"):
                     zero.append(entry.name)
         if weights and len(zero) == len(weights):
-            raise Unreadable(f"{self.file.where}: holds nothing but zeros: its download never filled it; get it again")
+            raise Mistake(*self.file.where, "holds nothing but zeros: its download never filled it; get it again")
         if zero and not some_may_be_empty:
             some = f"{len(zero)} of {len(weights)} weights looked at hold nothing but zeros, such as {zero[0]}"
             warnings.warn(f"{self.file.path}: {some}; its download may have stopped early", Note, stacklevel=2)
@@ -196,7 +197,7 @@ class Part:
                 opened: dict[Path, Any] = {}
 
                 def take(entry: Entry, opened=opened, stack=stack) -> Tensor:
-                    with reading(where_of(entry.path, self.file.flag), "cannot be read"):
+                    with reading(Where(self.file.field, entry.path), "cannot be read"):
                         if entry.path not in opened:
                             opened[entry.path] = stack.enter_context(
                                 safe_open(entry.path, framework="pt", device="cpu")
@@ -314,7 +315,7 @@ LAYOUTS = (
 def controlnet_part(file: WeightFile) -> Part:
     """The tensors of a ControlNet file under our names, in diffusers' layout too.
 
-    Raises ValueError for a ControlNet of a layout that does not load.
+    Raises `Mistake` for a ControlNet of a layout that does not load.
     """
     prefix = (*file.prefixes("", "controlnet_blocks."), "")[0]
     sources = {ours: Source((theirs,)) for ours, theirs in RENAMES.items()}
@@ -323,27 +324,27 @@ def controlnet_part(file: WeightFile) -> Part:
         other = next((n for n in ("context_embedder.weight", "pos_embed.proj.weight") if n in names), None)
         if other is not None:
             kind = "text blocks" if other.startswith("context") else "positions of its own"
-            raise Unreadable(f"{file.where}: is a ControlNet in diffusers' layout with {kind} ({other}); {LAYOUTS}")
+            raise Mistake(*file.where, f"is a ControlNet in diffusers' layout with {kind} ({other}); {LAYOUTS}")
         for i in range(count_layers(names, "transformer_blocks.")):
             for ours, theirs in BLOCK.items():
                 for leaf in ("weight", "bias"):
                     pieces = tuple(f"transformer_blocks.{i}.{their}.{leaf}" for their in theirs)
                     sources[f"transformer_blocks.{i}.{ours}.{leaf}"] = Source(pieces)
     elif "input_hint_block.0.weight" in names or any(n.startswith(("input_blocks.", "down_blocks.")) for n in names):
-        raise Unreadable(f"{file.where}: is a ControlNet for SD 1, SD 2 or SDXL; {LAYOUTS}")
+        raise Mistake(*file.where, f"is a ControlNet for SD 1, SD 2 or SDXL; {LAYOUTS}")
     return Part(file, prefix, sources)
 
 
 def control_kind(part: Part) -> str:
     """blur, canny or depth, as the file says (canny images get another range in the 8B kind); `` where it does not.
 
-    Raises ValueError for a kind that is no number.
+    Raises `Mistake` for a kind that is no number.
     """
     shape = part.shapes.get("control_type")
     if shape is None:
         return ""
     entry = part.entry("control_type")
     if shape not in ((), (1,)) or (entry.dtype not in FLOATS and entry.dtype[0] not in "IU"):
-        raise Unreadable(f"{part.file.where}: its control_type is no number: {entry.dtype} {list(shape)}")
+        raise Mistake(*part.file.where, f"its control_type is no number: {entry.dtype} {list(shape)}")
     ((_, value),) = part.read(["control_type"], "cpu", None)
     return CONTROL_TYPES.get(value.item(), "")

@@ -249,7 +249,7 @@ def test_model_folder_is_searched_first(tmp_path):
     ("gone", "message"),
     [
         ("clip_g.safetensors", "no clip_g.safetensors in"),
-        ("t5xxl_fp16.safetensors", "or give --no_t5"),
+        ("t5xxl_fp16.safetensors", "or give no_t5"),
         ("tokenizer", "no tokenizer"),
         ("tokenizer_3", "no tokenizer"),
     ],

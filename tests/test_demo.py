@@ -19,9 +19,12 @@ from safetensors.torch import load_file
 from demo import data, flow, optim, score, text, train, watch
 from mmditx import MMDiTConfig
 from sd3.files import MMDIT_PREFIX, WeightFile
+from sd3.mistakes import Mistake
+from sd3.residual import ResidualConfig
 from sd3.shapes import prompts as shape_prompts
 from sd3.shapes import scenes, scorer
 from sd3.shapes.scenes import ALL_COMBINATIONS, COLOURS, HELD_OUT, SEEN, SHAPES, sample_scene, training_scene
+from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.weights import Part
 from sd3_impls import latent_in
 from sd3_infer import SD3Inferencer
@@ -196,10 +199,8 @@ def captions(tmp_path_factory) -> text.Captions:
 
 
 def test_training_sees_the_token_ids_that_inference_makes(tmp_path, trained_on):
-    from other_impls import CLIPTokenizer, T5Tokenizer
-
     captions = text.Captions(tmp_path)
-    clip, t5 = CLIPTokenizer(tmp_path / "tokenizer"), T5Tokenizer(tmp_path / "tokenizer_3")
+    clip, t5 = open_clip_tokenizer(tmp_path / "tokenizer"), open_t5_tokenizer(tmp_path / "tokenizer_3")
     vocabulary = json.loads((tmp_path / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     for word in scenes.all_words():
         assert len(clip.tokenize(word, 16).ids[1:-1]) == 14
@@ -248,6 +249,22 @@ def test_the_scorer_reads_every_combination_on_every_background(blur):
             assert (seen.colour, seen.shape) == (colour, shape)
             assert abs(seen.x - thing.x / 96) < 0.05
             assert abs(seen.y - thing.y / 96) < 0.05
+
+
+def test_settings_of_the_scorer():
+    """The same rule of weights as everywhere; weights may hold colons."""
+    assert score.residual_of("off") == ResidualConfig()
+    assert score.residual_of("0:3,5:each:0.1") == ResidualConfig(0, (3, 5), (0.1, 0.1))
+    assert score.residual_of("anchored:1:3-5:linear:0.3:0.1") == ResidualConfig(
+        1, (3, 4, 5), (0.3, 0.2, 0.1), "anchored"
+    )
+    assert score.residual_of("0:3,5,7:0.8,0.6,0.4").weights == (0.8, 0.6, 0.4)
+    with pytest.raises(Mistake, match=r"weights: 1 given for 2 target layers; give one each, each:0\.1 for all"):
+        score.residual_of("0:3,5:0.1")
+    for setting in ("add", "0:3", "add:0:3", ""):
+        with pytest.raises(Mistake, match=r"must be off or \[MODE:\]ORIGIN:TARGETS:WEIGHTS"):
+            score.residual_of(setting)
+    assert all(score.residual_of(setting).targets for setting in score.RESIDUAL_SETTINGS[1:])
 
 
 def test_the_scorer_refuses_what_is_wrong():

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from safetensors import SafetensorError, safe_open
 
 from sd3.files import WeightFile
-from sd3.reading import Unreadable
+from sd3.mistakes import Mistake
 from sd3.weights import Part
 
 TENSORS = {
@@ -43,7 +43,7 @@ def ours(path) -> str:
     try:
         WeightFile(path)
         return ""
-    except Unreadable as error:
+    except Mistake as error:
         assert str(error).startswith(str(path))
         assert "\n" not in str(error)
         return str(error)

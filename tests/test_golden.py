@@ -16,12 +16,14 @@ from conftest import relative
 from safetensors.torch import load_file
 
 from dit_embedder import ControlNet, ControlNetConfig
-from mmditx import MMDiT, MMDiTConfig, ResidualStream, residual_stream
-from other_impls import CLIP, T5, CLIPConfig, CLIPTokenizer, T5Config, T5Tokenizer
+from mmditx import MMDiT, MMDiTConfig
+from other_impls import CLIP, T5, CLIPConfig, T5Config
 from sd3.files import MMDIT_PREFIX, VAE_PREFIX, WeightFile
 from sd3.find import encoder_part
 from sd3.models import SkipLayerConfig
-from sd3.residual import ResidualConfig, Rotations
+from sd3.residual import ResidualConfig, residual_stream
+from sd3.rotations import Rotations
+from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.vae import VAE, VAEConfig
 from sd3.weights import Part, controlnet_part, mmdit_part
 from sd3_impls import (
@@ -30,9 +32,9 @@ from sd3_impls import (
     Denoiser,
     flow_schedule,
     guided_sampling,
+    img2img_sigmas,
     latent_in,
     latent_out,
-    remaining,
     seeded_noise,
 )
 
@@ -102,7 +104,7 @@ def test_mmdit(name, key):
     if key.endswith("skip"):
         options["skip_layers"] = [1]
     if key.startswith("residual_"):
-        options["hook"] = ResidualStream(RESIDUAL[key.split("_")[1]])
+        options["hook"] = residual_stream(RESIDUAL[key.split("_")[1]])
     got = model(g["x"], g["t"], g["y"], g["context"], **options)
     assert relative(got, g[key]) < MODULE
 
@@ -208,7 +210,7 @@ def test_pipeline(key):
     cond, neg_cond = (Conditioning(g[f"{half}_context"], g[f"{half}_pooled"]) for half in ("cond", "neg"))
     steps, sigmas, latent = 8, flow_schedule(8, float(shift)), torch.zeros(1, 16, 12, 8)
     if "img2img" in words:
-        latent, sigmas = g["init_latent"], remaining(sigmas, steps, 0.6)
+        latent, sigmas = g["init_latent"], img2img_sigmas(sigmas, steps, 0.6)
         assert len(sigmas) == 6
     model = mmdit(f"{name}.weights.safetensors")
     denoiser = Denoiser(model, cond, neg_cond, 4.5, steps, slg, hooks=[stream])
@@ -222,7 +224,7 @@ ROWS = json.loads((FOLDER / "tokens.json").read_text(encoding="utf-8"))
 @pytest.mark.skipif(not TOKENIZERS, reason="SD3_TOKENIZERS is not set")
 @pytest.mark.parametrize("row", ROWS, ids=[row["prompt"][:20] for row in ROWS])
 def test_tokens(row):
-    clip, t5 = CLIPTokenizer(Path(TOKENIZERS) / "clip"), T5Tokenizer(Path(TOKENIZERS) / "t5")
+    clip, t5 = open_clip_tokenizer(Path(TOKENIZERS) / "clip"), open_t5_tokenizer(Path(TOKENIZERS) / "t5")
     length = len(row["l"]["ids"])
     got = {
         "l": clip.tokenize(row["prompt"], length),

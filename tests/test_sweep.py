@@ -74,7 +74,7 @@ def names(raw: dict, file: str | None = None) -> list[tuple[str, str | None]]:
 
 def test_off_is_always_there_and_made_first():
     assert names({}) == [("off", None)]
-    targets = {"residual_target_layers": "3,5,7; 4,8 ;none", "residual_weights": "0.3;0.6"}
+    targets = {"residual_target_layers": "3,5,7; 4,8 ;none", "residual_weights": "each:0.3;each:0.6"}
     assert names(targets) == [
         ("off", None),
         ("0:3,5,7:0.3", "off"),
@@ -101,7 +101,7 @@ cfg: [2, 3]
 residual_target_layers: [3, 5, 7]
 residual_weights: [[0.3, 0.2, 0.1], 0.6]
 variants:
-  gentle: {residual_target_layers: 2-7, residual_weights: 0.05, residual_mode: anchored}
+  gentle: {residual_target_layers: 2-7, residual_weights: "each:0.05", residual_mode: anchored}
   strong guidance: {cfg: 7}
 """,
         encoding="utf-8",
@@ -297,7 +297,7 @@ def test_two_models_and_image_to_image(tmp_path, small_model, prompts):
 def test_killed_three_times_it_ends_with_the_same_pictures(tmp_path, prompts):
     arguments = [
         *("--model", DEMO, "--device", "cpu", "--steps", 4, "--prompt", prompts, "--seed", "0-4", "--batch_size", 4),
-        *("--residual_target_layers", "3,5;4;2-7", "--residual_weights", "0.1;0.3"),
+        *("--residual_target_layers", "3,5;4;2-7", "--residual_weights", "each:0.1;each:0.3"),
     ]
     subprocess.run(shell(tmp_path / "whole", *arguments), check=True, capture_output=True, env=ENV)
     wanted = hashes(tmp_path / "whole")

@@ -142,7 +142,7 @@ def test_samplers_bear_neighbouring_sigmas_that_are_one_number(shift, steps, sam
 
 def check_sampler(shift: float, steps: int, sampler: str, denoise: float) -> None:
     """Whatever the schedule: with a network that always says the same picture, that picture is the result."""
-    sigmas = sd3_impls.remaining(sd3_impls.flow_schedule(steps, shift), steps, denoise)
+    sigmas = sd3_impls.img2img_sigmas(sd3_impls.flow_schedule(steps, shift), steps, denoise)
     picture = torch.full((1, 1, 1, 2), 0.7)
     got = sd3_impls.SAMPLERS[sampler](lambda x, sigma: picture, torch.ones_like(picture), sigmas)
     if len(sigmas) > 1:

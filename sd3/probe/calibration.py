@@ -17,7 +17,8 @@ from sd3.probe.procrustes import Calibration, Distances
 from sd3.probe.running import Collector, Labelled, load, read_labelled, run_prompts
 from sd3.probe.state import State, identity, save_tensors
 from sd3.readers import SEED_LIMIT
-from sd3.residual import ResidualConfig, orthogonality
+from sd3.residual import ResidualConfig
+from sd3.rotations import orthogonality
 from sd3_impls import flow_schedule
 
 LONGEST_OUT = 200  # bytes of a rotation file's name; the names of its state and of its temporary file are longer

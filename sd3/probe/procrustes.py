@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mmditx import TIMESTEPS, Pass, standardise
+from mmditx import TIMESTEPS, ModelCall, standardise
 
 
 class Calibration:
@@ -31,7 +31,7 @@ class Calibration:
         """Timesteps 0 to 1000 between and around the buckets."""
         return [TIMESTEPS * b / self.buckets for b in range(self.buckets + 1)]
 
-    def add(self, at: Pass, states: Mapping[int, Sequence[Tensor]]) -> None:
+    def add(self, at: ModelCall, states: Mapping[int, Sequence[Tensor]]) -> None:
         """Adds the tokens of a model call: {block: one (n, D) per picture}."""
         b = self.bucket(at.sigma)
         origin = standardise(torch.cat(list(states[self.origin])))
@@ -69,7 +69,7 @@ class Distances:
         self.plain, self.turned = (torch.zeros(len(calibration.targets), dtype=torch.float64) for _ in range(2))
         self.count = 0
 
-    def add(self, at: Pass, states: Mapping[int, Sequence[Tensor]]) -> None:
+    def add(self, at: ModelCall, states: Mapping[int, Sequence[Tensor]]) -> None:
         """Adds the tokens of a model call."""
         origin = standardise(torch.cat(list(states[self.calibration.origin])))
         self.count += origin.numel()

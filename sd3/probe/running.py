@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from mmditx import Pass
+from mmditx import ModelCall
 from sd3.engine import Engine, load_for
 from sd3.flags import Flags
 from sd3.mistakes import Mistake
@@ -67,9 +67,9 @@ class Collector:
     def __init__(
         self,
         masks: Sequence[Tensor],
-        wanted: Callable[[Pass], bool],
+        wanted: Callable[[ModelCall], bool],
         layers: Sequence[int],
-        use: Callable[[Pass, dict[int, list[Tensor]]], None],
+        use: Callable[[ModelCall, dict[int, list[Tensor]]], None],
     ):
         """masks: (T,) of each picture; wanted: whether a model call counts; layers: blocks whose incoming tokens are
         handed to use(call, {layer: one (n, D) float32 per picture}) once the last of them is reached.
@@ -77,7 +77,7 @@ class Collector:
         self.masks, self.wanted, self.use = masks, wanted, use
         self.layers, self.last = frozenset(layers), max(layers)
 
-    def begin(self, at: Pass) -> Collector | None:
+    def begin(self, at: ModelCall) -> Collector | None:
         """Prepares for a model call; None for skip-layer calls, and steps that are not wanted."""
         self.at, self.states = at, {}
         return None if at.skip_layers or not self.wanted(at) else self
