@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sd3.png
-import sd3.probe.calibration
 import sd3.probe.command
+import sd3.probe.procrustes
 import sd3.sweep.command
 import sd3_infer
 from sd3.engine import load_for
@@ -262,13 +262,13 @@ def test_an_embedding_cache_takes_no_text_of_a_changed_file(tmp_path, model):
 
 def test_a_calibration_stops_too(tmp_path, model, monkeypatch, capsys):
     (tmp_path / "p.txt").write_text("red\nblue\n")
-    real = sd3.probe.calibration.Calibration.add
+    real = sd3.probe.procrustes.Calibration.add
 
     def added(self, *arguments):
         real(self, *arguments)
         touch(model)
 
-    monkeypatch.setattr(sd3.probe.calibration.Calibration, "add", added)
+    monkeypatch.setattr(sd3.probe.procrustes.Calibration, "add", added)
     flags = ["--model", str(model), "--prompts", str(tmp_path / "p.txt"), "--targets", "3", "--steps", "1"]
     assert (
         sd3.probe.command.main(["calibrate", *flags, "--out", str(tmp_path / "r.safetensors"), "--device", "cpu"]) == 2

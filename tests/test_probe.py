@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-import sd3.probe.calibration
 import sd3.probe.command
 import sd3.probe.running
+import sd3.probe.state
 import sd3.weights
 import sd3_infer
 from mmditx import standardise
 from sd3.files import WeightFile
-from sd3.probe.calibration import Calibration
 from sd3.probe.measuring import Measurement, Sums, cka, linear_probe, neighbour_overlap, retrieval, spread
+from sd3.probe.procrustes import Calibration
 from sd3.probe.running import Collector, Labelled, read_labelled, run_prompts
 from sd3.probe.suggesting import suggest
 from sd3.residual import ResidualConfig
@@ -289,7 +289,7 @@ class Stop(KeyboardInterrupt):
 
 @pytest.mark.parametrize("after", [1, 5, 11])
 def test_a_stopped_calibration_goes_on(small_model, tmp_path, monkeypatch, capsys, after):
-    monkeypatch.setattr(sd3.probe.calibration, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(sd3.probe.state, "SAVE_EVERY", -1.0)
     prompts = files(tmp_path)
     command = ["calibrate", *flags_for(small_model, "--prompts", prompts, "--targets", "1,3")]
     assert probe(*command, "--out", tmp_path / "whole.safetensors") == 0
@@ -316,7 +316,7 @@ def test_a_stopped_calibration_goes_on(small_model, tmp_path, monkeypatch, capsy
 
 
 def test_the_state_of_other_settings_is_not_taken_up(small_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sd3.probe.calibration, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(sd3.probe.state, "SAVE_EVERY", -1.0)
     command = ["calibrate", *flags_for(small_model, "--prompts", files(tmp_path)), "--out", tmp_path / "r.safetensors"]
     real, calls = Calibration.add, []
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sd3 import streams
 from sd3.command import guarded, read_arguments
@@ -21,10 +21,6 @@ from sd3.probe.running import _ENGINE, _RUN
 from sd3.probe.suggesting import run_suggest
 from sd3.readers import range_int, read_bool, read_float, read_layers
 from sd3.residual import ResidualConfig
-
-if TYPE_CHECKING:
-    pass
-
 
 _SHARED = {name: READERS[name] for name in (*_ENGINE, *_RUN)} | {"prompts": READERS["model"]}
 
@@ -112,7 +108,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
         if flags.get(name) in (None, ()):
             raise Mistake(name, "", f"is needed by {command}")
     if command == "calibrate":
-        ResidualConfig(flags["origin"], flags["targets"])  # checks them against each other
+        ResidualConfig(flags["origin"], flags["targets"])
         if not flags["out"].endswith(".safetensors"):
             raise Mistake("out", flags["out"], "must end in .safetensors")
     return command, flags
@@ -135,6 +131,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         command, flags = read_flags(arguments)
-        {"measure": measure, "suggest": run_suggest, "calibrate": calibrate}[command](flags)
+        {"measure": measure, "suggest": run_suggest, "calibrate": calibrate}[command](flags, print)
 
     return guarded(work, SMALLER.get(arguments[0], SMALLER["measure"]))

@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 from sd3 import streams
 from sd3.command import USER_ERRORS, fail, guarded, read_arguments
 from sd3.mistakes import Mistake
 from sd3.readers import range_int, read_bool, read_choice, read_filled, read_path
 from sd3.shapes.prompts import held_out_texts
 from sd3.sweep.grid import NO_PLACE, SWEPT, Grid, read_yaml
+from sd3.sweep.layouts import check_entries, read_entries
 
 LAYOUTS = ("geneval", "dpg", "t2i_compbench")
 SCORERS = ("demo", "clip")
@@ -74,8 +77,6 @@ def read_grid(flags: dict[str, Any], raw: Mapping[str, str]) -> tuple[Grid, Any]
     if "per_kind" in flags and (flags.get("score") != "demo" or named):
         raise Mistake("per_kind", "", "is for `score` demo without prompts of your own")
     if "layout" in flags:
-        from sd3.sweep.layouts import read_entries
-
         if "prompt" not in raw:
             raise Mistake("layout", flags["layout"], "needs `prompt`, the benchmark's own prompts")
         entries = read_entries(flags["layout"], read_path("prompt", raw["prompt"]))
@@ -84,8 +85,6 @@ def read_grid(flags: dict[str, Any], raw: Mapping[str, str]) -> tuple[Grid, Any]
         prompts = held_out_texts(flags.setdefault("per_kind", 40))
     grid = Grid.read(raw, flags.get("grid"), prompts)
     if entries is not None:
-        from sd3.sweep.layouts import check_entries
-
         check_entries(flags["layout"], entries, grid)
     return grid, entries
 
@@ -105,5 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from sd3.sweep.run import run
 
     failed: list[int] = []
-    status = guarded(lambda: failed.append(run(flags, grid, entries, arguments)), "--width, --height or --batch_size")
+    status = guarded(
+        lambda: failed.append(run(flags, grid, entries, arguments, print, say)), "--width, --height or --batch_size"
+    )
     return status or int(bool(failed and failed[0]))
+
+
+def say(line: str) -> None:
+    """A line about the work, above any progress bar."""
+    tqdm.write(line, file=sys.stderr)

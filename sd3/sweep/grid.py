@@ -279,12 +279,14 @@ def labels(raw: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> list[st
 
 def residual_label(raw: Mapping[str, Any]) -> str:
     """`[MODE:]ORIGIN:TARGETS:WEIGHTS` and what else is set, or off."""
-    if "residual_config" not in raw and not read_layers("residual_target_layers", raw.get("residual_target_layers")):
+    targets = read_layers("residual_target_layers", raw.get("residual_target_layers"))
+    if "residual_config" not in raw and not targets:
         return OFF
     text = {n.removeprefix("residual_"): _spelt(v) for n, v in raw.items() if is_residual(n)}
     out = [base_name(text.pop("config"))] if "config" in text else []
     mode = text.pop("mode", "add")
-    main = [text.pop("origin_layer", "0"), text.pop("target_layers", ""), text.pop("weights", "1.0")]
+    usual = "1.0" if len(targets) == 1 else "each:1.0"
+    main = [text.pop("origin_layer", "0"), text.pop("target_layers", ""), text.pop("weights", usual)]
     if main[1]:
         out.insert(0, ":".join([*([mode] if mode != "add" else []), *main]))
     elif mode != "add":

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from sd3 import sheet, writing
-from sd3.mistakes import Missing, Mistake, Where, display
+from sd3.mistakes import Missing, Mistake, Unwritable, Where, display
 from sd3.prompts import read_jsonl, read_lines, read_prompts
 from sd3.readers import LONGEST_NAME
 from sd3.reading import check_file, reading
@@ -49,7 +49,7 @@ class Entry:
 
 def read_entries(layout: str, path: str) -> list[Entry]:
     """The prompts of a benchmark's own file or folder; raises Mistake naming what is wrong."""
-    entries = {"geneval": _read_geneval, "dpg": _read_dpg, "t2i_compbench": _read_compbench}[layout](path)
+    entries = READERS[layout](path)
     if not entries:
         raise Mistake("prompt", path, "holds no prompt")
     return entries
@@ -93,6 +93,9 @@ def _read_compbench(path: str) -> list[Entry]:
     return [Entry(prompt, str(i)) for i, prompt in enumerate(read_prompts(path)[0])]
 
 
+READERS = {"geneval": _read_geneval, "dpg": _read_dpg, "t2i_compbench": _read_compbench}
+
+
 def check_entries(layout: str, entries: Sequence[Entry], grid: Grid) -> None:
     """Raises Mistake where pictures of this grid would not make what the evaluator reads."""
     if layout == "dpg" and len(grid.seeds) != DPG_PICTURES:
@@ -125,28 +128,34 @@ def folder_of(name: str) -> str:
     return re.sub(r"[^\w\-.,=]+", "_", name).strip("._") or "variant"
 
 
-def write_layout(layout: str, entries: Sequence[Entry], plan: Plan, folder: SweepFolder) -> Iterator[Path]:
-    """Writes FOLDER/<layout>/<variant> for every variant of which pictures are there; yields those folders.
+def write_layout(layout: str, entries: Sequence[Entry], plan: Plan, folder: SweepFolder) -> list[Path]:
+    """Writes FOLDER/<layout>/<variant> for every variant of which pictures are there; returns those folders.
 
-    All is built anew beside the former one and takes its place, so that nothing of an earlier grid is scored.
+    All is built anew beside the former one and takes its place, so that nothing of an earlier grid is scored. Raises
+    Unwritable.
     """
     whole, new = folder.path / layout, folder.path / f".{layout}.new"
     shutil.rmtree(new, ignore_errors=True)
-    taken: set[str] = set()
-    for number, variant in enumerate(plan.variants):
-        name = folder_of(variant.name)
-        while name in taken:
-            name += "_"
-        target = new / name
-        pictures = {(plan.grid.prompts[p.prompt], p.seed): folder.picture(p.id) for p in plan.of(number)}
-        rows = [(e, [q for s in plan.grid.seeds if (q := pictures[e.prompt, s]).exists()]) for e in entries]
-        if any(own for _, own in rows):
-            taken.add(name)
-            {"geneval": _write_geneval, "dpg": _write_dpg, "t2i_compbench": _write_compbench}[layout](target, rows)
-    shutil.rmtree(whole, ignore_errors=True)
-    if new.exists():
+    names: set[str] = set()
+    try:
+        for number, variant in enumerate(plan.variants):
+            name = folder_of(variant.name)
+            while name in names:
+                name += "_"
+            pictures = {(plan.grid.prompts[p.prompt], p.seed): folder.picture(p.id) for p in plan.of(number)}
+            rows = [(e, [q for s in plan.grid.seeds if (q := pictures[e.prompt, s]).exists()]) for e in entries]
+            if any(made for _, made in rows):
+                names.add(name)
+                WRITERS[layout](new / name, rows)
+        shutil.rmtree(whole, ignore_errors=True)
+        if not new.exists():
+            return []
         new.rename(whole)
-        yield from sorted(whole.iterdir())
+        return sorted(whole.iterdir())
+    except Mistake:
+        raise
+    except OSError as error:
+        raise Unwritable("", whole, f"cannot be written: {error.strerror or error}") from None
 
 
 def _write_geneval(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> None:
@@ -159,14 +168,14 @@ def _write_geneval(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> No
         writing.atomic_write(own / "metadata.jsonl", lambda f, line=line: f.write(line.encode()))
         for i, picture in enumerate(pictures):
             _place(picture, own / "samples" / f"{i:04d}.png")
-        _save(sheet.tile([_open(p) for p in pictures], min(len(pictures), 4)), own / "grid.png")
+        _save(sheet.tile([read_picture(p) for p in pictures], min(len(pictures), 4)), own / "grid.png")
 
 
 def _write_dpg(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for entry, pictures in rows:
         if len(pictures) == DPG_PICTURES:  # one less would be another picture's place
-            _save(sheet.tile([_open(p) for p in pictures], 2), target / f"{entry.id}.png")
+            _save(sheet.tile([read_picture(p) for p in pictures], 2), target / f"{entry.id}.png")
 
 
 def _write_compbench(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> None:
@@ -178,8 +187,12 @@ def _write_compbench(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> 
             index += 1
 
 
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
+WRITERS = {"geneval": _write_geneval, "dpg": _write_dpg, "t2i_compbench": _write_compbench}
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture of the sweep; raises Mistake where it was damaged or removed meanwhile."""
+    with reading(Where("", path)), Image.open(path) as image:
         return image.convert("RGB")
 
 

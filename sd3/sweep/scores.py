@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
+from sd3.device import choose_device
 from sd3.mistakes import Missing, Mistake
 from sd3.shapes.prompts import KINDS, Prompt, held_out_prompts, read_caption
 from sd3.shapes.scorer import interval, read_picture, score
@@ -65,10 +67,6 @@ def clip_scorer(model: str | None, device: str = "auto") -> Scorer:
 
     Raises Mistake where transformers or the model is missing.
     """
-    import torch
-
-    from sd3.device import choose_device
-
     if model is None:
         raise Mistake("score", "clip", "needs `clip_model` FOLDER, such as a clone of openai/clip-vit-large-patch14")
     if not Path(model).is_dir():
@@ -114,23 +112,25 @@ def summarise(plan: Plan, scores: Mapping[str, Mapping[str, float]]) -> list[Row
     """
     kinds = [k for k in KINDS if any(k in s for s in scores.values())]
     kinds += sorted({k for s in scores.values() for k in s} - set(kinds))
-    out = []
+    rows = []
     for number in range(len(plan.variants)):
-        own = [p for p in plan.of(number) if p.id in scores]
         for kind in ([OVERALL] if len(kinds) > 1 else []) + kinds:
-            values, gains = [], []  # (prompt, value)
-            for p in own:
-                for k, value in scores[p.id].items():
-                    if kind not in (k, OVERALL):
-                        continue
-                    values.append((p.prompt, value))
-                    if plan.baselines[number] != number and k in scores.get(base := plan.baseline(p).id, {}):
-                        gains.append((p.prompt, value - scores[base][k]))
-            if values:
-                mean, low, high = spread(values)
-                gain = spread(gains) if gains else (None, None, None)
-                out.append(Row(number, kind, len(values), mean, low, high, *gain))
-    return out
+            if values := list(_values(plan, scores, number, kind)):
+                mean, low, high = spread([(prompt, value) for prompt, value, _ in values])
+                gains = [(prompt, gain) for prompt, _, gain in values if gain is not None]
+                rows.append(Row(number, kind, len(values), mean, low, high, *(spread(gains) if gains else ())))
+    return rows
+
+
+def _values(
+    plan: Plan, scores: Mapping[str, Mapping[str, float]], variant: int, kind: str
+) -> Iterator[tuple[int, float, float | None]]:
+    """(prompt, score, gain on the baseline's score) of a variant's scored pictures, of one kind or of all."""
+    for picture in plan.of(variant):
+        baseline = scores.get(plan.baseline(picture).id, {}) if plan.baselines[variant] != variant else {}
+        for scored, value in scores.get(picture.id, {}).items():
+            if kind in (scored, OVERALL):
+                yield picture.prompt, value, value - baseline[scored] if scored in baseline else None
 
 
 def spread(values: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
