@@ -1,8 +1,8 @@
 """ControlNet: a control image's latents become states that are added to the MMDiT's image tokens.
 
-Two kinds, told apart by what the pooled-text embedder takes. 8B (SD3.5 Large): starts from the base model's image
-tokens and the raw pooled text, its blocks are chained. 2B (SD3 Medium): has its own patch embedding without
-positions, takes the base model's embedded pooled text, and every block sees the same input.
+Two kinds, distinguished by the input of the pooled-text embedder. 8B (SD3.5 Large): starts from the base model's image
+tokens and the raw pooled text; its blocks are chained. 2B (SD3 Medium): has a patch embedding of its own without
+positions, takes the base model's embedded pooled text, and every block gets the same input.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ControlNetConfig:
     depth: int
     pooled_width: int
     mlp_width: int
-    patch_embedding: bool  # has one of its own (an 8B file may carry one unused)
+    patch_embedding: bool  # of its own (an 8B file may contain an unused one)
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> ControlNetConfig:
@@ -46,30 +46,29 @@ class ControlNetConfig:
         )
 
     def chained(self, base: MMDiTConfig) -> bool:
-        """Whether this is the 8B kind for `base`: it takes the raw pooled text, not the embedded one.
+        """Whether this is the 8B kind for `base`: its input is the raw pooled text, not the embedded one.
 
-        In a small base both widths may be equal; then a patch embedding of its own marks the 2B kind.
+        Where both widths are equal, a patch embedding of its own marks the 2B kind.
         """
         if base.pooled_width == base.width:
             return not self.patch_embedding
         return self.pooled_width == base.pooled_width
 
-    def check_base(self, base: MMDiTConfig, path: object) -> None:
+    def check_base(self, base: MMDiTConfig) -> None:
         """Raises ValueError where this ControlNet was made for another model."""
         if (self.width, self.latent_channels, self.patch) != (base.width, base.latent_channels, base.patch):
             raise ValueError(
-                f"--controlnet_ckpt {path}: has width {self.width}, the model has {base.width}: "
-                "this ControlNet belongs to another model"
+                f"has width {self.width}, the model has {base.width}: this ControlNet belongs to another model"
             )
         if self.pooled_width not in (base.pooled_width, base.width):
             raise ValueError(
-                f"--controlnet_ckpt {path}: takes pooled text of width {self.pooled_width}; "
-                f"the model has {base.pooled_width} (raw) and {base.width} (embedded)"
+                f"takes pooled text of width {self.pooled_width}; the model has {base.pooled_width} (raw) and "
+                f"{base.width} (embedded)"
             )
 
 
 class ControlNet(nn.Module):
-    """See the module's docstring; `chained` is the 8B kind."""
+    """A ControlNet of either kind; chained: the 8B kind."""
 
     def __init__(self, config: ControlNetConfig, chained: bool):
         super().__init__()
@@ -91,8 +90,9 @@ class ControlNet(nn.Module):
     ) -> list[Tensor]:
         """One state (B, L, D) per block.
 
-        base: the MMDiT these are for; x: noisy latent (B, C, h, w); t: timesteps (B,) in [0, 1000]; y: raw pooled
-        text (B, Y); control: latent of the control image in model space (1 or B, C, h, w).
+        base: the MMDiT that the states are added to; x: noisy latent (B, C, h, w); t: timesteps (B,) in [0, 1000];
+        y: raw pooled text (B, Y); control: latent of the control image in model space (1 or B, C, h, w); strength:
+        factor on the states.
         """
         tokens = base.embed_image(x) if self.chained else self.pos_embed(x)
         tokens = tokens + self.pos_embed_input(control)

@@ -17,27 +17,21 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from other_impls import Mlp, Shapes, count_layers
-from sd3.layers import HeldLinear
-from sd3.offload import Offload
-from sd3.windows import acts_in_window
-
-if TYPE_CHECKING:
-    from sd3.residual import ResidualConfig, Rotations
 
 HEAD_WIDTH = 64  # features per attention head in every MMDiT of the family
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 NORM_EPS = 1e-6
 MOST_CODES = 64  # kinds of block (plain, dual, last) times ways to mix, and batches of one, each compiled once
-# Called right before block i with (i, context); what it returns enters the block.
+# Called right before block i with (i, context); returns the text tokens that enter the block.
 ContextHook = Callable[[int, Tensor], Tensor]
 
 
@@ -129,14 +123,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """x + gate update, in x itself where no gradient needs the old one."""
+    """x + gate update, in place where no gradient needs the old x."""
     return torch.addcmul(x, gate, update) if torch.is_grad_enabled() else x.addcmul_(gate, update)
 
 
 class SelfAttention(nn.Module):
     """q, k, v of one stream, with optional RMS norm of q and k per head, and the output projection.
 
-    Without the projection (`project`), nothing that attends from this stream is used: there is no q.
+    Without the projection (`project`), nothing reads this stream's attention output, so there is no q.
     """
 
     def __init__(self, width: int, qk_norm: bool, project: bool = True):
@@ -150,7 +144,7 @@ class SelfAttention(nn.Module):
             self.proj = nn.Linear(width, width)
 
     def heads_of(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
-        """q, k, v, each (B, heads, L, 64), of x (B, L, D): views, of no layout that counts."""
+        """q, k, v, each (B, heads, L, 64), of x (B, L, D). Non-contiguous views."""
         if hasattr(self, "proj"):
             q, k, v = self._split(self.qkv(x))
         else:
@@ -160,9 +154,9 @@ class SelfAttention(nn.Module):
         return tuple(t if t is None else t.transpose(1, 2) for t in (q, k, v))
 
     def _without_q(self, x: Tensor) -> Tensor:
-        layer, width = self.qkv, x.shape[-1]
-        if isinstance(layer, HeldLinear):
-            return layer(x)  # holds no more than these rows
+        layer, width = self.qkv, self.qkv.in_features
+        if layer.out_features == 2 * width:
+            return layer(x)  # a packed or 8-bit layer, which stores no query rows
         return F.linear(x, layer.weight[width:], layer.bias[width:])
 
     def _split(self, x: Tensor) -> Sequence[Tensor]:
@@ -178,7 +172,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def joined(first: Tensor | None, second: Tensor) -> Tensor:
-    """(B, heads, T, 64) and (B, heads, L, 64) -> (B, heads, T + L, 64), laid out as attention is fastest."""
+    """(B, heads, T, 64) and (B, heads, L, 64) -> (B, heads, T + L, 64), contiguous, which SDPA prefers."""
     return second.contiguous() if first is None else torch.cat([first, second], dim=2)
 
 
@@ -219,14 +213,14 @@ class StreamBlock(nn.Module):
         return qkv, (self.attn2(modulate(n, m[6], m[7])) if self.chunks == 9 else None)
 
     def after(self, x: Tensor, m: tuple[Tensor, ...], attended: Tensor, second: Tensor | None) -> Tensor:
-        """x (B, L, D) after attention and MLP; `x` itself stays as it is, others may hold it."""
+        """x (B, L, D) after attention and MLP. Does not modify x: a hook may keep a reference to it."""
         x = torch.addcmul(x, m[2], self.attn.proj(attended))
         if second is not None:
             x = gated(x, m[8], second)
         return gated(x, m[5], self.mlp(modulate(self.norm(x), m[3], m[4])))
 
     def forward(self, x: Tensor, active: Tensor) -> Tensor:
-        """x (B, L, D) through the block, as SiLU(c) (B, D) says."""
+        """x (B, L, D) through the block, modulated by SiLU(c) (B, D)."""
         m = self.parts(self.modulation(active))
         qkv, second = self.before(x, m)
         return self.after(x, m, attend(*qkv), second)
@@ -258,15 +252,15 @@ class JointBlock(nn.Module):
         qkv_x, second = self.x_block.before(x, m_x)
         attended = attend(*(joined(*pair) for pair in zip(qkv_context, qkv_x, strict=True)))
         if self.last:
-            return None, self.x_block.after(x, m_x, attended, second)  # (B, L, D): no query was of the text
+            return None, self.x_block.after(x, m_x, attended, second)  # (B, L, D): there are image queries only
         text, image = attended.split([context.shape[1], x.shape[1]], dim=1)
-        # the image first: it is the larger, and what it needed is given back before the text needs more
+        # image stream first: frees its (larger) activations before the text stream allocates
         x = self.x_block.after(x, m_x, image.contiguous(), second)
         return self.context_block.after(context, m_context, text.contiguous(), None), x
 
 
 class Modulators:
-    """The modulations of all blocks in one product."""
+    """The modulations of all blocks in one matrix product."""
 
     def __init__(self, blocks: Iterable[JointBlock], device: torch.device, dtype: torch.dtype):
         self.widths: list[int] = []
@@ -286,7 +280,7 @@ class Modulators:
             layer.bias = nn.Parameter(self.bias[rows], requires_grad=False)
 
     def __call__(self, active: Tensor) -> Sequence[Tensor]:
-        """What each block takes, of SiLU(c) (B, D)."""
+        """Each block's modulation, from SiLU(c) (B, D)."""
         return (F.linear(active, self.weight, self.bias) + self.ones).split(self.widths, dim=-1)
 
 
@@ -299,37 +293,37 @@ def _mixed_block(
     weight: Tensor | None,
     anchored: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """A block, and before it what residual text streaming mixes into the text."""
+    """A block, with residual text streaming mixed into its text tokens first."""
     return block(context if origin is None else mixed(context, origin, weight, anchored), x, modulation)
 
 
 class Reuse:
-    """First-block caching: where the first block changes the image tokens nearly as it did in the step that was last
-    computed whole, what all other blocks added then is added again. One for each kind of pass of one picture's run:
-    the criterion is one number, so the pictures of a batch would decide for each other.
+    """First-block caching: where block 0 changes the image tokens almost as it did in the last full step, what the
+    other blocks added then is added again. One per kind of call and per picture: the criterion is a single number, so
+    the pictures of a batch would decide for each other.
 
-    threshold: mean change of the first block's output, as a part of its mean size, below which that is done (the
-    criterion of ParaAttention's first-block cache).
+    threshold: reuse when the relative L1 change of block 0's output is below this (the criterion of ParaAttention's
+    first-block cache).
     """
 
     def __init__(self, threshold: float):
         self.threshold = threshold
-        self.change: Tensor | None = None  # by the first block, in the last whole step
-        self.rest: Tensor | None = None  # by the others
-        self.effect: Sequence[Effect | None] = ()  # of the hooks, in the last whole step
-        self.expected: Sequence[Effect | None] = ()  # and in this one
-        self.reused = 0  # steps that were
+        self.change: Tensor | None = None  # by block 0, in the last full step
+        self.rest: Tensor | None = None  # by the other blocks
+        self.effect: Sequence[Effect | None] = ()  # of the hooks, in the last full step
+        self.expected: Sequence[Effect | None] = ()  # and in this step
+        self.reused = 0  # number of steps
 
     def expect(self, effect: Sequence[Effect | None]) -> None:
-        """Says, before a step, what hooks mix into the text in it: the first block cannot show what is mixed in
-        later, so a step whose mixing differs from the last whole one's is computed whole too.
+        """Announces what hooks mix into the text in the next step. Block 0 cannot show what is mixed in behind it, so a
+        step whose mixing differs from the last full one's is computed in full, too.
         """
         self.expected = effect
-        if not all(a == b or _near(a, b, self.threshold) for a, b in itertools.zip_longest(effect, self.effect)):
+        if not all(a == b or _close(a, b, self.threshold) for a, b in itertools.zip_longest(effect, self.effect)):
             self.rest = None
 
-    def near(self, change: Tensor) -> bool:
-        """Whether `rest` serves for a step whose first block changes the tokens by `change` (B, L, D)."""
+    def close_to_last(self, change: Tensor) -> bool:
+        """Whether `rest` can be used in a step in which block 0 changes the tokens by `change` (B, L, D)."""
         if self.rest is not None and self.change.shape == change.shape:
             difference = (change - self.change).abs().float().mean() / self.change.abs().float().mean()
             if difference.item() < self.threshold:
@@ -339,12 +333,12 @@ class Reuse:
         return False
 
 
-# What a hook mixes in during a pass: the factor on its weights, and anything else that must be equal for its effect to
-# be. None: nothing.
+# What a hook mixes in during a call: the factor on its weights, and anything else that must be equal for its effect to
+# be equal. None: nothing.
 Effect = tuple[float, Any]
 
 
-def _near(a: Effect | None, b: Effect | None, threshold: float) -> bool:
+def _close(a: Effect | None, b: Effect | None, threshold: float) -> bool:
     """Whether two effects of one kind have factors that differ by less than `threshold`, as a part of the larger."""
     if a is None or b is None or a[1] != b[1]:
         return False
@@ -368,10 +362,17 @@ class FinalLayer(nn.Module):
 
 @dataclass(frozen=True)
 class Text:
-    """What the network makes of a text once, for all steps: tokens (B, T, D), its part of the conditioning (B, D)."""
+    """A text, embedded once for all steps: tokens (B, T, D) and its part of the conditioning (B, D)."""
 
     context: Tensor
     pooled: Tensor
+
+
+class Offload(Protocol):
+    """Blocks whose weights stay in main memory."""
+
+    def run(self, order: Sequence[int]) -> Iterator[int]:
+        """Yields the numbers of the blocks in `order`, each with its weights on the device until the next."""
 
 
 class MMDiT(nn.Module):
@@ -391,18 +392,18 @@ class MMDiT(nn.Module):
         )
         self.final_layer = FinalLayer(config)
         self.modulators: Modulators | None = None  # see `join_modulations`
-        self.offload: Offload | None = None  # where blocks are in main memory
+        self.offload: Offload | None = None  # where blocks stay in main memory
         self.compiled: Callable[..., tuple[Tensor | None, Tensor]] | None = None  # see `compile_blocks`
         self._crop: tuple[tuple, Tensor] | None = None  # the last piece of the position grid
 
     def join_modulations(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Gives the blocks' modulation layers (on the meta device) one weight, to be loaded, of which each has its
-        rows: all modulations of a step are then one product.
+        """Stores all adaLN weights in one matrix; each block holds a row slice. Call before loading, with the blocks on
+        the meta device. All modulations of a step are then one product.
         """
         self.modulators = Modulators(self.joint_blocks, device, dtype)
 
     def compile_blocks(self, **options) -> None:
-        """Compiles the blocks, one code for all that are alike, any size and batch; options: of torch.compile."""
+        """Compiles the blocks, once per kind, for any size and batch; options: torch.compile's."""
         config = torch._dynamo.config
         limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
         setattr(config, limit, max(getattr(config, limit), MOST_CODES))
@@ -410,14 +411,14 @@ class MMDiT(nn.Module):
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """The middle (rows, columns) of the position grid: (1, rows * columns, D)."""
-        held = self.pos_embed
-        version = 0 if held.is_inference() else held._version  # in-place changes count
-        key = (rows, columns, held.device, held.dtype, held.data_ptr(), version)
+        table = self.pos_embed
+        version = 0 if table.is_inference() else table._version  # in-place changes count
+        key = (rows, columns, table.device, table.dtype, table.data_ptr(), version)
         crop = self._crop  # read once: another thread may replace it
         if crop is None or crop[0] != key:
             side = self.config.grid
             top, left = (side - rows) // 2, (side - columns) // 2
-            grid = held.detach().view(1, side, side, -1)
+            grid = table.detach().view(1, side, side, -1)
             self._crop = crop = key, grid[:, top : top + rows, left : left + columns].flatten(1, 2)
         return crop[1]
 
@@ -427,7 +428,7 @@ class MMDiT(nn.Module):
         return self.x_embedder(x) + self.positions(x.shape[2] // p, x.shape[3] // p)
 
     def embed_text(self, y: Tensor, context: Tensor) -> Text:
-        """What depends on the text alone: pooled text (B, Y) and text tokens (B, T, X), see `Text`."""
+        """The part that depends on the text alone: pooled text (B, Y) and text tokens (B, T, X) -> `Text`."""
         return Text(self.context_embedder(context), self.y_embedder(y))
 
     def forward(
@@ -460,7 +461,7 @@ class MMDiT(nn.Module):
         """Velocity (B, C, h, w) for a text that `embed_text` prepared.
 
         controls: ControlNet states (B, L, D), spread evenly over the blocks; skip_layers: blocks not run at all;
-        hook: sees, and may change, the text tokens entering every block; reuse: what an earlier step left.
+        hook: sees, and may change, the text tokens entering every block; reuse: the step cache, or None.
         """
         tokens = self.embed_image(x)  # (B, L, D)
         active = F.silu(self.t_embedder(t) + text.pooled)  # (B, D)
@@ -508,7 +509,7 @@ class MMDiT(nn.Module):
                 tokens = tokens + controls[i * len(controls) // depth]
             if reuse is not None and first is None:
                 first = tokens
-                if reuse.near(first - start):
+                if reuse.close_to_last(first - start):
                     return first + reuse.rest
         if first is not None:
             reuse.rest = tokens - first
@@ -576,12 +577,12 @@ def anchored_mix(context: Tensor, origin: Tensor, weight: float | Tensor) -> Ten
 
 
 @dataclass(frozen=True, eq=False)
-class Pass:
-    """One run of the network: what a hook is told before it.
+class ModelCall:
+    """One call of the network, as a hook sees it beforehand.
 
-    step: which of `steps`, from 0; sigma in [0, 1]; cond and uncond: places of the conditional and the unconditional
-    rows of the batch, each with both ends, either may be empty; text: the object that holds the text, the same one
-    as long as the text is, None where that cannot be told; skip_layers: blocks not run.
+    step: which of `steps`, from 0; sigma in [0, 1]; cond and uncond: the batch rows of either half of guidance, as
+    slices with both ends, possibly empty; text: an object that is the same as long as the text is, None where that is
+    unknown; skip_layers: blocks that do not run.
     """
 
     step: int
@@ -593,8 +594,10 @@ class Pass:
     skip_layers: Collection[int] = ()
 
     @classmethod
-    def of_rows(cls, step: int, steps: int, sigma: float, rows: int, first: str, halves: bool, **others: Any) -> Pass:
-        """A pass of `rows` rows, all of the branch `first` (cond or uncond), or with `halves` both, that one first."""
+    def of_rows(
+        cls, step: int, steps: int, sigma: float, rows: int, first: str, halves: bool, **others: Any
+    ) -> ModelCall:
+        """A call with `rows` rows: all of branch `first` (cond or uncond), or with `halves` both, that one first."""
         middle = rows // 2 if halves else rows
         places = (slice(0, middle), slice(middle, rows))
         cond, uncond = places if first == "cond" else places[::-1]
@@ -603,7 +606,7 @@ class Pass:
 
 @dataclass(frozen=True, eq=False)
 class Mix:
-    """What is mixed into the text tokens before one block: called with them, returns those that enter it.
+    """What is mixed into the text tokens before one block: called with them, it returns those that enter the block.
 
     origin: what is added, `weight` times; anchored: by `anchored_mix`; rows: of the batch, None for all.
     """
@@ -625,53 +628,74 @@ class Mix:
         return mixed(context, self.origin, self.weight, self.anchored)
 
 
+class Rotations(Protocol):
+    """Orthogonal matrices that turn the origin's standardised features to a target's, for the mode `aligned`."""
+
+    def bucket(self, sigma: float) -> int:
+        """Which of the matrices of a target holds for sigma."""
+
+    def matrix(self, target: int, sigma: float) -> Tensor:
+        """(D, D), applied from the right."""
+
+
 class ResidualStream:
     """The hook of one picture (or batch): called with (i, context) right before block i, returns what enters it.
 
-    `begin` tells it about the network's next pass; without that, sigma is 1 and all rows are mixed.
+    `begin` tells it about the network's next call; without that, sigma is 1 and all rows are mixed.
     """
 
-    def __init__(self, config: ResidualConfig, rotations: Rotations | None = None):
-        """Raises ValueError where the mode is aligned and there are no rotations."""
-        if config.mode == "aligned" and rotations is None and config.active:
+    def __init__(
+        self,
+        origin: int,
+        weights: Mapping[int, float],
+        mode: str = "add",
+        schedule: str = "constant",
+        branch: str = "both",
+        acts: Callable[[int, int], bool] = lambda step, steps: True,
+        rotations: Rotations | None = None,
+    ):
+        """origin: the block whose text tokens are kept; weights: by target; mode: add, anchored or aligned, which needs
+        rotations; schedule: see `schedule_factor`; branch: both halves of guidance, cond or uncond; acts(step, steps):
+        whether a step, of as many as run, is mixed in.
+        """
+        self.origin, self.weights = origin, dict(weights)
+        self.mode, self.schedule, self.branch, self.acts = mode, schedule, branch, acts
+        if mode == "aligned" and rotations is None:
             raise ValueError("mode aligned needs rotations")
-        self.config = config
         self.rotations = rotations
-        self.weights = dict(zip(config.targets, config.weights, strict=True))
         self.kept: Tensor | None = None  # the origin's tokens, of the rows that are mixed
         self.prepared: dict[int | None, Tensor] = {}  # normalised (None) or rotated (by target) origin
         self._of_text: dict[int, tuple[Any, dict]] = {}  # the same by text, where the origin is the text alone
         self._turned: dict[Any, Tensor] = {}  # rotations on the model's device, in its dtype
-        self.sigma, self.factor = 1.0, schedule_factor(config.schedule, 1.0)
+        self.sigma, self.factor = 1.0, schedule_factor(schedule, 1.0)
         self.rows, self.whole, self.text = slice(None), True, None
-        self.acts = True
+        self.mixes = True  # in the call begun last
 
-    def begin(self, at: Pass) -> ResidualStream | None:
-        """Gets ready for a pass; returns the hook for it, None where nothing is mixed in it."""
-        config, self.acts = self.config, False
-        if not acts_in_window(config.start, config.end, at.step, at.steps):
+    def begin(self, at: ModelCall) -> ResidualStream | None:
+        """Gets ready for a call; returns the hook for it, None where nothing is mixed in it."""
+        self.mixes = False
+        if not self.acts(at.step, at.steps):
             return None
         self.sigma = at.sigma
-        self.factor = schedule_factor(config.schedule, at.sigma)
-        self.whole, self.text = config.branch == "both", at.text
+        self.factor = schedule_factor(self.schedule, at.sigma)
+        self.whole, self.text = self.branch == "both", at.text
         if not self.whole:
-            self.rows, others = (at.cond, at.uncond) if config.branch == "cond" else (at.uncond, at.cond)
+            self.rows, others = (at.cond, at.uncond) if self.branch == "cond" else (at.uncond, at.cond)
             if self.rows.start == self.rows.stop:
                 return None
             self.whole = others.start == others.stop
-        self.acts = True
+        self.mixes = True
         return self
 
     @property
-    def effect(self) -> tuple[float, Any] | None:
-        """What is mixed in the pass begun last, see `mmditx.Effect`; None where nothing is."""
-        if not self.acts or self.factor == 0:
+    def effect(self) -> Effect | None:
+        """What is mixed in the call begun last, see `mmditx.Effect`; None where nothing is."""
+        if not self.mixes or self.factor == 0:
             return None
-        rotated = self.rotations is not None and self.config.mode == "aligned"
-        return self.factor, self.rotations.bucket(self.sigma) if rotated else None
+        return self.factor, self.rotations.bucket(self.sigma) if self.mode == "aligned" else None
 
     def forget(self) -> None:
-        """Drops what is known of texts: another picture begins."""
+        """Drops what was prepared of texts: another picture begins."""
         self._of_text.clear()
 
     def __call__(self, i: int, context: Tensor) -> Tensor:
@@ -680,21 +704,22 @@ class ResidualStream:
         return context if mix is None else mix(context)
 
     def mix(self, i: int, context: Tensor) -> Mix | None:
-        """What is to be mixed into context (B, T, D), which is about to enter block i; None where nothing is."""
-        if i == self.config.origin:
+        """The mix for context (B, T, D) about to enter block i; None where i is no target."""
+        if i == self.origin:
             self.kept = context if self.whole else context[self.rows]  # before any mixing here
-            self.prepared = self._known() if i == 0 and self.text is not None and not context.requires_grad else {}
+            text_alone = i == 0 and self.text is not None and not context.requires_grad
+            self.prepared = self._prepared_of_text() if text_alone else {}
         if i not in self.weights:
             return None
-        anchored = self.config.mode != "add"
+        anchored = self.mode != "add"
         origin = self._origin(i) if anchored else self.kept
         return Mix(origin, self.weights[i] * self.factor, anchored, None if self.whole else self.rows)
 
     def _origin(self, i: int) -> Tensor:
-        """The standardised origin, rotated for target i where the mode is aligned: once per pass, or per text."""
+        """The standardised origin, rotated for target i where the mode is aligned: once per call, or per text."""
         if None not in self.prepared:
             self.prepared[None] = standardise(self.kept)
-        if self.rotations is None or self.config.mode != "aligned":
+        if self.mode != "aligned":
             return self.prepared[None]
         key = (i, self.rotations.bucket(self.sigma))
         if key not in self.prepared:
@@ -704,29 +729,24 @@ class ResidualStream:
             self.prepared[key] = (self.prepared[None].to(turn.dtype) @ turn).float()
         return self.prepared[key]
 
-    def _known(self) -> dict:
-        """What is prepared of this text already; texts themselves are held, so that none is taken for another."""
-        held = self._of_text.get(id(self.text))
-        if held is None:
+    def _prepared_of_text(self) -> dict:
+        """What was prepared of this text earlier. Keeps the text itself, so that no other object gets its id."""
+        entry = self._of_text.get(id(self.text))
+        if entry is None:
             while len(self._of_text) >= MOST_TEXTS:
                 del self._of_text[next(iter(self._of_text))]
-            held = self._of_text[id(self.text)] = (self.text, {})
-        return held[1]
+            entry = self._of_text[id(self.text)] = (self.text, {})
+        return entry[1]
 
 
-def residual_stream(config: ResidualConfig | None, rotations: Rotations | None = None) -> ResidualStream | None:
-    """A stream for `config`, or None where there is nothing to mix (the model then runs as without it)."""
-    return ResidualStream(config, rotations) if config is not None and config.active else None
-
-
-def effects(hooks: Sequence[Any]) -> list[tuple[float, Any] | None]:
-    """What each hook mixes into the text in the pass begun last; hooks that only look on mix in nothing."""
+def effects(hooks: Sequence[Any]) -> list[Effect | None]:
+    """What each hook mixes into the text in the call begun last; None for hooks that only look."""
     return [getattr(hook, "effect", None) for hook in hooks]
 
 
-def hook_for(hooks: Sequence[Any], at: Pass) -> Callable[[int, Tensor], Tensor] | None:
-    """The hook of one pass from several, which run in their order; those with a `begin` are told of it and may sit
-    out. None where none is left.
+def hook_for(hooks: Sequence[Any], at: ModelCall) -> ContextHook | None:
+    """The hooks of one call as one, in their order, or None where none is left. A hook with a `begin` gets the call
+    first and may sit out.
     """
     ready = [h for h in (hook.begin(at) if hasattr(hook, "begin") else hook for hook in hooks) if h is not None]
     if len(ready) < 2:

@@ -7,20 +7,18 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from sd3.reading import Unreadable, check_file, parse_json, reading
-
 
 def count_layers(names: Iterable[str], stem: str) -> int:
-    """One more than the highest number that follows `stem` in a name; gaps show as missing tensors later.
+    """One more than the highest layer number after `stem`; a gap becomes a list of missing tensors later.
 
-    Raises ValueError where most are missing: a number out of all bounds would be that many layers.
+    Raises ValueError where most are missing, before a huge number becomes that many layers.
     """
     numbers = {name[len(stem) :].split(".", 1)[0] for name in names if name.startswith(stem)}
     found = {int(n) if len(n) < 7 else 10**7 for n in numbers if re.fullmatch(r"[0-9]+", n)}
@@ -51,7 +49,7 @@ ACTIVATIONS = {
 
 
 class Mlp(nn.Module):
-    """fc1, activation (``: fc1 has it in it), fc2."""
+    """Two-layer MLP. An empty activation means fc1 applies it itself (fused)."""
 
     def __init__(self, width: int, hidden: int, activation: str = "gelu_tanh"):
         super().__init__()
@@ -131,7 +129,7 @@ CLIP_EMBEDDINGS = [f"text_model.embeddings.{kind}_embedding.weight" for kind in 
 
 
 def table_rows(table: Tensor, ids: Iterable[int]) -> Tensor:
-    """Rows (L, D) of an embedding table; one by one, as float8 has no gather."""
+    """Rows (L, D) of an embedding table, one by one: float8 has no gather."""
     return torch.stack([table[i] for i in ids])
 
 
@@ -158,7 +156,7 @@ class _CLIPTextModel(nn.Module):
 
 
 class CLIPEnd(nn.Module):
-    """What comes after a CLIP's last layer; `whole`: its other tensors are there too."""
+    """Final norm and projection of a CLIP text encoder; whole: with embeddings and layers."""
 
     def __init__(self, config: CLIPConfig, whole: bool = False):
         super().__init__()
@@ -169,7 +167,7 @@ class CLIPEnd(nn.Module):
 
     def pooled(self, x: Tensor, ids: Tensor) -> Tensor:
         """Pooled (B, D) of the last layer's output (B, L, D): the final norm at the end token (the first place of the
-        largest id, ids (B, L)), projected where the file can.
+        largest id, ids (B, L)), projected where the model has a projection.
         """
         rows = torch.arange(ids.shape[0], device=ids.device)
         pooled = self.text_model.final_layer_norm(x[rows, ids.argmax(dim=-1)])
@@ -179,7 +177,7 @@ class CLIPEnd(nn.Module):
 
 
 class CLIP(CLIPEnd):
-    """A CLIP text encoder, held whole."""
+    """A CLIP text encoder, whole in memory."""
 
     def __init__(self, config: CLIPConfig):
         super().__init__(config, whole=True)
@@ -198,7 +196,7 @@ class CLIP(CLIPEnd):
         return hidden, self.pooled(x, ids)
 
 
-T5_MAX_DISTANCE = 128  # distances from here on share the last bucket
+T5_MAX_DISTANCE = 128  # all larger distances share the last bucket
 
 
 @dataclass(frozen=True)
@@ -321,7 +319,7 @@ def t5_buckets(length: int, buckets: int, device: torch.device) -> Tensor:
 
 
 def t5_position_bias(table: Tensor, length: int) -> Tensor:
-    """Score bias (1, heads, L, L) from the table (buckets, heads) of block 0; every block uses it."""
+    """Score bias (1, heads, L, L) of every block, from the table (buckets, heads) of block 0."""
     return table[t5_buckets(length, table.shape[0], table.device)].permute(2, 0, 1)[None]
 
 
@@ -334,7 +332,7 @@ class _T5Stack(nn.Module):
 
 
 class T5(nn.Module):
-    """A T5 v1.1 encoder, held whole."""
+    """A T5 v1.1 encoder, whole in memory."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -353,20 +351,20 @@ class T5(nn.Module):
 
 
 def join_text(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
-    """Text tokens (B, L1 + L2, D5): [L | G | zeros up to T5's width], then T5, one after the other."""
+    """Text tokens (B, L1 + L2, D5): [CLIP-L | CLIP-G | zeros up to T5's width], followed by T5's."""
     clip = torch.cat([clip_l, clip_g], dim=-1)
     return torch.cat([F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], dim=1)
 
 
-T5_CHARACTERS = 226  # of a prompt reach T5, as in the public reference
-LARGE_WORD = 8  # a CLIP word of that many tokens is split where it does not fit, a smaller one is left out whole
+T5_CHARACTERS = 226  # of a prompt that T5 reads, as in the public reference
+LARGE_WORD = 8  # tokens from which on a CLIP word is cut where it does not fit; a smaller one is left out
 NESTING_WEIGHT = 1.1
 _ESCAPES = (("\\(", "\0\1"), ("\\)", "\0\2"))
 
 
 def weighted_segments(text: str, weight: float = 1.0) -> list[tuple[str, float]]:
     """Splits a prompt at its parentheses into (text, weight): `(x)` weighs 1.1 times its surroundings, `(x:1.4)`
-    exactly 1.4; `\\(` and `\\)` stand for themselves, and from an unclosed `(` on everything does.
+    exactly 1.4; `\\(`, `\\)` and everything from an unclosed `(` on are plain text.
     """
     for written, hidden in _ESCAPES:
         text = text.replace(written, hidden)
@@ -379,11 +377,11 @@ def _unescape(text: str) -> str:
     return text
 
 
-LONGEST_NUMBER = 400  # letters of a weight; a longer text is none
+LONGEST_NUMBER = 400  # characters of a weight; longer text is not parsed as one
 
 
 def _segments(text: str, weight: float) -> list[tuple[str, float]]:
-    """Level by level, without recursion: a prompt may be nested as deeply as it is long."""
+    """Without recursion: a prompt may be nested as deeply as it is long."""
     closing = _closing(text)
     colons = [i for i, char in enumerate(text) if char == ":"]
     out: list[tuple[str, float]] = []
@@ -404,7 +402,7 @@ def _segments(text: str, weight: float) -> list[tuple[str, float]]:
 
 
 def _closing(text: str) -> dict[int, int]:
-    """Where each `(` is closed."""
+    """Place of the `)` by place of its `(`."""
     closing, opened = {}, []
     for i, char in enumerate(text):
         if char == "(":
@@ -415,8 +413,8 @@ def _closing(text: str) -> dict[int, int]:
 
 
 def _pieces(text: str, start: int, end: int, closing: dict[int, int]) -> list[tuple[int, int]]:
-    """Splits text[start:end] into what stands in parentheses, with them, and what stands between; from an unclosed `(`
-    on all is one piece, and after a `)` too many the next `(` only makes up for it.
+    """Splits text[start:end] into parenthesised pieces, with the parentheses, and the pieces between. An unclosed `(`
+    starts one last piece; after a surplus `)` the next `(` only balances it.
     """
     pieces, depth, i = [], 0, start
     while i < end:
@@ -435,7 +433,7 @@ def _pieces(text: str, start: int, end: int, closing: dict[int, int]) -> list[tu
 
 
 def _weighted(text: str, start: int, end: int, weight: float, colons: list[int]) -> tuple[int, float]:
-    """Where the text in parentheses ends and what it weighs: the number after its last colon, else 1.1 times more."""
+    """End and weight of a text in parentheses: the number after its last colon, else 1.1 times the surroundings'."""
     place = bisect.bisect_left(colons, end) - 1
     colon = colons[place] if place >= 0 else -1
     if colon > start and end - colon <= LONGEST_NUMBER:
@@ -458,61 +456,23 @@ def weighted_words(text: str) -> list[tuple[str, float]]:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids and weights of one prompt, and whether the prompt was cut to get there."""
+    """Token ids and weights of one prompt; cut: whether some of the prompt did not fit."""
 
     ids: list[int]
     weights: list[float]
     cut: bool
 
 
-TRIED = "a star, \u00e9\u661f\U0001f7ca <|endoftext|>"  # what a tokenizer must be able to split when it is opened
-
-
-def _tokenizer(path: Path, flag: str) -> Tokenizer:
-    """A tokenizer.json, without the padding and the truncation that a program left in it."""
-    where = f"--{flag} {path}"
-    check_file(where, path)
-    with reading(where, "is no usable tokenizer"):
-        tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        tokenizer.encode(TRIED, add_special_tokens=False)
-        return tokenizer
-
-
-def _largest_id(tokenizer: Tokenizer) -> int:
-    return max(tokenizer.get_vocab().values(), default=-1)
-
-
-def _check_ids(where: str, largest: int, rows: int | None) -> None:
-    """Raises ValueError where an encoder has no embedding for a token."""
-    if rows is not None and largest >= rows:
-        raise Unreadable(
-            f"{where}: has tokens up to {largest}, the text encoder has {rows} (0 to {rows - 1}): they do not belong "
-            "together"
-        )
-
-
 class CLIPTokenizer:
-    """CLIP's byte-level BPE from a folder with vocab.json and merges.txt, or tokenizer.json."""
+    """CLIP's byte-level BPE: `tokenizer` splits a word, this adds weights, start, end and padding."""
 
-    def __init__(self, folder: Path, flag: str = "model_folder", rows: int | None = None):
-        """flag: the one that leads to the folder; rows: of the encoder's embedding table, where known.
-
-        Raises ValueError that names the file that is damaged, or that has ids beyond the table.
-        """
-        folder = Path(folder)
-        if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-            self.path = folder / "vocab.json"
-            self.tokenizer = _clip_bpe(self.path, folder / "merges.txt", flag)
-        else:
-            self.path = folder / "tokenizer.json"
-            self.tokenizer = _tokenizer(self.path, flag)
-        self.start = self.tokenizer.token_to_id("<|startoftext|>")
-        self.end = self.tokenizer.token_to_id("<|endoftext|>")
+    def __init__(self, tokenizer: Tokenizer):
+        """Raises ValueError for a tokenizer without CLIP's start and end tokens."""
+        self.tokenizer = tokenizer
+        self.start = tokenizer.token_to_id(CLIP_START)
+        self.end = tokenizer.token_to_id(CLIP_END)
         if self.start is None or self.end is None:
-            raise Unreadable(f"--{flag} {self.path}: is no CLIP tokenizer: it has no <|startoftext|> or <|endoftext|>")
-        _check_ids(f"--{flag} {self.path}", _largest_id(self.tokenizer), rows)
+            raise ValueError(f"is no CLIP tokenizer: it has no {CLIP_START} or {CLIP_END}")
 
     def tokenize(self, prompt: str, length: int, pad: int | None = None) -> Tokens:
         """Exactly `length` tokens: start, as many words as fit, end, padding (`pad`; None: the end token)."""
@@ -532,22 +492,14 @@ class CLIPTokenizer:
         return Tokens(ids, weights + [1.0] * (length - len(weights)), cut)
 
 
-def _clip_bpe(vocabulary: Path, merges: Path, flag: str = "model_folder") -> Tokenizer:
-    """The published CLIP tokenizer: NFC, lower case, white space collapsed, then byte-level BPE with word ends."""
-    end = "<|endoftext|>"
-    for path in (vocabulary, merges):
-        check_file(f"--{flag} {path}", path)
-    with reading(f"--{flag} {vocabulary}", "is no usable vocabulary"):
-        known = parse_json(vocabulary.read_bytes())
-        if not isinstance(known, dict) or not all(type(i) is int and 0 <= i < 2**32 for i in known.values()):
-            raise ValueError("it must hold a number for every token")
-    if end not in known or "<|startoftext|>" not in known:  # else they would be added, with numbers of nobody's
-        raise Unreadable(f"--{flag} {vocabulary}: is no CLIP vocabulary: it has no <|startoftext|> or <|endoftext|>")
-    with reading(f"--{flag} {merges}", f"are no merges of {vocabulary.name}"):
-        bpe = models.BPE.from_file(
-            str(vocabulary), str(merges), unk_token=end, continuing_subword_prefix="", end_of_word_suffix="</w>"
-        )
-        _check_merges(known, merges)
+CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+CLIP_BPE = {"unk_token": CLIP_END, "continuing_subword_prefix": "", "end_of_word_suffix": "</w>"}
+
+
+def clip_pipeline(bpe: models.BPE) -> Tokenizer:
+    """The published CLIP tokenizer around its merges, a BPE with the options `CLIP_BPE`: NFC, lower case, white space
+    collapsed, words split off, then byte-level BPE.
+    """
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -559,45 +511,23 @@ def _clip_bpe(vocabulary: Path, merges: Path, flag: str = "model_folder") -> Tok
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.add_special_tokens(["<|startoftext|>", end])
+    tokenizer.add_special_tokens([CLIP_START, CLIP_END])
     return tokenizer
 
 
-UNMERGED = 0.001  # part of a vocabulary's tokens that no merge need lead to; of small ones two tokens
-
-
-def _check_merges(known: Mapping[str, int], merges: Path) -> None:
-    """Raises ValueError where merges lead to too few of the tokens: of a file that was cut off."""
-    lines = [line.split(" ") for line in merges.read_text(encoding="utf-8").split("\n")]
-    made = {pair[0] + pair[1] for pair in lines if len(pair) == 2}
-    long = [t for t in known if len(t.removesuffix("</w>")) > 1 and not re.fullmatch(r"<.*>", t)]
-    lost = [t for t in long if t not in made]
-    if len(lost) > max(2, UNMERGED * len(long)):
-        raise ValueError(f"they lead to {len(long) - len(lost)} of {len(long)} tokens; the file is cut off")
-
-
 class T5Tokenizer:
-    """T5's unigram pieces from a folder with tokenizer.json or spiece.model."""
+    """T5's unigram pieces: `split` turns a word into piece ids, this adds weights, the end token and padding."""
 
     end, pad = 1, 0
 
-    def __init__(self, folder: Path, flag: str = "model_folder", rows: int | None = None):
-        """As `CLIPTokenizer`."""
-        folder = Path(folder)
-        if (folder / "tokenizer.json").exists():
-            self.path = folder / "tokenizer.json"
-            tokenizer = _tokenizer(self.path, flag)
-            self._pieces = lambda word: tokenizer.encode(word, add_special_tokens=False).ids
-            _check_ids(f"--{flag} {self.path}", _largest_id(tokenizer), rows)
-        else:
-            self.path = folder / "spiece.model"
-            self._pieces = _sentencepiece(self.path, flag, rows)
+    def __init__(self, split: Callable[[str], list[int]]):
+        self.split = split
 
     def tokenize(self, prompt: str, minimum: int) -> Tokens:
         """The first 226 characters' tokens and the end token, padded with 0 to at least `minimum`."""
         ids, weights = [], []
         for word, weight in weighted_words(prompt[:T5_CHARACTERS]):
-            tokens = self._pieces(word)
+            tokens = self.split(word)
             ids += tokens
             weights += [weight] * len(tokens)
         ids.append(self.end)
@@ -605,24 +535,18 @@ class T5Tokenizer:
         return Tokens(ids, weights + [1.0] * (len(ids) - len(weights)), len(prompt) > T5_CHARACTERS)
 
 
-def _sentencepiece(path: Path, flag: str = "model_folder", rows: int | None = None) -> Callable[[str], list[int]]:
-    """A function from a word to its piece ids; `</s>` and the like in a word are their own ids, as on the hub."""
-    from sentencepiece import SentencePieceProcessor
+def sentencepiece_split(model: SentencePieceProcessor, rows: int | None = None) -> Callable[[str], list[int]]:
+    """A function from a word to its piece ids; `</s>` and the like in a word are their own ids, as on the hub.
 
-    where = f"--{flag} {path}"
-    check_file(where, path)
-    with reading(where, "is no usable tokenizer"):
-        model = SentencePieceProcessor(model_file=str(path))
-        model.encode(TRIED)
-        model.id_to_piece(2)
+    rows: of the encoder's embedding table, where known; extra ids beyond it are not used.
+    """
     size = model.get_piece_size()
-    _check_ids(where, size - 1, rows)
     extra = {f"<extra_id_{i}>": size + 99 - i for i in range(100) if rows is None or size + 99 - i < rows}
     special = {model.id_to_piece(i): i for i in range(3)} | extra
-    split = re.compile("(" + "|".join(map(re.escape, special)) + ")")
+    borders = re.compile("(" + "|".join(map(re.escape, special)) + ")")
 
-    def pieces(word: str) -> list[int]:
-        parts = [p for p in split.split(word) if p]
+    def split(word: str) -> list[int]:
+        parts = [p for p in borders.split(word) if p]
         return [i for p in parts for i in ([special[p]] if p in special else model.encode(p))]
 
-    return pieces
+    return split

@@ -6,19 +6,16 @@ import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dit_embedder import ControlNet
-from mmditx import ContextHook, MMDiT, Pass, Reuse, Text, effects, hook_for
-from sd3.effects import skipped_steps
-from sd3.models import SkipLayerConfig
-from sd3.windows import skips_layers
+from mmditx import TIMESTEPS, ContextHook, MMDiT, ModelCall, Reuse, Text, effects, hook_for
 
 LATENT_SHIFT = 0.0609
 LATENT_SCALE = 1.5305
-TIMESTEPS = 1000  # the network is told 1000 sigma
 # (x, sigma (B,)) -> denoised, both (B, C, h, w)
 DenoiseFn = Callable[..., Tensor]
 
@@ -41,16 +38,16 @@ def flow_sigma(t: Tensor | float, shift: float) -> Tensor | float:
 def flow_schedule(steps: int, shift: float) -> Tensor:
     """The `steps` + 1 sigmas of a run, float32 on the CPU, from sigma(1) down to 0.
 
-    Timesteps are spaced evenly between the shifted ends and shifted once more, as the public reference does.
+    Timesteps are spaced evenly between the shifted ends and shifted once more, as in the public reference.
     """
     first, last = (TIMESTEPS * flow_sigma(t, shift) for t in (1.0, 1.0 / TIMESTEPS))
     sigmas = flow_sigma(torch.linspace(first, last, steps) / TIMESTEPS, shift)
     return torch.cat([sigmas, torch.zeros(1)])
 
 
-def remaining(sigmas: Tensor, steps: int, denoise: float) -> Tensor:
-    """The part of a schedule that an image-to-image run of strength `denoise` in [0, 1] executes."""
-    return sigmas[skipped_steps(steps, denoise) :]
+def img2img_sigmas(sigmas: Tensor, steps: int, denoise: float) -> Tensor:
+    """The part of a schedule of `steps` that an image-to-image run of strength `denoise` in [0, 1] executes."""
+    return sigmas[int(steps * (1 - denoise)) :]
 
 
 def seeded_noise(seed: int, shape: Sequence[int], stream: str = "") -> Tensor:
@@ -70,20 +67,30 @@ def start_noise(seeds: Sequence[int], shape: Sequence[int], stream: str = "") ->
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Text of a batch: tokens (B, T, X) and pooled (B, Y)."""
+    """Encoded text of a batch: tokens (B, T, X) and pooled (B, Y)."""
 
     context: Tensor
     pooled: Tensor
 
 
-def both(first: Conditioning, second: Conditioning) -> Conditioning:
-    """Two halves in one batch. Raises ValueError where their token counts differ."""
+def stack_halves(first: Conditioning, second: Conditioning) -> Conditioning:
+    """Both halves of guidance in one batch. Raises ValueError where their token counts differ."""
     if first.context.shape[1] != second.context.shape[1]:
         raise ValueError(
             f"prompt and negative prompt have {first.context.shape[1]} and {second.context.shape[1]} text tokens; "
             "encode both at the longer length"
         )
     return Conditioning(torch.cat([first.context, second.context]), torch.cat([first.pooled, second.pooled]))
+
+
+class SkipLayers(Protocol):
+    """Skip-layer guidance: `scale` (cond - cond without `layers`) is added in the steps in which it acts."""
+
+    scale: float
+    layers: Sequence[int]
+
+    def acts(self, step: int, steps: int) -> bool:
+        """Whether it acts in `step` (from 0) of a schedule of `steps`."""
 
 
 class Denoiser:
@@ -99,7 +106,7 @@ class Denoiser:
         neg_cond: Conditioning | None,
         cfg: float,
         steps: int = 0,
-        skip_layer: SkipLayerConfig | None = None,
+        skip_layer: SkipLayers | None = None,
         controlnet: ControlNet | None = None,
         control: Tensor | None = None,
         control_strength: float = 1.0,
@@ -108,13 +115,13 @@ class Denoiser:
         cache: float = 0.0,
     ):
         """steps: the full number, for skip-layer guidance; control: latent of the control image in model space;
-        neg_cond: None where cfg is 1 (the unconditional half then has no say and is not run); hooks: called before
-        every block, those with a `begin` are told of every pass first; steps_run: how many calls there will be
-        (None: `steps`); cache: threshold of `mmditx.Reuse`, 0 for none.
+        neg_cond: None when cfg is 1 (the unconditional half is skipped); hooks: called before every block, those with
+        a `begin` get every model call first; steps_run: how many steps run (None: `steps`); cache: threshold of
+        `mmditx.Reuse`, 0 for none.
         """
         self.model = model
         self.cond = cond
-        self.text = cond if neg_cond is None else both(cond, neg_cond)
+        self.text = cond if neg_cond is None else stack_halves(cond, neg_cond)
         self.cfg = cfg
         self.guided = neg_cond is not None
         self.steps = steps
@@ -126,13 +133,13 @@ class Denoiser:
         self.steps_run = steps_run or steps or 1
         self.step = 0
         self.cache = cache
-        self.reuse: dict[tuple, Reuse] = {}  # by kind of pass
+        self.reuse: dict[tuple, Reuse] = {}  # by kind of call
         self._embedded: list[tuple[Conditioning, Text]] = []
 
     def embedded(self, text: Conditioning) -> Text:
-        """What the network makes of a text, once for all steps."""
-        for known, embedded in self._embedded:
-            if known is text:
+        """A text, embedded by the network once for all steps."""
+        for source, embedded in self._embedded:
+            if source is text:
                 return embedded
         self._embedded.append((text, self.model.embed_text(text.pooled, text.context)))
         return self._embedded[-1][1]
@@ -143,13 +150,14 @@ class Denoiser:
         t = torch.full((x.shape[0],), TIMESTEPS * sigma, dtype=torch.float32, device=x.device)
         controls: Sequence[Tensor] = ()
         if control and self.controlnet is not None and self.control is not None:
-            rows = self.control.to(x)
-            if rows.shape[0] > 1:
-                rows = rows.repeat(x.shape[0] // rows.shape[0], 1, 1, 1)
-            controls = self.controlnet(self.model, x, t, text.pooled, rows, self.control_strength)
+            latent = self.control.to(x)
+            if latent.shape[0] > 1:
+                latent = latent.repeat(x.shape[0] // latent.shape[0], 1, 1, 1)
+            controls = self.controlnet(self.model, x, t, text.pooled, latent, self.control_strength)
         halves = self.guided and text is self.text
-        at = Pass.of_rows(self.step, self.steps_run, sigma, x.shape[0], "cond", halves, text=text, skip_layers=skip)
-        hook, reuse = hook_for(self.hooks, at), None
+        rows = x.shape[0]
+        call = ModelCall.of_rows(self.step, self.steps_run, sigma, rows, "cond", halves, text=text, skip_layers=skip)
+        hook, reuse = hook_for(self.hooks, call), None
         if self.cache:
             reuse = self.reuse.setdefault((control, tuple(skip)), Reuse(self.cache))
             reuse.expect(effects(self.hooks))
@@ -165,7 +173,7 @@ class Denoiser:
         else:
             denoised = cond = x - sigma * self.velocity(x, sigma, self.cond, True, ())
         slg = self.skip_layer
-        if slg is not None and skips_layers(slg, self.step, self.steps):
+        if slg is not None and slg.acts(self.step, self.steps):
             without = x - sigma * self.velocity(x, sigma, self.cond, False, slg.layers)
             denoised = denoised + slg.scale * (cond - without)
         self.step += 1
@@ -173,7 +181,7 @@ class Denoiser:
 
 
 def _call(model: DenoiseFn, x: Tensor, sigma: float, extra_args: dict | None) -> Tensor:
-    if isinstance(model, Denoiser):  # no tensor needed, so nothing waits for the device
+    if isinstance(model, Denoiser):  # takes a number: nothing waits for the device
         return model(x, sigma)
     return model(x, torch.full((x.shape[0],), sigma, dtype=x.dtype, device=x.device), **(extra_args or {}))
 
@@ -213,7 +221,7 @@ def sample_dpmpp_2m(
             weight = h / (2 * h_previous)  # 1 / (2 r), r = previous h / h
             target = (1 + weight) * denoised - weight * previous
         x = (following / sigma) * x - torch.expm1(torch.tensor(-h, dtype=torch.float64)).item() * target
-        if h:  # 0 where float32 holds two neighbouring sigmas as one: nothing moved
+        if h:  # 0 where two neighbouring sigmas are one number in float32: nothing moved
             previous, h_previous = denoised, h
         if callback is not None:
             callback(i)

@@ -74,8 +74,8 @@ def diffusers_folder(source: Path, place: Path) -> Path:
         (place / name).symlink_to((source / own).resolve())
     file = WeightFile(source / FILES["sd3_medium"])
     for name, part, read, make, convert in (
-        ("transformer", sd3.weights.mmdit_part(file), MMDiTConfig.from_shapes, MMDiT, to_diffusers.transformer),
-        ("vae", sd3.weights.vae_part(file), VAEConfig.from_shapes, VAE, to_diffusers.vae),
+        ("transformer", sd3.weights.find_mmdit(file), MMDiTConfig.from_shapes, MMDiT, to_diffusers.transformer),
+        ("vae", sd3.weights.find_vae(file), VAEConfig.from_shapes, VAE, to_diffusers.vae),
     ):
         assert part.prefix in (MMDIT_PREFIX, VAE_PREFIX)
         config = part.config(read, name)

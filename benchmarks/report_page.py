@@ -36,7 +36,7 @@ def write(folder: Path, prompts: int, seeds: int) -> int:
         "device": "cpu",
         "seed": f"0-{seeds - 1}",
         "residual_target_layers": "3,5;4;2-7",
-        "residual_weights": "0.1;0.2;0.3",
+        "residual_weights": "each:0.1;each:0.2;each:0.3",
     }
     plan, _ = make_plan(
         Grid.read(raw, prompts=[f"a red circle left of blue square number {i}" for i in range(prompts)])

@@ -25,8 +25,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mmditx import Pass, ResidualStream, residual_stream
-from sd3.residual import ResidualConfig, Rotations
+from mmditx import ModelCall, ResidualStream
+from sd3.residual import ResidualConfig, residual_stream
+from sd3.rotations import Rotations
 from sd3_impls import Conditioning, Denoiser, seeded_noise
 from sd3_infer import SD3Inferencer
 
@@ -34,12 +35,12 @@ TOKENS = 154
 TARGETS = tuple(range(2, 23))
 SETTINGS = {
     "A/A": ResidualConfig(),
-    "add, origin 0": ResidualConfig(0, TARGETS, (0.1,)),
-    "add, origin 1": ResidualConfig(1, TARGETS, (0.1,)),
-    "anchored, origin 0": ResidualConfig(0, TARGETS, (0.1,), mode="anchored"),
-    "anchored, origin 1": ResidualConfig(1, TARGETS, (0.1,), mode="anchored"),
-    "aligned, origin 0": ResidualConfig(0, TARGETS, (0.1,), mode="aligned"),
-    "aligned, origin 1": ResidualConfig(1, TARGETS, (0.1,), mode="aligned"),
+    "add, origin 0": ResidualConfig(0, TARGETS, "each:0.1"),
+    "add, origin 1": ResidualConfig(1, TARGETS, "each:0.1"),
+    "anchored, origin 0": ResidualConfig(0, TARGETS, "each:0.1", mode="anchored"),
+    "anchored, origin 1": ResidualConfig(1, TARGETS, "each:0.1", mode="anchored"),
+    "aligned, origin 0": ResidualConfig(0, TARGETS, "each:0.1", mode="aligned"),
+    "aligned, origin 1": ResidualConfig(1, TARGETS, "each:0.1", mode="aligned"),
 }
 
 
@@ -49,7 +50,7 @@ class Timed:
     def __init__(self, stream: ResidualStream):
         self.stream, self.spent = stream, 0.0
 
-    def begin(self, at: Pass) -> Timed:
+    def begin(self, at: ModelCall) -> Timed:
         """Passes it on."""
         self.stream.begin(at)
         return self

@@ -57,7 +57,7 @@ def separate_runs(place: Path) -> None:
 def workers(place: Path) -> None:
     """The same sweep by one one-thread worker and by two on Ray, twice each in turn."""
     grid = ["--model", MODEL, "--prompt", place / "prompts.txt", "--seed", "0-9", "--batch_size", 4]
-    grid += ["--residual_target_layers", "3,5;4;2-7", "--residual_weights", "0.1;0.3"]
+    grid += ["--residual_target_layers", "3,5;4;2-7", "--residual_weights", "each:0.1;each:0.3"]
     ray = ["--ray", "auto", "--cpus_per_worker", 1]
     whole, alone = {}, {}
     for name, more in (("one", []), ("two", ray), ("one again", []), ("two again", ray)):

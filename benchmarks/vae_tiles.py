@@ -36,7 +36,7 @@ from sd3_infer import SD3Inferencer  # noqa: E402
 @torch.no_grad()
 def one(file: str, size: int, tile: int) -> None:
     """Decodes once; prints peak memory beyond what the weights took, and seconds."""
-    part = sd3.weights.vae_part(WeightFile(file))
+    part = sd3.weights.find_vae(WeightFile(file))
     config = part.config(VAEConfig.from_shapes, "a VAE")
     vae = part.load_into(on_meta(lambda: VAE(config)), "cpu", torch.float32).to(memory_format=torch.channels_last)
     latent = torch.randn(1, config.latent_channels, size // 8, size // 8)

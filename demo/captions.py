@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from demo.command_line import run
-from demo.scenes import ALL_COMBINATIONS, HELD_OUT, SEEN, Scene, sample_scene
+from sd3.shapes.scenes import ALL_COMBINATIONS, HELD_OUT, SEEN, Scene, sample_scene
 
 SETS = {"seen": SEEN, "held_out": tuple(sorted(HELD_OUT)), "all": ALL_COMBINATIONS}
 

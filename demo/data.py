@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from demo.scenes import BACKGROUNDS, COLOURS, COUNTS, LONGEST, SHAPES, SIZE, Scene, render, training_scene
+from sd3.shapes.scenes import BACKGROUNDS, COLOURS, COUNTS, LONGEST, SHAPES, SIZE, Scene, render, training_scene
 from sd3.vae import VAE
 from sd3_impls import latent_in
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from demo.data import FACTS, NUMBERS, SIDES
-from demo.scenes import LONGEST, all_words
 from demo.tokenizers import clip_files, t5_file
-from other_impls import CLIPTokenizer, T5Tokenizer
+from other_impls import T5Tokenizer
+from sd3.shapes.scenes import LONGEST, all_words
+from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 
 POSITIONS = 20  # CLIP tokens of a caption with start and end; the real models have 77. Longer captions are cut there
 PARTS = {"sides": (0, len(SIDES)), "numbers": (len(SIDES), len(SIDES) + len(NUMBERS))}  # of `FACTS`
@@ -26,7 +27,7 @@ class Captions:
             t5_file(all_words(), folder / "tokenizer_3")
         config = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text(encoding="utf-8"))
         self.positions = config["model_max_length"]
-        self._clip, self._t5 = CLIPTokenizer(folder / "tokenizer"), T5Tokenizer(folder / "tokenizer_3")
+        self._clip, self._t5 = open_clip_tokenizer(folder / "tokenizer"), open_t5_tokenizer(folder / "tokenizer_3")
         self.clip_vocabulary = self._clip.tokenizer.get_vocab_size()
         self.t5_vocabulary = json.loads((folder / "tokenizer_3" / "tokenizer.json").read_text(encoding="utf-8"))
         self.t5_vocabulary = len(self.t5_vocabulary["model"]["vocab"])

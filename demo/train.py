@@ -39,9 +39,10 @@ from demo.flow import (
     write_resume,
 )
 from demo.optim import Average, Muon, rate
-from demo.scenes import CELL, HELD_OUT, SIZE, all_words, render, training_scene
 from demo.text import Captions
+from demo.watch import look
 from sd3.files import ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
+from sd3.shapes.scenes import CELL, HELD_OUT, SIZE, all_words, render, training_scene
 from sd3.vae import VAE, ResnetBlock, VAEConfig
 from sd3_impls import LATENT_SCALE, LATENT_SHIFT
 
@@ -313,8 +314,6 @@ def resume(work: str, out: str = str(RESUME), average: str = "average") -> None:
 
 def watch(work: str, steps: int = 20, average: str = "average", **values) -> None:
     """Scores the averaged weights on fixed prompts, the last line as JSON, and draws them to WORK/watch.png."""
-    from demo.watch import look
-
     folder = Path(work)
     export(work, str(folder / "preview"), average)
     print(json.dumps(look(folder / "preview" / "demo.safetensors", folder, steps=steps, **values)))

@@ -13,8 +13,10 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
-from demo.scenes import INVERSE, NORMAL, SIZE, SMALL, Scene, Thing, render, training_scene
-from demo.score import Seen, held_out_prompts, holds, read_picture, sample, score
+from demo.score import sample
+from sd3.shapes.prompts import held_out_prompts
+from sd3.shapes.scenes import INVERSE, NORMAL, SIZE, SMALL, Scene, Thing, render, training_scene
+from sd3.shapes.scorer import Seen, holds, read_picture, score
 from sd3.sheet import tile
 
 COUNTS = {

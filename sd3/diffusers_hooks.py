@@ -3,12 +3,12 @@
     from sd3.residual import ResidualConfig
     from sd3.diffusers_hooks import apply_residual
 
-    with apply_residual(pipe, ResidualConfig(1, (2, 3, 4), (0.1,), mode="anchored")):
+    with apply_residual(pipe, ResidualConfig(1, (2, 3, 4), "each:0.1", mode="anchored")):
         image = pipe("a red circle left of a blue square").images[0]
 
 Works on any transformer whose `transformer_blocks` take `encoder_hidden_states`: SD3 and SD3.5, FLUX, Qwen-Image. The
-hooks sit in diffusers' own registry, beside its caching and offloading; blocks that are compiled already get them
-around the compiled code.
+hooks sit in diffusers' own registry, beside its caching and offloading; on blocks that are compiled already they wrap
+the compiled code.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
-from mmditx import Pass, ResidualStream
-from sd3.mistakes import display
+from mmditx import ModelCall, ResidualStream
+from sd3.mistakes import Mistake
 from sd3.readers import read_path
-from sd3.residual import ResidualConfig, Rotations, read_rotations
+from sd3.residual import ResidualConfig, residual_stream
+from sd3.rotations import Rotations, read_rotations
 
 NAME = "residual_text_streaming"
 TEXT = "encoder_hidden_states"
-# What a transformer's `timestep` has to be divided by to give sigma; of others it is taken as 1000 where above 1.
+# Transformer class -> its `timestep` / sigma. For any other class, a timestep above 1 counts thousandths.
 TIMESTEPS = {"SD3Transformer2DModel": 1000.0, "FluxTransformer2DModel": 1.0, "QwenImageTransformer2DModel": 1.0}
 
 
@@ -39,53 +40,58 @@ def apply_residual(
 ) -> ResidualHandle:
     """Turns residual text streaming on for a pipeline (or a bare transformer) until the handle's `remove()`.
 
-    Layer numbers count `transformer_blocks`. config: None is off, as `build_residual_config` says it. rotations: for
-    the mode aligned, where `config` names no file. A scheduler that the pipeline is given later is asked from then on.
-    Without a pipeline there is no scheduler to ask, so start and end cannot be used, and the branch only where the
-    caller sets diffusers' `cache_context`. Raises ValueError where the transformer is not of this kind, has other
-    layers or another width, or has residual text streaming on already.
+    Layer numbers count `transformer_blocks`. config: None means off, as from `build_residual_config`. rotations: for
+    the mode aligned, where `config` names no file. A scheduler that replaces the pipeline's later is followed.
+    Without a pipeline there is no scheduler, so start and end cannot be used, and the branch only where the caller sets
+    diffusers' `cache_context`. Raises Mistake where the transformer is not of this kind, has other layers or another
+    width, or has residual text streaming on already.
     """
     transformer = getattr(pipe, "transformer", None) if not isinstance(pipe, nn.Module) else pipe
     blocks = getattr(transformer, "transformer_blocks", None)
     bare = _unwrapped(transformer)
+    name = type(bare if transformer is not None else pipe).__name__
     if not blocks or TEXT not in _parameters(_unwrapped(blocks[0])):
-        raise ValueError(
-            f"{type(bare if transformer is not None else pipe).__name__}: has no transformer_blocks that take {TEXT}"
-        )
+        raise Mistake("", name, f"has no transformer_blocks that take {TEXT}")
     if config is not None and not isinstance(config, ResidualConfig):
-        raise ValueError(f"config {display(config)}: must be a ResidualConfig, as build_residual_config makes one")
+        raise Mistake("config", config, "must be a ResidualConfig, as build_residual_config makes one")
     if config is None or not config.active:
         return ResidualHandle([])
     config.check(len(blocks))
-    width = getattr(bare, "inner_dim", None)
-    if config.mode != "aligned":
-        rotations = None
-    elif isinstance(rotations, Rotations):
-        rotations.check(config, width or rotations.matrices.shape[-1], "rotations")
-    elif rotations is not None or config.rotations:
-        path = read_path("residual_rotations", config.rotations if rotations is None else rotations)
-        rotations = read_rotations(path, config, width)
+    rotations = _rotations_for(config, rotations, getattr(bare, "inner_dim", None))
     if getattr(pipe, "scheduler", None) is None and (config.start, config.end) != (0.0, 1.0):
-        raise ValueError("--residual_start, --residual_end: need the pipeline, whose scheduler knows the step")
-    shared = _Shared(config, ResidualStream(config, rotations), pipe, bare)
+        raise Mistake("", "", "`start`, `end`: need the pipeline, whose scheduler knows the step")
+    shared = _Shared(config, residual_stream(config, rotations), pipe, bare)
     removals: list[Callable[[], None]] = []
     if NAME in HookRegistry.check_if_exists_or_initialize(transformer).hooks:
-        raise ValueError(f"{type(bare).__name__}: has residual text streaming on already; remove() that first")
-    removals.append(_register(transformer, _PassHook(shared)))
+        raise Mistake("", name, "has residual text streaming on already; remove() that first")
+    removals.append(_register(transformer, _CallHook(shared)))
     for i, block in enumerate(blocks):
-        if i >= config.origin:  # the rest sees nothing; a block that a pass skips is made up for at the next
+        if i >= config.origin:  # those before see nothing; a block that a call skips is made up for at the next
             removals.append(_attach(block, _BlockHook(shared, i, _parameters(_unwrapped(block)))))
     return ResidualHandle(removals)
 
 
+def _rotations_for(
+    config: ResidualConfig, rotations: Rotations | str | Path | None, width: int | None
+) -> Rotations | None:
+    """The rotations that a configuration needs, from a file or as they are, checked; None where there are none."""
+    if not config.aligned:
+        return None
+    if isinstance(rotations, Rotations):
+        rotations.check(config, width or rotations.matrices.shape[-1])
+        return rotations
+    path = config.rotations if rotations is None else read_path("rotations", rotations)
+    return None if path is None else read_rotations(path, config, width)
+
+
 class ResidualHandle:
-    """What `apply_residual` gives back: `remove()` takes every hook away; as a context manager, at its end."""
+    """What `apply_residual` returns: `remove()` takes every hook off; as a context manager, at its end."""
 
     def __init__(self, removals: list[Callable[[], None]]):
         self._removals = removals
 
     def remove(self) -> None:
-        """Leaves the transformer as it was; a second call does nothing."""
+        """Restores the transformer; a second call does nothing."""
         while self._removals:
             self._removals.pop()()
 
@@ -97,7 +103,7 @@ class ResidualHandle:
 
 
 class _CallName(StateManager):
-    """Hears the name that a pipeline gives a call by `cache_context`: cond, uncond, cond_uncond."""
+    """The name that a pipeline gives a call by `cache_context`: cond, uncond, cond_uncond."""
 
     def __init__(self) -> None:
         self.name = ""
@@ -110,7 +116,7 @@ class _CallName(StateManager):
 
 
 class _Shared:
-    """What the hooks of one pipeline share: the stream, and how far the running pass has come."""
+    """What the hooks of one pipeline share: the stream, and how far the running call has come."""
 
     def __init__(self, config: ResidualConfig, stream: ResidualStream, pipe: Any, transformer: Any):
         self.config = config
@@ -126,12 +132,12 @@ class _Shared:
 
     @property
     def scheduler(self) -> Any:
-        """The pipeline's own, whichever it has by now: `pipe.scheduler = Other.from_config(...)` is usual."""
+        """The pipeline's current one: `pipe.scheduler = Other.from_config(...)` is usual."""
         return getattr(self.pipe, "scheduler", None)
 
     @torch.compiler.disable
     def begin(self, args: tuple, kwargs: dict) -> None:
-        """Reads a pass off the transformer's arguments."""
+        """Reads a call off the transformer's arguments."""
         given = dict(zip(self.arguments, args, strict=False)) | kwargs
         step, steps = self._step()
         if step == 0:
@@ -141,12 +147,12 @@ class _Shared:
         first, halves = self._branches(given) if self.config.branch != "both" else ("cond", False)
         rows = given["hidden_states"].shape[0]
         text = self._text(given.get(TEXT)) if self.scheduler is not None else None
-        self.active = self.stream.begin(Pass.of_rows(step, steps, sigma, rows, first, halves, text=text))
+        self.active = self.stream.begin(ModelCall.of_rows(step, steps, sigma, rows, first, halves, text=text))
         self.next = self.config.origin
 
     @torch.compiler.disable
     def mix(self, i: int, context: Tensor) -> Tensor:
-        """The text tokens that enter block i; blocks skipped before it had the same ones."""
+        """The text tokens that enter block i, mixed for it and for the blocks that were skipped before it."""
         if self.active is not None:
             for layer in range(self.next, i + 1):
                 context = self.active(layer, context)
@@ -154,7 +160,7 @@ class _Shared:
         return context
 
     def _step(self) -> tuple[int, int]:
-        """Which of the steps that run, and how many those are."""
+        """The number of the step, of those that run, and how many run."""
         if self.scheduler is None:
             return 0, 1
         first = getattr(self.scheduler, "begin_index", None) or 0
@@ -168,7 +174,7 @@ class _Shared:
         return value / (self.scale or (1000.0 if value > 1 else 1.0))
 
     def _branches(self, given: dict) -> tuple[str, bool]:
-        """The branch of the first rows, and whether the other has a half of its own."""
+        """The branch of the first rows, and whether the other branch is the second half of the rows."""
         name = self.call.name
         guided = getattr(self.pipe, "do_classifier_free_guidance", None)
         if given.get("skip_layers") is not None:
@@ -178,28 +184,26 @@ class _Shared:
         if "cond" in name and name != "cond_uncond":
             return "cond", False
         if guided is None and not name:
-            raise ValueError(
-                f"--residual_branch {self.config.branch}: cannot tell the halves of guidance apart: no pipeline that "
-                "says whether it is guided, and no cache_context around the call"
-            )
+            why = "cannot tell the halves of guidance apart: no pipeline that says whether it is guided, and no "
+            raise Mistake("branch", self.config.branch, f"{why}cache_context around the call")
         return ("uncond", True) if guided or name else ("cond", False)  # diffusers puts the unconditional half first
 
     def _text(self, text: Any) -> Any:
-        """An object that stays the same as long as the text does, changes in place included."""
+        """An object that stays the same until the text is another one, or was changed in place."""
         if not isinstance(text, Tensor):
             return None
         version = 0 if text.is_inference() else text._version
-        for known in self.texts:
-            if known[0] is text and known[1] == version:
-                return known
+        for entry in self.texts:
+            if entry[0] is text and entry[1] == version:
+                return entry
         self.texts = [*self.texts[-3:], (text, version)]
         return self.texts[-1]
 
 
-class _PassHook(ModelHook):
-    """On the transformer: a pass begins."""
+class _CallHook(ModelHook):
+    """On the transformer: a call begins."""
 
-    _is_stateful = True  # so that diffusers tells it the name of the call
+    _is_stateful = True  # so that diffusers passes it the name of the call
 
     def __init__(self, shared: _Shared):
         super().__init__()
@@ -239,7 +243,7 @@ def _unwrapped(module: Any) -> Any:
 
 
 def _parameters(module: nn.Module) -> list[str]:
-    """Names of what the class's forward takes, in order, without self."""
+    """The parameters of the class's forward, in order, without self."""
     return list(inspect.signature(type(module).forward).parameters)[1:]
 
 
@@ -262,7 +266,7 @@ def _attach(block: nn.Module, hook: ModelHook) -> Callable[[], None]:
 
 
 def _register(module: nn.Module, hook: ModelHook) -> Callable[[], None]:
-    """Puts a hook into a module's registry; returns what takes it out, and the registry where nothing else is in it."""
+    """Puts a hook into a module's registry; returns what takes it out, and the registry too where it is then empty."""
     registry = HookRegistry.check_if_exists_or_initialize(module)
     own_forward = module.__dict__.get("forward")
     registry.register_hook(hook, NAME)

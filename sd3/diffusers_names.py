@@ -1,45 +1,40 @@
-"""Names of tensors in diffusers' layout, by our names."""
+"""How diffusers' layout stores our tensors: names, joined and transposed weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from other_impls import count_layers
 from sd3.files import WeightFile
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 @dataclass(frozen=True)
-class Source:
-    """How a file holds a tensor of ours: under another name, or as several that are joined along their first axis.
+class StoredAs:
+    """How a file stores a tensor of ours: under another name, or in pieces to be concatenated along the first axis.
 
-    change: `swap` exchanges the two halves of the first axis, `conv` makes a matrix a 1 x 1 convolution.
+    change: `swap` exchanges the two halves of the first axis, `conv` turns a matrix into a 1 x 1 convolution.
     """
 
     names: tuple[str, ...]
     change: str = ""
 
     def shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-        """Of the whole, from those of its pieces."""
+        """Shape of the joined tensor, from the shapes of the pieces."""
         joined = (sum(s[0] for s in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
         return (*joined, 1, 1) if self.change == "conv" else joined
 
     def build(self, pieces: list[Tensor]) -> Tensor:
-        """The whole from its pieces."""
-        import torch
-
+        """The joined tensor."""
         whole = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
         if self.change == "swap":
             return torch.cat(whole.chunk(2)[::-1])
         return whole[..., None, None] if self.change == "conv" else whole
 
 
-# our name -> theirs, below a block
+# Our name -> diffusers' name, below a block.
 _X_BLOCK = {
     "adaLN_modulation.1": "norm1.linear",
     "mlp.fc1": "ff.net.0.proj",
@@ -66,17 +61,17 @@ _VAE_BLOCK = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "co
 _VAE_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
 
 
-def _linear(out: dict[str, Source], ours: str, *theirs: str, change: str = "") -> None:
+def _linear(out: dict[str, StoredAs], ours: str, *theirs: str, change: str = "") -> None:
     """Weight and bias of a layer; a bias is never reshaped."""
-    out[f"{ours}.weight"] = Source(tuple(f"{t}.weight" for t in theirs), change)
-    out[f"{ours}.bias"] = Source(tuple(f"{t}.bias" for t in theirs), "" if change == "conv" else change)
+    out[f"{ours}.weight"] = StoredAs(tuple(f"{t}.weight" for t in theirs), change)
+    out[f"{ours}.bias"] = StoredAs(tuple(f"{t}.bias" for t in theirs), "" if change == "conv" else change)
 
 
-def diffusers_mmdit(file: WeightFile, prefix: str) -> dict[str, Source]:
-    """Where SD3Transformer2DModel keeps our MMDiT's tensors: q, k and v apart, and scale before shift in the norms of
-    the last block's text and of the output.
+def diffusers_mmdit(file: WeightFile, prefix: str) -> dict[str, StoredAs]:
+    """How SD3Transformer2DModel stores our MMDiT: q, k and v apart, and scale before shift in the norms of the
+    last block's text stream and of the output.
     """
-    out = {"pos_embed": Source(("pos_embed.pos_embed",))}
+    out = {"pos_embed": StoredAs(("pos_embed.pos_embed",))}
     for ours, theirs in _EMBEDDERS.items():
         _linear(out, ours, theirs)
     _linear(out, "final_layer.adaLN_modulation.1", "norm_out.linear", change="swap")
@@ -95,13 +90,13 @@ def diffusers_mmdit(file: WeightFile, prefix: str) -> dict[str, Source]:
             for attn in ("attn", "attn2"):
                 _linear(out, f"{stem}{attn}.qkv", *(f"{block}{attn}.{project.format(x)}" for x in "qkv"))
                 for x in "qk":
-                    out[f"{stem}{attn}.ln_{x}.weight"] = Source((f"{block}{attn}.{norm.format(x)}.weight",))
+                    out[f"{stem}{attn}.ln_{x}.weight"] = StoredAs((f"{block}{attn}.{norm.format(x)}.weight",))
     return out
 
 
-def diffusers_vae(file: WeightFile, prefix: str) -> dict[str, Source]:
-    """Where AutoencoderKL keeps our VAE's tensors: decoder levels counted from the other end, attention as matrices."""
-    out: dict[str, Source] = {}
+def diffusers_vae(file: WeightFile, prefix: str) -> dict[str, StoredAs]:
+    """How AutoencoderKL stores our VAE's tensors: decoder levels counted from the other end, attention as matrices."""
+    out: dict[str, StoredAs] = {}
     for side, ours_level, theirs_level in (("encoder", "down", "down_blocks"), ("decoder", "up", "up_blocks")):
         for ours, theirs in (("conv_in", "conv_in"), ("conv_out", "conv_out"), ("norm_out", "conv_norm_out")):
             _linear(out, f"{side}.{ours}", f"{side}.{theirs}")
@@ -123,14 +118,14 @@ def diffusers_vae(file: WeightFile, prefix: str) -> dict[str, Source]:
     return out
 
 
-# Our names -> the file's, for the timestep and pooled-text embedders.
+# Our name -> the file's, for a ControlNet's timestep and pooled-text embedders.
 RENAMES = {
     f"{ours}.mlp.{layer}.{leaf}": f"time_text_embed.{theirs}.linear_{number}.{leaf}"
     for ours, theirs in (("t_embedder", "timestep_embedder"), ("y_embedder", "text_embedder"))
     for layer, number in ((0, 1), (2, 2))
     for leaf in ("weight", "bias")
 }
-# Ours below a block -> diffusers', for a file in its layout.
+# Our name -> diffusers' names, below a block of a ControlNet.
 BLOCK = {
     "adaLN_modulation.1": ("norm1.linear",),
     "attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),

@@ -1,4 +1,4 @@
-"""`--embed_cache DIR`: encoded prompts on disk, so that a known prompt opens no text encoder."""
+"""A cache of encoded prompts on disk (`embed_cache`): a cached prompt opens no text encoder."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from sd3.headers import read_header
+from sd3.mistakes import Unwritable, Where
 from sd3.reading import check_file, reading
 from sd3.weights import SAMPLE
 from sd3.writing import atomic_write
 
-VERSION = 2  # of what is computed and how entries are made; older entries are then unknown
+VERSION = 2  # of the computation and of the format of entries; entries of other versions are not found
 NAMES = ("context", "pooled")
-WHOLE = 64 * 10**6  # bytes of a file that is hashed whole
+WHOLE = 64 * 10**6  # bytes up to which a file is hashed whole
 
 
 def file_identity(path: Path) -> list[Any]:
-    """What tells a file from another: its size and a hash of its contents. Of a large safetensors file the header and
-    both ends of every tensor are hashed, of another large file both ends; never its name or its date, which copies
-    share or lose.
+    """A file's size and a hash of its contents: of a large safetensors file the header and both ends of every tensor
+    are hashed, of another large file both ends. Name and date do not count: copies share or lose them.
     """
-    digest, size = hashlib.sha256(), os.stat(path).st_size
-    with open(path, "rb") as f:
+    digest = hashlib.sha256()
+    with reading(Where("", path)), open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
 
         def add(place: int, length: int) -> None:
             f.seek(place)
@@ -41,7 +42,7 @@ def file_identity(path: Path) -> list[Any]:
             return [size, digest.hexdigest()]
         spans = [(0, size)]
         if path.suffix == ".safetensors":
-            entries = list(read_header(str(path), path)[0].values())
+            entries = list(read_header(Where("", path), path)[0].values())
             add(0, min(e.place for e in entries))
             spans = sorted((e.place, e.size) for e in entries)
         for place, length in spans:
@@ -51,56 +52,56 @@ def file_identity(path: Path) -> list[Any]:
 
 
 class EmbedCache:
-    """A folder with a safetensors file for every encoded prompt, which names its own key and carries a checksum."""
+    """A folder with a safetensors file for every encoded prompt, which contains its own key and a checksum."""
 
     def __init__(
         self,
         folder: str | Path,
         files: Mapping[str, Iterable[Path]],
-        how: Mapping[str, Any],
+        options: Mapping[str, Any],
         fits: Callable[[int, Tensor, Tensor], bool] = lambda length, context, pooled: True,
     ):
-        """files: those of each encoder and tokenizer, by role; how: what else decides the result (dtype, device);
-        fits: whether text of a T5 length has the shapes that the model takes.
+        """files: those of each encoder and tokenizer, by role; options: whatever else decides the result (dtype,
+        device); fits: whether tensors of a T5 length have the shapes that the model needs.
 
-        Raises ValueError where the folder cannot be written to.
+        Raises `Unwritable` where the folder cannot be written to.
         """
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"--embed_cache {folder}: cannot be made ({error.strerror})") from None
+            raise Unwritable("embed_cache", folder, f"cannot be made ({error.strerror})") from None
         if not os.access(self.folder, os.W_OK):
-            raise ValueError(f"--embed_cache {folder}: cannot be written to")
+            raise Unwritable("embed_cache", folder, "cannot be written to")
         identities = {role: [file_identity(p) for p in sorted(set(paths))] for role, paths in files.items()}
-        self.made_by = json.dumps([VERSION, identities, dict(how)], sort_keys=True)
+        self.made_by = json.dumps([VERSION, identities, dict(options)], sort_keys=True)
         self.fits = fits
 
     def key(self, prompt: str, length: int) -> str:
-        """What stands for a prompt encoded at a T5 length by these files."""
+        """The key of a prompt encoded at a T5 length by these files."""
         return hashlib.sha256(json.dumps([self.made_by, prompt, length]).encode()).hexdigest()
 
     def path(self, prompt: str, length: int) -> Path:
-        """Where a prompt encoded at a T5 length is, if it is known."""
+        """The file of a prompt encoded at a T5 length, whether it exists or not."""
         return self.folder / f"{self.key(prompt, length)}.safetensors"
 
     def read(self, prompt: str, length: int) -> tuple[Tensor, Tensor] | None:
-        """Text tokens (1, L, X) and pooled text (1, Y) on the CPU; None where unknown, damaged, another's entry, or
-        not what the model takes.
+        """Text tokens (1, L, X) and pooled text (1, Y) on the CPU; None for an entry that is missing, damaged, of
+        another key, or does not fit the model.
         """
         path = self.path(prompt, length)
-        with contextlib.suppress(OSError, ValueError), reading(str(path)):
-            check_file(str(path), path)
-            _, notes = read_header(str(path), path)
+        with contextlib.suppress(OSError, ValueError), reading(Where("", path)):
+            check_file(Where("", path), path)
+            _, metadata = read_header(Where("", path), path)
             tensors = load(path.read_bytes())
             context, pooled = (tensors[name] for name in NAMES)
-            known = notes.get("key") == self.key(prompt, length) and notes.get("checksum") == _checksum(tensors)
-            if known and self._usable(length, context, pooled):
+            valid = metadata.get("key") == self.key(prompt, length) and metadata.get("checksum") == _checksum(tensors)
+            if valid and self._usable(length, context, pooled):
                 return context, pooled
         return None
 
     def write(self, prompt: str, length: int, text: tuple[Tensor, Tensor]) -> None:
-        """Keeps an encoded prompt, but none with NaN or infinity in it; raises OSError where it cannot be written."""
+        """Writes an encoded prompt, unless it holds NaN or infinity; raises OSError where it cannot be written."""
         tensors = {name: t.detach().cpu().contiguous() for name, t in zip(NAMES, text, strict=True)}
         if not self._usable(length, *tensors.values()):
             return
@@ -108,12 +109,12 @@ class EmbedCache:
         atomic_write(self.path(prompt, length), lambda f: f.write(data))
 
     def _usable(self, length: int, context: Tensor, pooled: Tensor) -> bool:
-        right = context.ndim == 3 and pooled.ndim == 2 and self.fits(length, context, pooled)
-        return right and all(t.is_floating_point() and bool(torch.isfinite(t).all()) for t in (context, pooled))
+        fits = context.ndim == 3 and pooled.ndim == 2 and self.fits(length, context, pooled)
+        return fits and all(t.is_floating_point() and bool(torch.isfinite(t).all()) for t in (context, pooled))
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, dtypes, shapes and every byte."""
+    """Hash of names, dtypes, shapes and every byte."""
     digest = hashlib.sha256()
     for name in NAMES:
         tensor = tensors[name]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import sd3_impls
 from dit_embedder import ControlNet, ControlNetConfig, control_pixels
-from mmditx import ContextHook, MMDiT, MMDiTConfig, residual_stream
+from mmditx import ContextHook, MMDiT, MMDiTConfig, ResidualStream
 from other_impls import (
     CLIP,
     CLIP_EMBEDDINGS,
@@ -32,11 +32,9 @@ from other_impls import (
     CLIPConfig,
     CLIPEnd,
     CLIPLayer,
-    CLIPTokenizer,
     T5Block,
     T5Config,
     T5Norm,
-    T5Tokenizer,
     join_text,
     t5_position_bias,
     table_rows,
@@ -48,21 +46,23 @@ from sd3.embed_cache import EmbedCache, file_identity
 from sd3.files import ENCODERS, WeightFile
 from sd3.find import TOKENIZER_FILES, Fit, find_encoders, find_tokenizer, models_folder
 from sd3.flags import DEFAULT_SEED, READERS, read_values
-from sd3.layers import can_pack, hold_linears
+from sd3.layers import can_pack, replace_linears
 from sd3.memory import explained
-from sd3.mistakes import Missing, Mistake, flag_name, renaming, spell
+from sd3.mistakes import Missing, Mistake, Where, flag_name, renaming, spell
 from sd3.models import SkipLayerConfig, fetch_model, read_skip_layer
 from sd3.offload import Offload
 from sd3.pixels import VAE_TILE, check_finite, open_images, to_image, unit_pixels
 from sd3.readers import read_list, read_text, read_tile
 from sd3.reading import reading
-from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, Rotations, needs_rotations, read_rotations
+from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, residual_stream
+from sd3.rotations import Rotations, read_rotations
 from sd3.settings import Flags, Settings, Setup, effective, resolve
 from sd3.streams import Once
+from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.unchanged import Stamp, Unchanged, stamp
 from sd3.vae import VAE, VAEConfig
 from sd3.versions import versions
-from sd3.weights import Part, control_kind, controlnet_part, has_vae, mmdit_part, vae_part
+from sd3.weights import ModelTensors, find_controlnet, find_mmdit, find_vae, has_vae, read_control_kind
 
 TEXTS_AT_ONCE = 256  # encoded prompts that are held in memory: 1.3 MB each at SD3's size
 CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
@@ -187,7 +187,7 @@ class Engine:
         self.folders = [models_folder(setup.model_folder)] if setup.model_folder else [own]
         if not setup.model_folder and self.folders != [Path("models")]:
             self.folders.append(Path("models"))
-        self.mmdit_part = mmdit_part(self.model_file)
+        self.mmdit_part = find_mmdit(self.model_file)
         self.config: MMDiTConfig = self.mmdit_part.config(MMDiTConfig.from_shapes, "an SD3 or SD3.5 model")
         self._check(self.mmdit_part, lambda: MMDiT(self.config))
         self.dtype = choose_dtype(setup.dtype, self.device, self.mmdit_part.dtype_name())
@@ -212,8 +212,8 @@ class Engine:
         return WeightFile(path, flag)
 
     @staticmethod
-    def _check(part: Part, make: Callable[[], nn.Module]) -> None:
-        """Raises Mistake where a part of a file does not fit the module of its sizes, or holds nothing."""
+    def _check(part: ModelTensors, make: Callable[[], nn.Module]) -> None:
+        """Raises ValueError where a part of a file does not fit the module of its sizes, or holds nothing."""
         with reading(part.file.where, "has sizes of no model"):
             model = on_meta(make)
         part.check(model)
@@ -221,7 +221,7 @@ class Engine:
 
     def _open_vae(self, path: str | None) -> None:
         file = self._open("vae", path) if path else self.model_file
-        self.vae_part = vae_part(file)
+        self.vae_part = find_vae(file)
         if not path and not has_vae(file):
             raise Missing("model", file.path, "holds no VAE; give one with `vae` sd3_vae.safetensors")
         self.vae_config: VAEConfig = self.vae_part.config(VAEConfig.from_shapes, "a VAE")
@@ -230,14 +230,17 @@ class Engine:
             channels = self.vae_config.latent_channels, self.config.latent_channels
             raise Mistake("vae", file.path, "has {} latent channels, the model has {}".format(*channels))
 
-    def _open_controlnet(self, path: str) -> Part:
-        part = controlnet_part(self._open("controlnet_ckpt", path))
+    def _open_controlnet(self, path: str) -> ModelTensors:
+        part = find_controlnet(self._open("controlnet_ckpt", path))
         config = part.config(ControlNetConfig.from_shapes, "an SD3 ControlNet")
-        config.check_base(self.config, path)
+        try:
+            config.check_base(self.config)
+        except ValueError as error:
+            raise Mistake("controlnet_ckpt", path, str(error)) from None
         self.controlnet_chained = config.chained(self.config)
         self.controlnet_config = config
         self._check(part, lambda: ControlNet(config, self.controlnet_chained))
-        control_kind(part)
+        read_control_kind(part)
         return part
 
     @property
@@ -263,22 +266,28 @@ class Engine:
             self.encoder_configs[role] = config
         clip_l, clip_g = self.encoder_configs["clip_l"], self.encoder_configs["clip_g"]
         if clip_l.width + clip_g.width != self.config.pooled_width:
-            files = [self.encoder_parts[role].file for role in ("clip_l", "clip_g")]
-            why = f"have widths {clip_l.width} + {clip_g.width}, the model needs {self.config.pooled_width}"
-            raise Mistake("", f"{files[0].where} and {files[1].path}", f"{why}: wrong text encoders")
+            where, other = (self.encoder_parts[role].file.where for role in ("clip_l", "clip_g"))
+            raise Mistake(
+                where.field,
+                f"{where.value} and {other.value}",
+                f"have widths {clip_l.width} + {clip_g.width}, the model needs {self.config.pooled_width}: wrong text "
+                "encoders",
+            )
         if not self.setup.no_t5 and (width := self.encoder_configs["t5xxl"].width) != self.config.context_width:
-            where, needed = self.encoder_parts["t5xxl"].file.where, self.config.context_width
-            raise Mistake("", where, f"has width {width}, the model needs {needed}: not this model's T5")
+            raise Mistake(
+                *self.encoder_parts["t5xxl"].file.where,
+                f"has width {width}, the model needs {self.config.context_width}: not this model's T5",
+            )
         beside = [p.file.path.parent for p in self.encoder_parts.values()]
         folders = list(dict.fromkeys([*self.folders, *beside]))
         kinds = ("clip",) if self.setup.no_t5 else ("clip", "t5")
         self.tokenizer_folders = {kind: find_tokenizer(kind, folders) for kind in kinds}
         rows = min(clip_l.vocabulary, clip_g.vocabulary)
-        self.clip_tokenizer = CLIPTokenizer(self.tokenizer_folders["clip"], rows=rows)
+        self.clip_tokenizer = open_clip_tokenizer(self.tokenizer_folders["clip"], rows=rows)
         self.t5_tokenizer = None
         if not self.setup.no_t5:
             rows = self.encoder_configs["t5xxl"].vocabulary
-            self.t5_tokenizer = T5Tokenizer(self.tokenizer_folders["t5"], rows=rows)
+            self.t5_tokenizer = open_t5_tokenizer(self.tokenizer_folders["t5"], rows=rows)
         self.positions = min(clip_l.positions, clip_g.positions)  # their tokens lie side by side
 
     def text_files(self) -> dict[str, set[Path]]:
@@ -299,10 +308,10 @@ class Engine:
         for flag, part in parts.items():
             for path in sorted({e.path for e in part.file.entries.values()} if part else ()):
                 if flag == "model" or path not in own:
-                    files.add(f"--{flag} {path}", path, early.get(path))
+                    files.add(Where(flag, path), path, early.get(path))
         for role, paths in self.text_files().items() if text else ():
             for path in sorted(paths - own):
-                files.add(f"{role} {path}", path)
+                files.add(Where("", f"{role} {path}"), path)
         return files
 
     def _open_embed_cache(self, folder: str) -> EmbedCache:
@@ -497,24 +506,32 @@ class Engine:
         return {key: norm(x) for key, x in states.items()}
 
     @staticmethod
-    def _tables(part: Part, names: list[str]) -> list[Tensor]:
+    def _tables(part: ModelTensors, names: list[str]) -> list[Tensor]:
         """Embedding tables, mapped: only the rows that are used are read."""
         tables = dict(part.read(names, "cpu", None))
         return [tables[name] for name in names]
 
     def _layer(
-        self, role: str, place: int | str, make: Callable[[], nn.Module], part: Part, stem: str, dtype: torch.dtype
+        self,
+        role: str,
+        place: int | str,
+        make: Callable[[], nn.Module],
+        part: ModelTensors,
+        stem: str,
+        dtype: torch.dtype,
     ) -> nn.Module:
         """A layer of a text encoder with its weights, read from below `stem`; kept where encoders stay resident."""
         if (role, place) in self._resident:
             return self._resident[role, place]
         layer = on_meta(make)
-        Part(part.file, part.prefix + stem).load_into(layer, self.encoder_device, dtype)
+        ModelTensors(part.file, part.prefix + stem).load_into(layer, self.encoder_device, dtype)
         if self.setup.t5_resident:
             self._resident[role, place] = layer
         return layer
 
-    def _load(self, part: Part, model: nn.Module, what: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    def _load(
+        self, part: ModelTensors, model: nn.Module, what: str, device: torch.device, dtype: torch.dtype
+    ) -> nn.Module:
         size = sum(p.numel() for p in model.parameters()) * torch.empty((), dtype=dtype).element_size()
         turn = "--weights int8, --dtype bfloat16 or, with a GPU, --offload True"
         bar = byte_bar(f"loading {what}", size, self.quiet)
@@ -530,7 +547,8 @@ class Engine:
             self._damage = ""
             for part in filter(None, parts):
                 if name := part.not_finite():
-                    self._damage = f"{part.file.where}: {name} holds NaN or infinity: download the file again"
+                    field, path = part.file.where
+                    self._damage = f"`{field}` {path}: {name} holds NaN or infinity: download the file again"
                     break
         return self._damage
 
@@ -554,11 +572,11 @@ class Engine:
         if self.mmdit is None:
             model = on_meta(lambda: MMDiT(self.config))
             if self.setup.weights != "full":
-                hold_linears(model.joint_blocks, self.setup.weights)
+                replace_linears(model.joint_blocks, self.setup.weights)
             elif not self.setup.offload:
                 model.join_modulations(self.device, self.dtype)
                 if can_pack(self.device, self.dtype):
-                    hold_linears(model.joint_blocks, "packed")
+                    replace_linears(model.joint_blocks, "packed")
             if self.setup.offload:
                 self._load(self.mmdit_part, model, "MMDiT", torch.device("cpu"), self.dtype)
                 model.offload = Offload(model.joint_blocks, self.device)
@@ -597,7 +615,7 @@ class Engine:
             raise Mistake("control", "", "no ControlNet is loaded; load one with `controlnet_ckpt`")
         pixels = unit_pixels(image)
         if control:
-            kind = control_kind(self.controlnet_part)
+            kind = read_control_kind(self.controlnet_part)
             pixels = control_pixels(pixels, self.controlnet_chained, kind)
         else:
             pixels = pixels * 2 - 1
@@ -697,12 +715,10 @@ class Engine:
                 hooks=hooks,
                 cache=cache,
             )
-        config = read_residual(residual_config)
-        config.check(self.config.depth)
-        stream = residual_stream(config, self.get_rotations(config))
+        stream = self.residual_stream(read_residual(residual_config))
         model = self.get_mmdit()
         sigmas = sd3_impls.flow_schedule(steps, self.shift if shift is None else shift)
-        sigmas = sd3_impls.remaining(sigmas, steps, denoise)
+        sigmas = sd3_impls.img2img_sigmas(sigmas, steps, denoise)
         denoiser = sd3_impls.Denoiser(
             model,
             self._rows(conditioning, len(seeds)),
@@ -752,14 +768,19 @@ class Engine:
             )
         return torch.cat(out)
 
+    def residual_stream(self, config: ResidualConfig) -> ResidualStream | None:
+        """The stream of a configuration, checked against this model, or None where nothing is mixed; raises Mistake."""
+        config.check(self.config.depth)
+        return residual_stream(config, self.get_rotations(config))
+
     def get_rotations(self, config: ResidualConfig) -> Rotations | None:
         """The rotations that a configuration needs, read and checked once; None where it needs none.
 
-        Raises Mistake for a file that does not fit (see `residual.read_rotations`).
+        Raises Mistake for a file that does not fit (see `rotations.read_rotations`).
         """
-        if config.mode != "aligned" or not config.active:
+        if not config.aligned:
             return None
-        needs_rotations(config)
+        config.check_rotations()
         key = (config.rotations, config.origin, config.targets, stamp(config.rotations))
         if self._rotations is None or self._rotations[0] != key:
             self._rotations = (key, read_rotations(config.rotations, config, self.config.width))
@@ -861,8 +882,7 @@ class Engine:
         """Raises Mistake where settings do not fit the loaded model."""
         self.check_size(s.width, s.height)
         with renaming(RESIDUAL_FLAGS):
-            s.residual.check(self.config.depth)
-            self.get_rotations(s.residual)
+            self.residual_stream(s.residual)
         if s.skip_layer and max(s.skip_layer.layers) >= self.config.depth:
             raise Mistake(
                 "skip_layer_cfg", "", f"needs layers {s.skip_layer.layers}, this model has {self.config.depth}"

@@ -1,4 +1,4 @@
-"""Finding and reading safetensors files: prefixes, layouts, dtypes, one clear error per file. Headers need no torch."""
+"""Safetensors files and folders in diffusers' layout: headers, name prefixes, hashes. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 from sd3.headers import Entry, read_header
-from sd3.reading import Unreadable, check_file, parse_json, reading
+from sd3.mistakes import Missing, Mistake, Where, verbatim
+from sd3.reading import check_file, parse_json, reading
 
 MMDIT_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
@@ -18,7 +19,7 @@ ENCODERS = ("clip_l", "clip_g", "t5xxl")
 ENCODER_PREFIX = "text_encoders.{}.transformer."
 TRANSFORMER = "transformer/"  # prefix of its tensors in a diffusers folder
 ENCODER_FOLDERS = {"clip_l": "text_encoder/", "clip_g": "text_encoder_2/", "t5xxl": "text_encoder_3/"}
-# Names that models have in files of any prefix, and in diffusers' layout.
+# Parts of tensor names by kind of model, in the published and in diffusers' layout, behind any prefix.
 STEMS = {
     "mmdit": ("joint_blocks.",),
     "vae": ("encoder.down.", "encoder.down_blocks.", "decoder.up.", "decoder.up_blocks."),
@@ -30,47 +31,50 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_
 
 
 def file_sha256(*paths: Path) -> str:
-    """Hash of a file, or of several one after the other."""
+    """Hash of a file, or of several one after the other; raises `Mistake` where one cannot be read."""
     digest = hashlib.sha256()
     for path in sorted(paths):
-        with open(path, "rb") as f:
+        with reading(Where("", path)), open(path, "rb") as f:
             while block := f.read(2**22):
                 digest.update(block)
     return digest.hexdigest()
 
 
 class WeightFile:
-    """A safetensors file, or a folder in diffusers layout: headers are read at once (no torch needed), tensors when
-    asked for. The tensors of a folder are named `transformer/...`, `vae/...`, `text_encoder/...` and so on.
+    """The headers of a safetensors file, or of a folder in diffusers' layout.
+
+    entries: every tensor by name; those of a folder are named `transformer/...`, `vae/...`, `text_encoder/...` and so
+    on; metadata: texts by name.
     """
 
-    def __init__(self, path: str | Path, flag: str = "", folder: bool = True):
-        """flag: the one that names the file, for errors; folder: whether it may be one.
+    def __init__(self, path: str | Path, field: str = "", folder: bool = True):
+        """field: the setting that names the file, for mistakes; folder: whether it may be one.
 
-        Raises FileNotFoundError, or ValueError for a file that is damaged or not safetensors.
+        Raises `Missing`, or another `Mistake` for a file that is damaged or not safetensors.
         """
         self.path = Path(path)
-        self.where = where_of(self.path, flag)
-        self.flag = flag
-        self.folder = folder and self.path.is_dir()
+        self.where = Where(field, self.path)
+        self.field = field
+        self.folder = folder and os.path.isdir(self.path)
         if self.folder:
-            self.entries, self.metadata = _read_folder(self.path, flag)
+            with reading(self.where):  # a folder inside it may not be readable
+                self.entries, self.metadata = _read_folder(self.path, field)
         else:
             self.entries, self.metadata = read_header(self.where, self.path)
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the whole file, as A1111-style tools compute it; of a folder's transformer, file after file."""
-        own = TRANSFORMER if self.has(TRANSFORMER) else ""
-        return file_sha256(*{e.path for n, e in self.entries.items() if n.startswith(own)})
+        """Hash of the whole file, as A1111-style tools compute it; of a folder, hash of its transformer's files."""
+        prefix = TRANSFORMER if self.has(TRANSFORMER) else ""
+        return file_sha256(*{e.path for n, e in self.entries.items() if n.startswith(prefix)})
 
     def has(self, prefix: str) -> bool:
         """Whether any tensor's name starts with `prefix`."""
         return any(name.startswith(prefix) for name in self.entries)
 
     def prefixes(self, kind: str, *stems: str) -> list[str]:
-        """What stands before the names of a kind of model (see `STEMS`), the most frequent first; averaged copies
-        (`ema`) are left out.
+        """Prefixes of the names of a kind of model (see `STEMS`), the most frequent first, without averaged copies
+        (`ema`).
         """
         found: Counter[str] = Counter()
         for name in self.entries:
@@ -81,7 +85,7 @@ class WeightFile:
         return [prefix for prefix, _ in found.most_common() if "ema" not in re.split(r"[./_]", prefix)]
 
     def owners(self) -> tuple[str, ...]:
-        """The prefixes of all models that were recognised, for telling a model's own tensors from another's."""
+        """The prefixes of all models that were recognised, to tell one model's tensors from another's."""
         kinds = {prefix for kind in STEMS for prefix in self.prefixes(kind)}
         return (MMDIT_PREFIX, VAE_PREFIX, "text_encoders.", *(prefix for prefix in kinds if prefix))
 
@@ -107,38 +111,30 @@ _KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
-def where_of(path: Path, flag: str) -> str:
-    """How a file is named to the user."""
-    return f"--{flag} {path}" if flag else str(path)
-
-
 _COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-def _read_folder(folder: Path, flag: str) -> tuple[dict[str, Entry], dict[str, str]]:
+def _read_folder(folder: Path, field: str) -> tuple[dict[str, Entry], dict[str, str]]:
     """All tensors of a diffusers folder by `<component>/<name>`, and the scheduler's shift as metadata."""
-    with reading(where_of(folder, flag), "cannot be read"):
-        os.listdir(folder / "")  # else one that may not be looked into seems to be empty
+    os.listdir(folder / "")  # else a folder without read permission would look empty
     if not os.path.isdir(folder / "transformer"):
         if any(folder.glob("diffusion_pytorch_model*")) or folder.name in _COMPONENTS:  # one component alone
-            headers = [read_header(where_of(path, flag), path)[0] for path in weight_files(folder, flag)]
+            headers = [read_header(Where(field, path), path)[0] for path in weight_files(folder, field)]
             return {name: entry for header in headers for name, entry in header.items()}, {}
-        raise Unreadable(
-            f"{where_of(folder, flag)}: is a folder without transformer/; a .safetensors file or a diffusers folder is "
-            "needed"
-        )
+        why = "is a folder without transformer/; a .safetensors file or a diffusers folder is needed"
+        raise Mistake(field, folder, why)
     entries: dict[str, Entry] = {}
     for component in _COMPONENTS:
         if (folder / component).is_dir():
-            for path in weight_files(folder / component, flag):
-                header, _ = read_header(where_of(path, flag), path)
+            for path in weight_files(folder / component, field):
+                header, _ = read_header(Where(field, path), path)
                 entries |= {f"{component}/{name}": entry for name, entry in header.items()}
-    return entries, _scheduler(folder / "scheduler" / "scheduler_config.json", flag)
+    return entries, _scheduler(folder / "scheduler" / "scheduler_config.json", field)
 
 
-def _scheduler(path: Path, flag: str) -> dict[str, str]:
-    """The shift that a scheduler's configuration names, as a file's metadata has it; nothing where it names none."""
-    where = where_of(path, flag)
+def _scheduler(path: Path, field: str) -> dict[str, str]:
+    """The shift in a scheduler's configuration, as metadata; {} where there is none."""
+    where = Where(field, path)
     if not path.exists():
         return {}
     check_file(where, path)
@@ -151,10 +147,10 @@ def _scheduler(path: Path, flag: str) -> dict[str, str]:
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
-def weight_files(folder: Path, flag: str = "") -> list[Path]:
-    """The safetensors files of one component: whole or in shards, of the plain variant if there is one, else of any.
+def weight_files(folder: Path, field: str = "") -> list[Path]:
+    """The safetensors files of one component, whole or in shards; the plain variant if there is one, else any other.
 
-    Raises FileNotFoundError where there is none, or a shard is missing.
+    Raises `Missing` where there is none, or a shard is missing.
     """
     for stem in ("diffusion_pytorch_model", "model"):
         plain, shards = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
@@ -164,30 +160,29 @@ def weight_files(folder: Path, flag: str = "") -> list[Path]:
             if path.suffix == ".safetensors" and path.exists():
                 return [path]
             if path.exists():
-                return _shards(folder, path, flag)
+                return _shards(folder, path, field)
         if rest := [p for p in sorted(folder.glob(f"{stem}*.safetensors")) if _SHARD.search(p.name)]:
-            raise FileNotFoundError(
-                f"{where_of(folder, flag)}: holds {rest[0].name}, and no index that names all shards"
-            )
+            raise Missing(field, folder, f"holds {rest[0].name}, and no index that names all shards")
     pickled = any(folder.glob("*.bin"))
     why = "only pickled .bin weights, which are not loaded" if pickled else "no .safetensors weights"
-    raise FileNotFoundError(f"{where_of(folder, flag)}: holds {why}")
+    raise Missing(field, folder, f"holds {why}")
 
 
-def _shards(folder: Path, index: Path, flag: str) -> list[Path]:
-    """The files that an index of shards names, which lie beside it."""
-    where = where_of(index, flag)
+def _shards(folder: Path, index: Path, field: str) -> list[Path]:
+    """The files that an index of shards names; they must be in its folder."""
+    where = Where(field, index)
     check_file(where, index)
     with reading(where, "is damaged"):
         values = parse_json(index.read_text(encoding="utf-8-sig"))
     named = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(named, dict) or not named:
-        raise Unreadable(f"{where}: is damaged: no weight_map in it")
+        raise Mistake(*where, "is damaged: no weight_map in it")
     for name, file in named.items():
         if not isinstance(file, str) or not file or re.search(r"[/\\\x00]", file) or file in (".", ".."):
-            raise Unreadable(f"{where}: is damaged: {name} is said to lie in {file!r}, which is no file beside it")
+            claim = verbatim(f"{name} is said to lie in {file!r}")
+            raise Mistake(*where, f"is damaged: {claim}, which is no file beside it")
     names = sorted(set(named.values()))
     for name in names:
         if not os.path.exists(folder / name):  # also where no file can have such a name
-            raise FileNotFoundError(f"{where_of(folder / name, flag)}: no such file, though {index.name} names it")
+            raise Missing(field, folder / name, f"no such file, though {index.name} names it")
     return [folder / name for name in names]

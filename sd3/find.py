@@ -7,63 +7,59 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sd3.diffusers_names import Source
+from sd3.diffusers_names import StoredAs
 from sd3.files import ENCODER_FOLDERS, ENCODER_PREFIX, ENCODERS, STEMS, WeightFile
+from sd3.mistakes import Missing, Mistake
 from sd3.models import FETCH, model_key
-from sd3.reading import Unreadable
-from sd3.weights import Part
-
-if TYPE_CHECKING:
-    pass
+from sd3.weights import ModelTensors
 
 
 def models_folder(folder: str) -> Path:
-    """The folder that --model_folder names; raises FileNotFoundError, or ValueError where it is something else."""
+    """The folder that `model_folder` names; raises `Missing`, or `Mistake` where it cannot be read."""
     if os.path.isdir(folder):
         if not os.access(folder, os.R_OK | os.X_OK):
-            raise ValueError(f"--model_folder {folder}: may not be read")
+            raise Mistake("model_folder", folder, "may not be read")
         return Path(folder)
     if os.path.lexists(folder):
-        raise ValueError(f"--model_folder {folder}: is not a folder")
-    raise FileNotFoundError(f"--model_folder {folder}: no such folder")
+        raise Mistake("model_folder", folder, "is not a folder")
+    raise Missing("model_folder", folder, "no such folder")
 
 
 def list_models(folder: str) -> str:
-    """What was found in a models folder, what is missing and the command that fetches it."""
+    """Lists the models, encoders and tokenizers in a folder, and the commands that download what is missing."""
     place = models_folder(folder)
     lines, seen = [f"{place}:"], set()
-    for path in sorted(p.parent for p in place.glob("*/transformer") if p.is_dir()):
+    for path in sorted(p.parent for p in place.glob("*/transformer") if os.path.isdir(p)):
         try:
             file = WeightFile(path)
             size = sum(p.stat().st_size for p in {e.path for e in file.entries.values()}) / 2**20
             lines.append(f"  found    {path.relative_to(place)}/  a model in diffusers layout, {size:,.0f} MB")
             seen.add(f"{model_key(path)}.safetensors")
-        except (ValueError, OSError) as error:
+        except (Mistake, OSError) as error:
             lines.append(f"  damaged  {error}")
-    held: set[str] = set()  # roles of text encoders that were found, whatever their files are called
+    roles: set[str] = set()  # of the text encoders that were found, by their contents
     for path in sorted([*place.glob("*.safetensors"), *place.glob("*/*.safetensors")]):
         try:
             file = WeightFile(path, folder=False)
             size = path.stat().st_size / 2**20
-            held |= roles_of(file)
+            roles |= list_roles(file)
             lines.append(f"  found    {path.relative_to(place)}  {file.looks_like()}, {size:,.0f} MB")
             seen.add(path.name)
-        except (ValueError, OSError) as error:
+        except (Mistake, OSError) as error:
             lines.append(f"  damaged  {error}")
     for name, repository in FETCH.items():
         if not any(s.startswith((name + ".safetensors", f"{name}_incl")) for s in seen):
             file = f"{name}.safetensors"
             lines.append(f"  missing  {file}  hf download {repository} {file} --local-dir {place}")
     for role, names in ENCODER_FILES.items():
-        if role not in held and not seen & set(names):
+        if role not in roles and not seen & set(names):
             get = fetch_encoder(role, place).removeprefix("get it with: ")
             lines.append(f"  missing  {role}  {get}")
     for kind in TOKENIZER_FOLDERS:
         try:
             lines.append(f"  found    {kind} tokenizer in {find_tokenizer(kind, [place])}")
-        except FileNotFoundError as error:
+        except Missing as error:
             lines.append(f"  missing  {kind} tokenizer  {str(error).split('get it with: ')[-1]}")
     return "\n".join(lines)
 
@@ -89,14 +85,14 @@ ENCODER_HUB = "stabilityai/stable-diffusion-3.5-large"
 
 @dataclass(frozen=True)
 class Fit:
-    """Widths of the text that a model takes: pooled (CLIP-L and CLIP-G together), and tokens (T5's)."""
+    """Text widths that a model needs: pooled (CLIP-L and CLIP-G together), and tokens (T5's)."""
 
     pooled: int
     context: int
 
-    def fits(self, role: str, part: Part, other: int | None) -> bool:
-        """Whether a part may be the encoder `role` by its width; other: the width of the other CLIP, where known."""
-        width = encoder_width(role, part)
+    def fits(self, role: str, encoder: ModelTensors, other: int | None) -> bool:
+        """Whether an encoder's width allows it to be `role`; other: the width of the other CLIP, where known."""
+        width = encoder_width(role, encoder)
         if role == "t5xxl":
             return width == self.context
         if other is not None:
@@ -111,126 +107,135 @@ class Fit:
 CLIP_WIDTHS = {"clip_l": 768, "clip_g": 1280}  # of the released models
 
 
-def encoder_width(role: str, part: Part) -> int | None:
-    """Width of a text encoder, or None where the part is none of that kind."""
+def encoder_width(role: str, encoder: ModelTensors) -> int | None:
+    """Width of a text encoder, or None where the tensors are not of such an encoder."""
     names = {"t5xxl": "encoder.embed_tokens.weight"}
-    shape = part.shapes.get(names.get(role, "text_model.embeddings.token_embedding.weight"), ())
+    shape = encoder.shapes.get(names.get(role, "text_model.embeddings.token_embedding.weight"), ())
     return shape[1] if len(shape) == 2 else None
 
 
 def find_encoders(
     roles: Iterable[str], model_file: WeightFile, folders: list[Path], given: dict[str, str | None], fit: Fit
-) -> dict[str, Part]:
-    """The text encoders by role (clip_l, clip_g, t5xxl): the given file, else in the model's own file or folder, else
-    in `folders`, their `text_encoders/` or `clip/`: by a known name, else in a folder of diffusers' layout there, else
-    by what the files hold.
+) -> dict[str, ModelTensors]:
+    """The text encoders by role (clip_l, clip_g, t5xxl).
 
-    Raises ValueError for a file that is damaged and where several may be meant, FileNotFoundError that says where it
-    was looked for and how to get it.
+    Searched in this order: the given file; the model's own file or folder; `folders`, their `text_encoders/` and
+    `clip/`, by a known file name; a folder of diffusers' layout there; any file there, by its contents.
+    Raises `Mistake` for a damaged file or where several files fit; `Missing` says where it searched and how to get the
+    encoder.
     """
     roles = list(roles)
-    parts: dict[str, Part] = {}
+    out: dict[str, ModelTensors] = {}
     for role in roles:
         if path := given.get(role):
             file = WeightFile(path, role, folder=False)
-            parts[role] = encoder_part(role, file, (*_inside(role, file, fit), *file.prefixes(role), "")[0])
-        elif found := _inside(role, model_file, fit) or _by_name(role, folders) or _by_folder(role, folders, fit):
-            parts[role] = found if isinstance(found, Part) else encoder_part(role, model_file, found[0])
-    missing = [role for role in roles if role not in parts]
-    for role in missing:
-        parts[role] = _by_contents(role, model_file, folders, parts, fit)
-    return {role: parts[role] for role in roles}
+            out[role] = select_encoder(role, file, (*_prefix_inside(role, file, fit), *file.prefixes(role), "")[0])
+        elif prefixes := _prefix_inside(role, model_file, fit):
+            out[role] = select_encoder(role, model_file, prefixes[0])
+        elif encoder := _find_by_name(role, folders) or _find_by_folder(role, folders, fit):
+            out[role] = encoder
+    for role in [role for role in roles if role not in out]:
+        out[role] = _find_by_contents(role, model_file, folders, out, fit)
+    return {role: out[role] for role in roles}
 
 
-def _inside(role: str, file: WeightFile, fit: Fit) -> list[str]:
-    """The prefix of an encoder in a file with other models: a known one, one with the role in it, or by its width."""
-    known = [p for p in (ENCODER_PREFIX.format(role), ENCODER_FOLDERS[role]) if file.has(p)]
-    if known:
-        return known[:1]
+def _prefix_inside(role: str, file: WeightFile, fit: Fit) -> list[str]:
+    """The prefix of an encoder in a file of several models, or []: a usual prefix, one that contains the role, or one
+    below which an encoder of the right width is stored.
+    """
+    usual = [p for p in (ENCODER_PREFIX.format(role), ENCODER_FOLDERS[role]) if file.has(p)]
+    if usual:
+        return usual[:1]
     others = [p for p in file.prefixes(role) if p]
-    named = [p for p in others if role in p]
-    free = [p for p in others if not any(r in p for r in ENCODERS)]
-    return (named or [p for p in free if fit.fits(role, encoder_part(role, file, p), None)])[:1]
+    with_role = [p for p in others if role in p]
+    without_any = [p for p in others if not any(r in p for r in ENCODERS)]
+    return (with_role or [p for p in without_any if fit.fits(role, select_encoder(role, file, p), None)])[:1]
 
 
-def _places(folders: list[Path]) -> list[Path]:
+def _encoder_folders(folders: list[Path]) -> list[Path]:
     return [place for f in folders for place in (f, f / "text_encoders", f / "clip")]
 
 
-def _by_name(role: str, folders: list[Path]) -> Part | None:
-    for place in _places(folders):
+def _find_by_name(role: str, folders: list[Path]) -> ModelTensors | None:
+    for place in _encoder_folders(folders):
         for name in ENCODER_FILES[role]:
             if os.path.exists(place / name):
                 file = WeightFile(place / name, "model_folder", folder=False)
-                return encoder_part(role, file, (*file.prefixes(role), "")[0])
+                return select_encoder(role, file, (*file.prefixes(role), "")[0])
     return None
 
 
-def _by_folder(role: str, folders: list[Path], fit: Fit) -> Part | None:
-    """The encoder in a folder that is called as in diffusers' layout, whole or in shards; another one there does not
-    count: FLUX keeps its T5 in `text_encoder_2`.
+def _find_by_folder(role: str, folders: list[Path], fit: Fit) -> ModelTensors | None:
+    """The encoder in a folder named as in diffusers' layout, whole or in shards. One that does not fit is passed over:
+    FLUX keeps its T5 in `text_encoder_2`.
     """
     for place in (f / ENCODER_FOLDERS[role] for f in folders):
         if any(place.glob("*.safetensors")):
-            part = _alone(role, WeightFile(place, "model_folder"))
-            if part is not None and fit.fits(role, part, None):
-                return part
+            encoder = _sole_encoder(role, WeightFile(place, "model_folder"))
+            if encoder is not None and fit.fits(role, encoder, None):
+                return encoder
     return None
 
 
-def _by_contents(role: str, model_file: WeightFile, folders: list[Path], parts: dict[str, Part], fit: Fit) -> Part:
-    """The one file of a folder that holds such an encoder and nothing else; the first folder with any counts."""
+def _find_by_contents(
+    role: str, model_file: WeightFile, folders: list[Path], encoders: dict[str, ModelTensors], fit: Fit
+) -> ModelTensors:
+    """The one file of a folder that holds such an encoder and nothing else, in the first folder that has any.
+
+    encoders: those found already, by role.
+    """
     other = {"clip_l": "clip_g", "clip_g": "clip_l"}.get(role)
-    width = encoder_width(other, parts[other]) if other in parts else None
-    known = {name for names in ENCODER_FILES.values() for name in names}
-    used = {part.file.path.resolve() for part in parts.values()} | {model_file.path.resolve()}
+    width = encoder_width(other, encoders[other]) if other in encoders else None
+    usual_names = {name for names in ENCODER_FILES.values() for name in names}
+    used = {os.path.realpath(file.path) for file in [model_file, *(encoder.file for encoder in encoders.values())]}
     for folder in folders:
-        found: dict[Path, Part] = {}
-        for path in (p for place in _places([folder]) for p in sorted(place.glob("*.safetensors"))):
+        found: dict[str, ModelTensors] = {}
+        for path in (p for place in _encoder_folders([folder]) for p in sorted(place.glob("*.safetensors"))):
             hinted = [r for r in ("clip_l", "clip_g") if r in path.name.lower().replace("-", "_")]
-            if path.name in known or path.resolve() in used or (hinted and role not in hinted):
+            if path.name in usual_names or os.path.realpath(path) in used or (hinted and role not in hinted):
                 continue
-            with contextlib.suppress(ValueError, OSError):  # a file that cannot be read is none of those that fit
-                part = _alone(role, WeightFile(path, "model_folder", folder=False))
-                if part is not None and fit.fits(role, part, width):
-                    found.setdefault(path.resolve(), part)
+            with contextlib.suppress(Mistake):  # a file that cannot be read does not fit
+                encoder = _sole_encoder(role, WeightFile(path, "model_folder", folder=False))
+                if encoder is not None and fit.fits(role, encoder, width):
+                    found.setdefault(os.path.realpath(path), encoder)
         if len(found) > 1:
-            names = " and ".join(str(part.file.path) for part in found.values())
-            raise Unreadable(f"--{role}: {names} may both be meant; name the right one with --{role}")
+            names = " and ".join(str(encoder.file.path) for encoder in found.values())
+            raise Mistake(role, "", f"{names} may both be meant; name the right one with `{role}`")
         if found:
             return next(iter(found.values()))
     where = ", ".join(f"{f}/ and {f}/text_encoders/ and {f}/clip/" for f in folders)
-    skip = ", or give --no_t5" if role == "t5xxl" else ""
-    raise FileNotFoundError(
-        f"--model_folder: no {' or '.join(ENCODER_FILES[role][:3])} in {where}, nor another file that holds one; name "
-        f"it with --{role}, or {fetch_encoder(role, folders[0])}{skip}"
+    skip = ", or give `no_t5`" if role == "t5xxl" else ""
+    why = (
+        f"no {' or '.join(ENCODER_FILES[role][:3])} in {where}, nor another file that holds one; name it with "
+        f"`{role}`, or {fetch_encoder(role, folders[0])}{skip}"
     )
+    raise Missing("model_folder", "", why)
 
 
-def _alone(role: str, file: WeightFile) -> Part | None:
-    """The encoder that a file holds, where it holds nothing else."""
+def _sole_encoder(role: str, file: WeightFile) -> ModelTensors | None:
+    """The encoder of a file that holds nothing else; None for other files."""
     prefixes = file.prefixes(role)
     if len(prefixes) != 1 or sum(n.startswith(prefixes[0]) for n in file.entries) < 0.9 * len(file.entries):
         return None
     others = [kind for kind in STEMS if STEMS[kind] != STEMS[role] and file.prefixes(kind)]
-    return None if others else encoder_part(role, file, prefixes[0])
+    return None if others else select_encoder(role, file, prefixes[0])
 
 
-def roles_of(file: WeightFile) -> set[str]:
-    """The text encoders that a file holds, beside other models or alone (by the released models' widths)."""
+def list_roles(file: WeightFile) -> set[str]:
+    """Roles of the text encoders in a file, beside other models or alone, by the widths of the released models."""
     fit, out = Fit(sum(CLIP_WIDTHS.values()), 4096), set()
     for role in ENCODERS:
-        part = _alone(role, file)
-        if _inside(role, file, fit) or (part is not None and fit.fits(role, part, None)):
+        encoder = _sole_encoder(role, file)
+        if _prefix_inside(role, file, fit) or (encoder is not None and fit.fits(role, encoder, None)):
             out.add(role)
     return out
 
 
-def encoder_part(role: str, file: WeightFile, prefix: str) -> Part:
+def select_encoder(role: str, file: WeightFile, prefix: str) -> ModelTensors:
     """The encoder's tensors; T5's embedding is `encoder.embed_tokens.weight` or `shared.weight`, either or both."""
     if role == "t5xxl" and prefix + "encoder.embed_tokens.weight" not in file.entries:
-        return Part(file, prefix, {"encoder.embed_tokens.weight": Source(("shared.weight",))})
-    return Part(file, prefix)
+        return ModelTensors(file, prefix, {"encoder.embed_tokens.weight": StoredAs(("shared.weight",))})
+    return ModelTensors(file, prefix)
 
 
 def fetch_encoder(role: str, folder: Path) -> str:
@@ -240,9 +245,9 @@ def fetch_encoder(role: str, folder: Path) -> str:
 
 
 def find_tokenizer(kind: str, folders: list[Path]) -> Path:
-    """The folder of the `clip` or `t5` tokenizer: in `folders`, beside the encoders, else in the hub's cache.
+    """The folder of the `clip` or `t5` tokenizer: in `folders`, their `text_encoders/`, else in the hub's cache.
 
-    Never uses the network. Raises FileNotFoundError that says where it was looked for and how to get it.
+    Never uses the network. Raises `Missing` that says where it searched and how to get the tokenizer.
     """
     places = [p / name for f in folders for p in (f, f / "text_encoders") for name in TOKENIZER_FOLDERS[kind]]
     for place in places:
@@ -250,13 +255,13 @@ def find_tokenizer(kind: str, folders: list[Path]) -> Path:
             return place
     if cached := _cached_tokenizer(kind):
         return cached
-    flag = TOKENIZER_FOLDERS[kind][0]
     names = " or ".join(" and ".join(n) for n in TOKENIZER_FILES[kind])
     get = " ".join(n for names in TOKENIZER_FILES[kind] for n in names if n != "tokenizer.json")
-    raise FileNotFoundError(
-        f"--model_folder: no tokenizer ({names}) in {', '.join(map(str, places))} or the hub's cache; get it with: "
-        f"hf download {TOKENIZER_HUB[kind]} {get} --local-dir {folders[0] / flag}"
+    why = (
+        f"no tokenizer ({names}) in {', '.join(map(str, places))} or the hub's cache; get it with: "
+        f"hf download {TOKENIZER_HUB[kind]} {get} --local-dir {folders[0] / TOKENIZER_FOLDERS[kind][0]}"
     )
+    raise Missing("model_folder", "", why)
 
 
 def _cached_tokenizer(kind: str) -> Path | None:

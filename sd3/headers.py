@@ -1,4 +1,4 @@
-"""Headers of safetensors files by the rules of the safetensors library, and what a file is that is none. No torch."""
+"""Reads safetensors headers by the rules of the safetensors library, and names other kinds of files. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd3.reading import Unreadable, check_file, reading
+from sd3.mistakes import Mistake, Where, verbatim
+from sd3.reading import check_file, reading
 
-MOST_HEADER = 100_000_000  # bytes; the library reads no longer ones
-DEEPEST = 125  # levels of lists and objects in a field that nobody knows: the library reads no more
+MOST_HEADER = 100_000_000  # bytes, the limit of the library
+DEEPEST = 125  # levels of lists and objects in an unknown field, the limit of the library
 WORD = 2**64
 DTYPE_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32,
@@ -28,7 +29,7 @@ FIELDS = ("dtype", "shape", "data_offsets")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file, as its header names it. offset: from the first tensor's first byte; place: in the file."""
+    """One tensor in a file's header. offset: bytes from the first tensor; place: bytes from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -39,11 +40,11 @@ class Entry:
     place: int = 0
 
 
-def read_header(where: str, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_header(where: Where, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of a safetensors file by name, and its metadata.
 
-    where: how the file is named to the user. Raises FileNotFoundError, or `Unreadable` for everything that the library
-    would refuse, and for a file without tensors.
+    where: the field that names the file, and its path. Raises `Missing`, or another `Mistake` for everything that the
+    library would refuse and for a file without tensors.
     """
     check_file(where, path)
     with reading(where, "cannot be read"), open(path, "rb") as f:
@@ -52,27 +53,27 @@ def read_header(where: str, path: Path) -> tuple[dict[str, Entry], dict[str, str
         length = int.from_bytes(start, "little")
         opening = f.read(64)
         if len(start) < 8 or length == 0 or (opening.strip() and opening.lstrip()[:1] != b"{"):
-            raise Unreadable(f"{where}: is not a safetensors file{_hint(path)}")
+            raise Mistake(*where, f"is not a safetensors file{_hint(path)}")
         if length > MOST_HEADER:
-            raise Unreadable(f"{where}: its header is damaged (it is said to have {length:,} bytes)")
+            raise Mistake(*where, f"its header is damaged (it is said to have {length:,} bytes)")
         if 8 + length > size:
-            raise Unreadable(f"{where}: is truncated: its header alone needs {8 + length} bytes, there are {size}")
+            raise Mistake(*where, f"is truncated: its header alone needs {8 + length} bytes, there are {size}")
         f.seek(8)
         text = f.read(length)
     try:
         metadata, tensors = _parse(text)
         end = _check_places(tensors)
     except RecursionError:
-        raise Unreadable(f"{where}: its header is damaged (it is nested too deeply)") from None
+        raise Mistake(*where, "its header is damaged (it is nested too deeply)") from None
     except ValueError as error:
-        raise Unreadable(f"{where}: its header is damaged ({' '.join(str(error).split())[:200]})") from None
+        raise Mistake(*where, f"its header is damaged ({verbatim(' '.join(str(error).split())[:200])})") from None
     needed = 8 + length + end
     if size < needed:
-        raise Unreadable(f"{where}: is truncated: {size} bytes of {needed}; download it again")
+        raise Mistake(*where, f"is truncated: {size} bytes of {needed}; download it again")
     if size > needed:
-        raise Unreadable(f"{where}: its header is damaged ({size - needed} bytes follow on the last tensor)")
+        raise Mistake(*where, f"its header is damaged ({size - needed} bytes follow on the last tensor)")
     if not tensors:
-        raise Unreadable(f"{where}: holds no usable tensors")
+        raise Mistake(*where, "holds no usable tensors")
     return {
         name: Entry(dtype, shape, first, path, name, last - first, 8 + length + first)
         for name, (dtype, shape, (first, last)) in tensors.items()
@@ -80,37 +81,37 @@ def read_header(where: str, path: Path) -> tuple[dict[str, Entry], dict[str, str
 
 
 class _Object(dict):
-    """An object of a JSON text that knows all its pairs, those that a later one replaced among them."""
+    """A JSON object that keeps repeated keys in `pairs`."""
 
     def __init__(self, pairs: list[tuple[str, Any]]):
         super().__init__(pairs)
         self.pairs = pairs
         for name, _ in pairs:
-            name.encode()  # half a surrogate pair is an error, as it is for the library
+            name.encode()  # raises for a lone surrogate, as the library does
 
-    def once(self, names: Iterable[str]) -> None:
-        """Raises ValueError where one of the names is there twice."""
+    def check_unique(self, names: Iterable[str]) -> None:
+        """Raises ValueError where one of the names is a repeated key."""
         for wanted in names:
             if len(self.pairs) > len(self) and sum(name == wanted for name, _ in self.pairs) > 1:
                 raise ValueError(f"{wanted} is there twice")
 
 
-def _whole(text: str) -> int | float:
-    """A number without a point; the library takes `-0` and what is beyond 64 bits for one with a point."""
+def _read_int(text: str) -> int | float:
+    """A number without a decimal point; as in the library, `-0` and numbers beyond 64 bits become floats."""
     number = float(text)
     if math.isinf(number):
         raise ValueError("a number is too large")
     return number if text == "-0" or abs(number) >= 2 * WORD else int(text)
 
 
-def _real(text: str) -> float:
+def _read_float(text: str) -> float:
     number = float(text)
     if math.isinf(number):
         raise ValueError("a number is too large")
     return number
 
 
-def _constant(text: str) -> None:
+def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text} is no JSON")
 
 
@@ -124,11 +125,15 @@ def _parse(text: bytes) -> tuple[dict[str, str], Tensors]:
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8") from None
     header = json.loads(
-        decoded, object_pairs_hook=_Object, parse_int=_whole, parse_float=_real, parse_constant=_constant
+        decoded,
+        object_pairs_hook=_Object,
+        parse_int=_read_int,
+        parse_float=_read_float,
+        parse_constant=_refuse_constant,
     )
     if not isinstance(header, _Object):
         raise ValueError("it is no object")
-    header.once(["__metadata__"])
+    header.check_unique(["__metadata__"])
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not isinstance(metadata, _Object):
         raise ValueError("__metadata__ is no object")
@@ -136,21 +141,21 @@ def _parse(text: bytes) -> tuple[dict[str, str], Tensors]:
         if not isinstance(value, str):
             raise ValueError(f"__metadata__ {name} is no text")
         value.encode()
-    tensors = {name: _tensor(name, value) for name, value in header.pairs if name != "__metadata__"}
+    tensors = {name: _read_tensor(name, value) for name, value in header.pairs if name != "__metadata__"}
     return dict(metadata or {}), tensors
 
 
-def _tensor(name: str, value: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
-    if isinstance(value, list) and len(value) == len(FIELDS):  # which the library takes too
+def _read_tensor(name: str, value: Any) -> tuple[str, tuple[int, ...], tuple[int, int]]:
+    if isinstance(value, list) and len(value) == len(FIELDS):  # the library accepts that too
         value = _Object(list(zip(FIELDS, value, strict=True)))
     if not isinstance(value, _Object):
         raise ValueError(f"{name} is no object")
-    value.once(FIELDS)
+    value.check_unique(FIELDS)
     if missing := [field for field in FIELDS if field not in value]:
         raise ValueError(f"{name} has no {missing[0]}")
     for field, other in value.pairs:
         if field not in FIELDS:
-            _check_other(other)
+            _check_unknown_field(other)
     dtype, shape, offsets = (value[field] for field in FIELDS)
     if isinstance(dtype, _Object) and [v for _, v in dtype.pairs] == [None]:
         (dtype,) = dtype
@@ -167,8 +172,8 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < WORD
 
 
-def _check_other(value: Any) -> None:
-    """Raises ValueError for a field's value, which is of no use to anybody, where the library would not read it."""
+def _check_unknown_field(value: Any) -> None:
+    """Raises ValueError for a value that the library would refuse, though nothing uses it."""
     level = [value]
     for _ in range(DEEPEST + 1):
         following: list[Any] = []
@@ -186,7 +191,7 @@ def _check_other(value: Any) -> None:
 
 
 def _check_places(tensors: Tensors) -> int:
-    """Where the last tensor ends; raises ValueError unless they lie one behind the other and have their sizes."""
+    """Where the last tensor ends; raises ValueError for gaps, overlaps and sizes that do not fit shape and dtype."""
     end = 0
     for name, (dtype, shape, (first, last)) in sorted(tensors.items(), key=lambda item: item[1][2]):
         if first != end or last < first:
@@ -225,7 +230,7 @@ _STARTS: tuple[tuple[bytes, str], ...] = (
 
 
 def describe(start: bytes, size: int, end: bytes = b"") -> str:
-    """What a file is by its first bytes (a few hundred) and its last one, or ``."""
+    """What kind of file this is, by its first few hundred bytes and its last one; `` for an unknown kind."""
     if size == 0:
         return "empty; download it again"
     for magic, what in _STARTS:
@@ -242,14 +247,14 @@ def describe(start: bytes, size: int, end: bytes = b"") -> str:
 
 
 def is_pickle(start: bytes, end: bytes = b"") -> bool:
-    """Whether a file begins as pickles do: with a protocol from 2 on, or as one of the older two, ending with a dot."""
+    """Whether a file is a pickle of protocol 2 or later, or of an older one, which ends with a dot."""
     if re.match(rb"\x80[\x02-\x0f]", start):
         return True
     return end == b"." and bool(re.match(rb"[(\]}][\x00-\x7f]?(q|p\d|d|l|t|i|c)|c[\w.]+\n[\w.]+\n", start))
 
 
 def _hint(path: Path) -> str:
-    """`: it is a ...`, where that can be told."""
+    """`: it is a ...` for a known kind of file, the size of another small file, else ``."""
     size, start, end = 0, b"", b""
     with contextlib.suppress(OSError), open(path, "rb") as f:
         size, start = os.fstat(f.fileno()).st_size, f.read(512)

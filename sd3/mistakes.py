@@ -54,7 +54,7 @@ class Mistake(ValueError):
 
     def renamed(self, names: Mapping[str, str]) -> Mistake:
         """The same mistake with other names for fields, such as a flag's for a keyword's."""
-        why = re.sub(_BACKQUOTED, lambda m: f"`{names.get(m[1], m[1])}`", self.why)
+        why = re.sub(_BACKQUOTED, lambda m: f"`{names.get(m[1], m[1])}`" if m[1] else m[0], self.why)
         return _rebuilt(type(self), (names.get(self.field, self.field), self.value, why))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -75,12 +75,17 @@ class Unwritable(Mistake, OSError):
     """A file or folder that cannot be written: a full disk, missing rights."""
 
 
-_BACKQUOTED = r"`([a-z]\w*)`"
+_BACKQUOTED = r"``|`([a-z]\w*)`"
 
 
 def spell(text: str, name: Callable[[str], str] = lambda name: name) -> str:
     """A text with every field name between backquotes spelled by `name`, without the backquotes."""
-    return re.sub(_BACKQUOTED, lambda m: name(m[1]), text)
+    return re.sub(_BACKQUOTED, lambda m: name(m[1]) if m[1] else "`", text)
+
+
+def verbatim(text: str) -> str:
+    """A text from a file or a library for use in a `why`: its backquotes stay and mark no field."""
+    return text.replace("`", "``")
 
 
 def flag_name(field: str) -> str:

@@ -11,34 +11,36 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sd3 import png
+from sd3.mistakes import Mistake, Where, display, verbatim
 from sd3.reading import Note
 from sd3.settings import Settings
 
 VAE_TILE = 576  # pixels, where a picture is too large to be decoded whole: 1024 and 2048 divide well with the overlap
 
 
-def open_image(flag: str, path: str, width: int, height: int) -> Image.Image:
-    """An image as every viewer shows it, RGB, resized with Lanczos: turned as its EXIF says, what is transparent over
-    white, of an animation the first frame. Raises FileNotFoundError or ValueError.
+def open_image(field: str, path: str, width: int, height: int) -> Image.Image:
+    """An image as every viewer shows it, RGB, resized with Lanczos: rotated as its EXIF says, transparent pixels over
+    white, the first frame of an animation. Raises Missing or Mistake, which names `field`.
     """
-    where = f"--{flag} {path}"
+    where = Where(field, path)
     with png.open_picture(where, path) as image:
-        shown, see_through = as_shown(image)
-        shown = shown.resize((width, height), Image.Resampling.LANCZOS)
-    if see_through and where not in _SEE_THROUGH:
-        _SEE_THROUGH.add(where)
-        warnings.warn(f"{where}: is transparent in places; white is taken for what lies behind", Note, stacklevel=2)
-    return shown
+        opaque, transparent = as_shown(image)
+        opaque = opaque.resize((width, height), Image.Resampling.LANCZOS)
+    if transparent and where not in _TRANSPARENT:
+        _TRANSPARENT.add(where)
+        why = "is transparent in places; white is taken for what lies behind"
+        warnings.warn(f"`{field}` {verbatim(display(path))}: {why}", Note, stacklevel=2)
+    return opaque
 
 
-_SEE_THROUGH: set[str] = set()  # pictures of which that was said: they are opened for every batch
+_TRANSPARENT: set[Where] = set()  # pictures with a warning already: they are opened for every batch
 _FEW_GREYS = {"L;2": 3, "L;4": 15}  # the highest value of a grey PNG of so few bits, by Pillow's name for it
 
 
 def as_shown(image: Image.Image) -> tuple[Image.Image, bool]:
-    """An opened image as RGB, see `open_image`, and whether anything of it was transparent.
+    """An opened image as RGB, see `open_image`, and whether any of it was transparent.
 
-    Raises ValueError for grey values of 32 bits: there is no telling which of them is white.
+    Raises ValueError for grey values of 32 bits: which of them is white is unknown.
     """
     levels = _FEW_GREYS.get(image.tile[0].args if image.format == "PNG" and image.tile else None)
     image = ImageOps.exif_transpose(image)
@@ -61,11 +63,13 @@ def as_shown(image: Image.Image) -> tuple[Image.Image, bool]:
 
 
 def open_images(pictures: Sequence[Settings]) -> dict[tuple[str, str, int, int], Image.Image]:
-    """Pictures that settings start from or are guided by, by (flag, path, width, height); raises as `open_image`."""
+    """The images that settings start from or are guided by: {(field, path, width, height): image}; raises as
+    `open_image`.
+    """
     wanted = {
-        (flag, path, s.width, s.height)
+        (field, path, s.width, s.height)
         for s in pictures
-        for flag, path in (("init_image", s.init_image), ("controlnet_cond_image", s.controlnet_cond_image))
+        for field, path in (("init_image", s.init_image), ("controlnet_cond_image", s.controlnet_cond_image))
         if path
     }
     return {key: open_image(*key) for key in sorted(wanted)}
@@ -84,11 +88,11 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def check_finite(x: Tensor, what: str, dtype: torch.dtype, cause: Callable[[], str] = str) -> None:
-    """Raises ValueError where `x` holds NaN or infinity: with the cause, where that is known, else the dtype to try."""
+    """Raises Mistake where `x` holds NaN or infinity: with the cause, where it is known, else the dtype to try."""
     if not torch.isfinite(x).all():
         if line := cause():
-            raise ValueError(f"{line}; {what} became NaN or infinite by it; no picture is saved")
-        others = {torch.float16: "try --dtype bfloat16 or float32", torch.bfloat16: "try --dtype float32"}
+            raise Mistake("", "", f"{line}; {what} became NaN or infinite by it; no picture is saved")
+        others = {torch.float16: "try `dtype` bfloat16 or float32", torch.bfloat16: "try `dtype` float32"}
         advice = others.get(dtype, "the model file may be damaged: download it again")
         name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"{what} became NaN or infinite in {name}; no picture is saved; {advice}")
+        raise Mistake("", "", f"{what} became NaN or infinite in {name}; no picture is saved; {advice}")

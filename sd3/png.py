@@ -13,7 +13,8 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from sd3.reading import Unreadable, check_file, parse_json, reading
+from sd3.mistakes import Mistake, Where
+from sd3.reading import check_file, parse_json, reading
 from sd3.settings import Settings, base_name
 from sd3.versions import __version__, versions
 from sd3.writing import atomic_write
@@ -94,37 +95,34 @@ def encode_picture(image: Image.Image, settings: Settings, made_with: Mapping[st
 
 
 @contextlib.contextmanager
-def open_picture(where: str, path: str | Path) -> Iterator[Image.Image]:
-    """A picture file, opened by Pillow; raises FileNotFoundError or `Unreadable` for whatever goes wrong inside.
-
-    where: how the file is named to the user.
-    """
+def open_picture(where: Where, path: str | Path) -> Iterator[Image.Image]:
+    """A picture file, opened by Pillow; raises Missing, or Mistake for whatever goes wrong inside."""
     check_file(where, path)
     with reading(where, "cannot be read"):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of Pillow: what matters of them follows as an error
-                # by its handle: of a path Pillow maps some TIFFs into memory, those turned with the wrong line length
+                warnings.simplefilter("ignore")  # Pillow's: what matters of them follows as an error
+                # by its handle: by its path, Pillow maps some TIFFs into memory, rotated ones with a wrong line length
                 with open(path, "rb") as file, Image.open(file) as image:
                     yield image
         except UnidentifiedImageError:
-            raise Unreadable(f"{where}: is not a picture") from None
+            raise Mistake(*where, "is not a picture") from None
 
 
-def read_record(path: str | Path, flag: str = "replay") -> dict[str, Any]:
-    """What a PNG of ours says of itself: settings, model_sha256, versions and what else was recorded.
+def read_record(path: str | Path, field: str = "replay") -> dict[str, Any]:
+    """The record in a PNG that this tool wrote: settings, model_sha256, versions and more.
 
-    Raises FileNotFoundError, or ValueError for a file that is damaged or says nothing.
+    Raises Missing, or Mistake for a file that is damaged or holds no record.
     """
-    where = f"--{flag} {path}"
+    where = Where(field, path)
     with open_picture(where, path) as image:
         image.load()
         text = getattr(image, "text", {}).get(SETTINGS_CHUNK)
     if text is None:
-        told = "holds no settings: made with --no_metadata, by another program, or saved again by one"
-        raise Unreadable(f"{where}: {told}")
+        why = "holds no settings: made with `no_metadata`, by another program, or saved again by one"
+        raise Mistake(*where, why)
     with reading(where, "its settings cannot be read"):
         record = parse_json(text)
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
-        raise Unreadable(f"{where}: its settings cannot be read")
+        raise Mistake(*where, "its settings cannot be read")
     return record

@@ -1,6 +1,6 @@
-"""The one door through which other people's files are read: whatever goes wrong inside becomes one line with the file.
+"""How files of other people are read: whatever goes wrong becomes one `Mistake` that names the file. Needs no torch.
 
-Needs no torch. Readers open files inside `reading`, after `check_file`.
+A reader calls `check_file`, then opens the file inside `reading`.
 """
 
 from __future__ import annotations
@@ -13,83 +13,69 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sd3.mistakes import Missing, Mistake, Where
+from sd3.mistakes import Missing, Mistake, Where, verbatim
 
 
 class Note(UserWarning):
-    """A warning of ours: something about a file that people are to know; the command lines always say it."""
-
-
-class Unreadable(ValueError):
-    """A file that cannot be used, said in one line that names it."""
+    """A warning of this tool about a file; the command lines always show it."""
 
 
 @contextlib.contextmanager
-def reading(where: Where | str, why: str = "cannot be read") -> Iterator[None]:
-    """Turns whatever a library raises inside into `Unreadable` with one line: `where: why (what it said)`.
+def reading(where: Where, why: str = "cannot be read") -> Iterator[None]:
+    """Turns whatever a library raises inside into a `Mistake`: where, why and what the library said.
 
-    where: how the file is named to the user, such as `--model x.safetensors`. `Unreadable` and running out
-    of memory pass unchanged, and so does everything that is not an error (Ctrl-C, SIGTERM); a file that is gone stays a
-    FileNotFoundError.
+    where: the field that names the file, and its path. A `Mistake` and running out of memory pass
+    unchanged, and so does everything that is not an error (Ctrl-C, SIGTERM). A file that disappears is `Missing`.
     """
     try:
         yield
-    except (Mistake, Unreadable, MemoryError):
+    except (Mistake, MemoryError):
         raise
     except FileNotFoundError as error:
-        if error.errno is None:  # it says which file by its flag
-            raise
-        raise _missing(where, f"{error.strerror}: it went away while it was read") from None
+        reason = error.strerror or " ".join(str(error).split())[:200] or "no such file"
+        raise Missing(*where, f"{verbatim(reason)}: it went away while it was read") from None
     except RecursionError:
-        raise _mistake(where, f"{why} (it is nested too deeply)") from None
+        raise Mistake(*where, f"{why} (it is nested too deeply)") from None
     except Exception as error:
-        raise _mistake(where, f"{why}{_said(error)}") from None
+        raise Mistake(*where, f"{why}{_reason(error)}") from None
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # what a library written in Rust raises where it fails
             raise
-        raise _mistake(where, f"{why}{_said(error)}") from None
+        raise Mistake(*where, f"{why}{_reason(error)}") from None
 
 
-def _mistake(where: Where | str, why: str) -> Mistake:
-    return Mistake(*where, why) if isinstance(where, Where) else Unreadable(f"{where}: {why}")
+def _reason(error: BaseException) -> str:
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    text = verbatim(" ".join(text.split())[:200])
+    return f" ({text})" if text else ""
 
 
-def _missing(where: Where | str, why: str) -> FileNotFoundError:
-    return Missing(*where, why) if isinstance(where, Where) else FileNotFoundError(f"{where}: {why}")
-
-
-def _said(error: BaseException) -> str:
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    said = " ".join(said.split())[:200]
-    return f" ({said})" if said else ""
-
-
-def check_file(where: Where | str, path: str | Path) -> None:
-    """Raises FileNotFoundError or `Unreadable` where `path` is no plain file: a pipe or a device would never end."""
+def check_file(where: Where, path: str | Path) -> None:
+    """Raises `Missing` or another `Mistake` where `path` is no plain file: a pipe or a device would never end."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise _missing(where, "no such file") from None
+        raise Missing(*where, "no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
-        raise _mistake(where, f"cannot be opened{_said(error)}") from None
+        raise Mistake(*where, f"cannot be opened{_reason(error)}") from None
     if stat.S_ISDIR(mode):
-        raise _mistake(where, "is a folder; a file is needed")
+        raise Mistake(*where, "is a folder; a file is needed")
     if not stat.S_ISREG(mode):
-        raise _mistake(where, "is not a file (a pipe, a socket or a device)")
+        raise Mistake(*where, "is not a file (a pipe, a socket or a device)")
 
 
 def parse_json(text: str | bytes, once: bool = False) -> Any:
-    """The value of a JSON text; raises ValueError for anything that is none, nested too deeply among it.
+    """The value of a JSON text. Raises ValueError for text that is not JSON or is nested too deeply.
 
-    once: also where an object names something twice, as people's own files may by a slip; of others the last counts.
+    once: refuse an object with a repeated key, a likely slip in a file written by hand; else the last one counts.
     """
     try:
-        return json.loads(text, object_pairs_hook=_once if once else None)
+        return json.loads(text, object_pairs_hook=_refuse_repeats if once else None)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
         names = [name for name, _ in pairs]

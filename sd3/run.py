@@ -19,6 +19,7 @@ from sd3.engine import Engine, load_for, plan_for
 from sd3.files import file_sha256
 from sd3.find import list_models
 from sd3.flags import FLAGS
+from sd3.mistakes import Where
 from sd3.prompts import folder_name, read_prompts
 from sd3.replay import Replay
 from sd3.residual import ResidualConfig
@@ -52,7 +53,7 @@ class MadeWith:
         self.files = Unchanged()
         for name in FILES_OF_IMAGES:
             if path := getattr(settings, name):
-                self.files.add(f"--{name} {path}", path)
+                self.files.add(Where(name, path), path)
         self.thread = threading.Thread(target=self._run, daemon=True) if hashed else None
         if self.thread:
             self.thread.start()

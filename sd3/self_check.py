@@ -64,8 +64,8 @@ def results(engine: Engine) -> dict[str, tuple[Callable[[], Tensor], int]]:
     start = torch.zeros(1, engine.config.latent_channels, SIDE, SIDE)
     settings = {
         "plain": {},
-        "residual add": {"residual_config": ResidualConfig(0, TARGETS, (1.0,))},
-        "residual anchored": {"residual_config": ResidualConfig(1, TARGETS, (2.0,), "anchored", "cosine")},
+        "residual add": {"residual_config": ResidualConfig(0, TARGETS, "each:1")},
+        "residual anchored": {"residual_config": ResidualConfig(1, TARGETS, "each:2", "anchored", "cosine")},
         "skip-layer guidance": {"skip_layer_config": SkipLayerConfig(2.0, 0.01, 0.6, (4, 5), cfg=CFG)},
     }
 

@@ -16,7 +16,7 @@ from sd3.flags import DEFAULT_SEED, FLAGS, MOST_PICTURES, Flag, names, read_valu
 from sd3.mistakes import Mistake, renaming
 from sd3.models import CONTROLNET, DEFAULT_SIZE, SkipLayerConfig, model_row
 from sd3.readers import SEED_LIMIT
-from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, needs_rotations
+from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
 
 RANDOM_SEEDS = 100_000  # seed_type rand draws below this
 REQUIRED = ("prompt", "model")  # an image's settings name them
@@ -166,7 +166,8 @@ class Flags:
                 if name not in names(also="self_check") and value is not None:
                     raise Mistake(name, "", "does not go with `self_check`, which runs the shipped model")
         if not flags.residual_config:  # else they are checked together with what the file says
-            needs_rotations(ResidualConfig.from_flags(flags.residual()))
+            with renaming(RESIDUAL_FLAGS):
+                ResidualConfig.from_flags(flags.residual()).check_rotations()
         if flags.controlnet_cond_image and not flags.controlnet_ckpt:
             raise Mistake("controlnet_cond_image", "", "needs `controlnet_ckpt`, the ControlNet that reads it")
         if flags.controlnet_ckpt and not flags.controlnet_cond_image:

@@ -25,7 +25,7 @@ def contact_sheet(
 ) -> Image.Image:
     """Pictures from files under column names, rows labelled at their left; each at most `size` pixels on a side.
 
-    Files that are not there, or damaged, stay empty.
+    The place of a missing or damaged file stays empty.
     """
     shown = [[_thumbnail(path, size) for path in row] for row in rows]
     sizes = [picture.size for row in shown for picture in row if picture is not None] or [(size, size)]
@@ -53,7 +53,7 @@ def _thumbnail(path: Path, size: int) -> Image.Image | None:
     try:
         with Image.open(path) as image:
             picture = image.convert("RGB")
-    except Exception:  # not there, or damaged: its place stays empty
+    except Exception:  # missing or damaged
         return None
     picture.thumbnail((size, size), Image.Resampling.LANCZOS)
     return picture
@@ -75,7 +75,7 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
 
 
 def heat_map(amount: np.ndarray) -> Image.Image:
-    """(H, W) from 0 to 1 as black, red, yellow and white; the square root is shown, so that small amounts are seen."""
+    """(H, W) from 0 to 1 as black, red, yellow and white, of the square root, so that small amounts can be seen."""
     x = 3 * np.sqrt(np.clip(amount, 0, 1))[..., None]  # (H, W, 1)
     colours = np.clip(x - np.arange(3), 0, 1) * 255  # red, then green, then blue
     return Image.fromarray(colours.astype(np.uint8))

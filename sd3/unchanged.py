@@ -1,19 +1,21 @@
-"""Files that a process uses must stay as they were when it opened them: else a record names what was not used."""
+"""Detects files that change while a process uses them; else a picture's record could name the wrong contents."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from sd3.mistakes import Mistake, Where
+
 Stamp = tuple[int, int, int]
 
 
-class Changed(ValueError):
-    """A file is another one than when it was opened."""
+class Changed(Mistake):
+    """A file that was replaced, edited or deleted since it was opened."""
 
 
 def stamp(path: str | Path) -> Stamp | None:
-    """Size, time of the last change and inode of a file; None where there is none."""
+    """Size, time of the last change and inode of a file; None for a missing file."""
     try:
         stat = os.stat(path)
     except (OSError, ValueError):
@@ -22,22 +24,22 @@ def stamp(path: str | Path) -> Stamp | None:
 
 
 class Unchanged:
-    """Files with the stamps that they had when they were opened."""
+    """Files and the stamps that they had when they were opened."""
 
     def __init__(self) -> None:
-        self.stamps: dict[str, tuple[str, Stamp | None]] = {}
+        self.stamps: dict[Where, tuple[str, Stamp | None]] = {}
 
-    def add(self, where: str, path: str | Path, known: Stamp | None = None) -> None:
-        """Notes a file, before it is read. where: how it is named to the user, such as `--model x.safetensors`; known:
-        its stamp, where it was read before.
+    def add(self, where: Where, path: str | Path, first: Stamp | None = None) -> None:
+        """Adds a file; call before reading it. where: the field that names it, and its path; first: its stamp, where
+        it was read before.
         """
-        # from the root, as the working folder may change; not abspath, which takes `link/..` for the folder of the link
-        self.stamps[where] = os.path.join(os.getcwd(), path), known or stamp(path)
+        # absolute, as the working folder may change; not abspath, which resolves `link/..` to the folder of the link
+        self.stamps[where] = os.path.join(os.getcwd(), path), first or stamp(path)
 
     def check(self) -> None:
-        """Raises `Changed` naming the first file that is not what it was."""
+        """Raises `Changed` for the first file that is not the same as when it was added."""
         for where, (path, then) in self.stamps.items():
             now = stamp(path)
             if now != then:
                 how = "is gone" if now is None else "has changed"
-                raise Changed(f"{where}: {how} since it was opened; no picture is made of two files: start again")
+                raise Changed(*where, f"{how} since it was opened; no picture is made of two files: start again")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from other_impls import Shapes, attention
 
-OVERLAP = 64  # pixels that neighbouring tiles share: their edges see about 26 pixels less than the whole does
-_ONE_AT_A_TIME = threading.Lock()  # norms hold what a tiled run measured: no other thread may run them meanwhile
-LARGE_LEVELS = 2  # levels of full and half size: the only ones that tiles are worth it for
+OVERLAP = 64  # pixels that neighbouring tiles share: a tile's edge lacks about 26 pixels of context
+_ONE_AT_A_TIME = threading.Lock()  # during a tiled run the norms keep its statistics: no other thread may use them
+LARGE_LEVELS = 2  # levels of full and half size: tiles save memory in these only
 PEAK_TENSORS = 3.5  # of the widest full-size tensor, alive at once while decoding
 
 
@@ -57,10 +57,10 @@ class VAEConfig:
         )
 
     def decoding_bytes(self, width: int, height: int, dtype: torch.dtype) -> int:
-        """About what decoding a picture of this size whole takes at its peak, beside the weights (measured, see
+        """Peak memory of decoding a picture of this size without tiles, beside the weights (an estimate, measured in
         docs/performance.md).
         """
-        widest = self.widths[1] if len(self.widths) > 1 else self.widths[0]  # its blocks begin at full size with that
+        widest = self.widths[1] if len(self.widths) > 1 else self.widths[0]  # its width enters the blocks of full size
         return int(PEAK_TENSORS * width * height * widest * torch.empty((), dtype=dtype).element_size())
 
     @property
@@ -70,16 +70,16 @@ class VAEConfig:
 
 
 class Norm(nn.GroupNorm):
-    """Group norm that can take its mean and deviation from another input than the one it normalises: a tile must be
-    normalised as the whole picture is, else neighbours differ in tone.
+    """Group norm that can take its mean and deviation from another input: a tile must be normalised with the whole
+    picture's, else neighbouring tiles differ in tone.
     """
 
     fixed: tuple[Tensor, Tensor] | None = None  # factor and offset of every channel, (B, C, 1, 1)
-    watched = False  # whether the next input fixes them
+    fixes_next = False  # whether the next input sets them
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.watched:
-            self.fixed, self.watched = self._line(x), False
+        if self.fixes_next:
+            self.fixed, self.fixes_next = self._line(x), False
         return super().forward(x) if self.fixed is None else torch.addcmul(self.fixed[1], x, self.fixed[0])
 
     def _line(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,7 +152,7 @@ class Resample(nn.Module):
 
 
 class _Group(nn.Module):
-    """A bag of named children; the file's names (`mid.block_1`, `down.0.block.1`) decide the nesting."""
+    """A container of named children, nested as the names in the file are (`mid.block_1`, `down.0.block.1`)."""
 
     def __init__(self, **children: nn.Module):
         super().__init__()
@@ -202,7 +202,7 @@ class Encoder(nn.Module):
         return x
 
     def small(self, x: Tensor) -> Tensor:
-        """What follows on `large`."""
+        """The levels after `large`, to mean and log-variance."""
         x = self._levels(x, self.down[LARGE_LEVELS:])
         x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
         return self.conv_out(F.silu(self.norm_out(x)))
@@ -249,7 +249,7 @@ class Decoder(nn.Module):
         return self._levels(x, reversed(self.up[LARGE_LEVELS:]))
 
     def large(self, x: Tensor) -> Tensor:
-        """The levels of half and full size: what `small` gave -> pixels."""
+        """The levels of half and full size: the result of `small` -> pixels."""
         x = self._levels(x, reversed(self.up[:LARGE_LEVELS]))
         return self.conv_out(F.silu(self.norm_out(x)))
 
@@ -266,7 +266,7 @@ class VAE(nn.Module):
     def moments(self, image: Tensor, tile: int = 0) -> tuple[Tensor, Tensor]:
         """Mean and raw log-variance, each (B, 16, H/8, W/8), of `image` (B, 3, H, W) in [-1, 1].
 
-        tile: side in pixels of tiles that are encoded one at a time and blended, 0 for the whole.
+        tile: side in pixels of the tiles that are encoded one at a time and blended; 0: the whole at once.
         """
         with _ONE_AT_A_TIME:
             return self._moments(image, tile)
@@ -307,29 +307,29 @@ def tiled(
     scale: Callable[[int], int],
     align: int = 1,
 ) -> Tensor:
-    """run(x), a method of a module, from overlapping pieces of x (B, C, H, W), at most `tile` by `tile`, one at a time;
-    where tile is 0 or x is no larger, from the whole.
+    """run(x), computed from overlapping pieces of x (B, C, H, W) of at most `tile` by `tile`, one at a time; from the
+    whole where tile is 0 or x is no larger. run: a method of a module.
 
-    scale: from a place in x to the place in the result, for places that are multiples of `align`. Neighbours share
-    `overlap` or more; there the result goes over from one to the next along a straight ramp. All norms take
-    mean and deviation from a small copy of x, so that all pieces are normalised alike.
+    scale: position in x -> position in the result, for multiples of `align`. Neighbours share at least `overlap`; there
+    the result changes from one to the next along a linear ramp. All norms take mean and deviation from a small copy of
+    x, so that all pieces are normalised alike.
     """
     if not tile or max(x.shape[2:]) <= tile:
         return run(x)
     norms = [m for m in run.__self__.modules() if isinstance(m, Norm)]
     try:
         for norm in norms:
-            norm.watched = True
+            norm.fixes_next = True
         step = math.ceil(max(x.shape[2:]) / tile)
-        copy = x[:, :, step // 2 :: step, step // 2 :: step]  # single places: means would be smoother than the picture
+        copy = x[:, :, step // 2 :: step, step // 2 :: step]  # sampled: averages would be smoother than the picture
         copy = copy[:, :, : copy.shape[2] // align * align, : copy.shape[3] // align * align]
         run(copy.contiguous(memory_format=torch.channels_last))
         for norm in norms:
-            norm.watched = False  # those that are not part of `run`
+            norm.fixes_next = False  # of norms that `run` does not use
         return _blended(run, x, tile, overlap, scale, align)
     finally:
         for norm in norms:
-            norm.fixed, norm.watched = None, False
+            norm.fixed, norm.fixes_next = None, False
 
 
 def _blended(
@@ -353,8 +353,8 @@ def _blended(
 
 
 def pieces(size: int, tile: int, overlap: int, align: int = 1) -> list[tuple[int, int]]:
-    """Ends of the fewest pieces of length `tile` (or `size`) that cover `size` and overlap by about `overlap` or more,
-    evenly spread; all are multiples of `align` where the lengths are.
+    """(start, end) of the fewest pieces of length `tile` (or `size`) that cover `size`, evenly spread, with overlaps of
+    about `overlap` or more; all are multiples of `align` where the lengths are.
     """
     if size <= tile:
         return [(0, size)]
@@ -364,7 +364,7 @@ def pieces(size: int, tile: int, overlap: int, align: int = 1) -> list[tuple[int
 
 
 def ramp(start: int, end: int, size: int, overlap: int, scale: Callable[[int], int]) -> Tensor:
-    """Weight of each place of a piece's result along one side: rising from an inner edge over `overlap`, else 1."""
+    """Weight of each position of a piece's result along one side: a ramp over `overlap` at inner edges, else 1."""
     length, rise = scale(end - start), scale(overlap)
     places = torch.arange(length) + 0.5
     weight = torch.ones(length)

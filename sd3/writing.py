@@ -16,13 +16,15 @@ from typing import IO, Any
 
 import numpy as np
 
+from sd3.mistakes import Unwritable
+
 _umask_lock = threading.Lock()  # reading the umask sets it for a moment
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Writes a file under a temporary name and renames it, so that no half-written file is ever seen.
 
-    Raises OSError naming the file; nothing is left behind.
+    Raises Unwritable naming the file; nothing is left behind.
     """
     name = None
     try:
@@ -41,15 +43,14 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         raise
 
 
-def cannot_write(path: Path, error: OSError) -> OSError:
-    """The error of a file that could not be written, with the file's name in it."""
+def cannot_write(path: Path, error: OSError) -> Unwritable:
+    """The mistake that names a file which could not be written, and why."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    why = "the disk is full" if full else error.strerror or error
-    return OSError(error.errno, f"{path}: cannot be written: {why}")
+    return Unwritable("", path, f"cannot be written: {'the disk is full' if full else error.strerror or error}")
 
 
 def _sync(handle: int) -> None:
-    """Waits until a file is on its disk; where the file system has no such call, it is written as well as it can be."""
+    """Waits until a file is on its disk, on file systems that have such a call."""
     try:
         os.fsync(handle)
     except OSError as error:
@@ -58,7 +59,7 @@ def _sync(handle: int) -> None:
 
 
 def rename_finished(partial: Path, path: Path) -> None:
-    """Gives a finished temporary file its name, and, where the file system has them, the rights of any new file."""
+    """Gives a finished temporary file its name, and the rights of any new file where the file system has rights."""
     with _umask_lock:
         umask = os.umask(0)
         os.umask(umask)
@@ -68,9 +69,9 @@ def rename_finished(partial: Path, path: Path) -> None:
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Adds a value as a line of JSON to a file; a line that a kill tore stays apart from it.
+    """Adds a value as a line of JSON to a file, and ends a line before it that a kill cut short.
 
-    Raises OSError naming the file, which is then as it was.
+    Raises Unwritable naming the file, which is then unchanged.
     """
     try:
         with open(path, "ab") as f:
@@ -98,7 +99,7 @@ def _ends_with_newline(path: Path) -> bool:
 def make_folder(parent: Path, name: str, postfix: str | None, now: datetime.datetime | None = None) -> Path:
     """Makes `parent/<name><postfix or _date-time>`, with a number behind it where that exists already.
 
-    Raises ValueError for a place that cannot be written.
+    Raises Unwritable, which names the field out_dir.
     """
     stamp = postfix if postfix else (now or datetime.datetime.now()).strftime("_%Y-%m-%dT%H-%M-%S")
     stamp = stamp.replace("/", "_").replace("\\", "_")
@@ -110,24 +111,24 @@ def make_folder(parent: Path, name: str, postfix: str | None, now: datetime.date
             return folder
         except FileExistsError:
             if not parent.is_dir():
-                raise ValueError(f"--out_dir: {parent} is not a folder") from None
+                raise Unwritable("out_dir", "", f"{parent} is not a folder") from None
             number += 1
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             why = getattr(error, "strerror", None) or error
-            raise ValueError(f"--out_dir: cannot make {folder} ({why})") from None
+            raise Unwritable("out_dir", "", f"cannot make {folder} ({why})") from None
 
 
-def check_writable(out_dir: str, flag: str = "out_dir") -> None:
-    """Raises ValueError where pictures could not be written below `out_dir`; makes nothing."""
+def check_writable(out_dir: str, field: str = "out_dir") -> None:
+    """Raises Unwritable where nothing could be written below a folder, which need not exist; makes nothing."""
     place = Path(out_dir)
-    while not os.path.exists(place):  # also where one may not look
+    while not os.path.exists(place):  # also below a folder without the right to look
         if os.path.islink(place) or place == place.parent:
             break
         place = place.parent
     if not os.path.isdir(place):
-        raise ValueError(f"--{flag} {out_dir}: {place} is not a folder")
+        raise Unwritable(field, out_dir, f"{place} is not a folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"--{flag} {out_dir}: {place} cannot be written")
+        raise Unwritable(field, out_dir, f"{place} cannot be written")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -137,7 +138,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def json_bytes(value: Any, indent: int | None = None) -> bytes:
-    """A value as JSON in UTF-8, whatever is in it: a part that cannot be written becomes its description."""
+    """A value as JSON in UTF-8; a part of it that JSON cannot hold becomes its description."""
     try:
         text = json.dumps(value, indent=indent, ensure_ascii=False, default=_plain)
     except (TypeError, ValueError, RecursionError):
@@ -161,7 +162,7 @@ def _described(value: Any) -> str:
 
 
 def _writable(value: Any, depth: int = 0) -> Any:
-    """A value with only what JSON can hold in it."""
+    """A value in which everything that JSON cannot hold is replaced."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (int, float)):

@@ -19,9 +19,9 @@ ALIGNED = ResidualConfig(1, (2,), (0.3,), mode="aligned")
 @pytest.mark.parametrize(
     "config",
     [
-        ResidualConfig(1, (2, 3), (0.3,)),
-        ResidualConfig(1, (2, 3), (0.3,), start=0.5),
-        ResidualConfig(1, (2, 3), (0.3,), schedule="linear", end=0.7),
+        ResidualConfig(1, (2, 3), "each:0.3"),
+        ResidualConfig(1, (2, 3), "each:0.3", start=0.5),
+        ResidualConfig(1, (2, 3), "each:0.3", schedule="linear", end=0.7),
     ],
 )
 def test_a_scheduler_that_takes_the_place_of_another(pipe, config):  # noqa: F811
@@ -46,6 +46,6 @@ def test_off_as_it_is_said_elsewhere(pipe, transformer):  # noqa: F811
 
 @pytest.mark.parametrize("bad", [5, 0, {"a": 1}, torch.eye(3), True, "", b"x"])
 def test_rotations_that_are_neither_rotations_nor_a_path(pipe, transformer, bad):  # noqa: F811
-    with pytest.raises(ValueError, match="--residual_rotations"):
+    with pytest.raises(ValueError, match="^rotations"):
         apply_residual(pipe, ALIGNED, bad)
     assert not hasattr(transformer, "_diffusers_hook")

@@ -22,14 +22,16 @@ import sd3.pixels
 import sd3.probe.command
 import sd3.sweep.command
 import sd3_infer
-from other_impls import CLIPTokenizer
 from sd3.files import ENCODER_FOLDERS, ENCODER_PREFIX, WeightFile
+from sd3.find import Fit, find_encoders, list_models
 from sd3.flags import Flags
+from sd3.mistakes import Missing, Mistake, Where, flag_name
 from sd3.pixels import open_image
 from sd3.prompts import read_prompts
-from sd3.reading import Unreadable, check_file, reading
+from sd3.reading import check_file, reading
 from sd3.residual import ResidualConfig
 from sd3.sweep.grid import read_seeds, read_yaml
+from sd3.tokenizers import open_clip_tokenizer
 from sd3_infer import SD3Inferencer
 
 SMALL = ["--model", str(DEMO), "--steps", "1", "--width", "64", "--height", "64"]
@@ -109,7 +111,7 @@ def test_a_model_folder_that_is_none(tmp_path, capsys, command, kind):
 @pytest.mark.parametrize("data", ["red\nblue\n".encode("utf-16-le"), b"red\0circle\n", b"PK\3\4\0\0"])
 def test_a_prompt_file_with_null_characters_is_no_text(tmp_path, data):
     (tmp_path / "p.txt").write_bytes(data)
-    with pytest.raises(Unreadable, match=r"p\.txt: .*null characters"):
+    with pytest.raises(Mistake, match=r"p\.txt: .*null characters"):
         read_prompts(str(tmp_path / "p.txt"))
 
 
@@ -225,14 +227,14 @@ def test_a_hub_folder_with_another_encoder_does_not_count(tmp_path, whole):
     path = in_hub_folders(tmp_path, whole)
     shutil.rmtree(tmp_path / "text_encoder_2")
     (tmp_path / "text_encoder_3").rename(tmp_path / "text_encoder_2")  # as FLUX keeps its T5
-    with pytest.raises(FileNotFoundError, match="name it with --clip_g"):
+    with pytest.raises(FileNotFoundError, match="name it with clip_g"):
         engine(path)
 
 
 def test_a_damaged_encoder_in_a_hub_folder_is_named(tmp_path, whole):
     path = in_hub_folders(tmp_path, whole)
     (tmp_path / "text_encoder_2" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(Unreadable, match=r"--model_folder .*text_encoder_2/model\.safetensors: .*empty"):
+    with pytest.raises(Mistake, match=r"^model_folder .*text_encoder_2/model\.safetensors: .*empty"):
         engine(path)
 
 
@@ -243,11 +245,11 @@ def test_merges_that_were_cut_off(tmp_path, part, ends):
     shutil.copytree(TOKENIZERS / "tokenizer", folder)
     lines = (folder / "merges.txt").read_bytes().splitlines()
     (folder / "merges.txt").write_bytes(ends.join(lines) + ends)
-    whole = CLIPTokenizer(folder).tokenize("a red circle", 77).ids
-    assert whole == CLIPTokenizer(TOKENIZERS / "tokenizer").tokenize("a red circle", 77).ids
+    whole = open_clip_tokenizer(folder).tokenize("a red circle", 77).ids
+    assert whole == open_clip_tokenizer(TOKENIZERS / "tokenizer").tokenize("a red circle", 77).ids
     (folder / "merges.txt").write_bytes(ends.join(lines[: int(len(lines) * part)]))
-    with pytest.raises(Unreadable, match=r"merges\.txt: are no merges of vocab\.json .*cut off"):
-        CLIPTokenizer(folder)
+    with pytest.raises(Mistake, match=r"merges\.txt: are no merges of vocab\.json .*cut off"):
+        open_clip_tokenizer(folder)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -292,14 +294,14 @@ def test_a_clear_grey_of_few_bits_is_white(tmp_path, bits):
 )
 def test_a_residual_configuration_that_says_something_twice(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
-    with pytest.raises(Unreadable, match=r"--residual_config .*r\.json: .*is there twice"):
+    with pytest.raises(Mistake, match=r"^residual_config .*r\.json: .*is there twice"):
         ResidualConfig.read(tmp_path / "r.json")
 
 
 def test_a_rotation_file_named_by_what_no_file_can_be_called(tmp_path):
     for name in ("x" * 5000, "x" * 300, "a/" * 2500 + "b"):
         (tmp_path / "r.json").write_text(json.dumps({"target_layers": [3], "mode": "aligned", "rotations": name}))
-        with pytest.raises(Unreadable, match=r"--residual_config .*r\.json: residual_rotations .*too long"):
+        with pytest.raises(Mistake, match=r"^residual_config .*r\.json: residual_rotations .*too long"):
             ResidualConfig.read(tmp_path / "r.json")
 
 
@@ -307,7 +309,7 @@ def test_a_shard_named_by_what_no_file_can_be_called(tmp_path):
     (tmp_path / "transformer").mkdir()
     index = {"weight_map": {"a": "x" * 300 + ".safetensors"}}
     (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match=r"--model .*no such file, though"):
+    with pytest.raises(FileNotFoundError, match=r"^model .*no such file, though"):
         WeightFile(tmp_path, "model")
 
 
@@ -342,10 +344,10 @@ def test_help_without_docstrings():
 def test_notes_are_notes_whatever_is_said_of_warnings(tmp_path):
     grey_png(tmp_path / "a.png", 8, [0, 255], 0)
     program = (
-        "import sd3_infer, warnings\n"
+        "import sd3.command, sd3.pixels, warnings\n"
         "for action in ('error', 'ignore'):\n"
         "    warnings.simplefilter(action)\n"
-        "    sd3.pixels._SEE_THROUGH.clear()\n"
+        "    sd3.pixels._TRANSPARENT.clear()\n"
         f"    look = lambda: sd3.pixels.open_image('init_image', {str(tmp_path / 'a.png')!r}, 8, 8)\n"
         "    assert sd3.command.guarded(look, '') == 0\n"
     )
@@ -355,10 +357,28 @@ def test_notes_are_notes_whatever_is_said_of_warnings(tmp_path):
 
 def test_a_file_that_goes_away_between_two_looks(tmp_path):
     for read in (lambda p: p.read_bytes(), lambda p: p.open(), lambda p: [*os.scandir(p)], lambda p: np.load(p)):
-        with pytest.raises(FileNotFoundError, match=r"^--flag name: .*went away"), reading("--flag name"):
+        with pytest.raises(FileNotFoundError, match=r"^flag name: .*went away"), reading(Where("flag", "name")):
             read(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match=r"^--flag name: no such file$"), reading("--other"):
-        check_file("--flag name", tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=r"^flag name: no such file$"), reading(Where("other")):
+        check_file(Where("flag", "name"), tmp_path / "gone")
+
+
+def test_backquotes_of_a_library_mark_no_flag(tmp_path):
+    with pytest.raises(Mistake) as error, reading(Where("model", "x")):
+        raise ValueError("unknown variant `vae`, expected ``a``")
+    assert str(error.value) == "model x: cannot be read (unknown variant `vae`, expected ``a``)"
+    assert error.value.spelled(flag_name) == f"--{error.value}"
+    assert error.value.renamed({"vae": "y", "model": "z"}).spelled(flag_name) == f"--{error.value}".replace(
+        "model", "z"
+    )
+
+
+def test_a_link_to_itself_beside_a_model_is_passed_over(tmp_path):
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(Missing, match="no clip_l"):
+        find_encoders(["clip_l"], WeightFile(tmp_path / "model.safetensors"), [tmp_path], {}, Fit(8, 8))
+    assert f"damaged  {tmp_path}/loop.safetensors: cannot be opened" in list_models(str(tmp_path))
 
 
 WITHOUT_RIGHTS = """

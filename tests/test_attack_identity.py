@@ -28,6 +28,7 @@ import sd3.streams
 import sd3.sweep.command
 import sd3.writing
 import sd3_infer
+from sd3.mistakes import Where
 from sd3.settings import earlier_digest
 from sd3.sweep.plan import command
 from sd3.unchanged import Changed, Unchanged
@@ -86,11 +87,11 @@ def test_a_watched_file_is_the_same_from_another_folder(tmp_path, monkeypatch):
     (tmp_path / "f").write_text("x")
     monkeypatch.chdir(tmp_path)
     files = Unchanged()
-    files.add("--vae f", "f")
+    files.add(Where("vae", "f"), "f")
     monkeypatch.chdir("/")
     files.check()
     (tmp_path / "f").write_text("other")
-    with pytest.raises(Changed, match="--vae f: has changed"):
+    with pytest.raises(Changed, match=r"^vae f: has changed"):
         files.check()
 
 

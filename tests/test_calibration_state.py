@@ -12,9 +12,10 @@ from conftest import DEMO, TOKENIZERS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import sd3.probe.calibration
 import sd3.probe.command
+import sd3.probe.procrustes
 import sd3.probe.running
+import sd3.probe.state
 
 PROMPTS = [f"a red circle {word}" for word in ("left of a star", "above a square", "and a star", "alone", "x", "y")]
 
@@ -26,7 +27,7 @@ class Killed(BaseException):
 @pytest.fixture
 def files(tmp_path, monkeypatch) -> Path:
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
-    monkeypatch.setattr(sd3.probe.calibration, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(sd3.probe.state, "SAVE_EVERY", -1.0)
     return tmp_path
 
 
@@ -42,7 +43,7 @@ def rotations(folder: Path, out: str = "r.safetensors") -> torch.Tensor:
 
 def interrupt(folder: Path, monkeypatch, *more: str, after: int = 4) -> Path:
     """A state that a kill after some passes left."""
-    real, count = sd3.probe.calibration.Calibration.add, []
+    real, count = sd3.probe.procrustes.Calibration.add, []
 
     def add(self, *arguments):
         count.append(1)
@@ -51,7 +52,7 @@ def interrupt(folder: Path, monkeypatch, *more: str, after: int = 4) -> Path:
         real(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sd3.probe.calibration.Calibration, "add", add)
+        patch.setattr(sd3.probe.procrustes.Calibration, "add", add)
         with pytest.raises(Killed):
             calibrate(folder, "r.safetensors", *more)
     state = folder / ".r.safetensors.state"

@@ -14,12 +14,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import sd3.png
-import sd3.probe.calibration
 import sd3.probe.command
+import sd3.probe.procrustes
 import sd3.sweep.command
 import sd3_infer
 from sd3.engine import load_for
 from sd3.flags import Flags
+from sd3.mistakes import Where
 from sd3.serve import Server
 from sd3.sweep.folder import SweepFolder
 from sd3.unchanged import Changed, Unchanged, stamp
@@ -196,7 +197,7 @@ def test_rotations_that_change_between_requests_are_read_again(tmp_path):
     folder = pieces(tmp_path / "models")
     raw = {"model": f"{folder}/m.safetensors", "vae": f"{folder}/vae.safetensors", "device": "cpu", "steps": "2",
            "width": "32", "height": "32", "dtype": "float32", "residual_mode": "aligned",
-           "residual_target_layers": "1,2", "residual_weights": "5",
+           "residual_target_layers": "1,2", "residual_weights": "each:5",
            "residual_rotations": f"{folder}/r.safetensors"}  # fmt: skip
     flags = Flags.read(raw)
     server = Server(load_for(flags), flags, raw, tmp_path)
@@ -261,13 +262,13 @@ def test_an_embedding_cache_takes_no_text_of_a_changed_file(tmp_path, model):
 
 def test_a_calibration_stops_too(tmp_path, model, monkeypatch, capsys):
     (tmp_path / "p.txt").write_text("red\nblue\n")
-    real = sd3.probe.calibration.Calibration.add
+    real = sd3.probe.procrustes.Calibration.add
 
     def added(self, *arguments):
         real(self, *arguments)
         touch(model)
 
-    monkeypatch.setattr(sd3.probe.calibration.Calibration, "add", added)
+    monkeypatch.setattr(sd3.probe.procrustes.Calibration, "add", added)
     flags = ["--model", str(model), "--prompts", str(tmp_path / "p.txt"), "--targets", "3", "--steps", "1"]
     assert (
         sd3.probe.command.main(["calibrate", *flags, "--out", str(tmp_path / "r.safetensors"), "--device", "cpu"]) == 2
@@ -280,20 +281,20 @@ def test_stamps(tmp_path):
     path = tmp_path / "x"
     path.write_text("a")
     files = Unchanged()
-    files.add("--x", path)
-    files.add("--none", tmp_path / "none")
+    files.add(Where("x"), path)
+    files.add(Where("none"), tmp_path / "none")
     files.check()
     first = stamp(path)
     path.write_text("bb")
-    with pytest.raises(Changed, match=r"^--x: has changed since"):
+    with pytest.raises(Changed, match=r"^x: has changed since"):
         files.check()
-    files.add("--x", path)
+    files.add(Where("x"), path)
     files.check()
-    files.add("--x", path, first)
+    files.add(Where("x"), path, first)
     with pytest.raises(Changed):
         files.check()
     (tmp_path / "none").write_text("")
-    files.add("--x", path)
-    with pytest.raises(Changed, match=r"^--none: "):
+    files.add(Where("x"), path)
+    with pytest.raises(Changed, match=r"^none: "):
         files.check()
     assert stamp("a\0b") is None

@@ -18,7 +18,7 @@ from mmditx import MMDiT, MMDiTConfig
 from other_impls import T5
 from sd3.engine import on_meta
 from sd3.files import ENCODER_PREFIX, MMDIT_PREFIX, WeightFile
-from sd3.weights import Part
+from sd3.weights import ModelTensors
 from sd3_infer import SD3Inferencer
 
 
@@ -29,7 +29,7 @@ def engine(path, **options) -> SD3Inferencer:
 
 
 def loaded(path, dtype=torch.float32) -> MMDiT:
-    part = Part(WeightFile(path), MMDIT_PREFIX)
+    part = ModelTensors(WeightFile(path), MMDIT_PREFIX)
     config = part.config(MMDiTConfig.from_shapes, "an MMDiT")
     return part.load_into(on_meta(lambda: MMDiT(config)), "cpu", dtype)
 
@@ -57,7 +57,7 @@ def test_scaled_float8(tmp_path):
         else:
             stored[name] = value.to(torch.float16)
     save_file({k: v.contiguous() for k, v in stored.items()}, tmp_path / "t5xxl_fp8_e4m3fn_scaled.safetensors")
-    part = Part(WeightFile(tmp_path / "t5xxl_fp8_e4m3fn_scaled.safetensors"))
+    part = ModelTensors(WeightFile(tmp_path / "t5xxl_fp8_e4m3fn_scaled.safetensors"))
     model = on_meta(lambda: T5(T5_SMALL))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -249,7 +249,7 @@ def test_model_folder_is_searched_first(tmp_path):
     ("gone", "message"),
     [
         ("clip_g.safetensors", "no clip_g.safetensors in"),
-        ("t5xxl_fp16.safetensors", "or give --no_t5"),
+        ("t5xxl_fp16.safetensors", "or give no_t5"),
         ("tokenizer", "no tokenizer"),
         ("tokenizer_3", "no tokenizer"),
     ],
@@ -315,12 +315,12 @@ def test_encoders_of_another_width_are_refused(tmp_path, small_model):
 
 
 def test_the_sizes_are_read_off_the_tensors(small_model):
-    part = Part(WeightFile(small_model), MMDIT_PREFIX)
+    part = ModelTensors(WeightFile(small_model), MMDIT_PREFIX)
     assert part.config(MMDiTConfig.from_shapes, "") == mmdit_config()
 
 
 def test_chunked_reading_gives_every_tensor_once(small_model, monkeypatch):
-    part = Part(WeightFile(small_model), MMDIT_PREFIX)
+    part = ModelTensors(WeightFile(small_model), MMDIT_PREFIX)
     monkeypatch.setattr(sd3.weights, "CHUNK", 10_000)
     names = list(part.shapes)
     got = dict(part.read(names, "cpu", torch.float32))

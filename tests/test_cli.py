@@ -186,7 +186,7 @@ BAD_FLAGS = [
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_FLAGS, ids=[" ".join(a) for a, _ in BAD_FLAGS])
 def test_bad_flags(small_model, tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sd3.weights.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(sd3.weights.ModelTensors, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
     base = quick(small_model, tmp_path / "out", "--prompt", "a red circle")
     assert cli(*base, *arguments) == 2
     error = capsys.readouterr().err
@@ -282,7 +282,7 @@ BAD_FILES = (
 def test_bad_files(small_model, tmp_path, monkeypatch, capsys, case):
     arguments, message = bad_files(tmp_path, small_model)[case]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sd3.weights.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(sd3.weights.ModelTensors, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
     assert cli(*quick(small_model, "out", "--prompt", "a star"), *arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -292,7 +292,7 @@ def test_bad_files(small_model, tmp_path, monkeypatch, capsys, case):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that even root cannot write")
 def test_a_folder_that_cannot_be_written(small_model, monkeypatch, capsys):
-    monkeypatch.setattr(sd3.weights.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(sd3.weights.ModelTensors, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
     assert cli(*quick(small_model, "/proc/pictures", "--prompt", "a star")) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: --out_dir")

@@ -16,18 +16,23 @@ from conftest import DEMO, ROOT
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
-from demo import data, flow, optim, scenes, score, text, train, watch
-from demo.scenes import ALL_COMBINATIONS, COLOURS, HELD_OUT, SEEN, SHAPES, sample_scene, training_scene
+from demo import data, flow, optim, score, text, train, watch
 from mmditx import MMDiTConfig
 from sd3.files import MMDIT_PREFIX, WeightFile
-from sd3.weights import Part
+from sd3.mistakes import Mistake
+from sd3.residual import ResidualConfig
+from sd3.shapes import prompts as shape_prompts
+from sd3.shapes import scenes, scorer
+from sd3.shapes.scenes import ALL_COMBINATIONS, COLOURS, HELD_OUT, SEEN, SHAPES, sample_scene, training_scene
+from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
+from sd3.weights import ModelTensors
 from sd3_impls import latent_in
 from sd3_infer import SD3Inferencer
 
 
 def test_the_file_is_small_and_of_the_promised_architecture():
     assert DEMO.stat().st_size <= 40e6
-    config = Part(WeightFile(DEMO), MMDIT_PREFIX).config(MMDiTConfig.from_shapes, "an MMDiT")
+    config = ModelTensors(WeightFile(DEMO), MMDIT_PREFIX).config(MMDiTConfig.from_shapes, "an MMDiT")
     assert config.depth >= 8
     assert config.qk_norm
     assert config.latent_channels == 16
@@ -47,12 +52,12 @@ def test_held_out_combinations_cover_every_colour_and_shape_and_are_never_traine
 
 
 def test_scored_prompts_are_all_unseen_and_forty_of_each_kind():
-    prompts = score.held_out_prompts()
+    prompts = shape_prompts.held_out_prompts()
     assert len(prompts) == 240
-    for kind in score.KINDS:
+    for kind in shape_prompts.KINDS:
         assert sum(p.kind == kind for p in prompts) == 40
     assert all(set(p.wanted) <= HELD_OUT for p in prompts)
-    assert prompts == score.held_out_prompts()
+    assert prompts == shape_prompts.held_out_prompts()
     longest = max(len(p.text.split()) for p in prompts)
     assert longest + 2 <= 16
 
@@ -121,15 +126,15 @@ def test_objects_never_touch_and_none_is_smaller_than_two_percent(trained_on):
 
 def test_stated_relations_and_sizes_hold_in_the_picture(trained_on):
     for scene in trained_on:
-        seen = [score.Seen(t.shape, t.colour, t.x / 96, t.y / 96) for t in scene.things]
+        seen = [scorer.Seen(t.shape, t.colour, t.x / 96, t.y / 96) for t in scene.things]
         assert len(scene.relations) == {"relation": 1, "relations": 2}.get(scene.kind, 0)
         for first, relation, second in scene.relations:
-            assert score.holds(relation, seen[first], seen[second])
+            assert scorer.holds(relation, seen[first], seen[second])
             assert any(p in scene.caption for r in (relation, scenes.INVERSE[relation]) for p in scenes.PHRASINGS[r])
     read = trained_on[:200]
-    assert all(watch.shown(s, score.read_picture(scenes.render(s))) for s in read)
+    assert all(watch.shown(s, scorer.read_picture(scenes.render(s))) for s in read)
     others = [s for s in read if s.relations]
-    turned = [score.read_picture(scenes.render(s)[::-1, ::-1]) for s in others]  # triangles and stars upside down too
+    turned = [scorer.read_picture(scenes.render(s)[::-1, ::-1]) for s in others]  # triangles and stars upside down too
     assert not any(watch.shown(s, seen) for s, seen in zip(others, turned, strict=True))
 
 
@@ -194,10 +199,8 @@ def captions(tmp_path_factory) -> text.Captions:
 
 
 def test_training_sees_the_token_ids_that_inference_makes(tmp_path, trained_on):
-    from other_impls import CLIPTokenizer, T5Tokenizer
-
     captions = text.Captions(tmp_path)
-    clip, t5 = CLIPTokenizer(tmp_path / "tokenizer"), T5Tokenizer(tmp_path / "tokenizer_3")
+    clip, t5 = open_clip_tokenizer(tmp_path / "tokenizer"), open_t5_tokenizer(tmp_path / "tokenizer_3")
     vocabulary = json.loads((tmp_path / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     for word in scenes.all_words():
         assert len(clip.tokenize(word, 16).ids[1:-1]) == 14
@@ -242,19 +245,35 @@ def test_the_scorer_reads_every_combination_on_every_background(blur):
             drawn = Image.fromarray(scenes.render(scenes.Scene("", "single", (thing,), background)))
             if blur:
                 drawn = drawn.filter(ImageFilter.GaussianBlur(0.6))
-            (seen,) = score.read_picture(np.asarray(drawn))
+            (seen,) = scorer.read_picture(np.asarray(drawn))
             assert (seen.colour, seen.shape) == (colour, shape)
             assert abs(seen.x - thing.x / 96) < 0.05
             assert abs(seen.y - thing.y / 96) < 0.05
 
 
+def test_settings_of_the_scorer():
+    """The same rule of weights as everywhere; weights may hold colons."""
+    assert score.residual_of("off") == ResidualConfig()
+    assert score.residual_of("0:3,5:each:0.1") == ResidualConfig(0, (3, 5), (0.1, 0.1))
+    assert score.residual_of("anchored:1:3-5:linear:0.3:0.1") == ResidualConfig(
+        1, (3, 4, 5), (0.3, 0.2, 0.1), "anchored"
+    )
+    assert score.residual_of("0:3,5,7:0.8,0.6,0.4").weights == (0.8, 0.6, 0.4)
+    with pytest.raises(Mistake, match=r"weights: 1 given for 2 target layers; give one each, each:0\.1 for all"):
+        score.residual_of("0:3,5:0.1")
+    for setting in ("add", "0:3", "add:0:3", ""):
+        with pytest.raises(Mistake, match=r"must be off or \[MODE:\]ORIGIN:TARGETS:WEIGHTS"):
+            score.residual_of(setting)
+    assert all(score.residual_of(setting).targets for setting in score.RESIDUAL_SETTINGS[1:])
+
+
 def test_the_scorer_refuses_what_is_wrong():
-    circle = score.Seen("circle", "red", 0.2, 0.5)
-    square = score.Seen("square", "blue", 0.8, 0.5)
+    circle = scorer.Seen("circle", "red", 0.2, 0.5)
+    square = scorer.Seen("square", "blue", 0.8, 0.5)
     wanted = (("red", "circle"), ("blue", "square"))
 
     def said(kind, seen, count=1, relation="", wanted=wanted):
-        return score.score(score.Prompt("", kind, wanted, count, relation), seen)
+        return scorer.score(shape_prompts.Prompt("", kind, wanted, count, relation), seen)
 
     assert said("position", [circle, square], relation="left of")
     assert not said("position", [circle, square], relation="right of")
@@ -265,15 +284,15 @@ def test_the_scorer_refuses_what_is_wrong():
     assert not said("single object", [circle, circle], wanted=wanted[:1])
     assert said("colours", [circle], wanted=wanted[:1])
     assert not said("colours", [circle], wanted=(("blue", "circle"),))
-    swapped = [score.Seen("circle", "blue", 0.2, 0.5), score.Seen("square", "red", 0.8, 0.5)]
+    swapped = [scorer.Seen("circle", "blue", 0.2, 0.5), scorer.Seen("square", "red", 0.8, 0.5)]
     assert said("two objects", swapped)
     assert not said("colour attribution", swapped)
     assert said("colour attribution", [square, circle])
-    assert score.read_picture(np.full((96, 96, 3), 128, np.uint8)) == []
+    assert scorer.read_picture(np.full((96, 96, 3), 128, np.uint8)) == []
 
 
 def test_the_bootstrap_interval_holds_the_mean():
-    low, high = score.interval([True] * 30 + [False] * 10)
+    low, high = scorer.interval([True] * 30 + [False] * 10)
     assert 0.55 < low < 0.75 < high < 0.92
 
 
@@ -281,9 +300,9 @@ def test_the_shipped_model_draws_what_it_is_asked_for():
     """A small part of the score that the README reports, so that broken weights or a broken path are noticed."""
     engine = SD3Inferencer().load(str(DEMO), device="cpu")
     engine.quiet = True
-    prompts = [p for p in score.held_out_prompts() if p.kind in ("single object", "colours")][::8]
+    prompts = [p for p in shape_prompts.held_out_prompts() if p.kind in ("single object", "colours")][::8]
     pictures = score.sample(engine, prompts, "off", seed=50, batch=10)
-    hits = [score.score(p, score.read_picture(picture)) for p, picture in zip(prompts, pictures, strict=True)]
+    hits = [scorer.score(p, scorer.read_picture(picture)) for p, picture in zip(prompts, pictures, strict=True)]
     assert np.mean(hits) >= 0.6
 
 

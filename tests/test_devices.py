@@ -88,7 +88,7 @@ def test_residual_modes_are_where_the_model_is(small_model, mode, origin, branch
     notes = {"origin_layer": str(origin), "target_layers": "[2, 3]"}
     edges = torch.tensor([0.0, 500.0, 1000.0])
     save_file({"rotation_matrices": torch.eye(128).repeat(2, 2, 1, 1), "timestep_bucket_edges": edges}, path, notes)
-    config = ResidualConfig(origin, (2, 3), (0.5,), mode, "cosine", branch=branch, rotations=str(path))
+    config = ResidualConfig(origin, (2, 3), "each:0.5", mode, "cosine", branch=branch, rotations=str(path))
     engine = engine_on_meta(small_model)
     with OneDevice():
         assert whole_path(engine, False, "euler", residual=config).device.type == "meta"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sd3.files import MMDIT_PREFIX, TRANSFORMER, VAE_PREFIX, WeightFile
 from sd3.models import model_key
-from sd3.weights import mmdit_part, vae_part
+from sd3.weights import find_mmdit, find_vae
 from sd3_infer import SD3Inferencer, main
 
 pytest.importorskip("diffusers")
@@ -38,7 +38,7 @@ def one_file(tmp_path_factory):
 def test_every_tensor_comes_out_as_ours(layout):
     file = WeightFile(layout)
     assert len({e.path for n, e in file.entries.items() if n.startswith(TRANSFORMER)}) > 1  # in shards
-    for part, prefix in ((mmdit_part(file), MMDIT_PREFIX), (vae_part(file), VAE_PREFIX)):
+    for part, prefix in ((find_mmdit(file), MMDIT_PREFIX), (find_vae(file), VAE_PREFIX)):
         wanted = PARTS[prefix].state_dict()
         part.check(PARTS[prefix])
         got = dict(part.read(list(wanted), "cpu", None))

@@ -225,7 +225,7 @@ def test_names_that_other_scripts_use():
 def test_pixels_are_truncated_and_nan_is_refused():
     got = to_image(torch.tensor([[[-1.0, 1.0, 0.0, 5.0, -5.0]]] * 3))
     assert [got.getpixel((i, 0))[0] for i in range(5)] == [0, 255, 127, 255, 0]
-    with pytest.raises(ValueError, match="try --dtype bfloat16 or float32"):
+    with pytest.raises(ValueError, match="try dtype bfloat16 or float32"):
         check_finite(torch.tensor([1.0, float("inf")]), "the latent", torch.float16)
 
 

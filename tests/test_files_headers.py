@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from safetensors import SafetensorError, safe_open
 
 from sd3.files import WeightFile
-from sd3.reading import Unreadable
-from sd3.weights import Part
+from sd3.mistakes import Mistake
+from sd3.weights import ModelTensors
 
 TENSORS = {
     "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
@@ -43,7 +43,7 @@ def ours(path) -> str:
     try:
         WeightFile(path)
         return ""
-    except Unreadable as error:
+    except Mistake as error:
         assert str(error).startswith(str(path))
         assert "\n" not in str(error)
         return str(error)
@@ -209,12 +209,12 @@ def test_the_line_names_the_tensor(tmp_path, changes, line):
 
 def test_what_is_read_is_what_the_library_reads(tmp_path):
     path = written(tmp_path / "x.safetensors", json.dumps(HEADER).encode(), bytes(range(40)))
-    part = Part(WeightFile(path))
+    part = ModelTensors(WeightFile(path))
     with safe_open(path, framework="pt", device="cpu") as file:
         for name, tensor in part.read(list(TENSORS), "cpu", None):
             wanted = file.get_tensor(name)
             assert (tensor.dtype, tensor.shape) == (wanted.dtype, wanted.shape)
             assert torch.equal(tensor.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8))
-            entry = part.entry(name)
+            (entry,) = part.entries(name)
             data = path.read_bytes()[entry.place : entry.place + entry.size]
             assert data == bytes(range(entry.offset, entry.offset + entry.size))

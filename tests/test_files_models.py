@@ -22,8 +22,8 @@ from mmditx import MMDiT, MMDiTConfig
 from other_impls import CLIP, T5
 from sd3.engine import on_meta
 from sd3.files import ENCODER_PREFIX, ENCODERS, MMDIT_PREFIX, VAE_PREFIX, WeightFile, weight_files
-from sd3.reading import Unreadable
-from sd3.weights import controlnet_part, mmdit_part
+from sd3.mistakes import Mistake
+from sd3.weights import find_controlnet, find_mmdit
 from sd3_infer import SD3Inferencer
 
 META = {"width": "64", "height": "48", "steps": "2"}
@@ -111,7 +111,7 @@ def test_scales_of_float8_weights(tmp_path, whole, spelling, stored):
 )
 def test_scales_that_do_not_fit_are_named(tmp_path, whole, leaf, scale, wrong):
     name = MMDIT_PREFIX + "joint_blocks.1.x_block.mlp.fc1."
-    with pytest.raises(Unreadable, match="scales that are not read") as error:
+    with pytest.raises(Mistake, match="scales that are not read") as error:
         engine(place(tmp_path, whole | {name + leaf: scale}))
     assert wrong in str(error.value)
 
@@ -137,7 +137,7 @@ def test_a_device_without_float8_gets_what_it_has(tmp_path, whole, stored, scale
             if v.dtype == stored and k.endswith(".weight")
         }
     save_file(tensors, tmp_path / "m.safetensors")
-    part = mmdit_part(WeightFile(tmp_path / "m.safetensors"))
+    part = find_mmdit(WeightFile(tmp_path / "m.safetensors"))
     model = on_meta(lambda: MMDiT(part.config(MMDiTConfig.from_shapes, "an SD3 model")))
     with NoFloat8():
         part.load_into(model, torch.device("meta"), torch.bfloat16)
@@ -232,10 +232,10 @@ def test_the_fp16_variant_alone(tmp_path, layout, name):
 )
 def test_a_damaged_index_is_one_line(tmp_path, index, wrong):
     (tmp_path / "model.safetensors.index.json").write_bytes(index.encode("utf-8", "surrogateescape"))
-    with pytest.raises(Unreadable) as error:
+    with pytest.raises(Mistake) as error:
         weight_files(tmp_path, "model")
     assert wrong in str(error.value)
-    assert str(error.value).startswith(f"--model {tmp_path}/model.safetensors.index.json: is damaged")
+    assert str(error.value).startswith(f"model {tmp_path}/model.safetensors.index.json: is damaged")
 
 
 def test_shards_without_an_index_are_said(tmp_path):
@@ -270,7 +270,7 @@ def test_a_damaged_schedulers_configuration_is_said(tmp_path, layout, config):
     folder = tmp_path / "m"
     shutil.copytree(layout, folder, symlinks=True)
     (folder / "scheduler" / "scheduler_config.json").write_bytes(config.encode("utf-8", "surrogateescape"))
-    with pytest.raises(Unreadable, match=r"--model .*scheduler_config\.json: is damaged"):
+    with pytest.raises(Mistake, match=r"^model .*scheduler_config\.json: is damaged"):
         engine(folder, load_tokenizers=False)
 
 
@@ -429,7 +429,7 @@ def test_the_flag_is_in_the_runs_record_and_replay_finds_it(tmp_path, small_mode
 
 def test_an_encoder_of_another_kind_is_called_what_it_is(tmp_path, small_model, whole):
     save_file(encoder(whole, "t5xxl"), tmp_path / "t5.safetensors")
-    with pytest.raises(ValueError, match=r"--clip_l .*is not a CLIP text encoder: it looks like a T5 encoder"):
+    with pytest.raises(ValueError, match=r"^clip_l .*is not a CLIP text encoder: it looks like a T5 encoder"):
         engine(small_model, clip_l=str(tmp_path / "t5.safetensors"))
 
 
@@ -493,14 +493,14 @@ def test_a_controlnet_of_diffusers_gives_its_states(tmp_path, small_model, prefi
 )
 def test_other_layouts_are_refused_with_those_that_load(tmp_path, small_model, capsys, changes, why):
     save_file(peer_controlnet(mmdit_config(), **changes).state_dict(), tmp_path / "net.safetensors")
-    with pytest.raises(Unreadable, match=f"--controlnet_ckpt .*{why}.*those load that") as error:
+    with pytest.raises(Mistake, match=f"^controlnet_ckpt .*{why}.*those load that") as error:
         engine(small_model, controlnet_ckpt=str(tmp_path / "net.safetensors"))
     assert "\n" not in str(error.value)
 
 
 def test_a_controlnet_of_sd_1_is_called_so(tmp_path, small_model):
     save_file({"input_hint_block.0.weight": torch.ones(2, 2)}, tmp_path / "net.safetensors")
-    with pytest.raises(Unreadable, match="is a ControlNet for SD 1"):
+    with pytest.raises(Mistake, match="is a ControlNet for SD 1"):
         engine(small_model, controlnet_ckpt=str(tmp_path / "net.safetensors"))
 
 
@@ -509,20 +509,20 @@ def test_a_controlnet_of_sd_1_is_called_so(tmp_path, small_model):
 )
 def test_a_control_type_that_is_no_number(tmp_path, small_model, value):
     save_file(controlnet_tensors(mmdit_config(), True) | {"control_type": value}, tmp_path / "net.safetensors")
-    with pytest.raises(Unreadable, match="its control_type is no number"):
+    with pytest.raises(Mistake, match="its control_type is no number"):
         engine(small_model, controlnet_ckpt=str(tmp_path / "net.safetensors"))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 7.0, 0.5])
 def test_an_unknown_control_type_is_none(tmp_path, small_model, value):
-    from sd3.weights import control_kind
+    from sd3.weights import read_control_kind
 
     save_file(
         controlnet_tensors(mmdit_config(), True) | {"control_type": torch.tensor([value])}, tmp_path / "net.safetensors"
     )
-    part = controlnet_part(WeightFile(tmp_path / "net.safetensors"))
+    part = find_controlnet(WeightFile(tmp_path / "net.safetensors"))
     part.check(on_meta(lambda: ControlNet(part.config(ControlNetConfig.from_shapes, "x"), True)))
-    assert control_kind(part) == ""
+    assert read_control_kind(part) == ""
 
 
 # ---- damage --------------------------------------------------------------------------------------
@@ -633,7 +633,7 @@ def test_a_clip_whose_heads_do_not_fit(tmp_path, whole, width):
     net = randomise(CLIP(dataclasses.replace(CLIP_L, width=width)), 0)
     tensors = {k: v for k, v in whole.items() if not k.startswith(prefix)}
     path = place(tmp_path, tensors | {prefix + k: v.detach() for k, v in net.state_dict().items()})
-    with pytest.raises(Unreadable, match=f"width {width}, which is no multiple of 64"):
+    with pytest.raises(Mistake, match=f"width {width}, which is no multiple of 64"):
         engine(path)
 
 
@@ -643,7 +643,7 @@ def test_t5_encoders_that_cannot_be_computed(tmp_path, whole):
         net = randomise(T5(dataclasses.replace(T5_SMALL, **changes)), 0)
         tensors = {k: v for k, v in whole.items() if not k.startswith(prefix)}
         path = place(tmp_path, tensors | {prefix + k: v.detach() for k, v in net.state_dict().items()})
-        with pytest.raises(Unreadable, match="no usable relative_attention_bias of"):
+        with pytest.raises(Mistake, match="no usable relative_attention_bias of"):
             engine(path)
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import sd3_infer
+from sd3.mistakes import Mistake
 from sd3.pixels import open_image
-from sd3.reading import Unreadable
 
 SIZE = (16, 12)
 
@@ -91,7 +91,7 @@ def test_sixteen_bits_that_are_all_dark_stay_dark(tmp_path):
 @pytest.mark.parametrize("values", [np.full((12, 16), 0.5, np.float32), np.full((12, 16), 2**30, np.int32)])
 def test_grey_values_without_a_known_white_are_refused(tmp_path, values):
     Image.fromarray(values).save(tmp_path / "a.tiff")
-    with pytest.raises(Unreadable, match=r"--init_image .*32 bits; save it with 8 or 16"):
+    with pytest.raises(Mistake, match=r"^init_image .*32 bits; save it with 8 or 16"):
         opened(tmp_path / "a.tiff")
 
 
@@ -187,7 +187,7 @@ def test_what_was_read_right_still_is(tmp_path, mode):
 def test_pipes_and_devices_do_not_hang(tmp_path, flag):
     os.mkfifo(tmp_path / "p")
     for path in (tmp_path / "p", "/dev/zero"):
-        with pytest.raises(Unreadable, match=f"--{flag} {path}: is not a file"):
+        with pytest.raises(Mistake, match=f"^{flag} {path}: is not a file"):
             opened(path, flag=flag)
 
 

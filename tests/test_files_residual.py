@@ -16,8 +16,9 @@ import sd3.probe.command
 import sd3.probe.suggesting
 import sd3.sweep.command
 import sd3_infer
-from sd3.reading import Unreadable
-from sd3.residual import ResidualConfig, read_fields, read_rotations
+from sd3.mistakes import Mistake
+from sd3.residual import ResidualConfig, read_fields
+from sd3.rotations import read_rotations
 from sd3.sweep.layouts import read_entries
 
 EYE = torch.eye(4)
@@ -35,9 +36,9 @@ def pickled(path, **values):
     return path
 
 
-def one_line(error: BaseException, flag: str, path) -> str:
+def one_line(error: BaseException, field: str, path) -> str:
     text = str(error)
-    assert text.startswith(f"--{flag} {path}")
+    assert text.startswith(f"{field} {path}")
     assert "\n" not in text
     return text
 
@@ -120,11 +121,11 @@ def test_a_mutated_pickle_is_read_or_is_one_line(tmp_path, kind, data):
         place = data.draw(st.integers(2, len(good) - 1))
         good[place : place + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=2))
     path.write_bytes(bytes(good))
-    for read, flag in ((read_fields, "residual_config"), (read_rotations, "residual_rotations")):
+    for read, field in ((read_fields, "residual_config"), (read_rotations, "rotations")):
         try:
             read(path)
         except ValueError as error:
-            one_line(error, flag, path)
+            one_line(error, field, path)
 
 
 # ---- rotations -----------------------------------------------------------------------------------
@@ -146,7 +147,7 @@ def test_metadata_of_any_values(tmp_path, case):
     path = rotations(tmp_path / "r.safetensors", METADATA[case])
     with pytest.raises(ValueError) as error:
         read_rotations(path)
-    one_line(error.value, "residual_rotations", path)
+    one_line(error.value, "rotations", path)
 
 
 def test_metadata_that_is_no_text(tmp_path):
@@ -157,14 +158,14 @@ def test_metadata_that_is_no_text(tmp_path):
     header["__metadata__"]["origin_layer"] = 0
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
-    with pytest.raises(Unreadable, match=r"its header is damaged \(__metadata__ origin_layer is no text\)"):
+    with pytest.raises(Mistake, match=r"its header is damaged \(__metadata__ origin_layer is no text\)"):
         read_rotations(path)
 
 
 def test_bytes_behind_a_rotation_file(tmp_path):
     path = rotations(tmp_path / "r.safetensors")
     path.write_bytes(path.read_bytes() + b"xx")
-    with pytest.raises(Unreadable, match=r"--residual_rotations .*its header is damaged"):
+    with pytest.raises(Mistake, match=r"^rotations .*its header is damaged"):
         read_rotations(path)
 
 
@@ -174,9 +175,9 @@ def test_matrices_without_a_point(tmp_path, dtype, kind):
     matrices = torch.stack([EYE, EYE]).to(dtype)
     path = tmp_path / f"r.{kind}"
     (rotations if kind == "safetensors" else pickled)(path, rotation_matrices=matrices)
-    with pytest.raises(Unreadable, match="rotation_matrices") as error:
+    with pytest.raises(Mistake, match="rotation_matrices") as error:
         read_rotations(path)
-    one_line(error.value, "residual_rotations", path)
+    one_line(error.value, "rotations", path)
 
 
 EDGES = {
@@ -200,7 +201,7 @@ def test_edges_of_any_kind_in_a_pickle(tmp_path, case):
     path = pickled(tmp_path / "r.pt", rotation_matrices=four, timestep_bucket_edges=EDGES[case])
     with pytest.raises(ValueError) as error:
         read_rotations(path)
-    one_line(error.value, "residual_rotations", path)
+    one_line(error.value, "rotations", path)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,7 @@ def test_edges_of_any_kind_in_a_pickle(tmp_path, case):
 def test_edges_of_any_shape_in_a_safetensors_file(tmp_path, edges):
     four = torch.eye(4).expand(2, 2, 4, 4).contiguous()
     path = rotations(tmp_path / "r.safetensors", rotation_matrices=four, timestep_bucket_edges=edges)
-    with pytest.raises(Unreadable, match="timestep_bucket_edges must be a list of real numbers"):
+    with pytest.raises(Mistake, match="timestep_bucket_edges must be a list of real numbers"):
         read_rotations(path)
 
 
@@ -234,10 +235,10 @@ def test_pipes_do_not_hang(tmp_path):
         sd3.probe.suggesting.read_measurement,
         lambda path: read_entries("dpg", str(path)),
     ):
-        with pytest.raises(Unreadable, match="is not a file"):
+        with pytest.raises(Mistake, match="is not a file"):
             read(tmp_path / "p")
     os.mkfifo(tmp_path / "p.txt")
-    with pytest.raises(Unreadable, match=r"--prompt .*p\.txt: is not a file"):
+    with pytest.raises(Mistake, match=r"prompt .*p\.txt: is not a file"):
         read_entries("dpg", str(tmp_path))
 
 
@@ -298,7 +299,7 @@ def test_a_measurement_of_any_values_is_one_line(tmp_path, capsys, case):
     path.write_text(MEASUREMENTS[case])
     assert sd3.probe.command.main(["suggest", "--measurement", str(path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: --measurement {path}: is not a measurement of sd3.probe.command.py")
+    assert line.startswith(f"error: --measurement {path}: is not a measurement of sd3_probe.py")
 
 
 def test_a_good_measurement_is_read(tmp_path, capsys):

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import sd3_infer
-from other_impls import CLIPTokenizer, T5Tokenizer, weighted_segments
-from sd3.reading import Unreadable
+from other_impls import weighted_segments
+from sd3.mistakes import Mistake
+from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3_infer import SD3Inferencer
 
 
@@ -132,12 +133,12 @@ def test_the_extra_ids_of_a_spiece_model_end_at_the_table(tmp_path):
         input=str(tmp_path / "words.txt"), model_prefix=str(tmp_path / "spiece"), vocab_size=20, model_type="unigram",
         pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
     )  # fmt: skip
-    with pytest.raises(Unreadable, match=r"spiece\.model: has tokens up to 19, the text encoder has 16"):
-        T5Tokenizer(tmp_path, rows=16)
+    with pytest.raises(Mistake, match=r"spiece\.model: has tokens up to 19, the text encoder has 16"):
+        open_t5_tokenizer(tmp_path, rows=16)
     for rows in (20, 60, 120, 200):
-        ids = T5Tokenizer(tmp_path, rows=rows).tokenize("a <extra_id_0> red <extra_id_99> star", 16).ids
+        ids = open_t5_tokenizer(tmp_path, rows=rows).tokenize("a <extra_id_0> red <extra_id_99> star", 16).ids
         assert max(ids) < rows
-    assert T5Tokenizer(tmp_path, rows=120).tokenize("<extra_id_0>", 0).ids == [119, 1]
+    assert open_t5_tokenizer(tmp_path, rows=120).tokenize("<extra_id_0>", 0).ids == [119, 1]
 
 
 # ---- tokenizers that were used before they were saved --------------------------------------------
@@ -148,7 +149,7 @@ def test_the_extra_ids_of_a_spiece_model_end_at_the_table(tmp_path):
 def test_padding_and_truncation_that_a_program_left(small_model, folder, small_engine, length, direction):
     for path in (folder / "tokenizer_3" / "tokenizer.json", folder / "tokenizer" / "tokenizer.json"):
         if not path.exists():  # CLIP's, as transformers writes it: from the vocabulary and the merges
-            CLIPTokenizer(TOKENIZERS / "tokenizer").tokenizer.save(str(path))
+            open_clip_tokenizer(TOKENIZERS / "tokenizer").tokenizer.save(str(path))
             (path.parent / "vocab.json").unlink()
         padding = {"strategy": {"Fixed": length}, "direction": direction, "pad_to_multiple_of": 8, "pad_id": 0}
         cut = {"direction": direction, "max_length": length, "strategy": "LongestFirst", "stride": 0}
@@ -165,7 +166,7 @@ def test_with_other_weights_the_tokenizer_is_still_checked_against_them(small_mo
     tensors = load_file(small_model)
     name = "text_encoders.clip_g.transformer.text_model.embeddings.token_embedding.weight"
     save_file(tensors | {name: tensors[name][:-1].contiguous()}, tmp_path / "m.safetensors")
-    with pytest.raises(Unreadable, match="they do not belong together"):
+    with pytest.raises(Mistake, match="they do not belong together"):
         SD3Inferencer().load(str(tmp_path / "m.safetensors"), device="cpu")
 
 

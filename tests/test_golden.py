@@ -16,23 +16,25 @@ from conftest import relative
 from safetensors.torch import load_file
 
 from dit_embedder import ControlNet, ControlNetConfig
-from mmditx import MMDiT, MMDiTConfig, ResidualStream, residual_stream
-from other_impls import CLIP, T5, CLIPConfig, CLIPTokenizer, T5Config, T5Tokenizer
+from mmditx import MMDiT, MMDiTConfig
+from other_impls import CLIP, T5, CLIPConfig, T5Config
 from sd3.files import MMDIT_PREFIX, VAE_PREFIX, WeightFile
-from sd3.find import encoder_part
+from sd3.find import select_encoder
 from sd3.models import SkipLayerConfig
-from sd3.residual import ResidualConfig, Rotations
+from sd3.residual import ResidualConfig, residual_stream
+from sd3.rotations import Rotations
+from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.vae import VAE, VAEConfig
-from sd3.weights import Part, controlnet_part, mmdit_part
+from sd3.weights import ModelTensors, find_controlnet, find_mmdit
 from sd3_impls import (
     SAMPLERS,
     Conditioning,
     Denoiser,
     flow_schedule,
     guided_sampling,
+    img2img_sigmas,
     latent_in,
     latent_out,
-    remaining,
     seeded_noise,
 )
 
@@ -51,7 +53,7 @@ def keys(name: str) -> list[str]:
     return sorted(WeightFile(FOLDER / f"{name}.golden.safetensors").entries)
 
 
-def build(part: Part, make, config) -> torch.nn.Module:
+def build(part: ModelTensors, make, config) -> torch.nn.Module:
     """A module in float32 through the same loading path as everything else."""
     config = part.config(config, "the module of this fixture")
     with torch.device("meta"):
@@ -61,7 +63,7 @@ def build(part: Part, make, config) -> torch.nn.Module:
 
 
 def mmdit(file: str) -> MMDiT:
-    return build(Part(WeightFile(FOLDER / file), MMDIT_PREFIX), MMDiT, MMDiTConfig.from_shapes)
+    return build(ModelTensors(WeightFile(FOLDER / file), MMDIT_PREFIX), MMDiT, MMDiTConfig.from_shapes)
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def test_mmdit(name, key):
     if key.endswith("skip"):
         options["skip_layers"] = [1]
     if key.startswith("residual_"):
-        options["hook"] = ResidualStream(RESIDUAL[key.split("_")[1]])
+        options["hook"] = residual_stream(RESIDUAL[key.split("_")[1]])
     got = model(g["x"], g["t"], g["y"], g["context"], **options)
     assert relative(got, g[key]) < MODULE
 
@@ -120,7 +122,7 @@ REINJECTION_KEYS = [k for k in keys("reinjection_diffusers") if k in REINJECTION
 @pytest.mark.parametrize("key", REINJECTION_KEYS)
 def test_reinjection(key):
     g, file = golden("reinjection_diffusers"), FOLDER / "reinjection_diffusers.weights.safetensors"
-    model = build(mmdit_part(WeightFile(file)), MMDiT, MMDiTConfig.from_shapes)
+    model = build(find_mmdit(WeightFile(file)), MMDiT, MMDiTConfig.from_shapes)
     stream = residual_stream(REINJECTION[key], Rotations(1, (2, 3), g["rotations"][None]))
     text = (g["pooled_projections"], g["encoder_hidden_states"])
     got = model(g["hidden_states"], g["timestep"], *text, hook=stream)
@@ -159,7 +161,7 @@ def test_reinjection_by_hooks_on_diffusers_own_model(key):
 @pytest.mark.parametrize("kind", ["8b", "2b"])
 def test_controlnet(kind):
     g, base = golden(f"controlnet_{kind}"), mmdit(f"controlnet_{kind}.base.safetensors")
-    part = controlnet_part(WeightFile(FOLDER / f"controlnet_{kind}.weights.safetensors"))
+    part = find_controlnet(WeightFile(FOLDER / f"controlnet_{kind}.weights.safetensors"))
     net = build(part, lambda c: ControlNet(c, c.chained(base.config)), ControlNetConfig.from_shapes)
     assert net.chained == (kind == "8b")
     states = net(base, g["x"], 1000 * g["sigma"], g["y"], g["cond"])
@@ -171,7 +173,7 @@ def test_controlnet(kind):
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "activation"), [("clip_l", "quick_gelu"), ("clip_g", "gelu")])
 def test_clip(name, activation):
-    g, part = golden(name), Part(WeightFile(FOLDER / f"{name}.weights.safetensors"))
+    g, part = golden(name), ModelTensors(WeightFile(FOLDER / f"{name}.weights.safetensors"))
     model = build(part, CLIP, lambda shapes: CLIPConfig.from_shapes(shapes, activation, name == "clip_g"))
     hidden, pooled = model(g["ids"])
     assert relative(hidden, g["hidden"]) < MODULE
@@ -180,7 +182,7 @@ def test_clip(name, activation):
 
 @torch.no_grad()
 def test_t5():
-    g, part = golden("t5"), encoder_part("t5xxl", WeightFile(FOLDER / "t5.weights.safetensors"), "")
+    g, part = golden("t5"), select_encoder("t5xxl", WeightFile(FOLDER / "t5.weights.safetensors"), "")
     model = build(part, T5, T5Config.from_shapes)
     assert relative(model(g["ids"]), g["hidden"]) < MODULE
     assert relative(model(g["short_ids"]), g["short_hidden"]) < MODULE
@@ -189,7 +191,7 @@ def test_t5():
 @torch.no_grad()
 def test_vae():
     g = golden("vae")
-    model = build(Part(WeightFile(FOLDER / "vae.weights.safetensors"), VAE_PREFIX), VAE, VAEConfig.from_shapes)
+    model = build(ModelTensors(WeightFile(FOLDER / "vae.weights.safetensors"), VAE_PREFIX), VAE, VAEConfig.from_shapes)
     mean, logvar = model.moments(g["image"])
     assert relative(mean, g["mean"]) < MODULE
     assert relative(logvar, g["logvar"]) < MODULE
@@ -208,7 +210,7 @@ def test_pipeline(key):
     cond, neg_cond = (Conditioning(g[f"{half}_context"], g[f"{half}_pooled"]) for half in ("cond", "neg"))
     steps, sigmas, latent = 8, flow_schedule(8, float(shift)), torch.zeros(1, 16, 12, 8)
     if "img2img" in words:
-        latent, sigmas = g["init_latent"], remaining(sigmas, steps, 0.6)
+        latent, sigmas = g["init_latent"], img2img_sigmas(sigmas, steps, 0.6)
         assert len(sigmas) == 6
     model = mmdit(f"{name}.weights.safetensors")
     denoiser = Denoiser(model, cond, neg_cond, 4.5, steps, slg, hooks=[stream])
@@ -222,7 +224,7 @@ ROWS = json.loads((FOLDER / "tokens.json").read_text(encoding="utf-8"))
 @pytest.mark.skipif(not TOKENIZERS, reason="SD3_TOKENIZERS is not set")
 @pytest.mark.parametrize("row", ROWS, ids=[row["prompt"][:20] for row in ROWS])
 def test_tokens(row):
-    clip, t5 = CLIPTokenizer(Path(TOKENIZERS) / "clip"), T5Tokenizer(Path(TOKENIZERS) / "t5")
+    clip, t5 = open_clip_tokenizer(Path(TOKENIZERS) / "clip"), open_t5_tokenizer(Path(TOKENIZERS) / "t5")
     length = len(row["l"]["ids"])
     got = {
         "l": clip.tokenize(row["prompt"], length),

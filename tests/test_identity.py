@@ -30,7 +30,6 @@ from sd3.flags import Flags
 from sd3.models import SkipLayerConfig
 from sd3.residual import ResidualConfig
 from sd3.settings import Settings, earlier_digest
-from sd3.windows import acts_in_window, skips_layers
 from sd3_impls import flow_schedule
 from sd3_infer import SD3Inferencer
 
@@ -180,9 +179,9 @@ def test_settings_come_to_rest_and_what_is_left_acts(values):
     assert Settings(**shown.asdict() | {"skip_layer": shown.skip_layer}) == shown
     steps = executed_steps(shown)
     if shown.residual_target_layers:
-        assert any(acts_in_window(shown.residual_start, shown.residual_end, i, steps) for i in range(steps))
+        assert any(shown.residual.acts(i, steps) for i in range(steps))
     if shown.skip_layer:
-        assert any(skips_layers(shown.skip_layer, i, shown.steps) for i in range(steps))
+        assert any(shown.skip_layer.acts(i, shown.steps) for i in range(steps))
     if shown.cache:
         assert shown.batch_size == 1
 
@@ -215,7 +214,7 @@ EXACT = {
 @pytest.mark.parametrize("case", EXACT)
 def test_replay_is_bit_for_bit_with(tmp_path, capsys, case):
     command = [*BASE, "--prompt", PROMPT, "--seed", "3", "--num_images", "4", "--residual_target_layers", "3,5"]
-    more = ["--residual_weights", "0.2", "--residual_end", "0.5"]
+    more = ["--residual_weights", "each:0.2", "--residual_end", "0.5"]
     assert sd3_infer.main([*command, *more, *EXACT[case], "--out_dir", str(tmp_path)]) == 0
     made = sorted(tmp_path.rglob("0*.png"))
     assert len(made) == 4
@@ -268,7 +267,7 @@ def test_rows_with_a_cache_do_not_decide_for_each_other(engine):
 @pytest.mark.parametrize(("window", "cache"), [((0.8, 1.0), 0.2), ((0.5, 0.55), 0.3), ((0.0, 0.1), 0.3)])
 def test_a_cache_does_not_swallow_a_window(engine, window, cache):
     cond, neg = engine.get_cond(PROMPT), engine.get_cond("")
-    config = ResidualConfig(0, (3, 5, 7), (1.0,), start=window[0], end=window[1])
+    config = ResidualConfig(0, (3, 5, 7), "each:1", start=window[0], end=window[1])
 
     def effect(cache: float) -> float:
         start = torch.zeros(1, 16, 12, 12)
@@ -284,7 +283,7 @@ def test_a_cache_does_not_swallow_a_window(engine, window, cache):
 def test_a_schedule_that_moves_is_not_reused_across_its_steps(engine):
     """exp:50 is nothing until the last steps, where it jumps to its full size: no step may stand for another then."""
     cond, neg = engine.get_cond(PROMPT), engine.get_cond("")
-    config = ResidualConfig(0, (3, 5, 7), (1.0,), schedule="exp:50")
+    config = ResidualConfig(0, (3, 5, 7), "each:1", schedule="exp:50")
     start = torch.zeros(1, 16, 12, 12)
     whole, cached = (
         engine.do_sampling(start, 1, cond, neg, 24, 2.5, "euler", residual_config=config, shift=2.0, cache=cache)

@@ -113,7 +113,7 @@ def test_a_sweep(tmp_path, luck):
 
 def test_a_calibration(tmp_path, luck):
     (tmp_path / "p.txt").write_text("".join(f"a red circle {i}\n" for i in range(80)))
-    code = "import sys; from sd3.probe import calibration, command; calibration.SAVE_EVERY = 0; "
+    code = "import sys; from sd3.probe import command, state; state.SAVE_EVERY = 0; "
     code += "sys.exit(command.main(sys.argv[1:]))"
     work = ["-c", code, "calibrate", *SMALL, "--prompts", tmp_path / "p.txt", "--targets", "3,5", "--steps", "4",
             "--batch_size", "2", "--out"]  # fmt: skip

@@ -86,7 +86,7 @@ def test_weights_that_do_not_fit_name_other_flags(tmp_path, monkeypatch, capsys)
     def full(*_, **__):
         raise RuntimeError(CPU)
 
-    monkeypatch.setattr(sd3.weights.Part, "load_into", full)
+    monkeypatch.setattr(sd3.weights.ModelTensors, "load_into", full)
     monkeypatch.setattr(sd3.engine.Engine, "encode", lambda *_: None)
     assert infer(tmp_path, "--prompt", "red") == 1
     assert "out of memory while loading the MMDiT; try --weights int8" in capsys.readouterr().err

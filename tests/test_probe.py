@@ -18,18 +18,19 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-import sd3.probe.calibration
 import sd3.probe.command
 import sd3.probe.running
+import sd3.probe.state
 import sd3.weights
 import sd3_infer
 from mmditx import standardise
 from sd3.files import WeightFile
-from sd3.probe.calibration import Calibration
 from sd3.probe.measuring import Measurement, Sums, cka, linear_probe, neighbour_overlap, retrieval, spread
+from sd3.probe.procrustes import Calibration
 from sd3.probe.running import Collector, Labelled, read_labelled, run_prompts
 from sd3.probe.suggesting import suggest
-from sd3.residual import ResidualConfig, orthogonality, read_rotations
+from sd3.residual import ResidualConfig
+from sd3.rotations import orthogonality, read_rotations
 
 PROMPTS = [
     "a red circle", "a star", "two green squares", "a blue square on a white background", "an orange triangle",
@@ -288,7 +289,7 @@ class Stop(KeyboardInterrupt):
 
 @pytest.mark.parametrize("after", [1, 5, 11])
 def test_a_stopped_calibration_goes_on(small_model, tmp_path, monkeypatch, capsys, after):
-    monkeypatch.setattr(sd3.probe.calibration, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(sd3.probe.state, "SAVE_EVERY", -1.0)
     prompts = files(tmp_path)
     command = ["calibrate", *flags_for(small_model, "--prompts", prompts, "--targets", "1,3")]
     assert probe(*command, "--out", tmp_path / "whole.safetensors") == 0
@@ -315,7 +316,7 @@ def test_a_stopped_calibration_goes_on(small_model, tmp_path, monkeypatch, capsy
 
 
 def test_the_state_of_other_settings_is_not_taken_up(small_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sd3.probe.calibration, "SAVE_EVERY", -1.0)
+    monkeypatch.setattr(sd3.probe.state, "SAVE_EVERY", -1.0)
     command = ["calibrate", *flags_for(small_model, "--prompts", files(tmp_path)), "--out", tmp_path / "r.safetensors"]
     real, calls = Calibration.add, []
 
@@ -437,7 +438,7 @@ def test_rotations_and_settings_files_make_pictures(small_model, tmp_path, capsy
 # ---- mistakes ------------------------------------------------------------------------------------
 
 BAD = [
-    ([], "usage: sd3.probe.command.py"),
+    ([], "usage: sd3_probe.py"),
     (["meassure"], "meassure: must be measure, suggest, calibrate; did you mean measure?"),
     (["measure"], "--prompts: is needed by measure"),
     (["measure", "--prompt", "x.txt"], "--prompt: unknown flag; did you mean prompts?"),
@@ -485,7 +486,7 @@ def test_mistakes_are_one_line(small_model, tmp_path, monkeypatch, capsys, argum
     before = sorted(os.listdir(tmp_path))
     command, *rest = arguments or [""]
     model = flags_for(small_model) if command in ("measure", "calibrate") else []
-    monkeypatch.setattr(sd3.weights.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(sd3.weights.ModelTensors, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
     assert sd3.probe.command.main([command, *model, *rest] if command else []) == 2
     told = capsys.readouterr()
     if command:

@@ -51,7 +51,7 @@ def cases(files: Path) -> list[list]:
         ["--seed", 7],
         ["--seed_type", "rand", "--sampler", "dpmpp_2m", "--cfg", 1],
         [*targets, "--residual_weights", "0.3,-0.1", "--negative_prompt", "a star"],
-        [*targets, "--residual_weights", "0.1", "--num_images", 3, "--batch_size", 2],
+        [*targets, "--residual_weights", "each:0.1", "--num_images", 3, "--batch_size", 2],
         [*targets, "--residual_mode", "anchored", "--residual_schedule", "exp:2", "--residual_end", "0.6"],
         [*targets, "--residual_mode", "aligned", "--residual_rotations", files / "turn.safetensors"],
         ["--init_image", files / "photo.png", "--denoise", 0.6, "--dtype", "float32"],
@@ -72,7 +72,7 @@ def test_ten_settings_bit_for_bit(files, tmp_path, capsys, number):
 
 
 def test_other_flags_replace_single_settings(tmp_path, capsys):
-    residual = ["--residual_target_layers", "3,5", "--residual_weights", "0.2"]
+    residual = ["--residual_target_layers", "3,5", "--residual_weights", "each:0.2"]
     (path,) = run(tmp_path / "a", *BASE, *residual, "--seed", 7)
     capsys.readouterr()
     (other,) = run(tmp_path / "b", "--replay", path, "--seed", "8", "--residual_target_layers", "2-4")

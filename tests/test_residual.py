@@ -8,8 +8,9 @@ from conftest import mmdit_config, randomise, relative
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mmditx import MMDiT, residual_stream
-from sd3.residual import ResidualConfig, build_residual_config
+from mmditx import MMDiT
+from sd3.mistakes import Mistake
+from sd3.residual import ResidualConfig, build_residual_config, residual_stream
 
 DEPTH = 6
 CONFIG = mmdit_config(depth=DEPTH, width=64, mlp_width=64, dual_layers=frozenset({0}))
@@ -118,7 +119,7 @@ def test_weights_default_to_one_each_and_a_target_may_be_the_origin():
 
 MISTAKES = [
     ((0, "1,2,3", "0.5,0.4"), "2 given for 3 target layers"),
-    ((0, "1,1", None), "1 is there twice"),
+    ((0, "1,1", None), "layer 1 is listed twice"),
     ((3, "2,4", None), "2: lies below the origin layer 3"),
     ((0, "1,x", None), "x: must be a whole number"),
     ((0, "1.5", None), "1.5: must be a whole number"),
@@ -134,7 +135,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("flags", "message"), MISTAKES, ids=[m for _, m in MISTAKES])
 def test_each_mistake_is_named(flags, message):
-    with pytest.raises(ValueError, match="--residual_") as error:
+    with pytest.raises(Mistake, match=r"^(origin|targets|weights)") as error:
         ResidualConfig.parse(*flags)
     assert message in str(error.value)
 

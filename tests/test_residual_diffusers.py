@@ -9,8 +9,9 @@ import to_diffusers
 import torch
 from conftest import mmdit_config, randomise, relative
 
-from mmditx import MMDiT, residual_stream
-from sd3.residual import ResidualConfig, Rotations
+from mmditx import MMDiT
+from sd3.residual import ResidualConfig, residual_stream
+from sd3.rotations import Rotations
 from sd3_impls import Conditioning, Denoiser, flow_schedule, guided_sampling, start_noise
 
 diffusers = pytest.importorskip("diffusers")
@@ -82,15 +83,15 @@ CASES = {
     "off": ResidualConfig(),
     "add": ResidualConfig(0, (1, 3), (0.5, -0.3)),
     "add inner": ResidualConfig(2, (2, 4), (0.5, 0.4)),
-    "anchored": ResidualConfig(1, (2, 3, 4), (0.5,), mode="anchored"),
+    "anchored": ResidualConfig(1, (2, 3, 4), "each:0.5", mode="anchored"),
     "anchored origin 0": ResidualConfig(0, (1, 2, 3), "linear:0.9:0.1", mode="anchored"),
     "aligned": ResidualConfig(1, (2, 4), (0.5, 0.25), mode="aligned"),
     "aligned origin 0": ResidualConfig(0, (2, 4), (0.5, 0.25), mode="aligned"),
-    "cosine": ResidualConfig(0, (1, 2), (0.8,), schedule="cosine"),
-    "exp": ResidualConfig(0, (1, 2), (0.8,), mode="anchored", schedule="exp:1.5"),
-    "window": ResidualConfig(0, (1, 2), (0.8,), start=0.2, end=0.6),
-    "cond": ResidualConfig(0, (1, 2), (0.8,), branch="cond"),
-    "uncond": ResidualConfig(0, (1, 2), (0.8,), mode="anchored", branch="uncond"),
+    "cosine": ResidualConfig(0, (1, 2), "each:0.8", schedule="cosine"),
+    "exp": ResidualConfig(0, (1, 2), "each:0.8", mode="anchored", schedule="exp:1.5"),
+    "window": ResidualConfig(0, (1, 2), "each:0.8", start=0.2, end=0.6),
+    "cond": ResidualConfig(0, (1, 2), "each:0.8", branch="cond"),
+    "uncond": ResidualConfig(0, (1, 2), "each:0.8", mode="anchored", branch="uncond"),
 }
 
 
@@ -108,14 +109,14 @@ def test_the_same_final_latent_as_ours(pipe, case):
 
 @pytest.mark.parametrize("branch", ["both", "cond", "uncond"])
 def test_without_guidance(pipe, branch):
-    config = ResidualConfig(0, (1, 2), (0.8,), branch=branch)
+    config = ResidualConfig(0, (1, 2), "each:0.8", branch=branch)
     with apply_residual(pipe, config):
         assert relative(theirs(pipe, cfg=1.0), ours(config, cfg=1)) < 1e-3
 
 
 def test_one_handle_serves_many_pictures(pipe):
     """What is prepared of one prompt is not used for the next, though the first tensor may be gone."""
-    config = ResidualConfig(0, (1, 2), (0.9,), mode="anchored")
+    config = ResidualConfig(0, (1, 2), "each:0.9", mode="anchored")
     with apply_residual(pipe, config):
         wanted = theirs(pipe)
         for _ in range(3):
@@ -317,9 +318,9 @@ def test_other_models(make):
 def test_two_calls_with_names():
     """Guidance in two calls: diffusers' cache_context says which one is conditional."""
     model, inputs = flux()
-    config = ResidualConfig(0, (1, 2), (0.8,), branch="cond")
+    config = ResidualConfig(0, (1, 2), "each:0.8", branch="cond")
     plain = model(**inputs).sample
-    with apply_residual(model, ResidualConfig(0, (1, 2), (0.8,))):
+    with apply_residual(model, ResidualConfig(0, (1, 2), "each:0.8")):
         mixed = model(**inputs).sample
     with apply_residual(model, config):
         with model.cache_context("uncond"):
@@ -335,7 +336,7 @@ def test_first_block_cache_of_flux():
     from diffusers.hooks import FirstBlockCacheConfig
 
     model, inputs = flux()
-    config = ResidualConfig(0, (1, 2), (0.8,))
+    config = ResidualConfig(0, (1, 2), "each:0.8")
     with torch.no_grad(), apply_residual(model, config):
         wanted = model(**inputs).sample
         model.enable_cache(FirstBlockCacheConfig(threshold=-1.0))
@@ -354,7 +355,7 @@ def test_first_block_cache_of_flux():
 def test_mistakes(transformer, pipe):
     with pytest.raises(ValueError, match="9: no such layer"):
         apply_residual(pipe, ResidualConfig(0, (9,)))
-    with pytest.raises(ValueError, match="aligned: needs --residual_rotations"):
+    with pytest.raises(ValueError, match="mode aligned: needs rotations FILE"):
         apply_residual(pipe, ResidualConfig(0, (1,), mode="aligned"))
     narrow = Rotations(0, (1,), orthogonal(1, 1, 64, 64))
     with pytest.raises(ValueError, match="is for a model of width 64, this one has 128"):

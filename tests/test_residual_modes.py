@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import mmditx
-from mmditx import MMDiT, Pass, ResidualStream, residual_stream, schedule_factor
+from mmditx import MMDiT, ModelCall, ResidualStream, schedule_factor
+from sd3.mistakes import Mistake, flag_name
 from sd3.models import SkipLayerConfig
-from sd3.residual import ResidualConfig, Rotations, orthogonality, read_rotations
+from sd3.residual import ResidualConfig, residual_stream
+from sd3.rotations import Rotations, orthogonality, read_rotations
+from sd3.versions import __version__
 from sd3_impls import Conditioning, Denoiser, flow_schedule, sample_euler
 
 DEPTH, WIDTH = 6, 64
@@ -63,7 +66,7 @@ def test_mixing_equals_the_definition(mode, origin, weight, scale, seed):
     target = origin + 1
     config = ResidualConfig(origin, (target,), (weight,), mode=mode)
     rotations = rotations_for(config)
-    stream = ResidualStream(config, rotations)
+    stream = residual_stream(config, rotations)
     kept, context = 3 * tensor(2, 3, WIDTH, seed=seed) + 1, scale * tensor(2, 3, WIDTH, seed=seed + 1)
     assert stream(origin, kept) is kept
     got = stream(target, context)
@@ -73,7 +76,7 @@ def test_mixing_equals_the_definition(mode, origin, weight, scale, seed):
 
 def test_a_constant_token_does_not_turn_nan():
     config = ResidualConfig(0, (1,), (0.5,), mode="anchored")
-    stream = ResidualStream(config)
+    stream = residual_stream(config)
     stream(0, torch.full((1, 2, WIDTH), 3.0))
     assert torch.isfinite(stream(1, torch.zeros(1, 2, WIDTH))).all()
 
@@ -84,7 +87,7 @@ def test_half_precision_stays_near(mode, dtype):
     config = ResidualConfig(0, (1,), (0.5,), mode=mode)
     rotations = rotations_for(config)
     kept, context = tensor(2, 5, WIDTH, seed=1), 300 * tensor(2, 5, WIDTH, seed=2)
-    exact, half = (ResidualStream(config, rotations) for _ in range(2))
+    exact, half = (residual_stream(config, rotations) for _ in range(2))
     exact(0, kept)
     half(0, kept.to(dtype))
     got = half(1, context.to(dtype))
@@ -115,7 +118,7 @@ class Seen:
     def __init__(self):
         self.passes = []
 
-    def begin(self, at: Pass):
+    def begin(self, at: ModelCall):
         self.passes.append((at, {}))
         return self
 
@@ -176,9 +179,9 @@ def test_the_window_counts_steps_that_run(start, end, active):
 def test_windows_that_meet_leave_no_step_out_and_none_twice(steps):
     edges = [i / steps for i in range(steps + 1)]
     for start, middle in itertools.pairwise(edges):
-        streams = [ResidualStream(ResidualConfig(0, (1,), start=start, end=middle))]
-        streams += [ResidualStream(ResidualConfig(0, (1,), start=middle))] if middle < 1 else []
-        passes = [Pass.of_rows(i, steps, 0.5, 1, "cond", False) for i in range(steps)]
+        streams = [residual_stream(ResidualConfig(0, (1,), start=start, end=middle))]
+        streams += [residual_stream(ResidualConfig(0, (1,), start=middle))] if middle < 1 else []
+        passes = [ModelCall.of_rows(i, steps, 0.5, 1, "cond", False) for i in range(steps)]
         on = [[stream.begin(at) is not None for at in passes] for stream in streams]
         first = round(start * steps)
         assert on[0] == [i == first for i in range(steps)]
@@ -188,7 +191,7 @@ def test_windows_that_meet_leave_no_step_out_and_none_twice(steps):
 @pytest.mark.parametrize("mode", ["add", "anchored", "aligned"])
 @pytest.mark.parametrize("branch", ["both", "cond", "uncond"])
 def test_the_branch(branch, mode):
-    config = ResidualConfig(0, (1, 2), (0.8,), mode=mode, branch=branch)
+    config = ResidualConfig(0, (1, 2), "each:0.8", mode=mode, branch=branch)
     passes, _ = run(config, steps=1, rotations=rotations_for(config))
     plain, _ = run(ResidualConfig(), steps=1)
     ((at, states), (_, before)) = passes[0], plain[0]
@@ -216,7 +219,7 @@ def test_an_origin_that_is_text_alone_is_prepared_once_per_text(monkeypatch, ori
     monkeypatch.setattr(mmditx, "standardise", lambda x, real=mmditx.standardise: calls.append(1) or real(x))
     _, final = run(config, slg=SKIP_FIRST, rotations=rotations)
     assert len(calls) == times
-    monkeypatch.setattr(ResidualStream, "_known", lambda self: {})
+    monkeypatch.setattr(ResidualStream, "_prepared_of_text", lambda self: {})
     assert torch.equal(run(config, slg=SKIP_FIRST, rotations=rotations)[1], final)
 
 
@@ -251,8 +254,10 @@ def test_ranges(text, layers):
 
 
 def test_one_weight_for_all_and_ramps():
-    assert ResidualConfig.parse(0, "1-3", "0.3").weights == (0.3, 0.3, 0.3)
-    assert ResidualConfig.parse(0, "1-3", -1).weights == (-1, -1, -1)
+    assert ResidualConfig.parse(0, "1-3", "each:0.3").weights == (0.3, 0.3, 0.3)
+    assert ResidualConfig.parse(0, "1-3", ["Each:-1"]).weights == (-1, -1, -1)
+    assert ResidualConfig.parse(0, "1", -1).weights == (-1,)
+    assert ResidualConfig.parse(0, (), "each:0.3").weights == ()
     assert ResidualConfig.parse(0, "1-4", "linear:0.8:0.2").weights == (0.8, 0.6, 0.4, 0.2)
     assert ResidualConfig.parse(0, "3-7", "linear:0.2:0.05").weights[-1] == 0.05
     assert ResidualConfig.parse(0, "1", "linear:0.8:0.2").weights == (0.8,)
@@ -260,44 +265,68 @@ def test_one_weight_for_all_and_ramps():
 
 
 MISTAKES = [
-    ({"targets": "5-2"}, "--residual_target_layers 5-2: a range counts up"),
-    ({"targets": "2-5:0"}, "--residual_target_layers 2-5:0: a range counts up"),
+    ({"targets": "5-2"}, "targets 5-2: a range counts up"),
+    ({"targets": "2-5:0"}, "targets 2-5:0: a range counts up"),
     ({"targets": "1-99999999999"}, "a range counts up"),
-    ({"targets": "2-"}, "--residual_target_layers 2-: must be a whole number"),
-    ({"targets": "1-3,2"}, "--residual_target_layers: 2 is there twice"),
-    ({"targets": "1-3", "weights": "0.5,0.4"}, "--residual_weights: 2 given for 3 target layers"),
-    ({"targets": "1", "weights": "linear:1"}, "--residual_weights linear:1: must be numbers, or a ramp"),
-    ({"targets": "1", "weights": "cubic:1:0"}, "must be numbers, or a ramp such as linear:0.8:0.2"),
-    ({"targets": "1", "weights": "linear:a:b"}, "must be numbers, or a ramp"),
-    ({"targets": "1", "weights": "linear:nan:1"}, "must be numbers, or a ramp"),
-    ({"mode": "anchor"}, "--residual_mode anchor: must be one of add, anchored, aligned; did you mean anchored?"),
-    ({"schedule": "linaer"}, "--residual_schedule linaer: must be constant, linear, cosine or exp:ALPHA"),
-    ({"schedule": "exp"}, "--residual_schedule exp: must be constant"),
-    ({"schedule": "exp:x"}, "--residual_schedule x: must be a number"),
-    ({"start": 0.5, "end": 0.5}, "--residual_start 0.5: must be below --residual_end 0.5"),
-    ({"start": -1}, "--residual_start -1: must be from 0.0 to 1.0"),
-    ({"end": 2}, "--residual_end 2: must be from 0.0 to 1.0"),
-    ({"branch": "text"}, "--residual_branch text: must be one of both, cond, uncond"),
-    ({"rotations": " "}, "--residual_rotations  : must name a file"),
+    ({"targets": "2-"}, "targets 2-: must be a whole number"),
+    ({"targets": "1-3,2"}, "targets: layer 2 is listed twice; name every layer once"),
+    ({"targets": "1-3", "weights": "0.5,0.4"}, "weights: 2 given for 3 target layers; give one each, each:0.5 for all"),
+    (
+        {"targets": "3,5", "weights": "1"},
+        "weights: 1 given for 2 target layers; give one each, each:1 for all, or none for 1.0",
+    ),
+    ({"targets": "3,5", "weights": 0.1}, "weights: 1 given for 2 target layers; give one each, each:0.1 for all"),
+    ({"targets": "1", "weights": "linear:1"}, "weights linear:1: must be numbers, each:0.5, or a ramp"),
+    ({"targets": "1", "weights": "cubic:1:0"}, "must be numbers, each:0.5, or a ramp such as linear:0.8:0.2"),
+    ({"targets": "1", "weights": "linear:a:b"}, "must be numbers, each:0.5, or a ramp"),
+    ({"targets": "1", "weights": "linear:nan:1"}, "must be numbers, each:0.5, or a ramp"),
+    ({"targets": "1", "weights": "each:1:2"}, "must be numbers, each:0.5, or a ramp"),
+    ({"targets": "1-2", "weights": "each:0.1,0.2"}, "must be numbers, each:0.5, or a ramp"),
+    ({"mode": "anchor"}, "mode anchor: must be one of add, anchored, aligned; did you mean anchored?"),
+    ({"schedule": "linaer"}, "schedule linaer: must be constant, linear, cosine or exp:ALPHA"),
+    ({"schedule": "exp"}, "schedule exp: must be constant"),
+    ({"schedule": "exp:x"}, "schedule x: must be a number"),
+    ({"start": 0.5, "end": 0.5}, "start 0.5: must be below end 0.5"),
+    ({"start": -1}, "start -1: must be from 0.0 to 1.0"),
+    ({"end": 2}, "end 2: must be from 0.0 to 1.0"),
+    ({"branch": "text"}, "branch text: must be one of both, cond, uncond"),
+    ({"rotations": " "}, "rotations: must name a file"),
 ]
 
 
 @pytest.mark.parametrize(("fields", "message"), MISTAKES, ids=[m for _, m in MISTAKES])
 def test_each_mistake_is_named(fields, message):
-    with pytest.raises(ValueError, match="--residual_") as error:
+    with pytest.raises(Mistake) as error:
         ResidualConfig.parse(**fields)
     assert message in str(error.value)
+    assert "-residual" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ({"target_layers": "3,5", "weights": "1"}, "--residual_weights: 1 given for 2 target layers; give one each, "),
+        ({"start": 0.5, "end": 0.5}, "--residual_start 0.5: must be below --residual_end 0.5; no step is left"),
+        ({"target_layers": "1", "mode": "align"}, "--residual_mode align: must be one of add, anchored, aligned"),
+        ({"origin_layer": 3, "target_layers": "2"}, "--residual_target_layers 2: lies below the origin layer 3"),
+        ({"target_layers": 1, "schedule": "exp:-800"}, "--residual_schedule exp:-800.0: makes the weight 1 larger"),
+    ],
+)
+def test_from_flags_each_mistake_names_the_flag(flags, line):
+    with pytest.raises(Mistake) as error:
+        ResidualConfig.from_flags(flags)
+    assert error.value.spelled(flag_name).startswith(line)
 
 
 def test_weights_given_in_python_are_checked_too():
-    with pytest.raises(ValueError, match="--residual_weights linear: must be a number"):
+    with pytest.raises(ValueError, match="weights linear: must be a number"):
         ResidualConfig(0, (1,), "linear")
-    with pytest.raises(ValueError, match="must be numbers, or a ramp"):
+    with pytest.raises(ValueError, match=r"must be numbers, each:0\.5, or a ramp"):
         ResidualConfig(0, (1,), "linear:1:x")
 
 
 def test_aligned_needs_rotations():
-    with pytest.raises(ValueError, match="--residual_mode aligned: needs --residual_rotations FILE"):
+    with pytest.raises(ValueError, match="mode aligned: needs rotations FILE"):
         residual_stream(ResidualConfig(0, (1,), mode="aligned"))
     assert residual_stream(ResidualConfig(0, (), mode="aligned")) is None
 
@@ -311,12 +340,46 @@ def test_a_file_holds_everything(tmp_path):
     path = tmp_path / "residual.json"
     path.write_text(json.dumps(FULL.as_file(tmp_path)))
     assert ResidualConfig.read(path) == FULL
-    assert set(json.loads(path.read_text())) >= {"origin_layer", "target_layers", "residual_weights", "mode"}
+    kept = json.loads(path.read_text())
+    assert set(kept) >= {"origin_layer", "target_layers", "residual_weights", "mode"}
+    assert kept["version"] == __version__
+
+
+EARLIER = {
+    "origin_layer": 1, "target_layers": "2-4", "residual_weights": 0.1, "mode": "add", "schedule": "constant",
+    "start": 0.0, "end": 1.0, "branch": "both", "rotations": None,
+}  # fmt: skip  # every key and no version, as version 0.1.0 wrote and documented it
+
+
+@pytest.mark.parametrize("weights", [0.1, [0.1], "0.1", "each:0.1", [0.1, 0.1, 0.1]], ids=repr)
+def test_one_weight_holds_for_all_in_a_file_of_an_earlier_version_only(tmp_path, weights):
+    path = tmp_path / "residual.json"
+    path.write_text(json.dumps(EARLIER | {"residual_weights": weights}))
+    assert ResidualConfig.read(path) == ResidualConfig(1, (2, 3, 4), (0.1, 0.1, 0.1))
+    without = {name: value for name, value in EARLIER.items() if name != "rotations"}
+    for values in (EARLIER | {"version": __version__}, without):
+        path.write_text(json.dumps(values | {"residual_weights": weights}))
+        if weights in ("each:0.1", [0.1, 0.1, 0.1]):
+            assert ResidualConfig.read(path) == ResidualConfig(1, (2, 3, 4), "each:0.1")
+        else:
+            with pytest.raises(Mistake, match=r"residual_weights: 1 given for 3 target layers; .*each:0\.1 for all"):
+                ResidualConfig.read(path)
+
+
+def test_a_file_of_an_earlier_version_holds_for_other_targets_too(tmp_path):
+    path = tmp_path / "residual.json"
+    path.write_text(json.dumps(EARLIER))
+    assert ResidualConfig.from_flags({"target_layers": (2, 3)}, str(path)) == ResidualConfig(1, (2, 3), (0.1, 0.1))
+    path.write_text(json.dumps(EARLIER | {"residual_weights": None}))
+    assert ResidualConfig.read(path).weights == (1, 1, 1)
+    path.write_text(json.dumps(EARLIER | {"residual_weights": "much"}))
+    with pytest.raises(Mistake, match="residual_weights much: must be a number"):
+        ResidualConfig.read(path)
 
 
 def test_flags_replace_single_fields(tmp_path):
     path = tmp_path / "residual.json"
-    path.write_text(json.dumps({"origin_layer": 1, "target_layers": "2-4", "weights": 0.5, "mode": "anchored"}))
+    path.write_text(json.dumps({"origin_layer": 1, "target_layers": "2-4", "weights": "each:0.5", "mode": "anchored"}))
     got = ResidualConfig.from_flags({"target_layers": (2, 3, 4, 5), "branch": "cond"}, str(path))
     assert got == ResidualConfig(1, (2, 3, 4, 5), (0.5,) * 4, "anchored", branch="cond")
     assert ResidualConfig.from_flags({"target_layers": ()}, str(path)).active is False
@@ -392,7 +455,7 @@ def test_bad_config_files(tmp_path, case, capsys):
         path.write_text(content)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         ResidualConfig.read(path)
-    assert str(error.value).startswith(f"--residual_config {path}: ")
+    assert str(error.value).startswith(f"residual_config {path}: ")
     assert message in str(error.value)
     assert "never be printed" not in capsys.readouterr().out
 
@@ -509,5 +572,5 @@ def test_bad_rotation_files(tmp_path, case, suffix):
         make()
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         read_rotations(path, CONFIG, 16)
-    assert str(error.value).startswith(f"--residual_rotations {path}: ")
+    assert str(error.value).startswith(f"rotations {path}: ")
     assert message in str(error.value)

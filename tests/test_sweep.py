@@ -28,6 +28,8 @@ import sd3.png
 import sd3.sweep.command
 import sd3.weights
 import sd3_infer
+from sd3.flags import Flags
+from sd3.mistakes import Mistake
 from sd3.settings import digest_of
 from sd3.sweep.grid import Grid, read_seeds
 
@@ -74,13 +76,13 @@ def names(raw: dict, file: str | None = None) -> list[tuple[str, str | None]]:
 
 def test_off_is_always_there_and_made_first():
     assert names({}) == [("off", None)]
-    targets = {"residual_target_layers": "3,5,7; 4,8 ;none", "residual_weights": "0.3;0.6"}
+    targets = {"residual_target_layers": "3,5,7; 4,8 ;none", "residual_weights": "each:0.3;each:0.6"}
     assert names(targets) == [
         ("off", None),
-        ("0:3,5,7:0.3", "off"),
-        ("0:3,5,7:0.6", "off"),
-        ("0:4,8:0.3", "off"),
-        ("0:4,8:0.6", "off"),
+        ("0:3,5,7:each:0.3", "off"),
+        ("0:3,5,7:each:0.6", "off"),
+        ("0:4,8:each:0.3", "off"),
+        ("0:4,8:each:0.6", "off"),
     ]
     assert names({"cfg": "2;3", "residual_target_layers": "3", "steps": "5"}) == [
         ("off, cfg 2", None),
@@ -88,6 +90,21 @@ def test_off_is_always_there_and_made_first():
         ("0:3:1.0, cfg 2", "off, cfg 2"),
         ("0:3:1.0, cfg 3", "off, cfg 3"),
     ]
+
+
+def test_weights_are_one_per_target_or_each():
+    def weights(given):
+        (_, variant) = Grid.read({"prompt": "x", "residual_target_layers": "3,5", "residual_weights": given}).variants
+        return Flags.read(variant.raw).residual_weights, variant.name
+
+    assert weights("each:0.3") == ("each:0.3", "0:3,5:each:0.3")
+    assert weights(["0.3", "0.2"]) == ((0.3, 0.2), "0:3,5:0.3,0.2")
+    with pytest.raises(
+        Mistake, match=r"residual_weights: 1 given for 2 target layers; give one each, each:0\.3 for all"
+    ):
+        weights("0.3")
+    many = Grid.read({"prompt": "x", "residual_target_layers": "3,5", "residual_weights": "each:0.3; 0.3,0.2;each:1"})
+    assert [v.name for v in many.variants] == ["off", "0:3,5:each:0.3", "0:3,5:0.3,0.2", "0:3,5:each:1"]
 
 
 def test_a_yaml_grid_with_named_variants(tmp_path):
@@ -99,9 +116,9 @@ prompt: [a red circle, "a star; or two"]
 seed: [0-2, 7]
 cfg: [2, 3]
 residual_target_layers: [3, 5, 7]
-residual_weights: [[0.3, 0.2, 0.1], 0.6]
+residual_weights: [[0.3, 0.2, 0.1], each:0.6]
 variants:
-  gentle: {residual_target_layers: 2-7, residual_weights: 0.05, residual_mode: anchored}
+  gentle: {residual_target_layers: 2-7, residual_weights: "each:0.05", residual_mode: anchored}
   strong guidance: {cfg: 7}
 """,
         encoding="utf-8",
@@ -113,9 +130,9 @@ variants:
         ("off, cfg 2", None),
         ("off, cfg 3", None),
         ("0:3,5,7:0.3,0.2,0.1, cfg 2", "off, cfg 2"),
-        ("0:3,5,7:0.6, cfg 2", "off, cfg 2"),
+        ("0:3,5,7:each:0.6, cfg 2", "off, cfg 2"),
         ("0:3,5,7:0.3,0.2,0.1, cfg 3", "off, cfg 3"),
-        ("0:3,5,7:0.6, cfg 3", "off, cfg 3"),
+        ("0:3,5,7:each:0.6, cfg 3", "off, cfg 3"),
         ("gentle, cfg 2", "off, cfg 2"),
         ("gentle, cfg 3", "off, cfg 3"),
         ("strong guidance", "off, cfg 2"),
@@ -153,6 +170,8 @@ BAD = [
     (["--prompt", "x", "--cfg", "2;;3"], "--cfg : must be a number"),
     (["--prompt", "x", "--residual_target_layers", "1,2;3", "--residual_weights", "0.1,0.2"],
      "2 given for 1 target layers"),
+    (["--prompt", "x", "--residual_target_layers", "1,2;3", "--residual_weights", "0.1"],
+     "--residual_weights: 1 given for 2 target layers; give one each, each:0.1 for all"),
     (["--prompt", "x", "--residual_target_layers", "3;8"], "8: no such layer (this model has 8 joint blocks"),
     (["--prompt", "x", "--model", "a.safetensors;b.safetensors"], "--model a.safetensors: no such file"),
     (["--prompt", "x", "--width", "96;5000"], "--width 5000: must be a multiple of 16"),
@@ -194,7 +213,7 @@ def test_bad_grids(tmp_path, monkeypatch, capsys, arguments, message):
         (tmp_path / name).mkdir()
         (tmp_path / name / inside).write_text("notes")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sd3.weights.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(sd3.weights.ModelTensors, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
     assert sd3.sweep.command.main(["--model", str(DEMO), "--out", "out", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -234,7 +253,7 @@ def test_one_load_one_encoding_and_what_the_folder_holds(tmp_path, prompts, caps
     (load,), (encode,) = log(out, "load"), log(out, "encode")
     assert load["model"] == "demo.safetensors"
     assert encode["prompts"] == sorted(["", *PROMPTS])
-    assert [line["variant"] for line in results(out)] == ["off"] * 6 + ["0:3,5:1.0"] * 6 + ["0:4:1.0"] * 6
+    assert [line["variant"] for line in results(out)] == ["off"] * 6 + ["0:3,5:each:1.0"] * 6 + ["0:4:1.0"] * 6
     for line in results(out):
         settings = settings_of(out / line["file"])
         assert line["file"] == f"pictures/{digest_of(settings)[:20]}.png"
@@ -297,7 +316,7 @@ def test_two_models_and_image_to_image(tmp_path, small_model, prompts):
 def test_killed_three_times_it_ends_with_the_same_pictures(tmp_path, prompts):
     arguments = [
         *("--model", DEMO, "--device", "cpu", "--steps", 4, "--prompt", prompts, "--seed", "0-4", "--batch_size", 4),
-        *("--residual_target_layers", "3,5;4;2-7", "--residual_weights", "0.1;0.3"),
+        *("--residual_target_layers", "3,5;4;2-7", "--residual_weights", "each:0.1;each:0.3"),
     ]
     subprocess.run(shell(tmp_path / "whole", *arguments), check=True, capture_output=True, env=ENV)
     wanted = hashes(tmp_path / "whole")

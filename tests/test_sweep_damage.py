@@ -15,7 +15,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import sd3.sweep.command
-from sd3.sweep.folder import MOST_NOTES, SweepFolder, is_event, is_record, is_score
+from sd3.sweep.journal import MOST_NOTES, Journal, is_event, is_score
+from sd3.sweep.record import is_record
 
 OLD = ROOT / "tests" / "data" / "swept_by_27f9f54"
 SMALL = ["--device", "cpu", "--dtype", "float32", "--width", "32", "--height", "32", "--steps", "2"]
@@ -235,14 +236,12 @@ lines_of_ours = st.fixed_dictionaries({}, optional=keys)
 @given(st.lists(json_values | lines_of_ours, max_size=6), st.binary(max_size=30))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
 def test_any_lines_can_be_read(tmp_path, values, more):
-    (tmp_path / "pictures").mkdir(exist_ok=True)
-    (tmp_path / "log.jsonl").touch()
-    folder = SweepFolder(tmp_path)
+    journal = Journal(tmp_path)
     text = "".join(json.dumps(value) + "\n" for value in values).encode() + more
     for name in ("log.jsonl", "scores.jsonl"):
         (tmp_path / name).write_bytes(text)
-    assert all(isinstance(seconds, float | int) for seconds in folder.seconds().values())
-    assert all(isinstance(scores, dict) for scores in folder.scores().values())
+    assert all(isinstance(seconds, float | int) for seconds in journal.seconds().values())
+    assert all(isinstance(scores, dict) for scores in journal.scores().values())
 
 
 @given(json_values | lines_of_ours)

@@ -55,8 +55,8 @@ def test_geneval(tmp_path):
     out = tmp_path / "out"
     arguments = ["--layout", "geneval", "--prompt", prompts, "--seed", "0-3", "--residual_target_layers", "3,5"]
     assert sweep(out, *arguments) == 0
-    assert sorted(os.listdir(out / "geneval")) == ["0_3,5_1.0", "off"]
-    for variant, name in {"off": "off", "0_3,5_1.0": "0:3,5:1.0"}.items():
+    assert sorted(os.listdir(out / "geneval")) == ["0_3,5_each_1.0", "off"]
+    for variant, name in {"off": "off", "0_3,5_each_1.0": "0:3,5:each:1.0"}.items():
         read = list(read_geneval(out / "geneval" / variant))
         assert [m for m, _, _ in read] == GENEVAL  # one prompt twice, made once
         for metadata, samples, grid in read:

@@ -22,7 +22,7 @@ WORKERS = ["--ray", "auto", "--cpus_per_worker", "1"]
 @pytest.fixture
 def arguments(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    grid = ["--residual_target_layers", "3,5;4", "--residual_weights", "0.1;0.3"]
+    grid = ["--residual_target_layers", "3,5;4", "--residual_weights", "each:0.1;each:0.3"]
     base = ["--model", DEMO, "--device", "cpu", "--steps", 6, "--batch_size", 4]
     return [*base, "--prompt", tmp_path / "prompts.txt", "--seed", "0-3", *grid]
 

@@ -26,7 +26,7 @@ def swept(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     arguments = ["--model", DEMO, "--device", "cpu", "--prompt", folder / "prompts.txt", "--seed", "0;7"]
-    arguments += ["--residual_target_layers", "3,5,7;4", "--residual_weights", "0.1;1.5", "--score", "demo"]
+    arguments += ["--residual_target_layers", "3,5,7;4", "--residual_weights", "each:0.1;each:1.5", "--score", "demo"]
     assert sd3.sweep.command.main(["--out", str(folder / "out"), "--batch_size", "2", *map(str, arguments)]) == 0
     return folder / "out"
 

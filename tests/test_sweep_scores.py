@@ -12,12 +12,12 @@ from conftest import DEMO, TOKENIZERS
 from PIL import Image
 
 import sd3.sweep.command
-from demo.score import KINDS, draw, held_out_prompts
 from sd3.flags import Flags
 from sd3.settings import Settings
+from sd3.shapes.prompts import KINDS, draw, held_out_prompts, held_out_texts, read_caption
 from sd3.sweep.grid import Grid
 from sd3.sweep.plan import Plan, Planned
-from sd3.sweep.scores import clip_scorer, demo_prompts, demo_scorer, read_caption, spread, summarise, table
+from sd3.sweep.scores import clip_scorer, demo_scorer, spread, summarise, table
 
 
 def test_captions_are_read_as_they_were_written():
@@ -32,7 +32,7 @@ def test_captions_are_read_as_they_were_written():
 def test_the_demo_scorer_tells_right_pictures_from_wrong_ones():
     rng = random.Random(2)
     prompts = held_out_prompts(10)
-    score = demo_scorer(Grid(tuple(demo_prompts(10)), (0,), ()), per_kind=10)
+    score = demo_scorer(Grid(tuple(held_out_texts(10)), (0,), ()), per_kind=10)
     right = [score(Image.fromarray(draw(p, rng)), p.text)[p.kind] for p in prompts]
     assert np.mean(right) > 0.95
     blank = Image.new("RGB", (96, 96), "white")

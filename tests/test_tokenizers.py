@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 import sd3.files
 import sd3.find
-from demo.scenes import vocabulary
 from demo.tokenizers import END, START, WORD_END
 from demo.train import Captions
-from other_impls import CLIPTokenizer, T5Tokenizer, weighted_segments, weighted_words
+from other_impls import weighted_segments, weighted_words
+from sd3.shapes.scenes import vocabulary
+from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 
 REAL = os.environ.get("SD3_TOKENIZERS")
 real = pytest.mark.skipif(not REAL, reason="SD3_TOKENIZERS is not set")
@@ -55,7 +56,7 @@ def test_any_text_splits_without_losing_words(text):
 
 @given(st.text(max_size=80), st.integers(8, 40))
 def test_clip_always_fits_and_always_ends(text, length):
-    clip = CLIPTokenizer(TOKENIZERS / "tokenizer")
+    clip = open_clip_tokenizer(TOKENIZERS / "tokenizer")
     for pad in (None, 0):
         tokens = clip.tokenize(text, length, pad)
         assert len(tokens.ids) == len(tokens.weights) == length
@@ -64,7 +65,7 @@ def test_clip_always_fits_and_always_ends(text, length):
 
 
 def test_a_word_that_does_not_fit_moves_whole_unless_large():
-    clip = CLIPTokenizer(TOKENIZERS / "tokenizer")
+    clip = open_clip_tokenizer(TOKENIZERS / "tokenizer")
     small, large = "zzzz", "zzzzzzzzz"  # four and nine tokens
     assert not clip.tokenize("red " * 6 + small, 12).cut
     tokens = clip.tokenize("red " * 8 + small, 12)
@@ -77,7 +78,7 @@ def test_a_word_that_does_not_fit_moves_whole_unless_large():
 
 
 def test_every_word_of_the_demo_is_one_token_and_training_saw_the_same_ids():
-    clip, t5 = CLIPTokenizer(TOKENIZERS / "tokenizer"), T5Tokenizer(TOKENIZERS / "tokenizer_3")
+    clip, t5 = open_clip_tokenizer(TOKENIZERS / "tokenizer"), open_t5_tokenizer(TOKENIZERS / "tokenizer_3")
     vocab = json.loads((TOKENIZERS / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     assert clip.end == vocab[END] == len(vocab) - 1
     assert clip.start == vocab[START]
@@ -99,7 +100,7 @@ def test_every_word_of_the_demo_is_one_token_and_training_saw_the_same_ids():
 def test_clip_as_transformers_tokenizes(text):
     transformers = pytest.importorskip("transformers")
     peer = transformers.CLIPTokenizer.from_pretrained(Path(REAL) / "clip")
-    ours = CLIPTokenizer(Path(REAL) / "clip")
+    ours = open_clip_tokenizer(Path(REAL) / "clip")
     got = ours.tokenizer.encode(text, add_special_tokens=False).ids
     assert got == peer(text, add_special_tokens=False).input_ids
 
@@ -130,13 +131,13 @@ def test_spiece_model_and_tokenizer_json_agree(spiece, tmp_path):
     peer.save_pretrained(tmp_path)
     (tmp_path / "spiece.model").unlink(missing_ok=True)
     assert (tmp_path / "tokenizer.json").exists()
-    one, two = T5Tokenizer(spiece), T5Tokenizer(tmp_path)
+    one, two = open_t5_tokenizer(spiece), open_t5_tokenizer(tmp_path)
     for text in ("a red circle", "two GREEN stars!", "naïve café", "</s> x", "unseen 東京"):
         assert one.tokenize(text, 20).ids == two.tokenize(text, 20).ids, text
 
 
 def test_t5_ends_pads_and_cuts(spiece):
-    for t5 in (T5Tokenizer(spiece), T5Tokenizer(TOKENIZERS / "tokenizer_3")):
+    for t5 in (open_t5_tokenizer(spiece), open_t5_tokenizer(TOKENIZERS / "tokenizer_3")):
         tokens = t5.tokenize("a red circle", 20)
         assert len(tokens.ids) == 20
         end = tokens.ids.index(1)

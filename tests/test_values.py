@@ -142,7 +142,7 @@ def test_samplers_bear_neighbouring_sigmas_that_are_one_number(shift, steps, sam
 
 def check_sampler(shift: float, steps: int, sampler: str, denoise: float) -> None:
     """Whatever the schedule: with a network that always says the same picture, that picture is the result."""
-    sigmas = sd3_impls.remaining(sd3_impls.flow_schedule(steps, shift), steps, denoise)
+    sigmas = sd3_impls.img2img_sigmas(sd3_impls.flow_schedule(steps, shift), steps, denoise)
     picture = torch.full((1, 1, 1, 2), 0.7)
     got = sd3_impls.SAMPLERS[sampler](lambda x, sigma: picture, torch.ones_like(picture), sigmas)
     if len(sigmas) > 1:
@@ -428,7 +428,7 @@ def test_gen_image_takes_what_python_has(engine, tmp_path):  # P8, reading.md 6
     ],
 )
 def test_gen_image_refuses_before_weights_load(tmp_path, monkeypatch, values, told):
-    monkeypatch.setattr(sd3.weights.Part, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(sd3.weights.ModelTensors, "load_into", lambda *a, **k: pytest.fail("weights were loaded"))
     monkeypatch.chdir(tmp_path)
     engine = SD3Inferencer().load(str(DEMO), device="cpu")
     with pytest.raises((ValueError, FileNotFoundError)) as error:
@@ -699,7 +699,7 @@ def test_a_measurement_that_is_none(tmp_path, monkeypatch, capsys, change):
     assert "origin 0" in capsys.readouterr().out
     Path("m.json").write_text(json.dumps(measurement() | change))
     error = refused(sd3.probe.command.main, ["suggest", "--measurement", "m.json"], capsys)
-    assert "--measurement m.json: is not a measurement of sd3.probe.command.py" in error
+    assert "--measurement m.json: is not a measurement of sd3_probe.py" in error
     Path("m.json").write_text("[" * 100_000)
     assert "nested too deeply" in refused(sd3.probe.command.main, ["suggest", "--measurement", "m.json"], capsys)
 

@@ -33,7 +33,7 @@ import sd3.sweep.command
 import sd3.sweep.plan
 import sd3_infer
 from sd3.flags import READERS, Flags
-from sd3.mistakes import display
+from sd3.mistakes import Mistake, display, flag_name
 from sd3.models import SkipLayerConfig
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
 from sd3.settings import Settings
@@ -121,11 +121,11 @@ def line_of(command: Callable[[list[str]], int], words: list[str]) -> None:
 
 
 def in_python(call: Callable[[], Any]) -> Any:
-    """Calls; raises Told with the line of what a user's mistake raises."""
+    """Calls; raises Told with the line that a command would print of a user's mistake."""
     try:
         return call()
     except (ValueError, FileNotFoundError) as error:
-        raise Told(str(error)) from None
+        raise Told(error.spelled(flag_name) if isinstance(error, Mistake) else str(error)) from None
 
 
 def wanted_of(flag: str, value: Any, readers: dict[str, Any] = READERS) -> tuple[bool, Any]:

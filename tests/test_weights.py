@@ -8,7 +8,7 @@ from conftest import mmdit_config, randomise, relative
 
 from mmditx import MMDiT
 from sd3.engine import on_meta
-from sd3.layers import HeldLinear, can_pack, hold_linears, quantise
+from sd3.layers import StoredLinear, can_pack, quantise, replace_linears
 
 CONFIG = mmdit_config(depth=3, dual_layers=frozenset({0}), qk_norm=True)
 PLAIN = randomise(MMDiT(CONFIG), 3).to(torch.bfloat16)
@@ -22,19 +22,19 @@ INPUTS = (
 packs = pytest.mark.skipif(not can_pack("cpu", torch.bfloat16), reason="this CPU has no bfloat16 products")
 
 
-def held(kind: str, join: bool = False, source: MMDiT = PLAIN) -> MMDiT:
-    """The model with its weights held as `kind` says, loaded the way a file is."""
+def stored_model(kind: str, join: bool = False, source: MMDiT = PLAIN) -> MMDiT:
+    """The model with its weights stored as `kind` says, loaded the way a file is."""
     model = on_meta(lambda: MMDiT(CONFIG))
     dtype = source.pos_embed.dtype
     if join:
         model.join_modulations("cpu", dtype)
     if kind:
-        hold_linears(model.joint_blocks, kind)
+        replace_linears(model.joint_blocks, kind)
     for name, tensor in source.state_dict().items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        if hasattr(module, "take"):
-            module.take(leaf, tensor)
+        if hasattr(module, "store"):
+            module.store(leaf, tensor)
         elif module._parameters[leaf].is_meta:
             module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
         else:
@@ -49,20 +49,20 @@ def run(model: MMDiT) -> torch.Tensor:
 
 def test_modulations_of_all_blocks_in_one_product_change_nothing_but_rounding():
     source = randomise(MMDiT(CONFIG), 3)
-    assert relative(run(held("", True, source)), run(source)) < 1e-6
+    assert relative(run(stored_model("", True, source)), run(source)) < 1e-6
 
 
 @packs
 def test_packed_weights_change_nothing_but_rounding():
     exact = run(randomise(MMDiT(CONFIG), 3))
-    plain, packed = relative(run(PLAIN).float(), exact), relative(run(held("packed", True)).float(), exact)
+    plain, packed = relative(run(PLAIN).float(), exact), relative(run(stored_model("packed", True)).float(), exact)
     assert packed < 1.2 * plain
-    assert any(isinstance(m, HeldLinear) for m in held("packed").modules())
+    assert any(isinstance(m, StoredLinear) for m in stored_model("packed").modules())
 
 
 @packs
 def test_packed_weights_give_the_same_under_torch_compile():
-    model = held("packed", True)
+    model = stored_model("packed", True)
     layer = model.joint_blocks[0].x_block.mlp
     x = torch.randn(2, 5, CONFIG.width).bfloat16()
     with torch.no_grad():
@@ -72,9 +72,9 @@ def test_packed_weights_give_the_same_under_torch_compile():
 @pytest.mark.parametrize(("kind", "error"), [("int8", 0.02), ("fp8", 0.06)])
 def test_8_bit_weights_are_near(kind, error):
     exact = randomise(MMDiT(CONFIG), 3)
-    got = relative(run(held(kind, source=exact)), run(exact))
+    got = relative(run(stored_model(kind, source=exact)), run(exact))
     assert 1e-4 < got < error
-    stored = sum(b.nbytes for n, b in held(kind).named_buffers() if n.endswith("stored"))
+    stored = sum(b.nbytes for n, b in stored_model(kind).named_buffers() if n.endswith("stored"))
     blocks = sum(p.numel() for n, p in PLAIN.joint_blocks.named_parameters() if n.endswith("weight") and p.ndim == 2)
     assert blocks - CONFIG.width**2 == stored  # a byte each; the last block's unused query is left out
 

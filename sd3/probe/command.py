@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sd3 import streams
 from sd3.command import guarded, read_arguments
 from sd3.flags import READERS
-from sd3.mistakes import display, nearest
-from sd3.probe.calibration import calibrate, own_names
+from sd3.mistakes import Mistake, nearest
+from sd3.probe.calibration import calibrate
 from sd3.probe.measuring import measure
 from sd3.probe.running import _ENGINE, _RUN
 from sd3.probe.suggesting import run_suggest
 from sd3.readers import range_int, read_bool, read_float, read_layers
-
-if TYPE_CHECKING:
-    pass
-
+from sd3.residual import ResidualConfig
 
 _SHARED = {name: READERS[name] for name in (*_ENGINE, *_RUN)} | {"prompts": READERS["model"]}
 
@@ -100,24 +97,20 @@ all that run a model: --model --vae --model_folder --clip_l --clip_g --t5xxl --t
 
 
 def read_flags(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The command and its flags, read and checked; raises ValueError."""
+    """The command and its flags, read and checked; raises Mistake."""
     command = arguments[0] if arguments else ""
     if command not in COMMANDS:
-        told = display(command) if command else "no command"
-        raise ValueError(f"{told}: must be {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
+        raise Mistake("", command or "no command", f"must be {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
     readers = COMMANDS[command]
     raw = read_arguments(arguments[1:], readers, bare=None)
     flags = DEFAULTS[command] | {name: readers[name](name, value) for name, value in raw.items()}
     for name in NEEDED[command]:
         if flags.get(name) in (None, ()):
-            raise ValueError(f"--{name}: is needed by {command}")
+            raise Mistake(name, "", f"is needed by {command}")
     if command == "calibrate":
-        from sd3.flags import check_residual
-
-        with own_names():
-            check_residual(flags["origin"], flags["targets"], ())
+        ResidualConfig(flags["origin"], flags["targets"])
         if not flags["out"].endswith(".safetensors"):
-            raise ValueError(f"--out {flags['out']}: must end in .safetensors")
+            raise Mistake("out", flags["out"], "must end in .safetensors")
     return command, flags
 
 
@@ -138,6 +131,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> None:
         command, flags = read_flags(arguments)
-        {"measure": measure, "suggest": run_suggest, "calibrate": calibrate}[command](flags)
+        {"measure": measure, "suggest": run_suggest, "calibrate": calibrate}[command](flags, print)
 
     return guarded(work, SMALLER.get(arguments[0], SMALLER["measure"]))

@@ -1,4 +1,4 @@
-"""`measure`: what the text stream still knows at each block."""
+"""`measure`: how similar each block's text tokens are to the origin's, and how much of the prompt they tell."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import csv
 import io
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from sd3 import writing
 from sd3.engine import Engine, residual_settings
 from sd3.flags import Flags
+from sd3.mistakes import Mistake
 from sd3.probe.running import Collector, Labelled, load, read_labelled, run_prompts
 from sd3.probe.suggesting import by_block, measures
 from sd3.readers import SEED_LIMIT
@@ -23,19 +25,13 @@ from sd3.residual import ResidualConfig
 from sd3.versions import versions
 from sd3_impls import flow_schedule
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from sd3.engine import Engine
-
-
 RIDGE = 1e-2  # regularisation of the linear probes, as a share of the features' mean variance
 FOLDS = 5
 
 
 class Sums:
-    """What is added up for one block at one timestep, against the origin. Features are taken about a first guess of
-    their mean, which changes nothing in the end and keeps float32 sums exact enough.
+    """Sums over the tokens of one block at one timestep, and over the origin's. A first guess of the mean is subtracted
+    from the features, which changes no result and keeps float32 sums exact enough.
     """
 
     def __init__(self, width: int):
@@ -138,7 +134,7 @@ class Measurement:
         self.depth, width = engine.config.depth, engine.config.width
         self.origin = flags["origin"]
         if self.origin >= self.depth:
-            raise ValueError(f"--origin {self.origin}: this model has {self.depth} joint blocks: 0 to {self.depth - 1}")
+            raise Mistake("origin", self.origin, f"this model has {self.depth} joint blocks: 0 to {self.depth - 1}")
         sigmas = flow_schedule(values["steps"], values["shift"]).tolist()
         count = min(flags["timesteps"], values["steps"])
         places = torch.linspace(0, values["steps"] - 1, count).round().int().tolist() if count > 1 else [0]
@@ -191,56 +187,83 @@ class Measurement:
 
     def rows(self) -> list[dict[str, Any]]:
         """One per measured timestep and block."""
-        k = min(self.flags["neighbours"], self.filled - 1)
-        names = sorted({name for number in self.kept for name in self.prompts[number].labels})
-        total = len(self.sums) * self.depth
         out = []
+        total = len(self.sums) * self.depth
         with tqdm(total=total, desc="comparing", unit="block", disable=self.engine.quiet, leave=False) as bar:
-            for m, step in enumerate(self.steps):
-                origin_tokens = self.tokens[m, self.origin, : self.filled]
-                for i in range(self.depth):
-                    x, pooled = self.sums[m][i], self.pooled[m, i]
-                    row = {
-                        "step": step,
-                        "sigma": self.sigmas[m],
-                        "block": i,
-                        "cosine": x.cosine / x.tokens,
-                        "cka": cka(x, self.sums[m][self.origin]),
-                        "neighbours": neighbour_overlap(self.tokens[m, i, : self.filled], origin_tokens, k),
-                        "norm": x.norm / x.tokens,
-                        "spread": spread(x),
-                        "retrieval": retrieval(pooled[:, 0], pooled[:, 1]),
-                    }
-                    for name in names:
-                        labelled = [
-                            (n, self.prompts[j].labels[name])
-                            for j, n in self.kept.items()
-                            if name in self.prompts[j].labels
-                        ]
-                        if len(labelled) >= 2 * FOLDS:
-                            places, classes = zip(*labelled, strict=True)
-                            row[f"probe {name}"] = linear_probe(pooled[list(places)], classes)
-                    out.append(row)
+            for m in range(len(self.sums)):
+                for block in range(self.depth):
+                    out.append(self._row(m, block) | self._probes(self.pooled[m, block]))
                     bar.update()
         return out
 
+    def _row(self, m: int, block: int) -> dict[str, Any]:
+        """The measures of a block at measured timestep m, but for the linear probes."""
+        sums, pooled = self.sums[m][block], self.pooled[m, block]
+        tokens, origin_tokens = (self.tokens[m, i, : self.filled] for i in (block, self.origin))
+        return {
+            "step": list(self.steps)[m],
+            "sigma": self.sigmas[m],
+            "block": block,
+            "cosine": sums.cosine / sums.tokens,
+            "cka": cka(sums, self.sums[m][self.origin]),
+            "neighbours": neighbour_overlap(tokens, origin_tokens, min(self.flags["neighbours"], self.filled - 1)),
+            "norm": sums.norm / sums.tokens,
+            "spread": spread(sums),
+            "retrieval": retrieval(pooled[:, 0], pooled[:, 1]),
+        }
+
+    def _probes(self, pooled: Tensor) -> dict[str, float]:
+        """Accuracy of a linear probe for each label that enough prompts have; pooled (kept prompts, runs, D)."""
+        out = {}
+        for name in self._labels():
+            labelled = [
+                (k, self.prompts[i].labels[name]) for i, k in self.kept.items() if name in self.prompts[i].labels
+            ]
+            if len(labelled) >= 2 * FOLDS:
+                places, classes = zip(*labelled, strict=True)
+                out[f"probe {name}"] = linear_probe(pooled[list(places)], classes)
+        return out
+
+    def _labels(self) -> list[str]:
+        """Names of the labels of kept prompts."""
+        return sorted({name for number in self.kept for name in self.prompts[number].labels})
+
+    def record(self) -> dict[str, Any]:
+        """All results, for measure.json."""
+        flags = self.flags
+        return {
+            "model": self.engine.model_file.path.name,
+            "depth": self.depth,
+            "origin": self.origin,
+            "prompts": len(self.prompts),
+            "kept_prompts": len(self.kept),
+            "kept_tokens": self.filled,
+            "neighbours": min(flags["neighbours"], self.filled - 1),
+            "tokens": self.sums[0][0].tokens,
+            "settings": self.engine.plan([""], [flags.get("seed", 0)], **self.values)[0].public(),
+            "dtype": str(self.engine.dtype).removeprefix("torch."),
+            "versions": versions(),
+            "chance": self.chance(),
+            "rows": self.rows(),
+        }
+
     def chance(self) -> dict[str, float]:
-        """What each measure would be if nothing was known."""
+        """Each measure by chance, where the tokens say nothing of the prompt."""
         out = {
             "retrieval": 1 / len(self.kept),
             "neighbours": min(1.0, self.flags["neighbours"] / max(self.filled - 1, 1)),
         }
-        for name in sorted({name for number in self.kept for name in self.prompts[number].labels}):
+        for name in self._labels():
             classes = [p.labels[name] for i, p in enumerate(self.prompts) if i in self.kept and name in p.labels]
             out[f"probe {name}"] = max(classes.count(c) for c in set(classes)) / len(classes)
         return out
 
 
-def measure(flags: Mapping[str, Any]) -> Path:
-    """Runs `measure`; returns the folder with the results."""
+def measure(flags: Mapping[str, Any], show: Callable[[str], Any]) -> Path:
+    """Runs `measure`; returns the folder with the results. show: takes the lines of the result."""
     prompts = read_labelled(flags["prompts"])
     if len(prompts) < 2:
-        raise ValueError(f"--prompts {flags['prompts']}: needs at least two different prompts")
+        raise Mistake("prompts", flags["prompts"], "needs at least two different prompts")
     writing.check_writable(flags["out"], "out")
     engine, values = load(flags)
     residual_flags = Flags(**{k: v for k, v in flags.items() if k.startswith("residual_")})
@@ -249,37 +272,27 @@ def measure(flags: Mapping[str, Any]) -> Path:
     engine.check_settings(engine.plan([prompts[0].prompt], [0], **values)[0])
     measurement = Measurement(engine, prompts, values, flags)
     run_prompts(engine, measurement.jobs(), values, measurement.collector, "measuring")
-    rows = measurement.rows()
+    record = measurement.record()
     folder = Path(flags["out"])
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "model": engine.model_file.path.name,
-        "depth": measurement.depth,
-        "origin": measurement.origin,
-        "prompts": len(prompts),
-        "kept_prompts": len(measurement.kept),
-        "kept_tokens": measurement.filled,
-        "neighbours": min(flags["neighbours"], measurement.filled - 1),
-        "tokens": measurement.sums[0][0].tokens,
-        "settings": engine.plan([""], [flags.get("seed", 0)], **values)[0].public(),
-        "dtype": str(engine.dtype).removeprefix("torch."),
-        "versions": versions(),
-        "chance": measurement.chance(),
-        "rows": rows,
-    }
-    writing.write_json(folder / "measure.json", record)
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]))
-    table.writeheader()
-    table.writerows(rows)
-    writing.atomic_write(folder / "measure.csv", lambda f: f.write(text.getvalue().encode()))
-    print(summary(record))
+    write_results(record, folder)
+    show(summary(record))
     try:
         plot(record, folder / "measure.png")
     except ImportError:
         engine.say("note: no plots: they need matplotlib (pip install matplotlib)")
-    print(f"{folder}: " + ", ".join(sorted(p.name for p in folder.glob("measure.*"))))
+    show(f"{folder}: " + ", ".join(sorted(p.name for p in folder.glob("measure.*"))))
     return folder
+
+
+def write_results(record: Mapping[str, Any], folder: Path) -> None:
+    """Writes measure.json and measure.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writing.write_json(folder / "measure.json", record)
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(record["rows"][0]))
+    table.writeheader()
+    table.writerows(record["rows"])
+    writing.atomic_write(folder / "measure.csv", lambda f: f.write(text.getvalue().encode()))
 
 
 def summary(record: Mapping[str, Any]) -> str:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
+from mmditx import ModelCall
 from sd3.engine import Engine, load_for
 from sd3.flags import Flags
+from sd3.mistakes import Mistake
 from sd3.prompts import read_jsonl, read_prompts
 from sd3.readers import read_path
 from sd3.settings import resolve
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mmditx import Pass
-    from sd3.engine import Engine
-
-
-GROUP = 64  # prompts whose text is held encoded at once
+GROUP = 64  # prompts whose encoded text is in memory at once
 _ENGINE = (
     "model", "vae", "model_folder", "clip_l", "clip_g", "t5xxl", "text_encoder_device", "device", "dtype", "no_t5",
     "embed_cache", "weights", "offload",
@@ -31,18 +27,18 @@ _RUN = ("steps", "cfg", "shift", "sampler", "width", "height", "negative_prompt"
 
 @dataclass(frozen=True)
 class Labelled:
-    """A prompt and what a linear probe should read off its tokens."""
+    """A prompt and the labels that a linear probe should read off its tokens."""
 
     prompt: str
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_labelled(path: str, flag: str = "prompts") -> list[Labelled]:
-    """Prompts of a .txt or .jsonl file, each once. Raises FileNotFoundError or ValueError with the line's number."""
+    """Prompts of a .txt or .jsonl file, each once. Raises Mistake with the line's number."""
     path = read_path(flag, path)
     if not path.lower().endswith(".jsonl"):
         if not path.lower().endswith(".txt"):
-            raise ValueError(f"--{flag} {path}: must be a .txt or .jsonl file")
+            raise Mistake(flag, path, "must be a .txt or .jsonl file")
         return [Labelled(p) for p in dict.fromkeys(read_prompts(path, flag)[0])]
     form = '{"prompt": "...", "labels": {"shape": "star"}}'
     out: dict[str, Labelled] = {}
@@ -66,28 +62,28 @@ def load(flags: Mapping[str, Any]) -> tuple[Engine, dict[str, Any]]:
 
 
 class Collector:
-    """A hook that hands over the text tokens of a pass: conditional rows, without padding."""
+    """A hook that hands over the text tokens of a model call: conditional rows, without padding."""
 
     def __init__(
         self,
         masks: Sequence[Tensor],
-        wanted: Callable[[Pass], bool],
+        wanted: Callable[[ModelCall], bool],
         layers: Sequence[int],
-        use: Callable[[Pass, dict[int, list[Tensor]]], None],
+        use: Callable[[ModelCall, dict[int, list[Tensor]]], None],
     ):
-        """masks: (T,) of each picture; wanted: whether a pass counts; layers: blocks whose incoming tokens are handed
-        to use(pass, {layer: one (n, D) float32 per picture}) once the last of them is reached.
+        """masks: (T,) of each picture; wanted: whether a model call counts; layers: blocks whose incoming tokens are
+        handed to use(call, {layer: one (n, D) float32 per picture}) once the last of them is reached.
         """
         self.masks, self.wanted, self.use = masks, wanted, use
         self.layers, self.last = frozenset(layers), max(layers)
 
-    def begin(self, at: Pass) -> Collector | None:
-        """Gets ready for a pass, or sits it out: skip-layer passes, and steps that are not wanted."""
+    def begin(self, at: ModelCall) -> Collector | None:
+        """Prepares for a model call; None for skip-layer calls, and steps that are not wanted."""
         self.at, self.states = at, {}
         return None if at.skip_layers or not self.wanted(at) else self
 
     def __call__(self, i: int, context: Tensor) -> Tensor:
-        """context (B, T, D) enters block i, and stays as it is."""
+        """context (B, T, D) enters block i; it is returned unchanged."""
         if i in self.layers:
             rows = context[self.at.cond]
             masks = [m.to(rows.device) for m in self.masks]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sd3.mistakes import Missing, Where
 from sd3.reading import check_file, parse_json, reading
-
-if TYPE_CHECKING:
-    pass
 
 
 def measures(record: Mapping[str, Any]) -> list[str]:
@@ -79,8 +77,8 @@ def suggest(record: Mapping[str, Any], tolerance: float = 0.05) -> tuple[int, li
 
 
 def read_measurement(path: str | Path, flag: str = "measurement") -> dict[str, Any]:
-    """A measure.json of ours; raises FileNotFoundError, or ValueError that says what is wrong with it."""
-    where = f"--{flag} {path}"
+    """A measure.json that `measure` wrote; raises Mistake that says what is wrong with it."""
+    where = Where(flag, path)
     check_file(where, path)
     not_one = "is not a measurement of sd3_probe.py"
     with reading(where, not_one):
@@ -105,12 +103,12 @@ def read_measurement(path: str | Path, flag: str = "measurement") -> dict[str, A
     raise AssertionError  # `reading` returns or raises
 
 
-def run_suggest(flags: Mapping[str, Any]) -> None:
-    """Prints what `suggest` proposes."""
+def run_suggest(flags: Mapping[str, Any], show: Callable[[str], Any]) -> None:
+    """Runs `suggest`. show: takes the lines of the result."""
     path = flags["measurement"]
     if not os.path.lexists(path):
-        raise FileNotFoundError(f"--measurement {path}: no such file; sd3_probe.py measure makes one")
+        raise Missing("measurement", path, "no such file; sd3_probe.py measure makes one")
     origin, targets, why = suggest(read_measurement(path), flags["tolerance"])
-    print(why)
+    show(why)
     if targets:
-        print(f"--residual_origin_layer {origin} --residual_target_layers {targets[0]}-{targets[-1]}")
+        show(f"--residual_origin_layer {origin} --residual_target_layers {targets[0]}-{targets[-1]}")

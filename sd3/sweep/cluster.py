@@ -8,20 +8,26 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import dit_embedder
+import mmditx
+import other_impls
+import sd3
+import sd3_impls
 from sd3.flags import Flags
+from sd3.mistakes import Mistake
 from sd3.settings import Settings
 from sd3.sweep.grid import Grid
 from sd3.sweep.plan import Batch, Plan, make_plan
 from sd3.sweep.work import Done, Maker, Result, Text
 
 RETRIES = 3  # times that a batch is tried again after its worker died
-CODE = Path(__file__).parent.parent.parent
-NOT_SENT = ["models/", "outputs/", "docs/", "tests/", "benchmarks/", ".*/", "*.safetensors", "*.png"]
+CODE = [sd3, dit_embedder, mmditx, other_impls, sd3_impls]  # what a worker imports, from a clone or installed
 
 
 class Worker:
@@ -31,7 +37,7 @@ class Worker:
         if threads:
             torch.set_num_threads(threads)
         if not os.path.isdir(folder):
-            raise ValueError(f"--ray: {folder} is not on every machine; the paths of the flags start there")
+            raise Mistake("ray", "", f"{folder} is not on every machine; the paths of the flags start there")
         os.chdir(folder)
         self.maker: Maker | None = None
         self.number: int | None = None
@@ -41,29 +47,29 @@ class Worker:
         return make_plan(grid)
 
     def encode(self, flags: Flags, pictures: Sequence[Settings]) -> tuple[Text, list[dict[str, Any]]]:
-        """Encodes all texts of these pictures; returns them, and what is to be logged."""
+        """Encodes all texts of these pictures; returns them and the events to log."""
         maker = Maker(flags, quiet=True)
         maker.encode(pictures)
-        return maker.known(pictures), maker.drain()
+        return maker.encoded(pictures), maker.take_events()
 
     def make(
         self, number: int, flags: Flags, text: Text, batch: Sequence[Settings]
     ) -> tuple[list[Result], float, list[dict[str, Any]], dict[str, str]]:
-        """The pictures of a batch by engine `number`, with `text` encoded elsewhere; what is to be logged, hashes."""
+        """The pictures of a batch by engine `number`, with `text` encoded elsewhere; seconds, events to log, hashes."""
         start = time.perf_counter()
         if self.maker is None or self.number != number:
             self.maker, self.number = None, number
             self.maker = Maker(flags, quiet=True)
-            self.maker.know(text)
+            self.maker.add_texts(text)
             self.maker.load()
         results = self.maker.make(batch)
-        return results, time.perf_counter() - start, self.maker.drain(), self.maker.hashes()
+        return results, time.perf_counter() - start, self.maker.take_events(), self.maker.hashes()
 
 
-class OnRay:
-    """Workers on a cluster, which is started here where there is none.
+class RayWorkers:
+    """Workers on a cluster, which is started on this machine where there is none.
 
-    address: `auto` or a cluster's; cpus: of a worker where there is no GPU (None: all of a machine). Raises ValueError
+    address: `auto` or a cluster's; cpus: of a worker where there is no GPU (None: all of a machine). Raises Mistake
     where Ray is not installed, or there is no such cluster or machine.
     """
 
@@ -77,62 +83,69 @@ class OnRay:
             threads = cpus or max(sizes)
             count, options = sum(size // threads for size in sizes), {"num_cpus": threads}
             if count == 0:
-                raise ValueError(f"--cpus_per_worker {threads}: no machine here has so many; at most {max(sizes)}")
+                raise Mistake("cpus_per_worker", threads, f"no machine here has so many; at most {max(sizes)}")
         options |= {"max_restarts": -1, "max_task_retries": RETRIES}
         worker = ray.remote(Worker).options(**options)
         self.workers = [worker.remote(threads, os.getcwd()) for _ in range(count)]
 
     def plan(self, grid: Grid) -> tuple[Plan, list[str]]:
-        """See `make_plan`; raises what it raises, and ValueError where no worker can start."""
+        """See `make_plan`; raises what it raises, and Mistake where no worker can start."""
         try:
             return self._get(self.workers[0].plan.remote(grid))
         except self.ray.exceptions.RayActorError as error:
-            raise ValueError(f"--ray: no worker can start ({' '.join(str(error).split())[-300:]})") from None
+            raise Mistake("ray", "", f"no worker can start ({' '.join(str(error).split())[-300:]})") from None
 
     def __call__(self, plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], None]) -> Iterator[Done]:
-        """Makes batches on all workers; yields them as they are done. begin: told each batch as it is handed out."""
+        """Makes batches on all workers; yields them as they are done. begin: called with each batch as it is sent."""
         for number in sorted({b.engine for b in batches}):
-            own, flags = [b for b in batches if b.engine == number], plan.engines[number]
-            pictures = [p.settings for b in own for p in b.pictures]
-            text, events = self._get(self.workers[0].encode.remote(flags, pictures))
-            shared, waiting, running = self.ray.put(text), deque(own), {}
-            idle = list(self.workers)
-            while waiting or running:
-                while waiting and idle:
-                    worker, batch = idle.pop(), waiting.popleft()
-                    begin(batch)
-                    running[worker.make.remote(number, flags, shared, [p.settings for p in batch.pictures])] = (
-                        worker,
-                        batch,
-                    )
-                (future,), _ = self.ray.wait(list(running), num_returns=1)
-                worker, batch = running.pop(future)
-                idle.append(worker)
-                try:
-                    results, seconds, told, hashes = self._get(future)
-                except self.ray.exceptions.RayError as error:
-                    why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-                    results, seconds, told, hashes = [why] * len(batch.pictures), 0.0, [], {}
-                yield Done(batch, results, seconds, [*events, *told], hashes)
-                events = []
+            yield from self._make(number, plan.engines[number], [b for b in batches if b.engine == number], begin)
+
+    def _make(
+        self, number: int, flags: Flags, batches: Sequence[Batch], begin: Callable[[Batch], None]
+    ) -> Iterator[Done]:
+        """The batches of engine `number`: their text is encoded once, by one worker."""
+        pictures = [p.settings for b in batches for p in b.pictures]
+        text, events = self._get(self.workers[0].encode.remote(flags, pictures))
+        shared, waiting, idle = self.ray.put(text), deque(batches), list(self.workers)
+        running: dict[Any, tuple[Any, Batch]] = {}
+        while waiting or running:
+            while waiting and idle:
+                worker, batch = idle.pop(), waiting.popleft()
+                begin(batch)
+                future = worker.make.remote(number, flags, shared, [p.settings for p in batch.pictures])
+                running[future] = (worker, batch)
+            (future,), _ = self.ray.wait(list(running), num_returns=1)
+            worker, batch = running.pop(future)
+            idle.append(worker)
+            done = self._done(batch, future)
+            yield replace(done, events=[*events, *done.events])
+            events = []
+
+    def _done(self, batch: Batch, future: Any) -> Done:
+        """A batch with its pictures; where its worker failed for good, with the reason in place of each."""
+        try:
+            return Done(batch, *self._get(future))
+        except self.ray.exceptions.RayError as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            return Done(batch, [why] * len(batch.pictures), 0.0)
 
     def _get(self, future: Any) -> Any:
-        """A result; a mistake of the user's is raised as what it is."""
+        """A result. Raises the Mistake that a worker raised."""
         try:
             return self.ray.get(future)
         except self.ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, (ValueError, OSError)) else error) from None
 
 
-def knock(address: str) -> None:
-    """Raises ValueError where nothing listens at `HOST:PORT` or `ray://HOST:PORT`: Ray itself would try for minutes."""
+def check_reachable(address: str) -> None:
+    """Raises Mistake where nothing listens at `HOST:PORT` or `ray://HOST:PORT`: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise ValueError(f"--ray {address}: must be auto, or a cluster's address such as 10.0.0.1:6379")
+        raise Mistake("ray", address, "must be auto, or a cluster's address such as 10.0.0.1:6379")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
-        raise ValueError(f"--ray {address}: no cluster answers there ({error})") from None
+        raise Mistake("ray", address, f"no cluster answers there ({error})") from None
 
 
 def connect(address: str) -> Any:
@@ -140,21 +153,19 @@ def connect(address: str) -> Any:
     try:
         import ray
     except ImportError:
-        raise ValueError("--ray: needs Ray; get it with: pip install -r requirements-ray.txt") from None
+        raise Mistake("ray", "", "needs Ray; get it with: pip install -r requirements-ray.txt") from None
     if ray.is_initialized():
         return ray
     if address != "auto":
-        knock(address)
+        check_reachable(address)
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    sent = {"working_dir": str(CODE), "excludes": NOT_SENT}
     try:
-        ray.init(address=address, runtime_env=sent, **quiet)
+        ray.init(address=address, runtime_env={"py_modules": CODE}, **quiet)
         return ray
     except (ConnectionError, ValueError, RuntimeError) as error:
         if address != "auto":
-            raise ValueError(
-                f"--ray {address}: no cluster answers there ({' '.join(str(error).split())[:200]})"
-            ) from None
-    here = {"env_vars": {"PYTHONPATH": str(CODE)}}
-    ray.init(runtime_env=here, include_dashboard=False, **quiet)
+            why = f"no cluster answers there ({' '.join(str(error).split())[:200]})"
+            raise Mistake("ray", address, why) from None
+    root = Path(sd3.__file__).parent.parent  # on this machine nothing needs to be sent
+    ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(root)}}, include_dashboard=False, **quiet)
     return ray

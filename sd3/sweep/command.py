@@ -9,10 +9,15 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 from sd3 import streams
-from sd3.command import read_arguments
+from sd3.command import USER_ERRORS, fail, guarded, read_arguments
+from sd3.mistakes import Mistake
 from sd3.readers import range_int, read_bool, read_choice, read_filled, read_path
+from sd3.shapes.prompts import held_out_texts
 from sd3.sweep.grid import NO_PLACE, SWEPT, Grid, read_yaml
+from sd3.sweep.layouts import check_entries, read_entries
 
 LAYOUTS = ("geneval", "dpg", "t2i_compbench")
 SCORERS = ("demo", "clip")
@@ -50,42 +55,36 @@ any other flag of sd3_infer.py, with alternatives parted by `;`: --residual_weig
 
 
 def read_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The sweep's own flags, read, and those of the grid as typed; raises ValueError."""
+    """The sweep's own flags, read, and those of the grid as typed; raises Mistake."""
     raw = read_arguments(arguments, OWN | SWEPT | dict.fromkeys(NO_PLACE, read_filled))
     flags = {name: OWN[name](name, value) for name, value in raw.items() if name in OWN}
     if "out" not in flags:
-        raise ValueError("--out: is needed: the sweep's folder")
+        raise Mistake("out", "", "is needed: the sweep's folder")
     if "clip_model" in flags and flags.get("score") != "clip":
-        raise ValueError("--clip_model: is for --score clip")
+        raise Mistake("clip_model", "", "is for `score` clip")
     if "cpus_per_worker" in flags and "ray" not in flags:
-        raise ValueError("--cpus_per_worker: is for --ray")
+        raise Mistake("cpus_per_worker", "", "is for `ray`")
     return flags, {name: value for name, value in raw.items() if name not in OWN}
 
 
 def read_grid(flags: dict[str, Any], raw: Mapping[str, str]) -> tuple[Grid, Any]:
-    """The grid and, with --layout, its entries; raises ValueError or FileNotFoundError.
+    """The grid and, with --layout, its entries; raises Mistake.
 
     `flags` keep per_kind only where the prompts are those of --score demo.
     """
     prompts, entries = None, None
     named = "prompt" in raw or ("grid" in flags and "prompt" in read_yaml(flags["grid"])[0])
     if "per_kind" in flags and (flags.get("score") != "demo" or named):
-        raise ValueError("--per_kind: is for --score demo without prompts of your own")
+        raise Mistake("per_kind", "", "is for `score` demo without prompts of your own")
     if "layout" in flags:
-        from sd3.sweep.layouts import read_entries
-
         if "prompt" not in raw:
-            raise ValueError(f"--layout {flags['layout']}: needs --prompt, the benchmark's own prompts")
+            raise Mistake("layout", flags["layout"], "needs `prompt`, the benchmark's own prompts")
         entries = read_entries(flags["layout"], read_path("prompt", raw["prompt"]))
         prompts = [e.prompt for e in entries]
     elif flags.get("score") == "demo" and not named:
-        from sd3.sweep.scores import demo_prompts
-
-        prompts = demo_prompts(flags.setdefault("per_kind", 40))
+        prompts = held_out_texts(flags.setdefault("per_kind", 40))
     grid = Grid.read(raw, flags.get("grid"), prompts)
     if entries is not None:
-        from sd3.sweep.layouts import check_entries
-
         check_entries(flags["layout"], entries, grid)
     return grid, entries
 
@@ -100,12 +99,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         flags, raw = read_flags(arguments)
         grid, entries = read_grid(flags, raw)  # before torch is imported: a mistake need not wait for it
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    from sd3.command import guarded
+    except USER_ERRORS as error:
+        return fail(error)
     from sd3.sweep.run import run
 
     failed: list[int] = []
-    status = guarded(lambda: failed.append(run(flags, grid, entries, arguments)), "--width, --height or --batch_size")
+    status = guarded(
+        lambda: failed.append(run(flags, grid, entries, arguments, print, say)), "--width, --height or --batch_size"
+    )
     return status or int(bool(failed and failed[0]))
+
+
+def say(line: str) -> None:
+    """A line about the work, above any progress bar."""
+    tqdm.write(line, file=sys.stderr)

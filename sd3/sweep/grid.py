@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from sd3.flags import DEFAULT_SEED, MOST_PICTURES, READERS, Flags, check_flag
-from sd3.mistakes import display
+from sd3.mistakes import Mistake, Where, display
 from sd3.prompts import read_jsonl, read_prompts
 from sd3.readers import SEED_LIMIT, read_float, read_int, read_layers, read_list, read_path, read_text
 from sd3.reading import check_file, reading
 from sd3.settings import base_name
 
 NO_PLACE = {
-    "out_dir": "use --out",
-    "postfix": "use --out",
-    "seed_type": "name the seeds, such as --seed 0-3",
-    "num_images": "name the seeds, such as --seed 0-3",
+    "out_dir": "use `out`",
+    "postfix": "use `out`",
+    "seed_type": "name the seeds, such as `seed` 0-3",
+    "num_images": "name the seeds, such as `seed` 0-3",
     "pad_batch": "batches are always filled up",
     "no_metadata": "finished pictures are known by their settings",
     "replay": "that is for sd3_infer.py",
@@ -66,7 +66,7 @@ class Grid:
     def read(cls, raw: Mapping[str, Any], file: str | None = None, prompts: Sequence[str] | None = None) -> Grid:
         """From flags as typed, alternatives parted by `;`, and a YAML file whose values they replace.
 
-        prompts: in place of --prompt. Raises ValueError or FileNotFoundError, for every value that `sd3_infer.py`
+        prompts: in place of --prompt. Raises Mistake for every value that `sd3_infer.py`
         refuses too.
         """
         values, named = read_yaml(file) if file else ({}, {})
@@ -88,9 +88,9 @@ class Grid:
 
 
 def check_count(pictures: int) -> None:
-    """Raises ValueError for a grid of too many pictures."""
+    """Raises Mistake for a grid of too many pictures."""
     if pictures > MOST_PICTURES:
-        raise ValueError(f"this grid has {pictures:,} pictures; at most {MOST_PICTURES:,}")
+        raise Mistake("", "", f"this grid has {pictures:,} pictures; at most {MOST_PICTURES:,}")
 
 
 def count_variants(axes: Mapping[str, Sequence[Any]], named: Mapping[str, Mapping[str, Any]]) -> int:
@@ -110,10 +110,10 @@ def count_variants(axes: Mapping[str, Sequence[Any]], named: Mapping[str, Mappin
 
 
 def check_names(values: Iterable[str]) -> None:
-    """Raises ValueError for a flag that there is not, or that has no place in a sweep."""
+    """Raises Mistake for a flag that there is not, or that has no place in a sweep."""
     for name in values:
         if name in NO_PLACE:
-            raise ValueError(f"--{name}: has no place in a sweep; {NO_PLACE[name]}")
+            raise Mistake(name, "", f"has no place in a sweep; {NO_PLACE[name]}")
         check_flag(name, SWEPT)
 
 
@@ -122,9 +122,10 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     try:
         import yaml
     except ImportError:
-        raise ValueError("--grid: needs PyYAML; get it with: pip install -r requirements-sweep.txt") from None
+        raise Mistake("grid", "", "needs PyYAML; get it with: pip install -r requirements-sweep.txt") from None
     path = read_path("grid", path)
-    check_file(f"--grid {path}", path)
+    where = Where("grid", path)
+    check_file(where, path)
 
     class Loader(yaml.BaseLoader):
         """Takes no key twice: PyYAML would drop all but the last, a whole named variant perhaps."""
@@ -135,25 +136,25 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
                 raise ValueError(f"{display(twice)} is there twice")
             return super().construct_mapping(node, deep)
 
-    with reading(f"--grid {path}", "cannot be read as YAML"):
+    with reading(where, "cannot be read as YAML"):
         values = yaml.load(Path(path).read_text(encoding="utf-8-sig"), Loader=Loader)
     if not isinstance(values, dict):
-        raise ValueError(f"--grid {path}: must name flags and their values, such as `seed: 0-3`")
+        raise Mistake(*where, "must name flags and their values, such as `seed: 0-3`")
     named = values.pop("variants", None) or {}
     if not isinstance(named, dict) or not all(isinstance(v, dict) for v in named.values()):
-        raise ValueError(f"--grid {path}: variants must be names with flags below them")
+        raise Mistake(*where, "variants must be names with flags below them")
     for name, flags in named.items():
         read_text("grid", name)
         if name.strip().lower() in (OFF, ""):
-            raise ValueError(f"--grid {path}: a variant {name!r} cannot be named so; off is always there")
+            raise Mistake(*where, f"a variant {name!r} cannot be named so; off is always there")
         check_names(flags)
         for flag in ("prompt", "seed"):
             if flag in flags:
-                raise ValueError(f"--grid {path}: {name}: {flag} cannot differ between variants")
+                raise Mistake(*where, f"{display(name)}: {flag} cannot differ between variants")
         for flag, value in flags.items():
             items = alternatives(flag, value)
             if len(items) != 1:
-                raise ValueError(f"--grid {path}: {name}: {flag} must have one value in a named variant")
+                raise Mistake(*where, f"{display(name)}: {flag} must have one value in a named variant")
             flags[flag] = items[0]
     return values, named
 
@@ -170,26 +171,26 @@ def alternatives(flag: str, value: Any) -> list[Any]:
     else:
         items = [value]
     if not items:
-        raise ValueError(f"--{flag}: is an empty list")
+        raise Mistake(flag, "", "is an empty list")
     return items
 
 
 def _is_number(value: Any) -> bool:
     try:
         read_float("", value)
-    except ValueError:
+    except Mistake:
         return False
     return True
 
 
 def read_axis_prompts(value: Any) -> list[str]:
-    """Prompts from a text, a .txt or .jsonl file, or a list of texts; raises ValueError or FileNotFoundError."""
+    """Prompts from a text, a .txt or .jsonl file, or a list of texts; raises Mistake."""
     if value is None:
-        raise ValueError("--prompt: is needed: a text, or a .txt file with one prompt a line")
+        raise Mistake("prompt", "", "is needed: a text, or a .txt file with one prompt a line")
     if isinstance(value, (list, tuple)):
         texts = [read_text("prompt", v) for v in value]
         if not texts or not all(text.strip() for text in texts):
-            raise ValueError("--prompt: must be texts")
+            raise Mistake("prompt", "", "must be texts")
         return texts
     if read_text("prompt", value).lower().endswith(".jsonl"):
         form = '{"prompt": "..."}'
@@ -207,12 +208,12 @@ def read_seeds(value: Any) -> tuple[int, ...]:
         first, last = (read_int("seed", n, 0, SEED_LIMIT - 1) for n in ends)
         if last < first or last - first >= MOST_SEEDS:
             told = f"a range counts up, such as 0-3, and has at most {MOST_SEEDS:,} seeds"
-            raise ValueError(f"--seed {display(item)}: {told}")
+            raise Mistake("seed", item, told)
         seeds |= dict.fromkeys(range(first, last + 1))
         if len(seeds) > MOST_SEEDS:
-            raise ValueError(f"--seed: names more than {MOST_SEEDS:,} seeds")
+            raise Mistake("seed", "", f"names more than {MOST_SEEDS:,} seeds")
     if not seeds:
-        raise ValueError("--seed: names no seed")
+        raise Mistake("seed", "", "names no seed")
     return tuple(seeds)
 
 
@@ -278,12 +279,14 @@ def labels(raw: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> list[st
 
 def residual_label(raw: Mapping[str, Any]) -> str:
     """`[MODE:]ORIGIN:TARGETS:WEIGHTS` and what else is set, or off."""
-    if "residual_config" not in raw and not read_layers("residual_target_layers", raw.get("residual_target_layers")):
+    targets = read_layers("residual_target_layers", raw.get("residual_target_layers"))
+    if "residual_config" not in raw and not targets:
         return OFF
     text = {n.removeprefix("residual_"): _spelt(v) for n, v in raw.items() if is_residual(n)}
     out = [base_name(text.pop("config"))] if "config" in text else []
     mode = text.pop("mode", "add")
-    main = [text.pop("origin_layer", "0"), text.pop("target_layers", ""), text.pop("weights", "1.0")]
+    usual = "1.0" if len(targets) == 1 else "each:1.0"
+    main = [text.pop("origin_layer", "0"), text.pop("target_layers", ""), text.pop("weights", usual)]
     if main[1]:
         out.insert(0, ":".join([*([mode] if mode != "add" else []), *main]))
     elif mode != "add":

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from sd3 import sheet, writing
-from sd3.mistakes import display
+from sd3.mistakes import Missing, Mistake, Unwritable, Where, display
 from sd3.prompts import read_jsonl, read_lines, read_prompts
 from sd3.readers import LONGEST_NAME
 from sd3.reading import check_file, reading
@@ -48,10 +48,10 @@ class Entry:
 
 
 def read_entries(layout: str, path: str) -> list[Entry]:
-    """The prompts of a benchmark's own file or folder; raises FileNotFoundError or ValueError naming what is wrong."""
-    entries = {"geneval": _read_geneval, "dpg": _read_dpg, "t2i_compbench": _read_compbench}[layout](path)
+    """The prompts of a benchmark's own file or folder; raises Mistake naming what is wrong."""
+    entries = READERS[layout](path)
     if not entries:
-        raise ValueError(f"--prompt {path}: holds no prompt")
+        raise Mistake("prompt", path, "holds no prompt")
     return entries
 
 
@@ -70,52 +70,52 @@ def _read_dpg(path: str) -> list[Entry]:
     if place.is_dir():
         files = sorted(place.glob("*.txt"))
         for file in files:
-            check_file(f"--prompt {file}", file)
+            check_file(Where("prompt", file), file)
         texts = {p.stem: " ".join(read_lines("prompt", p)).strip() for p in files}
         return [Entry(text, name) for name, text in texts.items() if text]
     if not place.exists():
-        raise FileNotFoundError(f"--prompt {path}: no such file or folder")
-    check_file(f"--prompt {path}", place)
-    with reading(f"--prompt {path}", "cannot be read as CSV"), open(place, encoding="utf-8-sig", newline="") as file:
+        raise Missing("prompt", path, "no such file or folder")
+    where = Where("prompt", path)
+    check_file(where, place)
+    with reading(where, "cannot be read as CSV"), open(place, encoding="utf-8-sig", newline="") as file:
         lines = list(csv.DictReader(file))
     if not lines or not {"item_id", "text"} <= set(lines[0]):
-        raise ValueError(
-            f"--prompt {path}: must be DPG-Bench's folder of .txt files, or its .csv with item_id and text"
-        )
+        raise Mistake(*where, "must be DPG-Bench's folder of .txt files, or its .csv with item_id and text")
     for number, line in enumerate(lines, 2):
         if not _is_text(line["item_id"]) or not _is_text(line["text"]):
-            raise ValueError(f"--prompt {path}: line {number} lacks an item_id or a text")
+            raise Mistake(*where, f"line {number} lacks an item_id or a text")
     return list({line["item_id"]: Entry(line["text"].strip(), line["item_id"]) for line in lines}.values())
 
 
 def _read_compbench(path: str) -> list[Entry]:
     if not path.lower().endswith(".txt"):
-        raise ValueError(f"--prompt {path}: must be T2I-CompBench's .txt file with one prompt a line")
+        raise Mistake("prompt", path, "must be T2I-CompBench's .txt file with one prompt a line")
     return [Entry(prompt, str(i)) for i, prompt in enumerate(read_prompts(path)[0])]
 
 
+READERS = {"geneval": _read_geneval, "dpg": _read_dpg, "t2i_compbench": _read_compbench}
+
+
 def check_entries(layout: str, entries: Sequence[Entry], grid: Grid) -> None:
-    """Raises ValueError where pictures of this grid would not make what the evaluator reads."""
+    """Raises Mistake where pictures of this grid would not make what the evaluator reads."""
     if layout == "dpg" and len(grid.seeds) != DPG_PICTURES:
-        raise ValueError(f"--layout dpg: needs {DPG_PICTURES} seeds for its 2 x 2 pictures, such as --seed 0-3")
+        raise Mistake("layout", layout, f"needs {DPG_PICTURES} seeds for its 2 x 2 pictures, such as `seed` 0-3")
     for entry in entries:
         name = f"{entry.id}.png".encode(errors="replace")
         if layout == "dpg" and (re.search(rb"[/\\\x00]", name) or len(name) > LONGEST_NAME):
-            raise ValueError(f"--prompt: the id {display(entry.id)} cannot be the name of a file")
+            raise Mistake("prompt", "", f"the id {display(entry.id)} cannot be the name of a file")
         if layout == "t2i_compbench":
             if re.search(r"[/_\x00]", entry.prompt):
-                raise ValueError(
-                    f'--layout t2i_compbench: "{entry.prompt}" has / or _, which its evaluators cannot read'
-                )
+                raise Mistake("layout", layout, f'"{entry.prompt}" has / or _, which its evaluators cannot read')
             if len(compbench_name(entry.prompt, 0).encode()) > LONGEST_NAME:
-                raise ValueError(f'--layout t2i_compbench: "{entry.prompt[:60]}..." is too long for the name of a file')
+                raise Mistake("layout", layout, f'"{entry.prompt[:60]}..." is too long for the name of a file')
 
 
 def check_sizes(layout: str, plan: Plan) -> None:
-    """Raises ValueError where the evaluator could not cut the pictures out again."""
+    """Raises Mistake where the evaluator could not cut the pictures out again."""
     for s in (plan.of(i)[0].settings for i in range(len(plan.variants))):
         if layout == "dpg" and s.width != s.height:
-            raise ValueError(f"--layout dpg: needs square pictures; these are {s.width} x {s.height}")
+            raise Mistake("layout", layout, f"needs square pictures; these are {s.width} x {s.height}")
 
 
 def compbench_name(prompt: str, index: int) -> str:
@@ -128,28 +128,34 @@ def folder_of(name: str) -> str:
     return re.sub(r"[^\w\-.,=]+", "_", name).strip("._") or "variant"
 
 
-def write_layout(layout: str, entries: Sequence[Entry], plan: Plan, folder: SweepFolder) -> Iterator[Path]:
-    """Writes FOLDER/<layout>/<variant> for every variant of which pictures are there; yields those folders.
+def write_layout(layout: str, entries: Sequence[Entry], plan: Plan, folder: SweepFolder) -> list[Path]:
+    """Writes FOLDER/<layout>/<variant> for every variant of which pictures are there; returns those folders.
 
-    All is built anew beside the former one and takes its place, so that nothing of an earlier grid is scored.
+    All is built anew beside the former one and takes its place, so that nothing of an earlier grid is scored. Raises
+    Unwritable.
     """
     whole, new = folder.path / layout, folder.path / f".{layout}.new"
     shutil.rmtree(new, ignore_errors=True)
-    taken: set[str] = set()
-    for number, variant in enumerate(plan.variants):
-        name = folder_of(variant.name)
-        while name in taken:
-            name += "_"
-        target = new / name
-        pictures = {(plan.grid.prompts[p.prompt], p.seed): folder.picture(p.id) for p in plan.of(number)}
-        rows = [(e, [q for s in plan.grid.seeds if (q := pictures[e.prompt, s]).exists()]) for e in entries]
-        if any(own for _, own in rows):
-            taken.add(name)
-            {"geneval": _write_geneval, "dpg": _write_dpg, "t2i_compbench": _write_compbench}[layout](target, rows)
-    shutil.rmtree(whole, ignore_errors=True)
-    if new.exists():
+    names: set[str] = set()
+    try:
+        for number, variant in enumerate(plan.variants):
+            name = folder_of(variant.name)
+            while name in names:
+                name += "_"
+            pictures = {(plan.grid.prompts[p.prompt], p.seed): folder.picture(p.id) for p in plan.of(number)}
+            rows = [(e, [q for s in plan.grid.seeds if (q := pictures[e.prompt, s]).exists()]) for e in entries]
+            if any(made for _, made in rows):
+                names.add(name)
+                WRITERS[layout](new / name, rows)
+        shutil.rmtree(whole, ignore_errors=True)
+        if not new.exists():
+            return []
         new.rename(whole)
-        yield from sorted(whole.iterdir())
+        return sorted(whole.iterdir())
+    except Mistake:
+        raise
+    except OSError as error:
+        raise Unwritable("", whole, f"cannot be written: {error.strerror or error}") from None
 
 
 def _write_geneval(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> None:
@@ -162,14 +168,14 @@ def _write_geneval(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> No
         writing.atomic_write(own / "metadata.jsonl", lambda f, line=line: f.write(line.encode()))
         for i, picture in enumerate(pictures):
             _place(picture, own / "samples" / f"{i:04d}.png")
-        _save(sheet.tile([_open(p) for p in pictures], min(len(pictures), 4)), own / "grid.png")
+        _save(sheet.tile([read_picture(p) for p in pictures], min(len(pictures), 4)), own / "grid.png")
 
 
 def _write_dpg(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for entry, pictures in rows:
         if len(pictures) == DPG_PICTURES:  # one less would be another picture's place
-            _save(sheet.tile([_open(p) for p in pictures], 2), target / f"{entry.id}.png")
+            _save(sheet.tile([read_picture(p) for p in pictures], 2), target / f"{entry.id}.png")
 
 
 def _write_compbench(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> None:
@@ -181,8 +187,12 @@ def _write_compbench(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> 
             index += 1
 
 
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
+WRITERS = {"geneval": _write_geneval, "dpg": _write_dpg, "t2i_compbench": _write_compbench}
+
+
+def read_picture(path: Path) -> Image.Image:
+    """A picture of the sweep; raises Mistake where it was damaged or removed meanwhile."""
+    with reading(Where("", path)), Image.open(path) as image:
         return image.convert("RGB")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from sd3.engine import Engine, load_for, plan_for
 from sd3.flags import Flags
+from sd3.mistakes import Mistake
 from sd3.models import SKIP_LAYERS, model_key
 from sd3.settings import FILE_SETTINGS, TEXT_FILES, Settings, earlier_digest
 from sd3.sweep.grid import Grid, Variant
@@ -47,7 +48,7 @@ class Plan:
     """Everything a sweep will hold, in the order in which it is made."""
 
     grid: Grid
-    variants: tuple[Variant, ...]  # those of the grid, without such as come to the same settings
+    variants: tuple[Variant, ...]  # those of the grid, duplicates removed
     baselines: tuple[int, ...]  # by variant: the variant it is compared with, itself for a baseline
     engines: tuple[Flags, ...]  # flags that an engine is loaded with
     engine_of: tuple[int, ...]  # by variant
@@ -59,8 +60,8 @@ class Plan:
         """The pictures whose ids are wanted, in order, in batches of one variant and one T5 length."""
         out: list[Batch] = []
         for number in range(len(self.variants)):
-            own = sorted((p for p in self.of(number) if p.id in wanted), key=lambda p: p.length)
-            for _, group in itertools.groupby(own, lambda p: p.length):
+            pictures = sorted((p for p in self.of(number) if p.id in wanted), key=lambda p: p.length)
+            for _, group in itertools.groupby(pictures, lambda p: p.length):
                 together = list(group)
                 size = together[0].settings.batch_size
                 for start in range(0, len(together), size):
@@ -75,8 +76,8 @@ class Plan:
         taken: set[str] = set()
         out = []
         for p in self.pictures:
-            if p.id not in present and (known := [i for i in p.earlier if i in present and i not in taken]):
-                p = replace(p, id=known[0])
+            if p.id not in present and (earlier := [i for i in p.earlier if i in present and i not in taken]):
+                p = replace(p, id=earlier[0])
             taken.add(p.id)
             out.append(p)
         return replace(self, pictures=tuple(out))
@@ -90,8 +91,8 @@ class Plan:
         """The pictures whose baseline this one is."""
         each = len(self.grid.prompts) * len(self.grid.seeds)
         place = picture.prompt * len(self.grid.seeds) + self.grid.places[picture.seed]
-        own = picture.variant
-        return [self.pictures[v * each + place] for v, base in enumerate(self.baselines) if base == own != v]
+        number = picture.variant
+        return [self.pictures[v * each + place] for v, base in enumerate(self.baselines) if base == number != v]
 
     def baseline(self, picture: Planned) -> Planned:
         """The picture of the same prompt and seed that this one is compared with."""
@@ -103,67 +104,100 @@ class Plan:
 def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
     """Settings of every picture, checked against the models that the variants name; headers are read, no weights.
 
-    Returns the plan and notes for the shell. Raises ValueError or FileNotFoundError as `sd3_infer.py` would.
+    Returns the plan and notes for the shell. Raises Mistake as `sd3_infer.py` would.
     """
-    engines: dict[tuple, tuple[Flags, Engine]] = {}
-    kept: dict[str, tuple[int, tuple]] = {}  # first picture's digest -> variant's number, where text encoders lie
-    numbers: dict[str, int] = {}
-    variants, engine_of, notes = [], [], []
-    without_effect: dict[str, list[str]] = {}  # variants by note
-    pictures: list[list[Planned]] = []  # by variant
-    paths: dict[tuple[str, str], str] = {}
+    planner = _Planner(grid)
     for variant in grid.variants:
+        planner.add(variant)
+    return planner.plan(), planner.notes()
+
+
+class _Planner:
+    """A plan as it grows, variant by variant. Engines are opened once; variants of equal settings become one."""
+
+    def __init__(self, grid: Grid):
+        self.grid = grid
+        self.engines: dict[tuple, tuple[Flags, Engine]] = {}
+        self.variants: list[Variant] = []
+        self.engine_of: list[int] = []  # by variant
+        self.pictures: list[list[Planned]] = []  # by variant
+        self.numbers: dict[str, int] = {}  # a variant's number by its name; equal variants have one number
+        self.first: dict[str, tuple[int, tuple]] = {}  # a first picture's digest -> variant's number, text encoders
+        self.paths: dict[tuple[str, str], str] = {}  # by flag and name of a file
+        self.lines: list[str] = []
+        self.without_effect: dict[str, list[str]] = {}  # names of variants by note
+
+    def add(self, variant: Variant) -> None:
+        """Plans the pictures of a variant."""
         flags = Flags.read(variant.raw)
-        key = tuple(getattr(flags, name) for name in ENGINE)
-        if key not in engines:
-            engine = load_for(flags)
-            engine.quiet = True
-            engines[key] = (resolved(flags, engine), engine)
-            if line := engine.unknown_words([*grid.prompts, flags.negative_prompt]):
-                notes.append(line)
-        engine = engines[key][1]
-        seeds = list(grid.seeds) * len(grid.prompts)
-        settings = plan_for(engine, flags, grid.prompts, seeds)
+        place, engine = self._engine(flags)
+        settings = plan_for(engine, flags, self.grid.prompts, list(self.grid.seeds) * len(self.grid.prompts))
         for note in engine.notes:
-            without_effect.setdefault(note, []).append(variant.name)
-        check_names(settings[0], paths)
-        text_files = tuple(getattr(flags, name) for name in TEXT_FILES)
-        number, same = kept.setdefault(settings[0].digest(), (len(variants), text_files))
-        numbers[variant.name] = number
-        if same != text_files:
-            raise ValueError(
-                f"{variant.name} and {variants[number].name}: differ only in the text encoders' folder or files, which "
-                "pictures do not name; make two sweeps"
-            )
+            self.without_effect.setdefault(note, []).append(variant.name)
+        check_names(settings[0], self.paths)
+        number = self._number(variant, settings[0], tuple(getattr(flags, name) for name in TEXT_FILES))
         earlier = [()] * len(settings)
         if engine.as_given or settings[0].offload:
             earlier = [(earlier_digest(replace(s, **engine.as_given))[:SHORT],) for s in settings]
-        if number < len(variants):
-            notes.append(f"note: {variant.name} comes to the same as {variants[number].name}; made once")
-            merged = zip(pictures[number], earlier, strict=True)
-            pictures[number] = [replace(p, earlier=p.earlier + more) for p, more in merged]
-            continue
-        variants.append(variant)
-        engine_of.append(list(engines).index(key))
-        lengths = [engine.pair_length(p, settings[0].negative_prompt) for p in grid.prompts]
-        places = [i // len(grid.seeds) for i in range(len(settings))]
-        pictures.append(
+        if number < len(self.variants):
+            self.lines.append(f"note: {variant.name} comes to the same as {self.variants[number].name}; made once")
+            merged = zip(self.pictures[number], earlier, strict=True)
+            self.pictures[number] = [replace(p, earlier=p.earlier + more) for p, more in merged]
+            return
+        self.variants.append(variant)
+        self.engine_of.append(place)
+        lengths = [engine.pair_length(p, settings[0].negative_prompt) for p in self.grid.prompts]
+        prompts = [i // len(self.grid.seeds) for i in range(len(settings))]
+        self.pictures.append(
             [
-                Planned(number, place, s.seed, s, lengths[place], s.digest()[:SHORT], ids)
-                for s, place, ids in zip(settings, places, earlier, strict=True)
+                Planned(number, prompt, s.seed, s, lengths[prompt], s.digest()[:SHORT], ids)
+                for s, prompt, ids in zip(settings, prompts, earlier, strict=True)
             ]
         )
-    for note, names in without_effect.items():
-        notes.append(f"{note} ({names[0] if len(names) == 1 else f'{len(names)} of {len(grid.variants)} variants'})")
-    return Plan(
-        grid,
-        tuple(variants),
-        tuple(numbers[v.baseline] if v.baseline else i for i, v in enumerate(variants)),
-        tuple(flags for flags, _ in engines.values()),
-        tuple(engine_of),
-        tuple(itertools.chain.from_iterable(pictures)),
-        tuple({**engine.encoder_files(), **engine.component_files()} for _, engine in engines.values()),
-    ), notes
+
+    def _engine(self, flags: Flags) -> tuple[int, Engine]:
+        """The engine for some flags, with its number."""
+        key = tuple(getattr(flags, name) for name in ENGINE)
+        if key not in self.engines:
+            engine = load_for(flags)
+            engine.quiet = True
+            self.engines[key] = (resolved(flags, engine), engine)
+            if line := engine.unknown_words([*self.grid.prompts, flags.negative_prompt]):
+                self.lines.append(line)
+        return list(self.engines).index(key), self.engines[key][1]
+
+    def _number(self, variant: Variant, first: Settings, text_files: tuple) -> int:
+        """A variant's number: that of an earlier one with the same settings, else the next."""
+        number, same = self.first.setdefault(first.digest(), (len(self.variants), text_files))
+        self.numbers[variant.name] = number
+        if same != text_files:
+            raise Mistake(
+                "",
+                f"{variant.name} and {self.variants[number].name}",
+                "differ only in the text encoders' folder or files, which pictures do not name; make two sweeps",
+            )
+        return number
+
+    def notes(self) -> list[str]:
+        """Lines for the shell; flags without effect are named once, with the variants."""
+        out = list(self.lines)
+        for note, names in self.without_effect.items():
+            where = names[0] if len(names) == 1 else f"{len(names)} of {len(self.grid.variants)} variants"
+            out.append(f"{note} ({where})")
+        return out
+
+    def plan(self) -> Plan:
+        """The whole plan."""
+        engines = self.engines.values()
+        return Plan(
+            self.grid,
+            tuple(self.variants),
+            tuple(self.numbers[v.baseline] if v.baseline else i for i, v in enumerate(self.variants)),
+            tuple(flags for flags, _ in engines),
+            tuple(self.engine_of),
+            tuple(itertools.chain.from_iterable(self.pictures)),
+            tuple({**engine.encoder_files(), **engine.component_files()} for _, engine in engines),
+        )
 
 
 def resolved(flags: Flags, engine: Engine) -> Flags:
@@ -173,10 +207,10 @@ def resolved(flags: Flags, engine: Engine) -> Flags:
 
 
 def check_names(settings: Settings, paths: dict[tuple[str, str], str]) -> None:
-    """Raises ValueError where two files of a sweep share a name, by which pictures are known."""
+    """Raises Mistake where two files of a sweep share a name, by which pictures are known."""
     for (flag, name), path in file_paths(settings).items():
         if paths.setdefault((flag, name), path) != path:
-            raise ValueError(f"--{flag} {path}: is called as {paths[flag, name]} is; rename one of them")
+            raise Mistake(flag, path, f"is called as {paths[flag, name]} is; rename one of them")
 
 
 def file_paths(settings: Settings) -> dict[tuple[str, str], str]:

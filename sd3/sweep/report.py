@@ -36,10 +36,10 @@ class Report:
 
     def __init__(self, folder: SweepFolder, plan: Plan, score: str | None = None):
         self.folder, self.plan, self.score = folder, plan, score
-        self.scores = folder.scores()
+        self.scores = folder.journal.scores()
         self.rows: list[scoring.Row] = []
         self.done: dict[str, float | None] = {}  # mean difference to the baseline by picture
-        self.seconds = self.folder.seconds()
+        self.seconds = self.folder.journal.seconds()
         self.written = self.cost = 0.0
         first = [plan.of(i)[0].settings for i in range(len(plan.variants))]
         self.settings = [{n: v for n, v in s.named().items() if n not in HIDDEN} for s in first]
@@ -60,7 +60,7 @@ class Report:
         """Writes all files; contact sheets only where `whole`."""
         start = time.perf_counter()
         if not running:
-            self.seconds = self.folder.seconds()
+            self.seconds = self.folder.journal.seconds()
         chosen = {id: s for (scorer, id), s in self.scores.items() if scorer == self.score and id in self.done}
         self.rows = scoring.summarise(self.plan, chosen) if chosen else []
         data = "window.sweepData(" + json.dumps(self.data(chosen, running), ensure_ascii=False) + ");\n"

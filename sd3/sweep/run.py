@@ -3,82 +3,93 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
+from sd3.sweep.cluster import RayWorkers
 from sd3.sweep.folder import SweepFolder
 from sd3.sweep.grid import Grid
-from sd3.sweep.plan import Batch, Plan, describe, make_plan
+from sd3.sweep.layouts import Entry, check_sizes, read_picture, write_layout
+from sd3.sweep.plan import Batch, Plan, Planned, describe, make_plan
 from sd3.sweep.report import Report
 from sd3.sweep.scores import Scorer, clip_scorer, demo_scorer
 from sd3.sweep.work import Done, make_here
 
 Work = Callable[[Plan, Sequence[Batch], Callable[[Batch], None]], Iterator[Done]]
+Say = Callable[[str], Any]
 
 
-def say(text: str) -> None:
-    """A line for the person at the shell, above any progress bar."""
-    tqdm.write(text, file=sys.stderr)
+def run(
+    flags: Mapping[str, Any],
+    grid: Grid,
+    entries: Sequence[Entry] | None,
+    arguments: Sequence[str],
+    show: Say,
+    say: Say,
+) -> int:
+    """Makes what the grid still lacks; returns how many pictures failed. Raises Mistake before any weights load.
 
-
-def run(flags: Mapping[str, Any], grid: Grid, entries: Sequence[Any] | None, arguments: Sequence[str]) -> int:
-    """Makes what the grid still lacks; returns how many pictures failed. Raises ValueError or FileNotFoundError for
-    mistakes, before any weights load.
+    entries: a benchmark's prompts, for its layout; arguments: as typed, for the record; show, say: take the lines that
+    were asked for, and those about the work.
     """
     started = time.monotonic()
     folder = SweepFolder(flags["out"], say)
-    work: Any = make_here
+    work: Work = make_here
     if "ray" in flags:
-        from sd3.sweep.cluster import OnRay
-
-        work = OnRay(flags["ray"], flags.get("cpus_per_worker"))
-        say(f"{len(work.workers)} worker{'s' if len(work.workers) != 1 else ''} on Ray")
-        plan, notes = work.plan(grid)
+        work = workers = RayWorkers(flags["ray"], flags.get("cpus_per_worker"))
+        say(f"{len(workers.workers)} worker{'s' if len(workers.workers) != 1 else ''} on Ray")
+        plan, notes = workers.plan(grid)
     else:
         plan, notes = make_plan(grid)
     scorer = make_scorer(flags, grid)
     plan = plan.continued(folder.present())
     folder.check(plan)
     if entries is not None:
-        from sd3.sweep.layouts import check_sizes
-
         check_sizes(flags["layout"], plan)
     for note in notes:
         say(note)
     if flags.get("dry_run"):
-        dry_run(folder, plan)
+        for line in forecast(folder, plan):
+            show(line)
         return 0
     folder.open()
     try:
-        return _run(flags, folder, plan, entries, arguments, work, scorer, started)
+        sweep = Sweep(folder, plan, scorer, flags.get("score"), arguments, say)
+        sweep.make(work)
+        if entries is not None:
+            for path in write_layout(flags["layout"], entries, plan, folder):
+                say(f"{flags['layout']}: {path}")
+        if sweep.report.rows:
+            show(sweep.report.table())
+        seconds = time.monotonic() - started
+        say(f"{sweep.counts()}, in {seconds:.1f} s: {folder.path / 'index.html'}")
+        return sweep.failed
     finally:
         folder.close()
 
 
 def make_scorer(flags: Mapping[str, Any], grid: Grid) -> Scorer | None:
-    """The scorer that --score names; raises ValueError or FileNotFoundError."""
+    """The scorer that `score` names; raises Mistake."""
     if flags.get("score") == "demo":
         return demo_scorer(grid, flags.get("per_kind"))
     return clip_scorer(flags.get("clip_model")) if flags.get("score") == "clip" else None
 
 
-def dry_run(folder: SweepFolder, plan: Plan) -> None:
-    """Prints how many pictures there are, how many are done and how long the rest will take."""
+def forecast(folder: SweepFolder, plan: Plan) -> Iterator[str]:
+    """Lines that say how many pictures there are, how many are done and how long the rest will take."""
     done, damaged = folder.finished(plan)
-    for line in [*describe(plan), *damaged]:
-        print(line)
-    left = len({p.id for p in plan.pictures}) - len(done)
-    spent = folder.seconds()
-    told = "time unknown until the first pictures are made here"
-    if spent:
-        each = sum(spent.values()) / len(spent)
-        told = f"about {duration(left * each)} ({each:.2f} s a picture, from the {len(spent)} made here)"
-    print(f"{len(done)} done, {left} to make: {told}")
+    yield from describe(plan)
+    yield from damaged
+    remaining = len({p.id for p in plan.pictures}) - len(done)
+    seconds = folder.journal.seconds()
+    when = "time unknown until the first pictures are made here"
+    if seconds:
+        each = sum(seconds.values()) / len(seconds)
+        when = f"about {duration(remaining * each)} ({each:.2f} s a picture, from the {len(seconds)} made here)"
+    yield f"{len(done)} done, {remaining} to make: {when}"
 
 
 def duration(seconds: float) -> str:
@@ -88,86 +99,108 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _run(
-    flags: Mapping[str, Any],
-    folder: SweepFolder,
-    plan: Plan,
-    entries: Sequence[Any] | None,
-    arguments: Sequence[str],
-    work: Work,
-    scorer: Scorer | None,
-    started: float,
-) -> int:
-    done, damaged = folder.finished(plan)
-    for line in damaged:
-        say(line)
-    folder.write_record(plan, arguments)
-    wanted = {p.id for p in plan.pictures} - done
-    batches = plan.batches(wanted)
-    folder.log("start", pictures=len(plan.pictures), done=len(done), batches=len(batches))
-    if earlier := len(folder.present() - {p.id for p in plan.pictures}):
-        say(f"note: {earlier} pictures of an earlier grid stay in {folder.path}, and are not in this report")
-    report = Report(folder, plan, flags.get("score"))
-    there = [p for p in plan.pictures if p.id in done]
-    for p in tqdm(there, desc="looking at what is there", unit="picture", leave=False):
-        finish(folder, plan, p, scorer, report)
-    report.write(running=bool(batches))
-    failed = made = 0
-    hashes: dict[str, str] = {}
-    try:
-        with tqdm(total=len(plan.pictures), initial=len(done), unit="picture", desc=str(folder.path)) as bar:
-            for one in work(plan, batches, lambda b: folder.log("begin", pictures=[p.id for p in b.pictures])):
-                for event in one.events:
-                    folder.log(**event)
-                for picture, result in zip(one.batch.pictures, one.results, strict=True):
-                    if isinstance(result, str):
-                        failed += 1
-                        where = f"{plan.variants[picture.variant].name}, seed {picture.seed}"
-                        say(f'failed: {where}, "{plan.grid.prompts[picture.prompt]}": {result}')
-                        folder.log("failed", picture=picture.id, why=result)
-                    else:
-                        folder.save(picture, result)
-                        folder.log("made", picture=picture.id)
-                        made += 1
-                        finish(folder, plan, picture, scorer, report)
-                    bar.update()
-                kept = [p.id for p, r in zip(one.batch.pictures, one.results, strict=True) if not isinstance(r, str)]
-                if kept:
-                    folder.log("batch", pictures=kept, seconds=round(one.seconds, 4))
-                if dict(one.hashes).items() - hashes.items():
-                    hashes |= one.hashes
-                    folder.write_record(plan, arguments, hashes)
-                report.write_now_and_then()
-    except BaseException:
-        say(f"stopped: {len(done) + made} of {len(plan.pictures)} pictures are in {folder.path}; run it again to go on")
-        with contextlib.suppress(Exception):  # the first error is the one to be told
-            folder.log("stopped", made=made, failed=failed)
-            report.write(running=False)
-        raise
-    folder.log("finished", made=made, failed=failed)
-    report.write(running=False, whole=True)
-    if entries is not None:
-        from sd3.sweep.layouts import write_layout
+class Sweep:
+    """The pictures of a plan in an open folder: what is finished is looked at, the rest is made, all is reported."""
 
-        for path in write_layout(flags["layout"], entries, plan, folder):
-            say(f"{flags['layout']}: {path}")
-    if report.rows:
-        print(report.table())
-    seconds = time.monotonic() - started
-    say(f"{made} made, {len(done)} were there, {failed} failed, in {seconds:.1f} s: {folder.path / 'index.html'}")
-    return failed
+    def __init__(
+        self,
+        folder: SweepFolder,
+        plan: Plan,
+        scorer: Scorer | None,
+        score: str | None,
+        arguments: Sequence[str],
+        say: Say,
+    ):
+        """score: the scorer's name; arguments: as typed, for the record; say: takes lines about the work."""
+        self.folder, self.plan, self.scorer, self.arguments, self.say = folder, plan, scorer, arguments, say
+        self.report = Report(folder, plan, score)
+        self.done: set[str] = set()  # ids of the pictures that were finished before
+        self.made = self.failed = 0
+        self.hashes: dict[str, str] = {}  # sha256 by path, as far as they are known
 
+    def make(self, work: Work) -> None:
+        """Makes every picture that is not there. Stopped, it leaves a report of what there is."""
+        batches = self._begin()
+        try:
+            with tqdm(
+                total=len(self.plan.pictures), initial=len(self.done), unit="picture", desc=str(self.folder.path)
+            ) as bar:
+                for batch in work(self.plan, batches, self._log_begin):
+                    self._take(batch, bar.update)
+        except BaseException:
+            count = f"{len(self.done) + self.made} of {len(self.plan.pictures)} pictures"
+            self.say(f"stopped: {count} are in {self.folder.path}; run it again to go on")
+            with contextlib.suppress(Exception):  # the first error is the one to be told
+                self.folder.journal.log("stopped", made=self.made, failed=self.failed)
+                self.report.write(running=False)
+            raise
+        self.folder.journal.log("finished", made=self.made, failed=self.failed)
+        self.report.write(running=False, whole=True)
 
-def finish(folder: SweepFolder, plan: Plan, picture: Any, scorer: Scorer | None, report: Report) -> None:
-    """What follows from a finished picture: its difference to the baseline, its score, its place in the report."""
-    folder.save_difference(plan, picture)
-    for other in plan.compared_with(picture):  # on several workers a baseline need not be the first
-        if other.id in report.done:
-            folder.save_difference(plan, other)
-            report.add(other)
-    if scorer is not None and (report.score, picture.id) not in report.scores:
-        with Image.open(folder.picture(picture.id)) as image:
-            scores = scorer(image, plan.grid.prompts[picture.prompt])
-        folder.add_scores(picture.id, scores, report.score)
-        report.scores[report.score, picture.id] = scores
-    report.add(picture)
+    def counts(self) -> str:
+        """How many pictures were made, were there and failed."""
+        return f"{self.made} made, {len(self.done)} were there, {self.failed} failed"
+
+    def _begin(self) -> list[Batch]:
+        """Takes in what is finished; returns the batches that are missing."""
+        folder, plan = self.folder, self.plan
+        self.done, damaged = folder.finished(plan)
+        for line in damaged:
+            self.say(line)
+        folder.record.write(plan, self.arguments)
+        ids = {p.id for p in plan.pictures}
+        batches = plan.batches(ids - self.done)
+        folder.journal.log("start", pictures=len(plan.pictures), done=len(self.done), batches=len(batches))
+        if earlier := len(folder.present() - ids):
+            self.say(f"note: {earlier} pictures of an earlier grid stay in {folder.path}, and are not in this report")
+        finished = [p for p in plan.pictures if p.id in self.done]
+        for picture in tqdm(finished, desc="looking at what is there", unit="picture", leave=False):
+            self._finish(picture)
+        self.report.write(running=bool(batches))
+        return batches
+
+    def _log_begin(self, batch: Batch) -> None:
+        self.folder.journal.log("begin", pictures=[p.id for p in batch.pictures])
+
+    def _take(self, done: Done, progress: Callable[[], Any]) -> None:
+        """Saves the pictures of a batch and notes those that failed."""
+        journal = self.folder.journal
+        for event in done.events:
+            journal.log(**event)
+        saved = []
+        for picture, result in zip(done.batch.pictures, done.results, strict=True):
+            if isinstance(result, str):
+                self._fail(picture, result)
+            else:
+                self.folder.save(picture, result)
+                journal.log("made", picture=picture.id)
+                self.made += 1
+                saved.append(picture.id)
+                self._finish(picture)
+            progress()
+        if saved:
+            journal.log("batch", pictures=saved, seconds=round(done.seconds, 4))
+        if dict(done.hashes).items() - self.hashes.items():
+            self.hashes |= done.hashes
+            self.folder.record.write(self.plan, self.arguments, self.hashes)
+        self.report.write_now_and_then()
+
+    def _fail(self, picture: Planned, why: str) -> None:
+        self.failed += 1
+        variant, prompt = self.plan.variants[picture.variant].name, self.plan.grid.prompts[picture.prompt]
+        self.say(f'failed: {variant}, seed {picture.seed}, "{prompt}": {why}')
+        self.folder.journal.log("failed", picture=picture.id, why=why)
+
+    def _finish(self, picture: Planned) -> None:
+        """What follows from a finished picture: its difference to the baseline, its score, its place in the report."""
+        self.folder.save_difference(self.plan, picture)
+        for other in self.plan.compared_with(picture):  # on several workers a baseline need not be the first
+            if other.id in self.report.done:
+                self.folder.save_difference(self.plan, other)
+                self.report.add(other)
+        key = (self.report.score, picture.id)
+        if self.scorer is not None and key not in self.report.scores:
+            scores = self.scorer(read_picture(self.folder.picture(picture.id)), self.plan.grid.prompts[picture.prompt])
+            self.folder.journal.add_scores(picture.id, scores, self.report.score)
+            self.report.scores[key] = scores
+        self.report.add(picture)

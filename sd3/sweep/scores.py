@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from demo.score import KINDS, Prompt, held_out_prompts, interval
-from demo.score import score as shows
+from sd3.device import choose_device
+from sd3.mistakes import Missing, Mistake
+from sd3.shapes.prompts import KINDS, Prompt, held_out_prompts, read_caption
+from sd3.shapes.scorer import interval, read_picture, score
 from sd3.sweep.grid import Grid
 from sd3.sweep.plan import Plan
 
@@ -36,21 +38,14 @@ class Row:
     gain_high: float | None = None
 
 
-def demo_prompts(per_kind: int) -> list[str]:
-    """The texts of the prompts that `python -m demo.score` uses, each once."""
-    return list(dict.fromkeys(p.text for p in held_out_prompts(per_kind)))
-
-
 def demo_scorer(grid: Grid, per_kind: int | None = None) -> Scorer:
-    """Reads pictures of coloured shapes. per_kind: the prompts are `demo_prompts`, whose kinds are known; else kinds
-    are read off the texts. Raises ValueError for a prompt that is no caption of such a scene.
+    """Reads pictures of coloured shapes. per_kind: the prompts are `held_out_texts`, whose kinds are known; else kinds
+    are read off the texts. Raises Mistake for a prompt that is no caption of such a scene.
     """
     try:
         import scipy.ndimage  # noqa: F401
     except ImportError:
-        raise ValueError("--score demo: needs scipy; get it with: pip install -r requirements-demo.txt") from None
-    from demo.score import read_picture
-
+        raise Mistake("score", "demo", "needs scipy; get it with: pip install -r requirements-demo.txt") from None
     wanted: dict[str, list[Prompt]] = {}
     if per_kind is not None:
         for prompt in held_out_prompts(per_kind):
@@ -61,61 +56,34 @@ def demo_scorer(grid: Grid, per_kind: int | None = None) -> Scorer:
 
     def scorer(image: Image.Image, text: str) -> dict[str, float]:
         seen = read_picture(np.asarray(image.convert("RGB")))
-        return {p.kind: float(shows(p, seen)) for p in wanted[text]}
+        return {p.kind: float(score(p, seen)) for p in wanted[text]}
 
     return scorer
-
-
-def read_caption(text: str) -> list[Prompt]:
-    """What a caption asks for, once for every kind that it belongs to. Raises ValueError for other texts."""
-    from demo.scenes import BACKGROUNDS, COLOURS, COUNTS, RELATIONS, SHAPES
-
-    colour, shape = "|".join(COLOURS), "|".join(SHAPES)
-    thing = rf"an? ({colour}) ({shape})"
-    ground = rf"(?: on an? (?:{'|'.join(BACKGROUNDS)}) background)?"
-    text = text.strip().lower()
-    if match := re.fullmatch(rf"({'|'.join(COUNTS.values())}) ({colour}) ({shape})s{ground}", text):
-        count = next(n for n, word in COUNTS.items() if word == match[1])
-        return [Prompt(text, "counting", ((match[2], match[3]),), count)]
-    if match := re.fullmatch(rf"{thing}{ground}", text):
-        return [Prompt(text, kind, ((match[1], match[2]),)) for kind in ("single object", "colours")]
-    if match := re.fullmatch(rf"{thing} (and|{'|'.join(RELATIONS)}) {thing}{ground}", text):
-        both = ((match[1], match[2]), (match[4], match[5]))
-        if match[3] != "and":
-            return [Prompt(text, "position", both, relation=match[3])]
-        return [Prompt(text, kind, both) for kind in ("two objects", "colour attribution")]
-    raise ValueError(
-        f'--score demo: "{text}" is no caption of coloured shapes, such as "a red circle left of a blue square"'
-    )
 
 
 def clip_scorer(model: str | None, device: str = "auto") -> Scorer:
     """100 times the cosine between a picture's and its prompt's embedding, not below 0 (CLIPScore, arXiv 2104.08718,
     without its factor 2.5), by a CLIP model in transformers' layout in a folder here.
 
-    Raises ValueError or FileNotFoundError where transformers or the model is missing.
+    Raises Mistake where transformers or the model is missing.
     """
-    import torch
-
-    from sd3.device import choose_device
-
     if model is None:
-        raise ValueError("--score clip: needs --clip_model FOLDER, such as a clone of openai/clip-vit-large-patch14")
+        raise Mistake("score", "clip", "needs `clip_model` FOLDER, such as a clone of openai/clip-vit-large-patch14")
     if not Path(model).is_dir():
-        raise FileNotFoundError(f"--clip_model {model}: no such folder")
+        raise Missing("clip_model", model, "no such folder")
     try:
         import transformers
 
         transformers.logging.set_verbosity_error()
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizerFast
     except ImportError:
-        raise ValueError("--score clip: needs transformers; get it with: pip install transformers") from None
+        raise Mistake("score", "clip", "needs transformers; get it with: pip install transformers") from None
     try:
         network = CLIPModel.from_pretrained(model, local_files_only=True, use_safetensors=True).eval()
         tokenizer = CLIPTokenizerFast.from_pretrained(model, local_files_only=True)
         processor = CLIPImageProcessor.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ValueError(f"--clip_model {model}: cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+        raise Mistake("clip_model", model, f"cannot be loaded ({' '.join(str(error).split())[:300]})") from None
     place = choose_device(device)
     network = network.to(place)
     texts: dict[str, torch.Tensor] = {}
@@ -144,23 +112,25 @@ def summarise(plan: Plan, scores: Mapping[str, Mapping[str, float]]) -> list[Row
     """
     kinds = [k for k in KINDS if any(k in s for s in scores.values())]
     kinds += sorted({k for s in scores.values() for k in s} - set(kinds))
-    out = []
+    rows = []
     for number in range(len(plan.variants)):
-        own = [p for p in plan.of(number) if p.id in scores]
         for kind in ([OVERALL] if len(kinds) > 1 else []) + kinds:
-            values, gains = [], []  # (prompt, value)
-            for p in own:
-                for k, value in scores[p.id].items():
-                    if kind not in (k, OVERALL):
-                        continue
-                    values.append((p.prompt, value))
-                    if plan.baselines[number] != number and k in scores.get(base := plan.baseline(p).id, {}):
-                        gains.append((p.prompt, value - scores[base][k]))
-            if values:
-                mean, low, high = spread(values)
-                gain = spread(gains) if gains else (None, None, None)
-                out.append(Row(number, kind, len(values), mean, low, high, *gain))
-    return out
+            if values := list(_values(plan, scores, number, kind)):
+                mean, low, high = spread([(prompt, value) for prompt, value, _ in values])
+                gains = [(prompt, gain) for prompt, _, gain in values if gain is not None]
+                rows.append(Row(number, kind, len(values), mean, low, high, *(spread(gains) if gains else ())))
+    return rows
+
+
+def _values(
+    plan: Plan, scores: Mapping[str, Mapping[str, float]], variant: int, kind: str
+) -> Iterator[tuple[int, float, float | None]]:
+    """(prompt, score, gain on the baseline's score) of a variant's scored pictures, of one kind or of all."""
+    for picture in plan.of(variant):
+        baseline = scores.get(plan.baseline(picture).id, {}) if plan.baselines[variant] != variant else {}
+        for scored, value in scores.get(picture.id, {}).items():
+            if kind in (scored, OVERALL):
+                yield picture.prompt, value, value - baseline[scored] if scored in baseline else None
 
 
 def spread(values: Sequence[tuple[int, float]]) -> tuple[float, float, float]:

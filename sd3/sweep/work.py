@@ -20,13 +20,13 @@ from sd3.settings import FILE_SETTINGS, Settings
 from sd3.sweep.plan import Batch, Plan
 from sd3.unchanged import Changed
 
-TEXTS_AT_ONCE = 1024  # encoded prompts that are held in memory; a sweep meets each again with every variant
+TEXTS_AT_ONCE = 1024  # encoded prompts kept in memory; every variant of a sweep needs each of them again
 Result = bytes | str  # a finished PNG, or why there is none
 Text = dict[tuple[str, int], tuple[Tensor, Tensor]]
 
 
 class Maker:
-    """An engine with what a sweep needs around it. `events` collects what is to be logged."""
+    """An engine with what a sweep needs around it. `events`: what is to be logged."""
 
     def __init__(self, flags: Flags, quiet: bool = False):
         """Reads headers only; raises as `Engine.load` does."""
@@ -34,6 +34,10 @@ class Maker:
         self.engine.quiet = quiet
         self.events: list[dict[str, Any]] = []
         self._made_with: dict[tuple, MadeWith] = {}
+
+    def texts(self, batch: Batch) -> list[tuple[str, int]]:
+        """The texts of a batch's pictures with the length they are encoded in."""
+        return [t for p in batch.pictures for t in self.engine.texts(p.settings)]
 
     def encode(self, pictures: Sequence[Settings]) -> None:
         """Encodes every distinct text of these pictures, each once; drops others where there are many."""
@@ -49,17 +53,17 @@ class Maker:
             }
         )
 
-    def known(self, pictures: Sequence[Settings]) -> Text:
+    def encoded(self, pictures: Sequence[Settings]) -> Text:
         """The encoded texts of these pictures, on the CPU."""
         texts = {t for s in pictures for t in self.engine.texts(s)}
         return {t: tuple(part.cpu() for part in self.engine.get_cond(*t)) for t in texts}
 
-    def know(self, text: Text) -> None:
+    def add_texts(self, text: Text) -> None:
         """Takes texts that were encoded elsewhere."""
         self.engine.know_text(text)
 
     def load(self) -> None:
-        """Loads the weights, unless they are there."""
+        """Loads the weights on first use."""
         if self.engine.mmdit is None:
             start = time.perf_counter()
             self.engine.get_mmdit()
@@ -82,15 +86,17 @@ class Maker:
             raise
         except Exception as error:  # the other batches may do well
             made_with.check()
-            told = one_line(error, 500)
+            why = one_line(error, 500)
             if not isinstance(error, OutOfMemory):
                 kind = "out of memory" if out_of_memory(error) else type(error).__name__
-                told = f"{kind}: {told}"
-            return [told] * len(batch)
+                why = f"{kind}: {why}"
+            return [why] * len(batch)
         if any(isinstance(image, ValueError) for _, image in made):
             made_with.check()  # weights that another program overwrites become NaN, too
         return [
-            str(image) if isinstance(image, ValueError) else png.encode_picture(image, settings, made_with.wait())
+            one_line(image, 500)
+            if isinstance(image, ValueError)
+            else png.encode_picture(image, settings, made_with.wait())
             for settings, image in made
         ]
 
@@ -109,15 +115,15 @@ class Maker:
             out |= {paths[name]: value for name, value in made_with.hashes().items()}
         return out
 
-    def drain(self) -> list[dict[str, Any]]:
-        """What is to be logged since the last time."""
+    def take_events(self) -> list[dict[str, Any]]:
+        """The events since the last time."""
         events, self.events = self.events, []
         return events
 
 
 @dataclass(frozen=True)
 class Done:
-    """A batch with its results, the seconds it took, what is to be logged and the hashes of files known by then."""
+    """A batch with its results, the seconds it took, events to log and the hashes of files known by then."""
 
     batch: Batch
     results: Sequence[Result]
@@ -127,16 +133,15 @@ class Done:
 
 
 def make_here(plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], None]) -> Iterator[Done]:
-    """Makes batches in this process; one engine is loaded at a time, and each once. begin: told each batch first."""
-    for number, own in itertools.groupby(batches, lambda b: b.engine):
+    """Makes batches in this process, one engine after the other. begin: called with each batch first."""
+    for number, group in itertools.groupby(batches, lambda b: b.engine):
         maker = None  # the former engine's memory goes first
         maker = Maker(plan.engines[number])
-        texts = lambda b: [t for p in b.pictures for t in maker.engine.texts(p.settings)]  # noqa: B023, E731
-        for group in in_groups(own, texts, TEXTS_AT_ONCE):
-            maker.encode([p.settings for b in group for p in b.pictures])
+        for part in in_groups(group, maker.texts, TEXTS_AT_ONCE):
+            maker.encode([p.settings for b in part for p in b.pictures])
             maker.load()
-            for batch in group:
+            for batch in part:
                 start = time.perf_counter()
                 begin(batch)
                 results = maker.make([p.settings for p in batch.pictures])
-                yield Done(batch, results, time.perf_counter() - start, maker.drain(), maker.hashes())
+                yield Done(batch, results, time.perf_counter() - start, maker.take_events(), maker.hashes())

@@ -18,20 +18,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SIZE = 96  # pixels along one side
-
-
 CELLS = 3  # cells along one side
-
-
 CELL = SIZE // CELLS
-
-
 OVERSAMPLE = 3  # drawn this many times larger, then averaged down
-
-
 SHAPES = ("circle", "square", "triangle", "star")
-
-
 COLOURS = {
     "red": (214, 39, 40),
     "green": (44, 160, 44),
@@ -42,20 +32,10 @@ COLOURS = {
     "pink": (247, 150, 200),
     "cyan": (40, 200, 210),
 }
-
-
 BACKGROUNDS = {"white": (245, 245, 245), "black": (20, 20, 20), "gray": (128, 128, 128)}
-
-
 COUNTS = {2: "two", 3: "three", 4: "four"}
-
-
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # (x, y) of first - second
-
-
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-
-
 PHRASINGS = {  # the usual one, and another for the same relation
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
@@ -63,13 +43,9 @@ PHRASINGS = {  # the usual one, and another for the same relation
     "below": ("below", "under"),
 }
 
-
 # Radii by shape. The smallest object covers 2 % of the picture; the largest leaves 2 pixels to its neighbour.
 NORMAL = {"circle": (11.5, 12.8), "square": (11.5, 12.8), "triangle": (13.0, 14.0), "star": (12.8, 13.3)}
-
-
 SMALL = {"circle": (7.75, 8.2), "square": (7.75, 8.2), "triangle": (10.6, 10.9), "star": (10.95, 11.15)}
-
 
 # One combination per colour, two per shape: (colour, shape) pairs that training never sees.
 HELD_OUT = frozenset(
@@ -84,17 +60,9 @@ HELD_OUT = frozenset(
         ("cyan", "circle"),
     }
 )
-
-
 ALL_COMBINATIONS = tuple((c, s) for c in COLOURS for s in SHAPES)
-
-
 SEEN = tuple(c for c in ALL_COMBINATIONS if c not in HELD_OUT)
-
-
 Combination = tuple[str, str]  # (colour, shape)
-
-
 Cell = tuple[int, int]  # (column, row), from the top left
 
 
@@ -178,10 +146,7 @@ def place(
 
 
 _LINES = [[(c, r) for c in range(3)] for r in range(3)] + [[(c, r) for r in range(3)] for c in range(3)]
-
-
 _ALL_CELLS = [(c, r) for r in range(CELLS) for c in range(CELLS)]
-
 
 # Where several equal objects go: few enough layouts that a small model can learn to count.
 COUNT_LAYOUTS: dict[int, list[list[Cell]]] = {
@@ -240,23 +205,11 @@ def sample_scene(
 
 
 KINDS = {"single": 10, "pair": 16, "count": 26, "relation": 30, "three": 5, "relations": 13}  # shares in percent
-
-
 LONGEST = 40  # T5 tokens of a caption with the end token
-
-
 SHORT_SHARE = 0.82  # captions in today's form
-
-
 SIZED_SHARE = 0.3  # scenes whose captions speak of sizes
-
-
 OTHER_PHRASING = 0.35  # of the relations
-
-
 GAP = 2.5  # pixels left between objects in neighbouring cells
-
-
 Word = tuple[str, int]  # a word, and 1 + the index of the object it belongs to (0: none)
 
 

@@ -1,0 +1,87 @@
+"""Rotations that turn an origin's standardised text tokens to a target's, from sums over tokens."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mmditx import TIMESTEPS, ModelCall, standardise
+
+
+class Calibration:
+    """Sums of standardised tokens for orthogonal Procrustes, per bucket of sigma and target; never the tokens."""
+
+    def __init__(self, origin: int, targets: Sequence[int], buckets: int, width: int):
+        self.origin, self.targets, self.buckets = origin, list(targets), buckets
+        count = len(self.targets)
+        self.cross = torch.zeros(buckets, count, width, width)  # sum of o^T t
+        self.origin_sum = torch.zeros(buckets, width, dtype=torch.float64)
+        self.target_sum = torch.zeros(buckets, count, width, dtype=torch.float64)
+        self.tokens = torch.zeros(buckets, dtype=torch.int64)
+
+    def bucket(self, sigma: float) -> int:
+        """Buckets split [0, 1] evenly; an edge belongs to the upper, as in `Rotations.bucket`."""
+        return bisect.bisect_right(self.edges()[1:-1], TIMESTEPS * sigma)
+
+    def edges(self) -> list[float]:
+        """Timesteps 0 to 1000 between and around the buckets."""
+        return [TIMESTEPS * b / self.buckets for b in range(self.buckets + 1)]
+
+    def add(self, at: ModelCall, states: Mapping[int, Sequence[Tensor]]) -> None:
+        """Adds the tokens of a model call: {block: one (n, D) per picture}."""
+        b = self.bucket(at.sigma)
+        origin = standardise(torch.cat(list(states[self.origin])))
+        self.tokens[b] += len(origin)
+        self.origin_sum[b] += origin.sum(0).double().cpu()
+        for j, target in enumerate(self.targets):
+            t = standardise(torch.cat(list(states[target])))
+            self.cross[b, j] += (origin.T @ t).cpu()
+            self.target_sum[b, j] += t.sum(0).double().cpu()
+
+    def solve(self, centre: bool, quiet: bool) -> Tensor:
+        """(B, N, D, D): the orthogonal R that makes o R nearest to t, U V^T of the cross product's U S V^T
+        (Schoenemann 1966). centre: of features without their means over tokens.
+        """
+        out = torch.zeros_like(self.cross)
+        pairs = [(b, j) for b in range(self.buckets) for j in range(len(self.targets))]
+        for b, j in tqdm(pairs, desc="solving", unit="rotation", disable=quiet, leave=False):
+            cross = self.cross[b, j].double()
+            if centre:
+                cross -= torch.outer(self.origin_sum[b], self.target_sum[b, j]) / self.tokens[b]
+            u, _, vt = torch.linalg.svd(cross)
+            out[b, j] = u @ vt
+        return out
+
+    def state(self) -> dict[str, Tensor]:
+        """All sums by name, for a file."""
+        return {name: getattr(self, name) for name in ("cross", "origin_sum", "target_sum", "tokens")}
+
+
+class Distances:
+    """Mean squared distance of the target's standardised tokens from the origin's, as they are and rotated."""
+
+    def __init__(self, calibration: Calibration, rotations: Tensor):
+        self.calibration, self.rotations = calibration, rotations
+        self.plain, self.turned = (torch.zeros(len(calibration.targets), dtype=torch.float64) for _ in range(2))
+        self.count = 0
+
+    def add(self, at: ModelCall, states: Mapping[int, Sequence[Tensor]]) -> None:
+        """Adds the tokens of a model call."""
+        origin = standardise(torch.cat(list(states[self.calibration.origin])))
+        self.count += origin.numel()
+        for j, target in enumerate(self.calibration.targets):
+            t = standardise(torch.cat(list(states[target])))
+            turn = self.rotations[self.calibration.bucket(at.sigma), j].to(origin.device)
+            self.plain[j] += (origin - t).square().double().sum().cpu()
+            self.turned[j] += (origin @ turn - t).square().double().sum().cpu()
+
+    def table(self) -> str:
+        """Markdown, a row per target."""
+        lines = ["| target | mean squared distance | rotated |", "| --- | --- | --- |"]
+        for target, plain, turned in zip(self.calibration.targets, self.plain, self.turned, strict=True):
+            lines.append(f"| {target} | {plain / self.count:.4f} | {turned / self.count:.4f} |")
+        return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""Scored prompts of coloured shapes: six kinds, as GenEval has them."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from sd3.mistakes import Mistake
+from sd3.shapes.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    COUNT_LAYOUTS,
+    COUNTS,
+    HELD_OUT,
+    RELATIONS,
+    SHAPES,
+    Combination,
+    Scene,
+    article,
+    place,
+    relation_cells,
+    render,
+)
+
+KINDS = ("single object", "two objects", "counting", "colours", "position", "colour attribution")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A scored prompt: its kind and what has to be there."""
+
+    text: str
+    kind: str
+    wanted: tuple[Combination, ...]
+    count: int = 1
+    relation: str = ""
+
+
+def held_out_prompts(per_kind: int = 40, seed: int = 7) -> list[Prompt]:
+    """`per_kind` prompts of each kind from shape-colour combinations (and so pairs) that training never saw."""
+    rng = random.Random(seed)
+    out = []
+    for kind in KINDS:
+        texts: set[str] = set()
+        tries = 0
+        while len(texts) < per_kind and tries < 100 * per_kind:
+            tries += 1
+            prompt = _held_out(kind, rng)
+            if prompt.text not in texts or tries > 50 * per_kind:
+                texts.add(prompt.text if prompt.text not in texts else f"{prompt.text}#{tries}")
+                out.append(prompt)
+    return out
+
+
+def held_out_texts(per_kind: int = 40) -> list[str]:
+    """The texts of `held_out_prompts`, each once."""
+    return list(dict.fromkeys(p.text for p in held_out_prompts(per_kind)))
+
+
+def _held_out(kind: str, rng: random.Random) -> Prompt:
+    combinations = sorted(HELD_OUT)
+    background = rng.choice(["", *(f" on a {b} background" for b in BACKGROUNDS)])
+    first = rng.choice(combinations)
+    name = f"{article(first[0])} {first[1]}"
+    if kind in ("single object", "colours"):
+        return Prompt(name + background, kind, (first,))
+    if kind == "counting":
+        count = rng.choice(list(COUNTS))
+        return Prompt(f"{COUNTS[count]} {first[0]} {first[1]}s{background}", kind, (first,), count)
+    second = rng.choice([c for c in combinations if c[0] != first[0] and c[1] != first[1]])
+    relation = rng.choice(list(RELATIONS)) if kind == "position" else ""
+    text = f"{name} {relation or 'and'} {article(second[0])} {second[1]}{background}"
+    return Prompt(text, kind, (first, second), relation=relation)
+
+
+def read_caption(text: str) -> list[Prompt]:
+    """What a caption asks for, once for every kind that it belongs to. Raises Mistake for other texts."""
+    colour, shape = "|".join(COLOURS), "|".join(SHAPES)
+    thing = rf"an? ({colour}) ({shape})"
+    ground = rf"(?: on an? (?:{'|'.join(BACKGROUNDS)}) background)?"
+    text = text.strip().lower()
+    if match := re.fullmatch(rf"({'|'.join(COUNTS.values())}) ({colour}) ({shape})s{ground}", text):
+        count = next(n for n, word in COUNTS.items() if word == match[1])
+        return [Prompt(text, "counting", ((match[2], match[3]),), count)]
+    if match := re.fullmatch(rf"{thing}{ground}", text):
+        return [Prompt(text, kind, ((match[1], match[2]),)) for kind in ("single object", "colours")]
+    if match := re.fullmatch(rf"{thing} (and|{'|'.join(RELATIONS)}) {thing}{ground}", text):
+        both = ((match[1], match[2]), (match[4], match[5]))
+        if match[3] != "and":
+            return [Prompt(text, "position", both, relation=match[3])]
+        return [Prompt(text, kind, both) for kind in ("two objects", "colour attribution")]
+    why = f'"{text}" is no caption of coloured shapes, such as "a red circle left of a blue square"'
+    raise Mistake("score", "demo", why)
+
+
+def draw(prompt: Prompt, rng: random.Random) -> np.ndarray:
+    """A picture that shows exactly what the prompt says: the scorer's ground truth."""
+    radius = rng.uniform(11.0, 12.5)
+    if prompt.kind == "counting":
+        cells = rng.choice(COUNT_LAYOUTS[prompt.count])
+        wanted = prompt.wanted * prompt.count
+    elif prompt.relation:
+        cells, wanted = relation_cells(prompt.relation, rng), prompt.wanted
+    else:
+        cells = rng.sample([(c, r) for c in range(3) for r in range(3)], len(prompt.wanted))
+        wanted = prompt.wanted
+    named = [b for b in BACKGROUNDS if b in prompt.text.split()]
+    background = named[0] if named else rng.choice(list(BACKGROUNDS))
+    things = tuple(place(w, c, radius, rng) for w, c in zip(wanted, cells, strict=True))
+    return render(Scene(prompt.text, prompt.kind, things, background))
