@@ -6,10 +6,10 @@ Needs no torch.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from sd3.flags import FLAGS, GROUPS, Flag
-from sd3.mistakes import spell
+from sd3.mistakes import flag_name, spell
 
 WIDTH = 110
 COLUMN = 28
@@ -23,11 +23,16 @@ def text() -> str:
         "Makes images from an SD3 or SD3.5 weight file, with residual text streaming.",
     ]
     for group, rows in _by_group():
-        lines += ["", f"{group}, such as {GROUPS[group]}"]
-        for row in rows:
-            about = textwrap.wrap(f"{_about(row)}{_default(row, ' ({})')}", WIDTH - COLUMN)
-            lines += [f"  --{row.name:<{COLUMN - 4}}{about[0]}", *(" " * COLUMN + line for line in about[1:])]
+        lines += ["", f"{group}, such as {GROUPS[group]}", *table(rows)]
     return "\n".join([*lines, "", "--version prints the version; every flag with its range: docs/flags.md"])
+
+
+def table(rows: Iterable[Flag]) -> Iterator[str]:
+    """Lines of flags, what they do and their defaults."""
+    for row in rows:
+        about = textwrap.wrap(f"{spell(row.help, flag_name)}{_default(row, ' ({})')}", WIDTH - COLUMN)
+        yield f"  --{row.name:<{COLUMN - 4}}{about[0]}"
+        yield from (" " * COLUMN + line for line in about[1:])
 
 
 def markdown() -> str:

@@ -508,6 +508,27 @@ def test_as_a_real_process(tmp_path):
         assert not [n for n in readers if f"--{n}" not in shown.stdout and not n.startswith("residual_")]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["measure", "--promts", "x"],
+        ["calibrate", "--prompts", "x", "--targets", "1", "--origin", "2", "--out", "r.pt"],
+    ],
+    ids=" ".join,
+)
+def test_an_answer_that_needs_only_the_words_imports_no_torch(words, tmp_path):
+    code = (
+        "import sys; from sd3.probe.command import main; status = main(sys.argv[1:]); "
+        "print(status, 'torch' in sys.modules)"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.stdout.splitlines()[-1] == f"{0 if len(words) == 1 else 2} False"
+    assert done.stderr.count("\n") == (len(words) > 1)
+
+
 def test_labelled_prompts(tmp_path):
     (tmp_path / "p.jsonl").write_text('\ufeff{"prompt": "a", "labels": {"n": 2}}\r\n{"prompt": "b"}\n{"prompt": "a"}\n')
     assert read_labelled(str(tmp_path / "p.jsonl")) == [Labelled("a", {"n": "2"}), Labelled("b", {})]

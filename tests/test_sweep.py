@@ -28,9 +28,8 @@ import sd3.png
 import sd3.sweep.command
 import sd3.weights
 import sd3_infer
-from sd3.flags import Flags
 from sd3.mistakes import Mistake
-from sd3.settings import digest_of
+from sd3.settings import Flags, digest_of
 from sd3.sweep.grid import Grid, read_seeds
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -167,7 +166,7 @@ BAD = [
     (["--prompt", "x", "--out_dir", "y"], "--out_dir: has no place in a sweep; use --out"),
     (["--prompt", "x", "--replay", "y.png"], "--replay: has no place in a sweep"),
     (["--prompt", "x", "--cfg", "2;-1"], "--cfg -1: must be from 0"),
-    (["--prompt", "x", "--cfg", "2;;3"], "--cfg : must be a number"),
+    (["--prompt", "x", "--cfg", "2;;3"], "--cfg: must be a number"),
     (["--prompt", "x", "--residual_target_layers", "1,2;3", "--residual_weights", "0.1,0.2"],
      "2 given for 1 target layers"),
     (["--prompt", "x", "--residual_target_layers", "1,2;3", "--residual_weights", "0.1"],
@@ -235,6 +234,27 @@ def test_help_names_every_flag(capsys):
     for name in sd3.sweep.command.OWN:
         assert f"--{name}" in shown
         assert f"--{name}" in readme
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        ["--out", "o", "--prompt", "x", "--cgf", "2"],
+        ["--out", "o", "--prompt", "x", "--cfg", "-2"],
+    ],
+    ids=" ".join,
+)
+def test_an_answer_that_needs_only_the_words_imports_no_torch(words, tmp_path):
+    code = (
+        "import sys; from sd3.sweep.command import main; status = main(sys.argv[1:]); "
+        "print(status, 'torch' in sys.modules)"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.stdout.splitlines()[-1] == f"{0 if len(words) == 1 else 2} False"
+    assert done.stderr.count("\n") == (len(words) > 1)
 
 
 # ---- pictures ------------------------------------------------------------------------------------

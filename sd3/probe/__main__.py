@@ -1,7 +1,11 @@
 """`python -m sd3.probe`."""
 
-import sys
+from sd3 import streams
+
+if __name__ == "__main__":
+    streams.begin()  # first, so that a stop during imports is quiet
 
 from sd3.probe.command import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    raise SystemExit(main())

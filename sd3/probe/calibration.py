@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sd3 import writing
 from sd3.engine import Engine
-from sd3.mistakes import Mistake
+from sd3.mistakes import Mistake, verbatim
 from sd3.probe.procrustes import Calibration, Distances
 from sd3.probe.running import Collector, Labelled, load, read_labelled, run_prompts
 from sd3.probe.state import State, identity, save_tensors
@@ -59,7 +59,7 @@ def _read_prompts(flags: Mapping[str, Any]) -> tuple[list[Labelled], list[Labell
     others = read_labelled(flags["check_prompts"], "check_prompts") if "check_prompts" in flags else []
     texts = {p.prompt for p in prompts}
     if shared := [p.prompt for p in others if p.prompt in texts]:
-        raise Mistake("check_prompts", flags["check_prompts"], f'"{shared[0]}" is in `prompts` too')
+        raise Mistake("check_prompts", flags["check_prompts"], f'"{verbatim(shared[0])}" is in `prompts` too')
     return prompts, others
 
 

@@ -1,119 +1,71 @@
-"""What the text stream of a model still knows at each block, and the rotations of `--residual_mode aligned`.
+"""What the text stream of a model knows at each block, and the rotations of `residual_mode` aligned.
 
-python sd3_probe.py measure --prompts prompts.txt --out measured
-python sd3_probe.py suggest --measurement measured/measure.json
-python sd3_probe.py calibrate --prompts prompts.txt --origin 1 --targets 2-22 --out rotations.safetensors
+python -m sd3.probe measure --prompts prompts.txt --out measured
+python -m sd3.probe suggest --measurement measured/measure.json
+python -m sd3.probe calibrate --prompts prompts.txt --origin 1 --targets 2-22 --out rotations.safetensors
 """
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
-from sd3 import streams
-from sd3.command import guarded, read_arguments
-from sd3.flags import READERS
+from sd3 import help, streams
+from sd3.command import answer_early, execute, read_arguments
+from sd3.flags import FLAGS, Flag, names
 from sd3.mistakes import Mistake, nearest
-from sd3.probe.calibration import calibrate
-from sd3.probe.measuring import measure
-from sd3.probe.running import _ENGINE, _RUN
 from sd3.probe.suggesting import run_suggest
-from sd3.readers import range_int, read_bool, read_float, read_layers
+from sd3.readers import FILE, FOLDER, LAYERS, SWITCH, number, whole
 from sd3.residual import ResidualConfig
 
-_SHARED = {name: READERS[name] for name in (*_ENGINE, *_RUN)} | {"prompts": READERS["model"]}
-
-
-def _fraction(flag: str, value: Any) -> float:
-    return read_float(flag, value, 0.0, 1.0)
-
-
-COMMANDS: dict[str, dict[str, Callable[[str, Any], Any]]] = {
-    "measure": _SHARED
-    | {name: reader for name, reader in READERS.items() if name.startswith("residual_")}
-    | {
-        "out": READERS["model"],
-        "origin": range_int(0, 10_000),
-        "timesteps": range_int(1, 1000),
-        "kept_prompts": range_int(2, 100_000),
-        "kept_tokens": range_int(16, 1_000_000),
-        "neighbours": range_int(1, 1000),
-    },
-    "suggest": {"measurement": READERS["model"], "tolerance": _fraction},
-    "calibrate": _SHARED
-    | {
-        "out": READERS["model"],
-        "origin": range_int(0, 10_000),
-        "targets": read_layers,
-        "buckets": range_int(1, 100),
-        "centre": read_bool,
-        "check_prompts": READERS["model"],
-    },
+flag = functools.partial(Flag, scope="probe")
+NEEDED = "needed"
+ORIGIN = whole(0, 10_000)
+ABOUT = {
+    "measure": "runs prompts and reports, per block and timestep, how similar the text tokens that enter it are to the "
+    "origin's, and how much of the prompt can be recovered from them; writes measure.json, measure.csv and, with "
+    "matplotlib, measure.png",
+    "suggest": "proposes an origin and targets from a measurement, and says why",
+    "calibrate": "one rotation per target that turns the origin's standardised tokens to the target's, from the text "
+    "tokens met while sampling (orthogonal Procrustes); run again after a stop, it goes on",
 }
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "measure": {
-        "origin": 0,
-        "timesteps": 4,
-        "kept_prompts": 256,
-        "kept_tokens": 512,
-        "neighbours": 10,
-        "out": "measured",
-    },
-    "suggest": {"tolerance": 0.05},
-    "calibrate": {"origin": 0, "buckets": 1, "centre": False},
+OWN = {
+    "measure": (
+        flag("prompts", FILE, None,
+            'a .txt file with a prompt a line, or .jsonl with {"prompt": ..., "labels": {"shape": ...}} a line: a '
+            "linear probe is then fitted for every label", usual=NEEDED),
+        flag("out", FOLDER, "measured", "folder for the results"),
+        flag("origin", ORIGIN, 0, "block that all others are compared with", usual="0"),
+        flag("timesteps", whole(1, 1000), 4, "how many of the steps are measured"),
+        flag("kept_prompts", whole(2, 100_000), 256,
+            "prompts kept for retrieval and linear probes; these run twice, with different noise"),
+        flag("kept_tokens", whole(16, 1_000_000), 512, "tokens kept for the overlap of nearest neighbours"),
+        flag("neighbours", whole(1, 1000), 10, "how many nearest neighbours are compared"),
+    ),
+    "suggest": (
+        flag("measurement", FILE, None, "measure.json", usual=NEEDED),
+        flag("tolerance", number(0.0, 1.0), 0.05, "how much of what is known counts as nothing lost"),
+    ),
+    "calibrate": (
+        flag("prompts", FILE, None, "a .txt or .jsonl file", usual=NEEDED),
+        flag("origin", ORIGIN, 0, "the layer whose tokens are rotated", usual="0"),
+        flag("targets", LAYERS, None, "the layers that they are rotated to, such as 2-22", usual=NEEDED),
+        flag("out", FILE, None, "the .safetensors file for `residual_rotations`", usual=NEEDED),
+        flag("buckets", whole(1, 100), 1, "parts of the noise range with rotations of their own"),
+        flag("centre", SWITCH, False, "subtracts the mean over tokens first"),
+        flag("check_prompts", FILE, None, "other prompts, on which the rotations are checked"),
+    ),
+}  # fmt: skip
+SHARED = [FLAGS[name] for name in names(also="probe")]  # of the commands that run a model
+RESIDUAL = [row for row in FLAGS.values() if row.group == FLAGS["residual_weights"].group]
+COMMANDS: dict[str, dict[str, Flag]] = {
+    "measure": {row.name: row for row in (*SHARED, *RESIDUAL, *OWN["measure"])},
+    "suggest": {row.name: row for row in OWN["suggest"]},
+    "calibrate": {row.name: row for row in (*SHARED, *OWN["calibrate"])},
 }
-NEEDED = {"measure": ("prompts",), "suggest": ("measurement",), "calibrate": ("prompts", "targets", "out")}
-HELP = """usage: sd3_probe.py measure | suggest | calibrate [--flag value ...]
-
-measure: runs prompts and reports, per block and timestep, what the text tokens entering it still have of the origin's
-and still know of the prompt; writes measure.json, measure.csv and, with matplotlib, measure.png
-  --prompts               a .txt file with a prompt a line, or .jsonl with {"prompt": ..., "labels": {"shape": ...}} a
-                          line: a linear probe is then fitted for every label
-  --out                   folder for the results (measured)
-  --origin                block that all others are compared with (0)
-  --timesteps             how many of the steps are measured (4)
-  --kept_prompts          prompts kept for retrieval and linear probes; these run twice, with different noise (256)
-  --kept_tokens           tokens kept for the overlap of nearest neighbours (512)
-  --neighbours            how many nearest neighbours are compared (10)
-  --residual_...          measures with residual text streaming, flags as in sd3_infer.py
-
-suggest: proposes an origin and targets from a measurement, and says why
-  --measurement           measure.json
-  --tolerance             how much of what is known counts as nothing lost (0.05)
-
-calibrate: one rotation per target that turns the origin's standardised tokens to the target's, from the text tokens met
-while sampling (orthogonal Procrustes); run again after a stop, it goes on
-  --prompts               a .txt or .jsonl file
-  --origin, --targets     layers, such as 1 and 2-22 (origin 0)
-  --out                   the .safetensors file for --residual_rotations
-  --buckets               parts of the noise range with rotations of their own (1)
-  --centre                subtracts the mean over tokens first
-  --check_prompts         other prompts, on which the rotations are checked
-
-all that run a model: --model --vae --model_folder --clip_l --clip_g --t5xxl --text_encoder_device --device --dtype
---no_t5 --embed_cache --weights --offload --steps --cfg --shift
---sampler --width --height --negative_prompt --batch_size --seed, as in sd3_infer.py (python sd3_infer.py --help)"""
-
-
-def read_flags(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The command and its flags, read and checked; raises Mistake."""
-    command = arguments[0] if arguments else ""
-    if command not in COMMANDS:
-        raise Mistake("", command or "no command", f"must be {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
-    readers = COMMANDS[command]
-    raw = read_arguments(arguments[1:], readers, bare=None)
-    flags = DEFAULTS[command] | {name: readers[name](name, value) for name, value in raw.items()}
-    for name in NEEDED[command]:
-        if flags.get(name) in (None, ()):
-            raise Mistake(name, "", f"is needed by {command}")
-    if command == "calibrate":
-        ResidualConfig(flags["origin"], flags["targets"])
-        if not flags["out"].endswith(".safetensors"):
-            raise Mistake("out", flags["out"], "must end in .safetensors")
-    return command, flags
-
-
 SMALLER = {
     "measure": "--width, --height, --batch_size or --kept_prompts",
     "suggest": "number of blocks in --measurement",
@@ -121,16 +73,60 @@ SMALLER = {
 }  # what to turn down where memory runs out
 
 
+def help_text() -> str:
+    """How the command is used, with its own flags."""
+    lines = ["usage: sd3_probe.py measure | suggest | calibrate [--flag value ...]"]
+    for command, rows in OWN.items():
+        lines += ["", *textwrap.wrap(f"{command}: {ABOUT[command]}", help.WIDTH), *help.table(rows)]
+        if command == "measure":
+            lines.append(f"  --{'residual_...':<24}measures with residual text streaming, flags as in sd3_infer.py")
+    shared = " ".join(f"--{row.name}" for row in SHARED)
+    about = f"all that run a model: {shared}, as in sd3_infer.py (python sd3_infer.py --help)"
+    return "\n".join([*lines, "", *textwrap.wrap(about, help.WIDTH)])
+
+
+def read_flags(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The command and its flags, read and checked; raises Mistake."""
+    command = arguments[0] if arguments else ""
+    if command not in COMMANDS:
+        raise Mistake("", command or "no command", f"must be {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
+    readers = {name: row.read for name, row in COMMANDS[command].items()}
+    raw = read_arguments(arguments[1:], readers, bare=None)
+    flags = {row.name: row.default for row in OWN[command] if row.default is not None}
+    flags |= {name: readers[name](name, value) for name, value in raw.items()}
+    for row in OWN[command]:
+        if row.usual == NEEDED and flags.get(row.name) in (None, ()):
+            raise Mistake(row.name, "", f"is needed by {command}")
+    if command == "calibrate":
+        ResidualConfig(flags["origin"], flags["targets"])
+        if not flags["out"].endswith(".safetensors"):
+            raise Mistake("out", flags["out"], "must end in .safetensors")
+    return command, flags
+
+
+def read(arguments: Sequence[str]) -> dict[str, Any]:
+    """The command and its flags; raises Mistake."""
+    command, flags = read_flags(arguments)
+    return {"command": command, "flags": flags}
+
+
 @streams.command_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, see `sd3_infer.guarded`."""
+    """Runs the command line; returns the exit status, see `execute`."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or {"--help", "-h"} & set(arguments):
-        print(HELP)
-        return 0 if arguments else 2
+    status, request = answer_early(arguments, read, help_text, bare=False)
+    if status is not None:
+        return status
+    return execute(lambda: run(**request), SMALLER[request["command"]])
 
-    def work() -> None:
-        command, flags = read_flags(arguments)
-        {"measure": measure, "suggest": run_suggest, "calibrate": calibrate}[command](flags, print)
 
-    return guarded(work, SMALLER.get(arguments[0], SMALLER["measure"]))
+def run(command: str, flags: dict[str, Any]) -> None:
+    """Does a command's work and prints its results."""
+    if command == "suggest":
+        run_suggest(flags, print)
+        return
+    # Here, as they import torch: a mistake in the flags need not wait for that.
+    from sd3.probe.calibration import calibrate
+    from sd3.probe.measuring import measure
+
+    {"measure": measure, "calibrate": calibrate}[command](flags, print)

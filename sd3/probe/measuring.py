@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from sd3 import writing
 from sd3.engine import Engine, residual_settings
-from sd3.flags import Flags
 from sd3.mistakes import Mistake
 from sd3.probe.running import Collector, Labelled, load, read_labelled, run_prompts
 from sd3.probe.suggesting import by_block, measures
 from sd3.readers import SEED_LIMIT
 from sd3.residual import ResidualConfig
+from sd3.settings import Flags
 from sd3.versions import versions
 from sd3_impls import flow_schedule
 
@@ -38,7 +38,7 @@ class Sums:
         self.tokens = 0
         self.cosine = self.norm = 0.0
         self.total = torch.zeros(width)
-        self.own = torch.zeros(width, width)
+        self.gram = torch.zeros(width, width)
         self.cross = torch.zeros(width, width)
         self.guess: Tensor | None = None
 
@@ -52,7 +52,7 @@ class Sums:
         self.cosine += torch.nn.functional.cosine_similarity(x, origin, dim=-1).double().sum().item()
         self.norm += x.norm(dim=-1).double().sum().item()
         self.total += z.sum(0).cpu()
-        self.own += (z.T @ z).cpu()
+        self.gram += (z.T @ z).cpu()
         self.cross += (o.T @ z).cpu()
 
 
@@ -63,16 +63,16 @@ def cka(x: Sums, origin: Sums) -> float:
     """
     mean, origin_mean = (s.total.double() / s.tokens for s in (x, origin))
     cross = x.cross.double() - x.tokens * torch.outer(origin_mean, mean)
-    own = x.own.double() - x.tokens * torch.outer(mean, mean)
-    origin_own = origin.own.double() - x.tokens * torch.outer(origin_mean, origin_mean)
-    scale = own.norm() * origin_own.norm()
+    gram = x.gram.double() - x.tokens * torch.outer(mean, mean)
+    origin_gram = origin.gram.double() - x.tokens * torch.outer(origin_mean, origin_mean)
+    scale = gram.norm() * origin_gram.norm()
     return (cross.norm() ** 2 / scale).item() if scale > 0 else math.nan
 
 
 def spread(x: Sums) -> float:
     """Root mean squared distance of tokens from their mean."""
     mean = x.total.double() / x.tokens
-    return math.sqrt(max((x.own.double().trace() / x.tokens - mean @ mean).item(), 0.0))
+    return math.sqrt(max((x.gram.double().trace() / x.tokens - mean @ mean).item(), 0.0))
 
 
 def neighbours(x: Tensor, k: int) -> Tensor:

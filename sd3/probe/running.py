@@ -11,18 +11,13 @@ from tqdm import tqdm
 
 from mmditx import ModelCall
 from sd3.engine import Engine, load_for
-from sd3.flags import Flags
+from sd3.flags import names
 from sd3.mistakes import Mistake
 from sd3.prompts import read_jsonl, read_prompts
 from sd3.readers import read_path
-from sd3.settings import resolve
+from sd3.settings import Flags, resolve
 
 GROUP = 64  # prompts whose encoded text is in memory at once
-_ENGINE = (
-    "model", "vae", "model_folder", "clip_l", "clip_g", "t5xxl", "text_encoder_device", "device", "dtype", "no_t5",
-    "embed_cache", "weights", "offload",
-)  # fmt: skip
-_RUN = ("steps", "cfg", "shift", "sampler", "width", "height", "negative_prompt", "batch_size", "seed")
 
 
 @dataclass(frozen=True)
@@ -54,8 +49,7 @@ def _is_labelled(row: dict[str, Any]) -> bool:
 
 def load(flags: Mapping[str, Any]) -> tuple[Engine, dict[str, Any]]:
     """The engine for some flags, and the settings that its pictures share."""
-    given = {name: flags[name] for name in (*_ENGINE, *_RUN) if name in flags}
-    read = Flags(**given)
+    read = Flags(**{name: flags[name] for name in names(also="probe") if name in flags})
     engine = load_for(read)
     values, _ = resolve(read, engine.model_file.metadata)
     return engine, values | {"negative_prompt": read.negative_prompt, "batch_size": read.batch_size}

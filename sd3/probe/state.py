@@ -17,7 +17,7 @@ from torch import Tensor
 from sd3 import writing
 from sd3.embed_cache import file_identity
 from sd3.engine import Engine
-from sd3.mistakes import Unwritable
+from sd3.mistakes import Unwritable, verbatim
 from sd3.probe.procrustes import Calibration
 from sd3.probe.running import Labelled
 
@@ -83,7 +83,7 @@ def identity(engine: Engine, prompts: Sequence[Labelled], values: Mapping[str, A
         "values": dict(values),
         "dtype": str(engine.dtype),
         "devices": [str(engine.device), str(engine.encoder_device)],
-        "engine": {name: getattr(engine, name) for name in ("no_t5", "weights", "offload", "compile")},
+        "engine": {name: getattr(engine.setup, name) for name in ("no_t5", "weights", "offload", "compile")},
         "seed": flags.get("seed", 0),
         "origin": flags["origin"],
         "targets": list(flags["targets"]),
@@ -108,5 +108,5 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError) or "SafetensorError" in type(error).__name__:
-            raise Unwritable("", path, f"cannot be written ({error})") from None
+            raise Unwritable("", path, f"cannot be written ({verbatim(str(error))})") from None
         raise

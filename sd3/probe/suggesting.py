@@ -13,7 +13,7 @@ from sd3.reading import check_file, parse_json, reading
 
 
 def measures(record: Mapping[str, Any]) -> list[str]:
-    """Names of what a measurement holds per block."""
+    """Names of a measurement's columns per block."""
     return [name for name in record["rows"][0] if name not in ("step", "sigma", "block")]
 
 
@@ -26,17 +26,17 @@ def by_block(record: Mapping[str, Any], name: str) -> list[float]:
     return out
 
 
-def knowing(record: Mapping[str, Any]) -> list[str]:
-    """Names of the measures that say how much of the prompt is known."""
+def prompt_measures(record: Mapping[str, Any]) -> list[str]:
+    """Names of the measures of how much of the prompt can be recovered from the tokens."""
     return [name for name in measures(record) if name == "retrieval" or name.startswith("probe ")]
 
 
-def known(record: Mapping[str, Any]) -> list[float]:
-    """How much of the prompt the tokens entering each block let one know: 1 all, 0 no more than chance.
+def recoverable(record: Mapping[str, Any]) -> list[float]:
+    """How much of the prompt can be recovered from the tokens entering each block: 1 all, 0 no more than chance.
 
     The mean over retrieval and the linear probes of (measure - chance) / (1 - chance).
     """
-    names = knowing(record)
+    names = prompt_measures(record)
     out = [0.0] * record["depth"]
     for name in names:
         chance = record["chance"][name]
@@ -51,13 +51,13 @@ def suggest(record: Mapping[str, Any], tolerance: float = 0.05) -> tuple[int, li
     Origin: of the first third of the blocks, the earliest whose tokens know as much as the best there, up to a fifth
     of the tolerance. Targets: from the first block after it that knows less by more than the tolerance to the last.
     """
-    level, depth = known(record), record["depth"]
+    level, depth = recoverable(record), record["depth"]
     early = level[: max(2, depth // 3)]
     origin = next(i for i, value in enumerate(early) if value >= max(early) - tolerance / 5)
     forgetful = [i for i in range(origin + 1, depth) if level[i] < level[origin] - tolerance]
     why = [
         f"origin {origin}: its tokens know {level[origin]:.2f} of the prompt (1: all, 0: chance; mean of "
-        f"{', '.join(knowing(record))}), the most of blocks 0 to {len(early) - 1} is {max(early):.2f}"
+        f"{', '.join(prompt_measures(record))}), the most of blocks 0 to {len(early) - 1} is {max(early):.2f}"
     ]
     if not forgetful:
         lowest = min(range(origin + 1, depth), key=lambda i: level[i])
@@ -92,12 +92,12 @@ def read_measurement(path: str | Path, flag: str = "measurement") -> dict[str, A
             raise ValueError("rows must be a list of objects")
         if missing := set(range(depth)) - {row["block"] for row in rows if type(row["block"]) is int}:
             raise ValueError(f"block {min(missing)} has no row")
-        for name in knowing(record):
+        for name in prompt_measures(record):
             values = [(f"{name} of block {row['block']}", row[name]) for row in rows]
             for what, value in [*values, (f"chance of {name}", chance[name])]:
                 if type(value) not in (int, float) or not math.isfinite(value):
                     raise ValueError(f"{what} is {value!r:.40}, not a number")
-        if not knowing(record):
+        if not prompt_measures(record):
             raise ValueError("nothing in it says how much of a prompt is known")
         return record
     raise AssertionError  # `reading` returns or raises

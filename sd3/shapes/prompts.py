@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sd3.mistakes import Mistake
+from sd3.mistakes import Mistake, verbatim
 from sd3.shapes.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -92,7 +92,7 @@ def read_caption(text: str) -> list[Prompt]:
         if match[3] != "and":
             return [Prompt(text, "position", both, relation=match[3])]
         return [Prompt(text, kind, both) for kind in ("two objects", "colour attribution")]
-    why = f'"{text}" is no caption of coloured shapes, such as "a red circle left of a blue square"'
+    why = f'"{verbatim(text)}" is no caption of coloured shapes, such as "a red circle left of a blue square"'
     raise Mistake("score", "demo", why)
 
 

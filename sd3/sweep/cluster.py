@@ -19,9 +19,8 @@ import mmditx
 import other_impls
 import sd3
 import sd3_impls
-from sd3.flags import Flags
-from sd3.mistakes import Mistake
-from sd3.settings import Settings
+from sd3.mistakes import Mistake, verbatim
+from sd3.settings import Flags, Settings
 from sd3.sweep.grid import Grid
 from sd3.sweep.plan import Batch, Plan, make_plan
 from sd3.sweep.work import Done, Maker, Result, Text
@@ -37,7 +36,7 @@ class Worker:
         if threads:
             torch.set_num_threads(threads)
         if not os.path.isdir(folder):
-            raise Mistake("ray", "", f"{folder} is not on every machine; the paths of the flags start there")
+            raise Mistake("ray", "", f"{verbatim(folder)} is not on every machine; the paths of the flags start there")
         os.chdir(folder)
         self.maker: Maker | None = None
         self.number: int | None = None
@@ -93,7 +92,7 @@ class RayWorkers:
         try:
             return self._get(self.workers[0].plan.remote(grid))
         except self.ray.exceptions.RayActorError as error:
-            raise Mistake("ray", "", f"no worker can start ({' '.join(str(error).split())[-300:]})") from None
+            raise Mistake("ray", "", f"no worker can start ({verbatim(' '.join(str(error).split())[-300:])})") from None
 
     def __call__(self, plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], None]) -> Iterator[Done]:
         """Makes batches on all workers; yields them as they are done. begin: called with each batch as it is sent."""
@@ -134,7 +133,7 @@ class RayWorkers:
         try:
             return self.ray.get(future)
         except self.ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, (ValueError, OSError)) else error) from None
+            raise (error.cause if isinstance(error.cause, Mistake) else error) from None
 
 
 def check_reachable(address: str) -> None:
@@ -145,7 +144,7 @@ def check_reachable(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
-        raise Mistake("ray", address, f"no cluster answers there ({error})") from None
+        raise Mistake("ray", address, f"no cluster answers there ({verbatim(str(error))})") from None
 
 
 def connect(address: str) -> Any:
@@ -164,7 +163,7 @@ def connect(address: str) -> Any:
         return ray
     except (ConnectionError, ValueError, RuntimeError) as error:
         if address != "auto":
-            why = f"no cluster answers there ({' '.join(str(error).split())[:200]})"
+            why = f"no cluster answers there ({verbatim(' '.join(str(error).split())[:200])})"
             raise Mistake("ray", address, why) from None
     root = Path(sd3.__file__).parent.parent  # on this machine nothing needs to be sent
     ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(root)}}, include_dashboard=False, **quiet)

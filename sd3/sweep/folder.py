@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from sd3 import png, sheet, writing
-from sd3.mistakes import Mistake, Unwritable, display
+from sd3.mistakes import Mistake, Unwritable, display, verbatim
 from sd3.settings import digest_of
 from sd3.sweep.journal import LOG, Journal
 from sd3.sweep.plan import SHORT, Plan, Planned
@@ -51,7 +51,9 @@ class SweepFolder:
         if (self.path / SWEEP).exists():
             self.record = SweepRecord.read(self.path, say)
         elif foreign := sorted(p.name for p in self.path.iterdir() if not self._is_own(p.name)):
-            raise Mistake("out", path, f"holds {display(foreign[0])}, and no sweep; name a new or empty folder")
+            raise Mistake(
+                "out", path, f"holds {verbatim(display(foreign[0]))}, and no sweep; name a new or empty folder"
+            )
 
     def _is_own(self, name: str) -> bool:
         """Whether a file may be there without a sweep.json: after a kill at the very start, or where that was lost."""

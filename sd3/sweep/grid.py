@@ -11,29 +11,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sd3.flags import DEFAULT_SEED, MOST_PICTURES, READERS, Flags, check_flag
-from sd3.mistakes import Mistake, Where, display
+from sd3.flags import DEFAULT_SEED, FLAGS, MOST_PICTURES, check_flag
+from sd3.mistakes import Mistake, Where, display, verbatim
 from sd3.prompts import read_jsonl, read_prompts
 from sd3.readers import SEED_LIMIT, read_float, read_int, read_layers, read_list, read_path, read_text
 from sd3.reading import check_file, reading
-from sd3.settings import base_name
+from sd3.settings import Flags, base_name
 
-NO_PLACE = {
-    "out_dir": "use `out`",
-    "postfix": "use `out`",
-    "seed_type": "name the seeds, such as `seed` 0-3",
-    "num_images": "name the seeds, such as `seed` 0-3",
-    "pad_batch": "batches are always filled up",
-    "no_metadata": "finished pictures are known by their settings",
-    "replay": "that is for sd3_infer.py",
-    "serve_stdin": "that is for sd3_infer.py",
-    "self_check": "that is for sd3_infer.py",
-    "list_models": "that is for sd3_infer.py",
-    "verbose": "log.jsonl has it all",
-}
-SWEPT = {name: reader for name, reader in READERS.items() if name not in NO_PLACE}
-WHOLE = ("prompt", "negative_prompt", "seed")  # `;` has no meaning in these
-LISTS = ("residual_target_layers", "residual_weights")
+SWEPT = {name: row.read for name, row in FLAGS.items() if not row.sweep}
+WHOLE = ("seed", *(name for name, read in SWEPT.items() if read.kind == "text"))  # `;` separates nothing in these
+LISTS = tuple(name for name, read in SWEPT.items() if read.kind in ("layers", "weights"))
 MOST_SEEDS = MOST_PICTURES
 OFF = "off"
 
@@ -64,7 +51,7 @@ class Grid:
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], file: str | None = None, prompts: Sequence[str] | None = None) -> Grid:
-        """From flags as typed, alternatives parted by `;`, and a YAML file whose values they replace.
+        """From flags as typed, alternatives separated by `;`, and a YAML file whose values they replace.
 
         prompts: in place of --prompt. Raises Mistake for every value that `sd3_infer.py`
         refuses too.
@@ -112,8 +99,8 @@ def count_variants(axes: Mapping[str, Sequence[Any]], named: Mapping[str, Mappin
 def check_names(values: Iterable[str]) -> None:
     """Raises Mistake for a flag that there is not, or that has no place in a sweep."""
     for name in values:
-        if name in NO_PLACE:
-            raise Mistake(name, "", f"has no place in a sweep; {NO_PLACE[name]}")
+        if name in FLAGS and FLAGS[name].sweep:
+            raise Mistake(name, "", f"has no place in a sweep; {FLAGS[name].sweep}")
         check_flag(name, SWEPT)
 
 
@@ -146,22 +133,22 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     for name, flags in named.items():
         read_text("grid", name)
         if name.strip().lower() in (OFF, ""):
-            raise Mistake(*where, f"a variant {name!r} cannot be named so; off is always there")
+            raise Mistake(*where, f"a variant {verbatim(repr(name))} cannot be named so; off is always there")
         check_names(flags)
         for flag in ("prompt", "seed"):
             if flag in flags:
-                raise Mistake(*where, f"{display(name)}: {flag} cannot differ between variants")
+                raise Mistake(*where, f"{verbatim(display(name))}: {flag} cannot differ between variants")
         for flag, value in flags.items():
             items = alternatives(flag, value)
             if len(items) != 1:
-                raise Mistake(*where, f"{display(name)}: {flag} must have one value in a named variant")
+                raise Mistake(*where, f"{verbatim(display(name))}: {flag} must have one value in a named variant")
             flags[flag] = items[0]
     return values, named
 
 
 def alternatives(flag: str, value: Any) -> list[Any]:
-    """The values of an axis: what stands between `;`, or the items of a list. A list of plain numbers is one value of
-    the flags that take lists.
+    """The values of an axis: separated by `;`, or the items of a list. A list of plain numbers is one value of the
+    flags that take lists.
     """
     if isinstance(value, (list, tuple)):
         items = [value] if flag in LISTS and all(map(_is_number, value)) else list(value)
@@ -207,8 +194,7 @@ def read_seeds(value: Any) -> tuple[int, ...]:
         ends = (match[1], match[2]) if match else (item, item)
         first, last = (read_int("seed", n, 0, SEED_LIMIT - 1) for n in ends)
         if last < first or last - first >= MOST_SEEDS:
-            told = f"a range counts up, such as 0-3, and has at most {MOST_SEEDS:,} seeds"
-            raise Mistake("seed", item, told)
+            raise Mistake("seed", item, f"a range counts up, such as 0-3, and has at most {MOST_SEEDS:,} seeds")
         seeds |= dict.fromkeys(range(first, last + 1))
         if len(seeds) > MOST_SEEDS:
             raise Mistake("seed", "", f"names more than {MOST_SEEDS:,} seeds")
@@ -224,46 +210,56 @@ def is_residual(flag: str) -> bool:
 
 def cross(axes: Mapping[str, Sequence[Any]], named: Mapping[str, Mapping[str, Any]]) -> tuple[Variant, ...]:
     """The off variants, one for each combination of the axes that are not residual, then the combinations with residual
-    axes, then the named variants, which stand in place of residual axes.
+    axes, then the named variants, which replace residual axes.
     """
     plain = {n: v for n, v in axes.items() if not is_residual(n)}
     residual = {n: v for n, v in axes.items() if is_residual(n)}
-    out: dict[str, Variant] = {}
-    baselines: dict[str, str] = {}  # names of the off variants by their settings
-    numbers: dict[str, int] = {}  # how many variants have a label
-
-    def add(label: str, raw: dict[str, Any], baseline: str | None) -> str:
-        Flags.read(raw)
-        name = label
-        while name in out:
-            numbers[label] = numbers.get(label, 1) + 1
-            name = f"{label} ({numbers[label]})"
-        out[name] = Variant(name, raw, baseline)
-        return name
-
-    def off(raw: Mapping[str, Any]) -> str:
-        """The name of the baseline for settings, which is added where it is not there yet."""
-        own = {n: v for n, v in raw.items() if not is_residual(n)}
-        key = repr(sorted(own.items()))
-        if key not in baselines:
-            baselines[key] = add(", ".join([OFF, *labels(own, plain)]), own, None)
-        return baselines[key]
-
+    variants = _Variants(plain)
     for raw in combinations(plain):
-        off(raw)
-    chosen = []  # named variants: name, raw flags, raw flags of what it is compared with
+        variants.off(raw)
+    replaced = []  # named variants: name, values of the axes, raw flags, raw flags of what it is compared with
     for name, flags in named.items():
         for raw in combinations({n: v for n, v in plain.items() if n not in flags}):
-            own, first = raw | dict(flags), {n: v[0] for n, v in plain.items() if n in flags}
-            chosen.append((name, raw, own, own if any(map(is_residual, flags)) else first | raw))
-            off(chosen[-1][-1])
+            whole, first = raw | dict(flags), {n: v[0] for n, v in plain.items() if n in flags}
+            without = whole if any(map(is_residual, flags)) else first | raw
+            replaced.append((name, raw, whole, without))
+            variants.off(without)
     if residual:
         for raw in combinations(plain | residual):
             if residual_label(raw) != OFF:
-                add(", ".join([residual_label(raw), *labels(raw, plain)]), raw, off(raw))
-    for name, raw, own, without in chosen:
-        add(", ".join([name, *labels(raw, plain)]), own, off(without))
-    return tuple(out.values())
+                variants.add(", ".join([residual_label(raw), *labels(raw, plain)]), raw, variants.off(raw))
+    for name, raw, whole, without in replaced:
+        variants.add(", ".join([name, *labels(raw, plain)]), whole, variants.off(without))
+    return tuple(variants.by_name.values())
+
+
+class _Variants:
+    """Variants in the order in which they are made, each with a name of its own."""
+
+    def __init__(self, plain: Mapping[str, Sequence[Any]]):
+        """plain: the axes that are not residual."""
+        self.plain = plain
+        self.by_name: dict[str, Variant] = {}
+        self.baselines: dict[str, str] = {}  # names of the off variants by their settings
+        self.numbers: dict[str, int] = {}  # how many variants have a label
+
+    def add(self, label: str, raw: dict[str, Any], baseline: str | None) -> str:
+        """Adds a variant; returns its name: the label, with a number where that is taken. Raises Mistake."""
+        Flags.read(raw)
+        name = label
+        while name in self.by_name:
+            self.numbers[label] = self.numbers.get(label, 1) + 1
+            name = f"{label} ({self.numbers[label]})"
+        self.by_name[name] = Variant(name, raw, baseline)
+        return name
+
+    def off(self, raw: Mapping[str, Any]) -> str:
+        """The name of the baseline of some settings, which is added on first use."""
+        settings = {n: v for n, v in raw.items() if not is_residual(n)}
+        key = repr(sorted(settings.items()))
+        if key not in self.baselines:
+            self.baselines[key] = self.add(", ".join([OFF, *labels(settings, self.plain)]), settings, None)
+        return self.baselines[key]
 
 
 def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:

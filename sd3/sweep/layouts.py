@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from sd3 import sheet, writing
-from sd3.mistakes import Missing, Mistake, Unwritable, Where, display
+from sd3.mistakes import Missing, Mistake, Unwritable, Where, display, verbatim
 from sd3.prompts import read_jsonl, read_lines, read_prompts
 from sd3.readers import LONGEST_NAME
 from sd3.reading import check_file, reading
@@ -103,12 +103,18 @@ def check_entries(layout: str, entries: Sequence[Entry], grid: Grid) -> None:
     for entry in entries:
         name = f"{entry.id}.png".encode(errors="replace")
         if layout == "dpg" and (re.search(rb"[/\\\x00]", name) or len(name) > LONGEST_NAME):
-            raise Mistake("prompt", "", f"the id {display(entry.id)} cannot be the name of a file")
+            raise Mistake("prompt", "", f"the id {verbatim(display(entry.id))} cannot be the name of a file")
         if layout == "t2i_compbench":
             if re.search(r"[/_\x00]", entry.prompt):
-                raise Mistake("layout", layout, f'"{entry.prompt}" has / or _, which its evaluators cannot read')
+                raise Mistake(
+                    "layout",
+                    layout,
+                    f'"{verbatim(display(entry.prompt))}" has / or _, which its evaluators cannot read',
+                )
             if len(compbench_name(entry.prompt, 0).encode()) > LONGEST_NAME:
-                raise Mistake("layout", layout, f'"{entry.prompt[:60]}..." is too long for the name of a file')
+                raise Mistake(
+                    "layout", layout, f'"{verbatim(entry.prompt[:60])}..." is too long for the name of a file'
+                )
 
 
 def check_sizes(layout: str, plan: Plan) -> None:
@@ -162,13 +168,13 @@ def _write_geneval(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> No
     for entry, pictures in rows:
         if not pictures:
             continue
-        own = target / entry.id
-        (own / "samples").mkdir(parents=True, exist_ok=True)
+        folder = target / entry.id
+        (folder / "samples").mkdir(parents=True, exist_ok=True)
         line = json.dumps(entry.metadata, ensure_ascii=False) + "\n"
-        writing.atomic_write(own / "metadata.jsonl", lambda f, line=line: f.write(line.encode()))
+        writing.atomic_write(folder / "metadata.jsonl", lambda f, line=line: f.write(line.encode()))
         for i, picture in enumerate(pictures):
-            _place(picture, own / "samples" / f"{i:04d}.png")
-        _save(sheet.tile([read_picture(p) for p in pictures], min(len(pictures), 4)), own / "grid.png")
+            _place(picture, folder / "samples" / f"{i:04d}.png")
+        _save(sheet.tile([read_picture(p) for p in pictures], min(len(pictures), 4)), folder / "grid.png")
 
 
 def _write_dpg(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> None:

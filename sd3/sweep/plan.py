@@ -5,20 +5,15 @@ from __future__ import annotations
 import itertools
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sd3.engine import Engine, load_for, plan_for
-from sd3.flags import Flags
-from sd3.mistakes import Mistake
-from sd3.models import SKIP_LAYERS, model_key
-from sd3.settings import FILE_SETTINGS, TEXT_FILES, Settings, earlier_digest
+from sd3.mistakes import Mistake, verbatim
+from sd3.models import model_row
+from sd3.settings import DECIDED_BY_MODEL, FILE_SETTINGS, IMAGE_ROWS, TEXT_FILES, Flags, Settings, Setup, earlier_digest
 from sd3.sweep.grid import Grid, Variant
 
-ENGINE = (
-    "model", "vae", "controlnet_ckpt", "model_folder", "clip_l", "clip_g", "t5xxl", "device", "text_encoder_device",
-    "dtype", "no_t5", "t5_resident", "embed_cache", "weights", "compile", "offload",
-)  # fmt: skip
 SHORT = 20  # letters of a digest in a file's name
 
 
@@ -117,7 +112,7 @@ class _Planner:
 
     def __init__(self, grid: Grid):
         self.grid = grid
-        self.engines: dict[tuple, tuple[Flags, Engine]] = {}
+        self.engines: dict[Setup, tuple[Flags, Engine]] = {}
         self.variants: list[Variant] = []
         self.engine_of: list[int] = []  # by variant
         self.pictures: list[list[Planned]] = []  # by variant
@@ -157,7 +152,7 @@ class _Planner:
 
     def _engine(self, flags: Flags) -> tuple[int, Engine]:
         """The engine for some flags, with its number."""
-        key = tuple(getattr(flags, name) for name in ENGINE)
+        key = Setup.of(flags)
         if key not in self.engines:
             engine = load_for(flags)
             engine.quiet = True
@@ -210,7 +205,7 @@ def check_names(settings: Settings, paths: dict[tuple[str, str], str]) -> None:
     """Raises Mistake where two files of a sweep share a name, by which pictures are known."""
     for (flag, name), path in file_paths(settings).items():
         if paths.setdefault((flag, name), path) != path:
-            raise Mistake(flag, path, f"is called as {paths[flag, name]} is; rename one of them")
+            raise Mistake(flag, path, f"is called as {verbatim(paths[flag, name])} is; rename one of them")
 
 
 def file_paths(settings: Settings) -> dict[tuple[str, str], str]:
@@ -221,19 +216,18 @@ def file_paths(settings: Settings) -> dict[tuple[str, str], str]:
 
 def command(settings: Settings, raw: Flags) -> list[str]:
     """The words of the command that makes a picture of these settings, but for prompt and seed."""
-    usual = {field.name: field.default for field in fields(Settings)}
+    values, model = settings.asdict(), model_row(settings.model)
     words = ["python", "sd3_infer.py", f"--model={settings.model}"]
-    for name in ("sampler", "steps", "cfg", "shift", "width", "height"):
-        words.append(f"--{name}={getattr(settings, name)}")
-    for name, value in settings.asdict().items():
-        skipped = ("prompt", "seed", "model", "skip_layer", "sampler", "steps", "cfg", "shift", "width", "height")
-        if name in skipped or value == usual[name]:
-            continue
-        words.append(f"--{name}={','.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
+    words += [f"--{name}={values[name]}" for name in DECIDED_BY_MODEL]
+    for name, row in IMAGE_ROWS.items():
+        implied = name in ("prompt", "seed", "model", *DECIDED_BY_MODEL) or row.field or values[name] == row.default
+        if not implied:
+            value = values[name]
+            words.append(f"--{name}={','.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
     if not settings.vae_tile:  # the flag's default is auto
         words.append("--vae_tile=off")
     words += [f"--{name}={path}" for name in TEXT_FILES if (path := getattr(raw, name))]
-    if settings.skip_layer is not None and settings.skip_layer == SKIP_LAYERS.get(model_key(settings.model)):
+    if settings.skip_layer is not None and settings.skip_layer == model.skip_layer:
         words.append("--skip_layer_cfg")
     if settings.batch_size > 1:
         words.append("--pad_batch")

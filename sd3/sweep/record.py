@@ -11,7 +11,7 @@ from typing import Any
 
 from sd3 import writing
 from sd3.files import file_sha256
-from sd3.mistakes import Mistake, Where, display
+from sd3.mistakes import Mistake, Where, display, verbatim
 from sd3.reading import parse_json, reading
 from sd3.settings import TEXT_FILES, Settings, base_name
 from sd3.sweep.plan import Plan, file_paths
@@ -50,7 +50,7 @@ class SweepRecord:
         if not why:
             return cls(folder, values)
         if not (folder / "pictures").is_dir():
-            raise Mistake("out", folder, f"its {SWEEP} cannot be read ({why}); name a new folder")
+            raise Mistake("out", folder, f"its {SWEEP} cannot be read ({verbatim(why)}); name a new folder")
         say(f"note: {path}, line {line}: is damaged ({why}); the pictures say what they are, it is written anew")
         return cls(folder)
 
@@ -83,7 +83,7 @@ class SweepRecord:
                 continue
             with reading(Where("", path)):
                 if not _is_as_recorded(place, records.get(name, {})) and file_sha256(place) != hashes[name]:
-                    why = f"{display(path)} is not the file that this sweep began with; name another folder"
+                    why = f"{verbatim(display(path))} is not the file that this sweep began with; name another folder"
                     raise Mistake("out", self.folder, why)
 
     def _check_encoders(self, plan: Plan) -> None:
@@ -92,7 +92,8 @@ class SweepRecord:
             began.setdefault((role, record["name"]), set()).add(record["identity"])
         for role, now in itertools.chain.from_iterable(e.items() for e in plan.encoders):
             if now["identity"] not in began.get((role, now["name"]), {now["identity"]}):
-                why = f"the {role} in {now['name']} is not the one that this sweep began with; name another folder"
+                encoder = f"the {role} in {verbatim(now['name'])}"
+                why = f"{encoder} is not the one that this sweep began with; name another folder"
                 raise Mistake("out", self.folder, why)
 
     def write(self, plan: Plan, arguments: Collection[str], hashes: Mapping[str, str] | None = None) -> None:

@@ -23,8 +23,8 @@ HIDDEN = ("prompt", "seed")
 
 
 def cell(value: Any) -> Any:
-    """A value as a cell of a CSV file: a text that a spreadsheet would run as a formula begins with `'`, which marks it
-    as text there.
+    """A value as a cell of a CSV file. A text that a spreadsheet would run as a formula gets a `'` in front, which
+    marks it as text.
     """
     if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")):
         return f"'{value}"
@@ -129,8 +129,8 @@ class Report:
                 "seconds": round(self.seconds[p.id], 3) if p.id in self.seconds else None,
             }
             line |= {f"{self.score}: {k}": scores.get(p.id, {}).get(k) for k in kinds}
-            own = self.settings[p.variant]
-            line |= {n: v if v is None or isinstance(v, (str, int, float)) else json.dumps(v) for n, v in own.items()}
+            settings = self.settings[p.variant].items()
+            line |= {n: v if v is None or isinstance(v, (str, int, float)) else json.dumps(v) for n, v in settings}
             out.append(line)
         return out
 

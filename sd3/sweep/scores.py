@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from sd3.device import choose_device
-from sd3.mistakes import Missing, Mistake
+from sd3.mistakes import Missing, Mistake, verbatim
 from sd3.shapes.prompts import KINDS, Prompt, held_out_prompts, read_caption
 from sd3.shapes.scorer import interval, read_picture, score
 from sd3.sweep.grid import Grid
@@ -83,7 +83,9 @@ def clip_scorer(model: str | None, device: str = "auto") -> Scorer:
         tokenizer = CLIPTokenizerFast.from_pretrained(model, local_files_only=True)
         processor = CLIPImageProcessor.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise Mistake("clip_model", model, f"cannot be loaded ({' '.join(str(error).split())[:300]})") from None
+        raise Mistake(
+            "clip_model", model, f"cannot be loaded ({verbatim(' '.join(str(error).split())[:300])})"
+        ) from None
     place = choose_device(device)
     network = network.to(place)
     texts: dict[str, torch.Tensor] = {}
