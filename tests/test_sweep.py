@@ -77,10 +77,10 @@ def test_off_is_always_there_and_made_first():
     targets = {"residual_target_layers": "3,5,7; 4,8 ;none", "residual_weights": "each:0.3;each:0.6"}
     assert names(targets) == [
         ("off", None),
-        ("0:3,5,7:0.3", "off"),
-        ("0:3,5,7:0.6", "off"),
-        ("0:4,8:0.3", "off"),
-        ("0:4,8:0.6", "off"),
+        ("0:3,5,7:each:0.3", "off"),
+        ("0:3,5,7:each:0.6", "off"),
+        ("0:4,8:each:0.3", "off"),
+        ("0:4,8:each:0.6", "off"),
     ]
     assert names({"cfg": "2;3", "residual_target_layers": "3", "steps": "5"}) == [
         ("off, cfg 2", None),
@@ -99,7 +99,7 @@ prompt: [a red circle, "a star; or two"]
 seed: [0-2, 7]
 cfg: [2, 3]
 residual_target_layers: [3, 5, 7]
-residual_weights: [[0.3, 0.2, 0.1], 0.6]
+residual_weights: [[0.3, 0.2, 0.1], "each:0.6"]
 variants:
   gentle: {residual_target_layers: 2-7, residual_weights: "each:0.05", residual_mode: anchored}
   strong guidance: {cfg: 7}
@@ -113,9 +113,9 @@ variants:
         ("off, cfg 2", None),
         ("off, cfg 3", None),
         ("0:3,5,7:0.3,0.2,0.1, cfg 2", "off, cfg 2"),
-        ("0:3,5,7:0.6, cfg 2", "off, cfg 2"),
+        ("0:3,5,7:each:0.6, cfg 2", "off, cfg 2"),
         ("0:3,5,7:0.3,0.2,0.1, cfg 3", "off, cfg 3"),
-        ("0:3,5,7:0.6, cfg 3", "off, cfg 3"),
+        ("0:3,5,7:each:0.6, cfg 3", "off, cfg 3"),
         ("gentle, cfg 2", "off, cfg 2"),
         ("gentle, cfg 3", "off, cfg 3"),
         ("strong guidance", "off, cfg 2"),
