@@ -11,7 +11,7 @@ from pathlib import Path
 from sd3.diffusers_names import StoredAs
 from sd3.files import ENCODER_FOLDERS, ENCODER_PREFIX, ENCODERS, STEMS, WeightFile
 from sd3.mistakes import Missing, Mistake
-from sd3.models import FETCH, model_key
+from sd3.models import MODELS, model_key
 from sd3.weights import ModelTensors
 
 
@@ -48,10 +48,10 @@ def list_models(folder: str) -> str:
             seen.add(path.name)
         except (Mistake, OSError) as error:
             lines.append(f"  damaged  {error}")
-    for name, repository in FETCH.items():
+    for name, row in MODELS.items():
         if not any(s.startswith((name + ".safetensors", f"{name}_incl")) for s in seen):
             file = f"{name}.safetensors"
-            lines.append(f"  missing  {file}  hf download {repository} {file} --local-dir {place}")
+            lines.append(f"  missing  {file}  hf download {row.hub} {file} --local-dir {place}")
     for role, names in ENCODER_FILES.items():
         if role not in roles and not seen & set(names):
             get = fetch_encoder(role, place).removeprefix("get it with: ")

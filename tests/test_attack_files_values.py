@@ -24,12 +24,12 @@ import sd3.sweep.command
 import sd3_infer
 from sd3.files import ENCODER_FOLDERS, ENCODER_PREFIX, WeightFile
 from sd3.find import Fit, find_encoders, list_models
-from sd3.flags import Flags
 from sd3.mistakes import Missing, Mistake, Where, flag_name
 from sd3.pixels import open_image
 from sd3.prompts import read_prompts
 from sd3.reading import check_file, reading
 from sd3.residual import ResidualConfig
+from sd3.settings import Flags
 from sd3.sweep.grid import read_seeds, read_yaml
 from sd3.tokenizers import open_clip_tokenizer
 from sd3_infer import SD3Inferencer
@@ -349,7 +349,7 @@ def test_notes_are_notes_whatever_is_said_of_warnings(tmp_path):
         "    warnings.simplefilter(action)\n"
         "    sd3.pixels._TRANSPARENT.clear()\n"
         f"    look = lambda: sd3.pixels.open_image('init_image', {str(tmp_path / 'a.png')!r}, 8, 8)\n"
-        "    assert sd3.command.guarded(look, '') == 0\n"
+        "    assert sd3.command.execute(look, '') == 0\n"
     )
     got = python("-c", program)
     assert got.returncode == 0 and got.stderr.count("note: ") == 2 and "is transparent in places" in got.stderr

@@ -19,9 +19,9 @@ import sd3.probe.procrustes
 import sd3.sweep.command
 import sd3_infer
 from sd3.engine import load_for
-from sd3.flags import Flags
 from sd3.mistakes import Where
 from sd3.serve import Server
+from sd3.settings import Flags
 from sd3.sweep.folder import SweepFolder
 from sd3.unchanged import Changed, Unchanged, stamp
 from sd3_infer import SD3Inferencer

@@ -24,10 +24,9 @@ import sd3.weights
 import sd3.writing
 import sd3_infer
 from sd3.command import read_arguments
-from sd3.flags import Flags
 from sd3.models import SkipLayerConfig
 from sd3.prompts import folder_name, read_prompts
-from sd3.settings import Settings, resolve
+from sd3.settings import Flags, Settings, resolve
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 

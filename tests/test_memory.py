@@ -23,10 +23,9 @@ import sd3.sweep.command
 import sd3.sweep.work
 import sd3.weights
 import sd3_infer
-from sd3.flags import Flags
 from sd3.memory import OutOfMemory, explained, out_of_memory
 from sd3.run import RunRecord
-from sd3.settings import Settings
+from sd3.settings import Flags, Settings
 from sd3.streams import MOST_SAID, Once
 
 SMALL = f"--model {DEMO} --device cpu --steps 1 --width 32 --height 32 --dtype float32".split()

@@ -20,9 +20,8 @@ import sd3.png
 import sd3.probe.command
 import sd3.writing
 import sd3_infer
-from sd3.flags import Flags
 from sd3.run import RunRecord
-from sd3.settings import Settings
+from sd3.settings import Flags, Settings
 
 SMALL = f"--model {DEMO} --device cpu --steps 1 --width 32 --height 32 --dtype float32".split()
 

@@ -19,8 +19,8 @@ from PIL import Image
 
 import sd3_infer
 from sd3.engine import load_for
-from sd3.flags import Flags
 from sd3.serve import LONGEST_LINE, Server, lines_of, read_line, serve
+from sd3.settings import Flags
 
 RAW = {"model": str(DEMO), "device": "cpu", "dtype": "float32", "steps": "2", "width": "32", "height": "32"}
 GOOD = '{"prompt": "a red circle", "seed": 3}'

@@ -21,10 +21,9 @@ import sd3.self_check
 from mmditx import MMDiT, ModelCall, Reuse
 from sd3.embed_cache import EmbedCache
 from sd3.files import WeightFile
-from sd3.flags import Flags
 from sd3.offload import Offload
 from sd3.residual import ResidualConfig, residual_stream
-from sd3.settings import Settings
+from sd3.settings import Flags, Settings
 from sd3.vae import pieces
 from sd3_infer import SD3Inferencer, main
 

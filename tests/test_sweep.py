@@ -28,9 +28,8 @@ import sd3.png
 import sd3.sweep.command
 import sd3.weights
 import sd3_infer
-from sd3.flags import Flags
 from sd3.mistakes import Mistake
-from sd3.settings import digest_of
+from sd3.settings import Flags, digest_of
 from sd3.sweep.grid import Grid, read_seeds
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -116,7 +115,7 @@ prompt: [a red circle, "a star; or two"]
 seed: [0-2, 7]
 cfg: [2, 3]
 residual_target_layers: [3, 5, 7]
-residual_weights: [[0.3, 0.2, 0.1], each:0.6]
+residual_weights: [[0.3, 0.2, 0.1], "each:0.6"]
 variants:
   gentle: {residual_target_layers: 2-7, residual_weights: "each:0.05", residual_mode: anchored}
   strong guidance: {cfg: 7}

@@ -77,7 +77,13 @@ def test_prompts_are_rows_and_variants_columns(page, swept):
     assert page.locator("#progress").inner_text() == "30 of 30 pictures"
     assert page.locator(".side").all_inner_texts()[1:] == PROMPTS
     heads = page.locator(".row.head > div").all_inner_texts()[1:]
-    assert [h.split("\n")[0] for h in heads] == ["off", "0:3,5,7:0.1", "0:3,5,7:1.5", "0:4:0.1", "0:4:1.5"]
+    assert [h.split("\n")[0] for h in heads] == [
+        "off",
+        "0:3,5,7:each:0.1",
+        "0:3,5,7:each:1.5",
+        "0:4:each:0.1",
+        "0:4:each:1.5",
+    ]
     loaded = page.eval_on_selector(f"{cell(0, 0)} img", "i => i.decode().then(() => i.naturalWidth)")
     assert loaded == 96
 

@@ -12,8 +12,7 @@ from conftest import DEMO, TOKENIZERS
 from PIL import Image
 
 import sd3.sweep.command
-from sd3.flags import Flags
-from sd3.settings import Settings
+from sd3.settings import Flags, Settings
 from sd3.shapes.prompts import KINDS, draw, held_out_prompts, held_out_texts, read_caption
 from sd3.sweep.grid import Grid
 from sd3.sweep.plan import Plan, Planned

@@ -12,17 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sd3 import streams
-from sd3.command import guarded, read_arguments
-from sd3.flags import READERS
+from sd3.command import answer_early, execute, read_arguments
+from sd3.flags import READERS, names
 from sd3.mistakes import Mistake, nearest
-from sd3.probe.calibration import calibrate
-from sd3.probe.measuring import measure
-from sd3.probe.running import _ENGINE, _RUN
-from sd3.probe.suggesting import run_suggest
-from sd3.readers import range_int, read_bool, read_float, read_layers
+from sd3.readers import SWITCH, read_float, read_layers, whole
 from sd3.residual import ResidualConfig
 
-_SHARED = {name: READERS[name] for name in (*_ENGINE, *_RUN)} | {"prompts": READERS["model"]}
+_SHARED = {name: READERS[name] for name in names(also="probe")} | {"prompts": READERS["model"]}
 
 
 def _fraction(flag: str, value: Any) -> float:
@@ -34,20 +30,20 @@ COMMANDS: dict[str, dict[str, Callable[[str, Any], Any]]] = {
     | {name: reader for name, reader in READERS.items() if name.startswith("residual_")}
     | {
         "out": READERS["model"],
-        "origin": range_int(0, 10_000),
-        "timesteps": range_int(1, 1000),
-        "kept_prompts": range_int(2, 100_000),
-        "kept_tokens": range_int(16, 1_000_000),
-        "neighbours": range_int(1, 1000),
+        "origin": whole(0, 10_000),
+        "timesteps": whole(1, 1000),
+        "kept_prompts": whole(2, 100_000),
+        "kept_tokens": whole(16, 1_000_000),
+        "neighbours": whole(1, 1000),
     },
     "suggest": {"measurement": READERS["model"], "tolerance": _fraction},
     "calibrate": _SHARED
     | {
         "out": READERS["model"],
-        "origin": range_int(0, 10_000),
+        "origin": whole(0, 10_000),
         "targets": read_layers,
-        "buckets": range_int(1, 100),
-        "centre": read_bool,
+        "buckets": whole(1, 100),
+        "centre": SWITCH,
         "check_prompts": READERS["model"],
     },
 }
@@ -123,14 +119,18 @@ SMALLER = {
 
 @streams.command_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, see `sd3_infer.guarded`."""
+    """Runs the command line; returns the exit status, see `sd3.command.execute`."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or {"--help", "-h"} & set(arguments):
-        print(HELP)
-        return 0 if arguments else 2
+    status, read = answer_early(arguments, read_flags, lambda: HELP, bare=False)
+    if status is not None:
+        return status
+    # here: a mistake in the flags need not wait for torch
+    from sd3.probe.calibration import calibrate
+    from sd3.probe.measuring import measure
+    from sd3.probe.suggesting import run_suggest
 
     def work() -> None:
-        command, flags = read_flags(arguments)
+        command, flags = read
         {"measure": measure, "suggest": run_suggest, "calibrate": calibrate}[command](flags, print)
 
-    return guarded(work, SMALLER.get(arguments[0], SMALLER["measure"]))
+    return execute(work, SMALLER.get(arguments[0], SMALLER["measure"]))

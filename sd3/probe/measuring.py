@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from sd3 import writing
 from sd3.engine import Engine, residual_settings
-from sd3.flags import Flags
 from sd3.mistakes import Mistake
 from sd3.probe.running import Collector, Labelled, load, read_labelled, run_prompts
 from sd3.probe.suggesting import by_block, measures
 from sd3.readers import SEED_LIMIT
 from sd3.residual import ResidualConfig
+from sd3.settings import Flags
 from sd3.versions import versions
 from sd3_impls import flow_schedule
 

@@ -83,7 +83,7 @@ def identity(engine: Engine, prompts: Sequence[Labelled], values: Mapping[str, A
         "values": dict(values),
         "dtype": str(engine.dtype),
         "devices": [str(engine.device), str(engine.encoder_device)],
-        "engine": {name: getattr(engine, name) for name in ("no_t5", "weights", "offload", "compile")},
+        "engine": {name: getattr(engine.setup, name) for name in ("no_t5", "weights", "offload", "compile")},
         "seed": flags.get("seed", 0),
         "origin": flags["origin"],
         "targets": list(flags["targets"]),

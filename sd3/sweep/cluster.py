@@ -19,9 +19,8 @@ import mmditx
 import other_impls
 import sd3
 import sd3_impls
-from sd3.flags import Flags
 from sd3.mistakes import Mistake
-from sd3.settings import Settings
+from sd3.settings import Flags, Settings
 from sd3.sweep.grid import Grid
 from sd3.sweep.plan import Batch, Plan, make_plan
 from sd3.sweep.work import Done, Maker, Result, Text

@@ -12,9 +12,9 @@ from typing import Any
 from tqdm import tqdm
 
 from sd3 import streams
-from sd3.command import USER_ERRORS, fail, guarded, read_arguments
+from sd3.command import answer_early, execute, read_arguments
 from sd3.mistakes import Mistake
-from sd3.readers import range_int, read_bool, read_choice, read_filled, read_path
+from sd3.readers import SWITCH, read_choice, read_filled, read_path, whole
 from sd3.shapes.prompts import held_out_texts
 from sd3.sweep.grid import NO_PLACE, SWEPT, Grid, read_yaml
 from sd3.sweep.layouts import check_entries, read_entries
@@ -24,13 +24,13 @@ SCORERS = ("demo", "clip")
 OWN: dict[str, Callable[[str, Any], Any]] = {
     "out": read_path,
     "grid": read_path,
-    "dry_run": read_bool,
+    "dry_run": SWITCH,
     "score": lambda flag, value: read_choice(flag, value, SCORERS),
-    "per_kind": range_int(1, 10_000),
+    "per_kind": whole(1, 10_000),
     "clip_model": read_path,
     "layout": lambda flag, value: read_choice(flag, value, LAYOUTS),
     "ray": read_filled,
-    "cpus_per_worker": range_int(1, 10_000),
+    "cpus_per_worker": whole(1, 10_000),
 }
 HELP = """usage: sd3_sweep.py --out FOLDER [--flag value ...]
 
@@ -89,22 +89,25 @@ def read_grid(flags: dict[str, Any], raw: Mapping[str, str]) -> tuple[Grid, Any]
     return grid, entries
 
 
+def read_words(words: Sequence[str]) -> tuple[dict[str, Any], Grid, Any]:
+    """The sweep's own flags, its grid and, with --layout, its entries; raises Mistake."""
+    flags, raw = read_flags(words)
+    return flags, *read_grid(flags, raw)
+
+
 @streams.command_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 1 where pictures failed, else see `sd3_infer.guarded`."""
+    """Runs the command line; returns the exit status: 1 where pictures failed, else see `sd3.command.execute`."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or {"--help", "-h"} & set(arguments):
-        print(HELP)
-        return 0 if arguments else 2
-    try:
-        flags, raw = read_flags(arguments)
-        grid, entries = read_grid(flags, raw)  # before torch is imported: a mistake need not wait for it
-    except USER_ERRORS as error:
-        return fail(error)
-    from sd3.sweep.run import run
+    status, read = answer_early(arguments, read_words, lambda: HELP, bare=False)
+    if status is not None:
+        return status
+    from sd3.sweep.run import run  # here: a mistake in the flags need not wait for torch
+
+    flags, grid, entries = read
 
     failed: list[int] = []
-    status = guarded(
+    status = execute(
         lambda: failed.append(run(flags, grid, entries, arguments, print, say)), "--width, --height or --batch_size"
     )
     return status or int(bool(failed and failed[0]))

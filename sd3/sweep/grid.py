@@ -11,29 +11,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sd3.flags import DEFAULT_SEED, MOST_PICTURES, READERS, Flags, check_flag
+from sd3.flags import DEFAULT_SEED, FLAGS, MOST_PICTURES, READERS, check_flag
 from sd3.mistakes import Mistake, Where, display
 from sd3.prompts import read_jsonl, read_prompts
 from sd3.readers import SEED_LIMIT, read_float, read_int, read_layers, read_list, read_path, read_text
 from sd3.reading import check_file, reading
-from sd3.settings import base_name
+from sd3.settings import Flags, base_name
 
-NO_PLACE = {
-    "out_dir": "use `out`",
-    "postfix": "use `out`",
-    "seed_type": "name the seeds, such as `seed` 0-3",
-    "num_images": "name the seeds, such as `seed` 0-3",
-    "pad_batch": "batches are always filled up",
-    "no_metadata": "finished pictures are known by their settings",
-    "replay": "that is for sd3_infer.py",
-    "serve_stdin": "that is for sd3_infer.py",
-    "self_check": "that is for sd3_infer.py",
-    "list_models": "that is for sd3_infer.py",
-    "verbose": "log.jsonl has it all",
-}
+NO_PLACE = {name: row.sweep for name, row in FLAGS.items() if row.sweep}
 SWEPT = {name: reader for name, reader in READERS.items() if name not in NO_PLACE}
 WHOLE = ("prompt", "negative_prompt", "seed")  # `;` has no meaning in these
-LISTS = ("residual_target_layers", "residual_weights")
+LISTS = tuple(name for name, row in FLAGS.items() if row.read.kind in ("layers", "weights"))
 MOST_SEEDS = MOST_PICTURES
 OFF = "off"
 

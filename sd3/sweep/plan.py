@@ -9,16 +9,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sd3.engine import Engine, load_for, plan_for
-from sd3.flags import Flags
+from sd3.flags import names
 from sd3.mistakes import Mistake
-from sd3.models import SKIP_LAYERS, model_key
-from sd3.settings import FILE_SETTINGS, TEXT_FILES, Settings, earlier_digest
+from sd3.models import model_row
+from sd3.settings import FILE_SETTINGS, TEXT_FILES, Flags, Settings, earlier_digest
 from sd3.sweep.grid import Grid, Variant
 
-ENGINE = (
-    "model", "vae", "controlnet_ckpt", "model_folder", "clip_l", "clip_g", "t5xxl", "device", "text_encoder_device",
-    "dtype", "no_t5", "t5_resident", "embed_cache", "weights", "compile", "offload",
-)  # fmt: skip
+ENGINE = names("load")  # variants that share these share an engine
 SHORT = 20  # letters of a digest in a file's name
 
 
@@ -181,8 +178,8 @@ class _Planner:
     def notes(self) -> list[str]:
         """Lines for the shell; flags without effect are named once, with the variants."""
         out = list(self.lines)
-        for note, names in self.without_effect.items():
-            where = names[0] if len(names) == 1 else f"{len(names)} of {len(self.grid.variants)} variants"
+        for note, variants in self.without_effect.items():
+            where = variants[0] if len(variants) == 1 else f"{len(variants)} of {len(self.grid.variants)} variants"
             out.append(f"{note} ({where})")
         return out
 
@@ -233,7 +230,7 @@ def command(settings: Settings, raw: Flags) -> list[str]:
     if not settings.vae_tile:  # the flag's default is auto
         words.append("--vae_tile=off")
     words += [f"--{name}={path}" for name in TEXT_FILES if (path := getattr(raw, name))]
-    if settings.skip_layer is not None and settings.skip_layer == SKIP_LAYERS.get(model_key(settings.model)):
+    if settings.skip_layer is not None and settings.skip_layer == model_row(settings.model).skip_layer:
         words.append("--skip_layer_cfg")
     if settings.batch_size > 1:
         words.append("--pad_batch")

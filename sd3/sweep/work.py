@@ -12,11 +12,10 @@ from torch import Tensor
 
 from sd3 import png
 from sd3.engine import in_groups, load_for
-from sd3.flags import Flags
 from sd3.memory import OutOfMemory, one_line, out_of_memory
 from sd3.pixels import open_images
 from sd3.run import MadeWith
-from sd3.settings import FILE_SETTINGS, Settings
+from sd3.settings import FILE_SETTINGS, Flags, Settings
 from sd3.sweep.plan import Batch, Plan
 from sd3.unchanged import Changed
 
