@@ -138,8 +138,8 @@ class ResidualConfig:
             raise Mistake("schedule", self.schedule, why)
 
     def as_file(self, folder: str | Path = ".") -> dict[str, Any]:
-        """What a file in `folder` holds, ready for JSON: the fields (a rotation file as seen from there) and the version,
-        see `read_fields`.
+        """What a file in `folder` holds, ready for JSON: the fields, a rotation file relative to the folder, and this
+        tool's version, see `read_fields`.
         """
         values = dataclasses.asdict(self)
         if self.rotations is not None:

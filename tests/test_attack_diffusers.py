@@ -46,6 +46,6 @@ def test_off_as_it_is_said_elsewhere(pipe, transformer):  # noqa: F811
 
 @pytest.mark.parametrize("bad", [5, 0, {"a": 1}, torch.eye(3), True, "", b"x"])
 def test_rotations_that_are_neither_rotations_nor_a_path(pipe, transformer, bad):  # noqa: F811
-    with pytest.raises(ValueError, match="^rotations"):
+    with pytest.raises(ValueError, match=r"^rotations"):
         apply_residual(pipe, ALIGNED, bad)
     assert not hasattr(transformer, "_diffusers_hook")

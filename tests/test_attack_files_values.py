@@ -349,7 +349,7 @@ def test_notes_are_notes_whatever_is_said_of_warnings(tmp_path):
         "    warnings.simplefilter(action)\n"
         "    sd3.pixels._TRANSPARENT.clear()\n"
         f"    look = lambda: sd3.pixels.open_image('init_image', {str(tmp_path / 'a.png')!r}, 8, 8)\n"
-        "    assert sd3.command.guarded(look, '') == 0\n"
+        "    assert sd3.command.execute(look, '') == 0\n"
     )
     got = python("-c", program)
     assert got.returncode == 0 and got.stderr.count("note: ") == 2 and "is transparent in places" in got.stderr

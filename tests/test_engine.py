@@ -12,10 +12,10 @@ from conftest import relative
 from PIL import Image
 
 import sd3_impls
-from sd3.flags import Flags, picture_seeds
 from sd3.models import SkipLayerConfig
 from sd3.pixels import check_finite, to_image
 from sd3.residual import ResidualConfig
+from sd3.settings import Flags, picture_seeds
 from sd3_impls import Conditioning, Denoiser
 from sd3_infer import SD3Inferencer
 

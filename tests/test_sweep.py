@@ -115,7 +115,7 @@ prompt: [a red circle, "a star; or two"]
 seed: [0-2, 7]
 cfg: [2, 3]
 residual_target_layers: [3, 5, 7]
-residual_weights: [[0.3, 0.2, 0.1], each:0.6]
+residual_weights: [[0.3, 0.2, 0.1], "each:0.6"]
 variants:
   gentle: {residual_target_layers: 2-7, residual_weights: "each:0.05", residual_mode: anchored}
   strong guidance: {cfg: 7}

@@ -37,14 +37,14 @@ from mmditx import mixed, schedule_factor
 from sd3.command import read_arguments
 from sd3.device import choose_device
 from sd3.engine import NotLoaded
-from sd3.flags import MOST_PICTURES, READERS, Flags, picture_seeds
+from sd3.flags import MOST_PICTURES, READERS
 from sd3.mistakes import display
 from sd3.models import SkipLayerConfig
 from sd3.prompts import folder_name, read_jsonl, read_lines, read_prompts
 from sd3.readers import SEED_LIMIT, read_layers
 from sd3.replay import Replay
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, build_residual_config
-from sd3.settings import Settings
+from sd3.settings import Flags, Settings, picture_seeds
 from sd3.sweep.grid import MOST_SEEDS, Grid
 from sd3.sweep.report import cell
 from sd3_infer import SD3Inferencer

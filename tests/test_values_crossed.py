@@ -32,11 +32,11 @@ import sd3.serve
 import sd3.sweep.command
 import sd3.sweep.plan
 import sd3_infer
-from sd3.flags import READERS, Flags
+from sd3.flags import READERS
 from sd3.mistakes import Mistake, display, flag_name
 from sd3.models import SkipLayerConfig
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
-from sd3.settings import Settings
+from sd3.settings import Flags, Settings
 from sd3.sweep.grid import NO_PLACE
 from sd3_infer import SD3Inferencer
 
