@@ -294,6 +294,15 @@ def test_one_load_one_encoding_and_what_the_folder_holds(tmp_path, prompts, caps
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+def test_weights_for_all_targets_are_the_pictures_of_as_many_weights(tmp_path, prompts, capsys):
+    """Earlier versions recorded one number as one weight per target: their sweeps go on when it is spelled `each:`."""
+    arguments = [*QUICK, "--prompt", prompts, "--seed", "0", "--residual_target_layers", "3,5", "--residual_weights"]
+    assert sweep(tmp_path / "out", *arguments, "0.3,0.3") == 0
+    capsys.readouterr()
+    assert sweep(tmp_path / "out", *arguments, "each:0.3") == 0
+    assert "0 made, 6 were there, 0 failed" in capsys.readouterr().err
+
+
 def test_a_picture_does_not_depend_on_its_neighbours(tmp_path, prompts):
     assert sweep(tmp_path / "a", *QUICK, "--prompt", prompts, "--seed", "0-2", "--batch_size", 4) == 0
     assert sweep(tmp_path / "b", *QUICK, "--prompt", PROMPTS[1], "--seed", "2", "--batch_size", 4) == 0

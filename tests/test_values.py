@@ -301,7 +301,7 @@ def test_the_count_is_the_number_of_variants(cfgs, weights, targets, named):
     if targets:
         raw |= {
             "residual_target_layers": ";".join(targets),
-            "residual_weights": ";".join(f"0.{i}" for i in range(1, weights + 1)),
+            "residual_weights": ";".join(f"each:0.{i}" for i in range(1, weights + 1)),
         }
     axes = {n: alternatives(n, v) for n, v in raw.items()}
     variants = (
@@ -320,7 +320,7 @@ def test_seeds_and_prompts_of_a_grid_are_counted(tmp_path):
         Grid.read({"prompt": ["a", "b"], "seed": f"0-{MOST_SEEDS - 1}"})
     (tmp_path / "p.txt").write_text("a\n" * 50_000 + "b\n" * 50_001)
     assert len(Grid.read({"prompt": str(tmp_path / "p.txt"), "seed": "0-49999"}).prompts) == 2  # each once
-    with pytest.raises(ValueError, match="--num_images 50001: for 2 prompts these are 100,002 pictures"):
+    with pytest.raises(ValueError, match="num_images 50001: for 2 prompts these are 100,002 pictures"):
         Flags.read({"num_images": 50_001}).seeds(2)
 
 
@@ -619,7 +619,7 @@ def test_nested_lines_and_grids(tmp_path, monkeypatch, capsys):  # D8
     for name, line in (("deep.jsonl", 2), ("closed.jsonl", 1)):
         error = refused(sd3.sweep.command.main, ["--out", "o", "--prompt", name], capsys)
         assert f"--prompt {name}: line {line} is not of the form" in error
-        with pytest.raises(ValueError, match=f"--prompts {name}: line {line} is not of the form"):
+        with pytest.raises(ValueError, match=f"prompts {name}: line {line} is not of the form"):
             sd3.probe.running.read_labelled(name)
     Path("g.yaml").write_text("prompt: " + "[" * 20_000 + "]" * 20_000)
     Path("h.yaml").write_text("".join(" " * i + "a:\n" for i in range(2000)))
@@ -712,7 +712,7 @@ def test_the_probe_names_its_own_flags(tmp_path, monkeypatch, capsys):  # Y3, re
     assert "--out file/x" in refused(sd3.probe.command.main, ["measure", *base, "--out", "file/x"], capsys)
     words = ["calibrate", *base, "--targets", "3", "--out", "file/r.safetensors"]
     assert "--out file" in refused(sd3.probe.command.main, words, capsys)
-    for targets, told in (("3-99", "--targets 8: no such layer"), ("3,3", "--targets: 3 is there twice")):
+    for targets, told in (("3-99", "--targets 8: no such layer"), ("3,3", "--targets: layer 3 is listed twice")):
         words = ["calibrate", *base, "--out", "r.safetensors", "--targets", targets]
         error = refused(sd3.probe.command.main, words, capsys)
         assert told in error
@@ -851,9 +851,9 @@ def test_home(tmp_path, monkeypatch, capsys, engine):  # case 10
         assert READERS[flag](flag, "~/x") == str(tmp_path / "home" / "x")
         assert READERS[flag](flag, Path("~/x")) == str(tmp_path / "home" / "x")
         assert READERS[flag](flag, "x~/y") == "x~/y"
-    for readers in (sd3.sweep.command.OWN, *sd3.probe.command.COMMANDS.values()):
-        for flag in {"out", "grid", "clip_model", "prompts", "measurement", "check_prompts", "model"} & set(readers):
-            assert readers[flag](flag, "~/x") == str(tmp_path / "home" / "x")
+    for rows in (sd3.sweep.command.OWN, *sd3.probe.command.COMMANDS.values()):
+        for flag in {"out", "grid", "clip_model", "prompts", "measurement", "check_prompts", "model"} & set(rows):
+            assert rows[flag].read(flag, "~/x") == str(tmp_path / "home" / "x")
     (tmp_path / "home" / "p.txt").write_text("a star\n")
     base = ["--model", str(DEMO), "--device", "cpu", "--steps", "1", "--seed", "1"]
     assert sd3_infer.main([*base, "--prompt", "~/p.txt", "--out_dir=~/out", "--postfix", "_x"]) == 0

@@ -32,12 +32,11 @@ import sd3.serve
 import sd3.sweep.command
 import sd3.sweep.plan
 import sd3_infer
-from sd3.flags import READERS
+from sd3.flags import FLAGS, READERS
 from sd3.mistakes import Mistake, display, flag_name
 from sd3.models import SkipLayerConfig
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
-from sd3.settings import Flags, Settings
-from sd3.sweep.grid import NO_PLACE
+from sd3.settings import Flags, Settings, Setup
 from sd3_infer import SD3Inferencer
 
 LONG = "x" * 5000
@@ -83,25 +82,25 @@ def record(tmp_path_factory) -> dict[str, Any]:
 def planned(record) -> Iterator[list[Settings]]:
     """The pictures that were to be made last; engines of the same flags are loaded once."""
     pictures: list[Settings] = []
-    plan, load = SD3Inferencer.plan, sd3.engine.load_for
+    plan, load = sd3.engine.Engine.plan, sd3.engine.load_for
 
-    def noted(engine: SD3Inferencer, *args: Any, **values: Any) -> list[Settings]:
+    def noted(engine: sd3.engine.Engine, *args: Any, **values: Any) -> list[Settings]:
         made = plan(engine, *args, **values)
         pictures[:] = [dataclasses.replace(s, **engine.as_given) for s in made]  # those without effect too
         return made
 
-    loaded: dict[str, SD3Inferencer] = {}
+    loaded: dict[str, sd3.engine.Engine] = {}
 
-    def load_once(flags: Flags) -> SD3Inferencer:
-        key = repr([getattr(flags, name) for name in (*sd3.sweep.plan.ENGINE, "shift")])
+    def load_once(flags: Flags) -> sd3.engine.Engine:
+        key = repr((Setup.of(flags), flags.shift))
         if key not in loaded:
             loaded[key] = load(flags)
             loaded[key].quiet = True
         return loaded[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SD3Inferencer, "plan", noted)
-        patch.setattr(SD3Inferencer, "make", lambda engine, pictures, pad_batch=False: iter(()))
+        patch.setattr(sd3.engine.Engine, "plan", noted)
+        patch.setattr(sd3.engine.Engine, "make", lambda engine, pictures, pad_batch=False: iter(()))
         patch.setattr(sd3.engine, "load_for", load_once)
         patch.setattr(sd3.sweep.plan, "load_for", load_once)
         yield pictures
@@ -238,27 +237,29 @@ def test_flags_of_the_sweep_and_the_probe(tmp_path, monkeypatch):
     def sweep_door(flag: str, value: str) -> None:
         line_of(sd3.sweep.command.main, ["--out=o", "--prompt=a", "--dry_run", f"--model={DEMO}", f"--{flag}={value}"])
 
-    for name in sd3.sweep.command.OWN:
+    own = {name: row.read for name, row in sd3.sweep.command.OWN.items()}
+    for name in own:
         for text in TEXTS:
-            if name == "dry_run" and wanted_of(name, text, sd3.sweep.command.OWN)[0]:
+            if name == "dry_run" and wanted_of(name, text, own)[0]:
                 continue
             try:
                 sd3.sweep.command.read_flags(["--out=o", "--score=clip", "--ray=auto", f"--{name}={text}"])
-            except (ValueError, FileNotFoundError) as error:
-                assert f"--{name}" in str(error)
-                assert "\n" not in str(error)
+            except Mistake as mistake:
+                assert f"--{name}" in mistake.spelled(flag_name)
+                assert "\n" not in str(mistake)
             else:
-                assert wanted_of(name, text, sd3.sweep.command.OWN)[0]
-    for command, readers in sd3.probe.command.COMMANDS.items():
+                assert wanted_of(name, text, own)[0]
+    for command, rows in sd3.probe.command.COMMANDS.items():
+        readers = {name: row.read for name, row in rows.items()}
         needed = {"prompts": "p.txt", "targets": "3", "out": "r.safetensors", "measurement": "m.json"}
         for name in readers:
             for text in TEXTS:
                 words = {n: v for n, v in needed.items() if n in readers} | {name: text}
                 try:
                     _, flags = sd3.probe.command.read_flags([command, *(f"--{n}={v}" for n, v in words.items())])
-                except (ValueError, FileNotFoundError) as error:
-                    assert f"--{name}" in str(error), (command, name, text, error)
-                    assert "\n" not in str(error)
+                except Mistake as mistake:
+                    assert f"--{name}" in mistake.spelled(flag_name), (command, name, text, mistake)
+                    assert "\n" not in str(mistake)
                 else:
                     assert flags[name] == readers[name](name, text)
 
@@ -372,7 +373,7 @@ def test_yaml(planned, tmp_path, monkeypatch):
     # A list is a list of alternatives there and every number a text; what YAML cannot hold is left out.
     texts = [t for t in TEXTS if "\0" not in t and not any("\ud800" <= c <= "\udfff" for c in t) and ";" not in t]
     nested = [[[1, [2]]], [[["a"]]], {"a": 1}, [{"a": 1}], [[{}]]]
-    flags = [n for n in READERS if n not in NO_PLACE and n != "seed"]
+    flags = [n for n, row in FLAGS.items() if not row.sweep and n != "seed"]
     check(crossed(door, flags, [t for t in texts if t.strip() == t], settings_used(planned)))
     for flag in flags:
         for value in nested:
@@ -382,7 +383,7 @@ def test_yaml(planned, tmp_path, monkeypatch):
         if value in (str(10**30), "9" * 5000, "1,,2", "3-1", "", "nan", "zzz") or not isinstance(value, str):
             with pytest.raises(Told, match="--seed"):
                 door("seed", value)
-    for name in NO_PLACE:
+    for name in [n for n, row in FLAGS.items() if row.sweep]:
         with pytest.raises(Told, match=f"--{name}: has no place in a sweep"):
             door(name, "1")
 
