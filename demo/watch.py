@@ -18,6 +18,7 @@ from sd3.shapes.prompts import held_out_prompts
 from sd3.shapes.scenes import INVERSE, NORMAL, SIZE, SMALL, Scene, Thing, render, training_scene
 from sd3.shapes.scorer import Seen, holds, read_picture, score
 from sd3.sheet import tile
+from sd3_infer import SD3Inferencer
 
 COUNTS = {
     "position": 24,
@@ -72,8 +73,6 @@ def look(model: Path, folder: Path, seed: int = 9000, batch: int = 48, **values)
     """The share of right pictures by kind; `reversed`: of relations the other way round. Draws all of them to
     `FOLDER/watch/STEP.png`; values: as of `demo.score.sample`.
     """
-    from sd3_infer import SD3Inferencer
-
     started = time.time()
     engine = SD3Inferencer().load(str(model), device="cpu")
     engine.quiet = True
