@@ -2,4 +2,123 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from mmditx import ModelCall
+from sd3.engine import Engine, load_for
+from sd3.flags import names
+from sd3.mistakes import Mistake
+from sd3.prompts import read_jsonl, read_prompts
+from sd3.readers import read_path
+from sd3.settings import Flags, resolve
+
 GROUP = 64  # prompts whose encoded text is in memory at once
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A prompt and the labels that a linear probe should read off its tokens."""
+
+    prompt: str
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_labelled(path: str, flag: str = "prompts") -> list[Labelled]:
+    """Prompts of a .txt or .jsonl file, each once. Raises Mistake with the line's number."""
+    path = read_path(flag, path)
+    if not path.lower().endswith(".jsonl"):
+        if not path.lower().endswith(".txt"):
+            raise Mistake(flag, path, "must be a .txt or .jsonl file")
+        return [Labelled(p) for p in dict.fromkeys(read_prompts(path, flag)[0])]
+    form = '{"prompt": "...", "labels": {"shape": "star"}}'
+    out: dict[str, Labelled] = {}
+    for row in read_jsonl(flag, path, _is_labelled, form):
+        labels = {str(k): str(v) for k, v in (row.get("labels") or {}).items() if v is not None}
+        out.setdefault(row["prompt"], Labelled(row["prompt"], labels))
+    return list(out.values())
+
+
+def _is_labelled(row: dict[str, Any]) -> bool:
+    return isinstance(row["prompt"], str) and isinstance(row.get("labels") or {}, dict)
+
+
+def load(flags: Mapping[str, Any]) -> tuple[Engine, dict[str, Any]]:
+    """The engine for some flags, and the settings that its pictures share."""
+    given = {name: flags[name] for name in names(also="probe") if name in flags}
+    read = Flags(**given)
+    engine = load_for(read)
+    values, _ = resolve(read, engine.model_file.metadata)
+    return engine, values | {"negative_prompt": read.negative_prompt, "batch_size": read.batch_size}
+
+
+class Collector:
+    """A hook that hands over the text tokens of a model call: conditional rows, without padding."""
+
+    def __init__(
+        self,
+        masks: Sequence[Tensor],
+        wanted: Callable[[ModelCall], bool],
+        layers: Sequence[int],
+        use: Callable[[ModelCall, dict[int, list[Tensor]]], None],
+    ):
+        """masks: (T,) of each picture; wanted: whether a model call counts; layers: blocks whose incoming tokens are
+        handed to use(call, {layer: one (n, D) float32 per picture}) once the last of them is reached.
+        """
+        self.masks, self.wanted, self.use = masks, wanted, use
+        self.layers, self.last = frozenset(layers), max(layers)
+
+    def begin(self, at: ModelCall) -> Collector | None:
+        """Prepares for a model call; None for skip-layer calls, and steps that are not wanted."""
+        self.at, self.states = at, {}
+        return None if at.skip_layers or not self.wanted(at) else self
+
+    def __call__(self, i: int, context: Tensor) -> Tensor:
+        """context (B, T, D) enters block i; it is returned unchanged."""
+        if i in self.layers:
+            rows = context[self.at.cond]
+            masks = [m.to(rows.device) for m in self.masks]
+            self.states[i] = [row[mask].float() for row, mask in zip(rows, masks, strict=True)]
+            if i == self.last:
+                self.use(self.at, self.states)
+        return context
+
+
+def run_prompts(
+    engine: Engine,
+    jobs: Sequence[tuple[int, str, int]],
+    values: Mapping[str, Any],
+    collect: Callable[[Sequence[int], Sequence[Tensor]], Collector],
+    what: str,
+    done: Callable[[int], None] = lambda count: None,
+    before: int = 0,
+) -> None:
+    """Samples every (number, prompt, seed) in order, with a hook that `collect(numbers, masks)` gives for each batch.
+
+    `done(count)` after each batch. Text is encoded for `GROUP` prompts at a time and then dropped. before: how many
+    jobs at the start were done by an earlier run; batches are then those that one run would have had.
+    """
+    with tqdm(total=len(jobs), initial=before, desc=what, unit="prompt", disable=engine.quiet) as bar:
+        count = before
+        for start in range(before - before % GROUP, len(jobs), GROUP):
+            group = jobs[max(start, before) : start + GROUP]
+            plan = engine.plan([p for _, p, _ in group], [seed for _, _, seed in group], **values)
+            lengths = [engine.pair_length(s.prompt, s.negative_prompt) for s in plan]
+            wanted = [
+                pair for s, n in zip(plan, lengths, strict=True) for pair in ((s.prompt, n), (s.negative_prompt, n))
+            ]
+            engine.encode(wanted if values["cfg"] != 1 else wanted[::2])
+            for batch in engine.batches(plan):
+                places, settings = zip(*batch, strict=True)
+                masks = [engine.text_mask(s.prompt, lengths[place]) for place, s in batch]
+                collector = collect([group[place][0] for place in places], masks)
+                engine.sample(settings, what=what, hooks=[collector])
+                engine.files.check()  # what is measured is of the files that were opened
+                count += len(batch)
+                bar.update(len(batch))
+                done(count)
+            engine.forget_text()
