@@ -62,7 +62,7 @@ def clone(tmp_path_factory) -> Path:
     for pattern in CODE:
         for path in ROOT.glob(pattern):
             shutil.copy2(path, copy / path.name)
-    for name in ("demo", "sweep"):
+    for name in ("demo", "sd3"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "models").mkdir()
     (copy / "models" / "demo").symlink_to(ROOT / "models" / "demo")

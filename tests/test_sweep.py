@@ -166,7 +166,7 @@ BAD = [
     (["--prompt", "x", "--out_dir", "y"], "--out_dir: has no place in a sweep; use --out"),
     (["--prompt", "x", "--replay", "y.png"], "--replay: has no place in a sweep"),
     (["--prompt", "x", "--cfg", "2;-1"], "--cfg -1: must be from 0"),
-    (["--prompt", "x", "--cfg", "2;;3"], "--cfg : must be a number"),
+    (["--prompt", "x", "--cfg", "2;;3"], "--cfg: must be a number"),
     (["--prompt", "x", "--residual_target_layers", "1,2;3", "--residual_weights", "0.1,0.2"],
      "2 given for 1 target layers"),
     (["--prompt", "x", "--residual_target_layers", "1,2;3", "--residual_weights", "0.1"],

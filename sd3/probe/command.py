@@ -120,7 +120,9 @@ SMALLER = {
 @streams.command_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status, see `sd3.command.execute`."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments is None:
+        streams.begin()
+        arguments = sys.argv[1:]
     status, read = answer_early(arguments, read_flags, lambda: HELP, bare=False)
     if status is not None:
         return status

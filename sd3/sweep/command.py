@@ -98,7 +98,9 @@ def read_words(words: Sequence[str]) -> tuple[dict[str, Any], Grid, Any]:
 @streams.command_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 1 where pictures failed, else see `sd3.command.execute`."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments is None:
+        streams.begin()
+        arguments = sys.argv[1:]
     status, read = answer_early(arguments, read_words, lambda: HELP, bare=False)
     if status is not None:
         return status
