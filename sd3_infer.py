@@ -62,7 +62,7 @@ class SD3Inferencer(Engine):
         for name in others:
             if name not in FLAGS or FLAGS[name].scope != "load":
                 raise TypeError(f"load() has no parameter {name}")
-        devices = {name: value for name, value in given.items() if isinstance(value, torch.device)}
+        devices = {n: v for n, v in given.items() if FLAGS[n].read.kind == "device" and isinstance(v, torch.device)}
         read = read_values({name: value for name, value in given.items() if name not in devices})
         run_flags = read_values({"shift": shift, "verbose": verbose})
         self.open(Setup(**(read | devices)), run_flags.get("shift"), run_flags.get("verbose", False), load_tokenizers)

@@ -1,10 +1,5 @@
 """The same as `python -m sd3.probe`, for scripts that name this file."""
 
-from sd3 import streams
-
-if __name__ == "__main__":
-    streams.begin()  # first, so that a stop during imports is quiet
-
 from sd3.probe.command import main
 
 if __name__ == "__main__":

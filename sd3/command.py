@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from sd3 import streams
 from sd3.flags import READERS, check_flag
 from sd3.memory import OutOfMemory, one_line, out_of_memory
@@ -173,6 +171,8 @@ def _stop(*_: Any) -> None:
 
 def _note_once() -> Callable[..., None]:
     """Shows warnings as notes, each once: files are opened more than once."""
+    from tqdm import tqdm  # here: the help and a mistake in the flags need not wait for it
+
     first = streams.Once()
 
     def show(message: Any, *_: Any, **__: Any) -> None:

@@ -66,7 +66,7 @@ def told(capsys, main, *arguments) -> str:
     ],
 )
 def test_digits_with_an_underscore_are_no_number(flag, value):
-    with pytest.raises(ValueError, match=f"--{flag} "):
+    with pytest.raises(ValueError, match=f"{flag} "):
         Flags.read({flag: value})
 
 

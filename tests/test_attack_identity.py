@@ -24,6 +24,7 @@ import sd3.flags
 import sd3.png
 import sd3.run
 import sd3.serve
+import sd3.settings
 import sd3.streams
 import sd3.sweep.command
 import sd3.writing
@@ -336,9 +337,9 @@ def test_a_clock_that_goes_back_stops_no_record(tmp_path, monkeypatch):
 def test_the_command_of_a_whole_picture_says_so():
     engine = SD3Inferencer().load(str(DEMO), device="cpu", dtype="float32")
     (whole,) = engine.plan(["red"], [1], steps=2, width=96, height=96)
-    assert "--vae_tile=off" in command(whole, sd3.flags.Flags.read({}))
+    assert "--vae_tile=off" in command(whole, sd3.settings.Flags.read({}))
     tiled = dataclasses.replace(whole, width=512, vae_tile=128)
-    assert "--vae_tile=128" in command(tiled, sd3.flags.Flags.read({}))
+    assert "--vae_tile=128" in command(tiled, sd3.settings.Flags.read({}))
 
 
 # ---- served lines --------------------------------------------------------------------------------
@@ -376,5 +377,5 @@ def served(folder: Path, lines, **flags) -> list[dict]:
     raw = {"model": str(DEMO), "device": "cpu", "dtype": "float32", "steps": "2", "width": "96", "height": "96"}
     raw |= {"out_dir": str(folder / "served"), "serve_stdin": "True", **flags}
     answers: list[str] = []
-    sd3.serve.serve(sd3.flags.Flags.read(raw), raw, [json.dumps(line) for line in lines], answers.append)
+    sd3.serve.serve(sd3.settings.Flags.read(raw), raw, [json.dumps(line) for line in lines], answers.append)
     return [json.loads(answer) for answer in answers]

@@ -281,7 +281,7 @@ def test_a_separate_vae_and_a_model_without_one(tmp_path, small_model):
         shutil.copytree(TOKENIZERS / name, tmp_path / name)
     rest = {k: v for k, v in tensors.items() if not k.startswith("first_stage_model.")}
     save_file(rest, tmp_path / "bare.safetensors")
-    with pytest.raises(FileNotFoundError, match="holds no VAE; give one with --vae"):
+    with pytest.raises(FileNotFoundError, match="holds no VAE; give one with vae"):
         engine(tmp_path / "bare.safetensors")
     vae = engine(tmp_path / "bare.safetensors", vae=str(tmp_path / "sd3_vae.safetensors")).get_vae()
     assert torch.equal(vae.encoder.conv_in.weight, own["encoder.conv_in.weight"])

@@ -139,7 +139,7 @@ def test_a_planted_misplaced_weight_is_caught(small_model, where):
 
 def test_devices_and_dtypes_are_chosen_in_one_place(monkeypatch):
     assert choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match="cuda:99: is not available here; there is cpu"):
+    with pytest.raises(ValueError, match="cuda:99: not available; available devices: cpu"):
         choose_device("cuda:99")
     cuda = torch.device("cuda")
     for stored, dtype in (("F16", "float16"), ("BF16", "bfloat16"), ("F32", "float32"), ("F8_E4M3", "bfloat16")):

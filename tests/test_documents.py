@@ -62,7 +62,7 @@ def clone(tmp_path_factory) -> Path:
     for pattern in CODE:
         for path in ROOT.glob(pattern):
             shutil.copy2(path, copy / path.name)
-    for name in ("demo", "sweep"):
+    for name in ("demo", "sd3"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     (copy / "models").mkdir()
     (copy / "models" / "demo").symlink_to(ROOT / "models" / "demo")
@@ -152,3 +152,17 @@ def test_files_that_a_document_names_exist():
             assert target.is_file(), f"{path.name}: {target}"
         for name in re.findall(r"`((?:tests|benchmarks|sweep|demo)/\w+\.py)\b", text):
             assert (ROOT / name).is_file(), f"{path.name}: {name}"
+
+
+def test_a_fresh_clone_has_the_folders_of_weights_and_pictures():
+    try:
+        listed = subprocess.run(["git", "ls-files", "models", "outputs"], cwd=ROOT, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs git and the repository")
+    files = listed.stdout.decode().split()
+    assert {"models/README.md", "outputs/.gitkeep"} <= set(files)
+    assert {Path(name).parts[:2] for name in files} == {
+        ("models", "README.md"),
+        ("models", "demo"),
+        ("outputs", ".gitkeep"),
+    }

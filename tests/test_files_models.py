@@ -649,7 +649,7 @@ def test_t5_encoders_that_cannot_be_computed(tmp_path, whole):
 
 def test_t5_that_is_not_asked_for_is_said(tmp_path, small_model, capsys):
     SD3Inferencer().load(str(small_model), device="cpu", no_t5=True, t5xxl=str(small_model))
-    assert "note: --t5xxl is not used: --no_t5" in capsys.readouterr().err
+    assert "note: t5xxl is not used: no_t5" in capsys.readouterr().err
 
 
 def test_what_lies_in_a_models_folder_is_listed_whatever_it_is(tmp_path, whole):

@@ -123,7 +123,7 @@ def test_a_stop_during_imports_is_quiet(tmp_path, program, number, status):
 
 
 def test_an_ignored_interrupt_stays_ignored():
-    code = "import signal, shell_streams; sd3.streams.begin(); print(signal.getsignal(2) == signal.SIG_IGN)"
+    code = "import signal, sd3.streams; sd3.streams.begin(); print(signal.getsignal(2) == signal.SIG_IGN)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),

@@ -97,7 +97,7 @@ TARGETS = {"residual_target_layers": "3"}
 def test_numbers_are_bounded(flags, told):
     with pytest.raises(ValueError) as error:
         Flags.read(flags)
-    assert told in str(error.value)
+    assert told.replace("--", "") in str(error.value)
 
 
 def test_what_is_within_the_bounds_is_finite_where_it_is_used():
@@ -174,7 +174,7 @@ def test_lone_surrogates_in_files_and_lines(tmp_path, monkeypatch, capsys, engin
     assert "--prompt p.jsonl: line 2 cannot be written as UTF-8" in error
     Path("p.txt").write_bytes(b"good\nhalf \xed\xa0\x80 a pair\n")
     assert "--prompt p.txt: cannot be read as UTF-8" in refused(sd3_infer.main, ["--prompt", "p.txt"], capsys)
-    with pytest.raises(ValueError, match=r"--prompts p.jsonl: line 2 cannot be written as UTF-8"):
+    with pytest.raises(ValueError, match=r"prompts p.jsonl: line 2 cannot be written as UTF-8"):
         sd3.probe.running.read_labelled("p.jsonl")
     Path("g.yaml").write_text('prompt: "a \\ud800"\n')
     refused(sd3.sweep.command.main, ["--out", "o", "--grid", "g.yaml"], capsys)
@@ -187,7 +187,7 @@ def test_lone_surrogates_in_files_and_lines(tmp_path, monkeypatch, capsys, engin
         assert not answer["ok"]
         assert "cannot be written as UTF-8" in answer["error"]
     for prompts in ("\ud800", ["good", "\udcff"]):
-        with pytest.raises(ValueError, match=r"--prompt .*cannot be written as UTF-8"):
+        with pytest.raises(ValueError, match=r"prompt .*cannot be written as UTF-8"):
             engine.gen_image(prompts, out_dir="out")
     assert not Path("out").exists()
 
@@ -253,7 +253,7 @@ def test_skip_layer_guidance_checks_itself():
     assert config == SkipLayerConfig(2.0, 0.25, 1.0, (3, 4), 4.0)
     assert json.loads(json.dumps(dataclasses.asdict(config)))["layers"] == [3, 4]
     for values in ({"scale": math.nan}, {"scale": 1e5}, {"layers": "none"}, {"layers": {3: 1}}, {"cfg": -1}):
-        with pytest.raises(ValueError, match="--skip_layer_cfg"):
+        with pytest.raises(ValueError, match="skip_layer_cfg"):
             SkipLayerConfig(**{"scale": 2.0, "start": 0.0, "end": 1.0, "layers": (3,), "cfg": 4.0} | values)
 
 
@@ -330,7 +330,7 @@ def test_seeds_and_prompts_of_a_grid_are_counted(tmp_path):
         ("0-9999", "1 given for 10000 target layers"),  # N4
         (range(10_000), "1 given"),
         ("0-9999,0-9999", "names more than 10,000 layers"),
-        ("1,2-4999,4999", "4999 is there twice"),
+        ("1,2-4999,4999", "layer 4999 is listed twice"),
         ("1-20000", "a range counts up"),
         ("10000", "must be below 10000"),
         ([3, 10**30], "must be below 10000"),
@@ -340,7 +340,7 @@ def test_seeds_and_prompts_of_a_grid_are_counted(tmp_path):
 def test_many_layers(layers, told):
     with pytest.raises(ValueError) as error:
         ResidualConfig(0, layers, (1.0, 2.0) if told == "x" else ("linear:1:2" if "twice" in told else (1, 2)))
-    assert told.replace("1 given", "2 given") in str(error.value)
+    assert told.replace("--", "").replace("1 given", "2 given") in str(error.value)
 
 
 # ---- P: Python -----------------------------------------------------------------------------------
@@ -363,9 +363,9 @@ def test_a_config_keeps_what_was_read():
     assert ResidualConfig(0, (3,), branch="UNCOND").branch == "uncond"
     assert ResidualConfig(0, (3,), mode="ALIGNED", rotations=Path("r.pt")).rotations == "r.pt"
     for values in ({"branch": "half"}, {"origin": True}, {"targets": "3;5"}, {"weights": {1: 2}}, {"rotations": 5}):
-        with pytest.raises(ValueError, match="--residual_"):
+        with pytest.raises(ValueError, match="residual_"):
             ResidualConfig(**{"targets": (3,)} | values)
-    with pytest.raises(ValueError, match="--residual_branches: unknown flag; did you mean branch"):
+    with pytest.raises(ValueError, match="residual_branches: unknown flag; did you mean branch"):
         build_residual_config(0, 3, branches="cond")
 
 
@@ -433,7 +433,7 @@ def test_gen_image_refuses_before_weights_load(tmp_path, monkeypatch, values, to
     engine = SD3Inferencer().load(str(DEMO), device="cpu")
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         engine.gen_image(**{"prompts": ["a"], "out_dir": "out"} | values)
-    assert told in str(error.value)
+    assert told.replace("--", "") in str(error.value)
     assert not Path("out").exists()
 
 
@@ -470,12 +470,12 @@ def test_a_seed_means_that_seed_in_python(engine, tmp_path):
 def test_load_reads_its_arguments(values, told):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         SD3Inferencer().load(**{"model": str(DEMO)} | values)
-    assert told in str(error.value)
+    assert told.replace("--", "") in str(error.value)
 
 
 def test_load_keeps_what_was_read():
     engine = SD3Inferencer().load(DEMO, device="CPU", dtype="FP32", weights="INT8", no_t5="yes", shift="2")  # P7
-    assert (engine.dtype, engine.weights, engine.no_t5, engine.shift) == (torch.float32, "int8", True, 2.0)
+    assert (engine.dtype, engine.setup.weights, engine.setup.no_t5, engine.shift) == (torch.float32, "int8", True, 2.0)
     assert engine.device == torch.device("cpu")
     assert SD3Inferencer().load(DEMO, device=torch.device("cpu"), dtype=torch.float16).dtype == torch.float16
 
@@ -488,7 +488,7 @@ def test_an_engine_without_a_model_says_so(tmp_path):  # P9
     with pytest.raises(FileNotFoundError):
         broken.load(DEMO, device="cpu", vae="nothing.safetensors")  # the model was opened, the VAE is not there
     wrong = SD3Inferencer().load(DEMO, device="cpu")
-    with pytest.raises(ValueError, match="--weights"):
+    with pytest.raises(ValueError, match="weights"):
         wrong.load(DEMO, weights="int4")
     zeros = torch.zeros(1, 16, 4, 4)
     for one in (SD3Inferencer(), engine, broken, wrong):
@@ -541,7 +541,7 @@ def test_do_sampling_reads_its_arguments(small_engine):  # reading.md 7, 8, 14
         given = {"latent": one, "seed": 1, "conditioning": cond, "neg_cond": neg, "steps": 2, "cfg_scale": 2.0} | values
         with pytest.raises(ValueError) as error:
             small_engine.do_sampling(**given)
-        assert told in str(error.value)
+        assert told.replace("--", "") in str(error.value)
     plain = small_engine.do_sampling(one, 3, cond, neg, 2, 2.0, "euler")
     spelt = small_engine.do_sampling(one, np.int64(3), cond, neg, np.int32(2), "2", " EULER", denoise=1)
     assert torch.equal(plain, spelt)
@@ -553,7 +553,7 @@ def test_a_controlnet_and_its_picture_belong_together(small_model, tmp_path):  #
     control = small_model.parent / "control_8b.safetensors"
     engine = SD3Inferencer().load(small_model, device="cpu", dtype="float32", controlnet_ckpt=control)
     engine.quiet = True
-    with pytest.raises(ValueError, match="--controlnet_ckpt: needs --controlnet_cond_image"):
+    with pytest.raises(ValueError, match="controlnet_ckpt: needs controlnet_cond_image"):
         engine.gen_image("a", steps=1, out_dir=tmp_path / "out")
     Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "in.png")
     (path,) = engine.gen_image("a", steps=1, out_dir=tmp_path / "out", controlnet_cond_image=tmp_path / "in.png")
@@ -566,13 +566,13 @@ def test_a_controlnet_and_its_picture_belong_together(small_model, tmp_path):  #
         with pytest.raises(ValueError, match="no ControlNet is loaded"):
             call()
     for seed, image in (("x", Image.new("RGB", (64, 48))), (1, "in.png")):
-        with pytest.raises(ValueError, match=r"--seed x|picture of Pillow's"):
+        with pytest.raises(ValueError, match=r"seed x|picture of Pillow's"):
             plain.vae_encode(image, seed)
 
 
 def test_plan_wants_as_many_seeds_for_each_prompt(engine):
     for prompts, seeds in ((["a", "b"], [1, 2, 3]), (["a"], []), ([], [1])):
-        with pytest.raises(ValueError, match=r"--seed|--prompt"):
+        with pytest.raises(ValueError, match=r"seed|prompt"):
             engine.plan(prompts, seeds)
 
 
@@ -870,7 +870,7 @@ def test_home(tmp_path, monkeypatch, capsys, engine):  # case 10
 
 def test_a_device_is_read_where_it_is_chosen():
     for name in (["cpu"], {}, "meta", "cpu:0:1", "cuda:99999999999999999999"):
-        with pytest.raises(ValueError, match="--device"):
+        with pytest.raises(ValueError, match="device"):
             choose_device(name)
 
 
