@@ -25,10 +25,10 @@ import sd3.png
 import sd3.serve
 import sd3.sweep.command
 import sd3_infer
-from sd3.effects import effective, executed_steps, starts_from_noise
+from sd3.effects import executed_steps, starts_from_noise
 from sd3.models import SkipLayerConfig
 from sd3.residual import ResidualConfig
-from sd3.settings import Flags, Settings, earlier_digest
+from sd3.settings import Flags, Settings, earlier_digest, effective
 from sd3_impls import flow_schedule
 from sd3_infer import SD3Inferencer
 

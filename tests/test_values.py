@@ -301,7 +301,7 @@ def test_the_count_is_the_number_of_variants(cfgs, weights, targets, named):
     if targets:
         raw |= {
             "residual_target_layers": ";".join(targets),
-            "residual_weights": ";".join(f"0.{i}" for i in range(1, weights + 1)),
+            "residual_weights": ";".join(f"each:0.{i}" for i in range(1, weights + 1)),
         }
     axes = {n: alternatives(n, v) for n, v in raw.items()}
     variants = (
@@ -347,7 +347,9 @@ def test_many_layers(layers, told):
 
 
 def test_a_config_keeps_what_was_read():
-    config = ResidualConfig(np.int64(0), [3, "5"], "0.5", " Anchored", "EXP:2", "0.25", np.float32(1), "COND")  # P1, P3
+    config = ResidualConfig(
+        np.int64(0), [3, "5"], "each:0.5", " Anchored", "EXP:2", "0.25", np.float32(1), "COND"
+    )  # P1, P3
     assert config == ResidualConfig(0, (3, 5), (0.5, 0.5), "anchored", "exp:2.0", 0.25, 1.0, "cond")
     assert [type(v) for v in dataclasses.astuple(config)] == [
         int,
@@ -566,7 +568,7 @@ def test_a_controlnet_and_its_picture_belong_together(small_model, tmp_path):  #
         with pytest.raises(ValueError, match="no ControlNet is loaded"):
             call()
     for seed, image in (("x", Image.new("RGB", (64, 48))), (1, "in.png")):
-        with pytest.raises(ValueError, match=r"seed x|picture of Pillow's"):
+        with pytest.raises(ValueError, match=r"seed x|must be a PIL image"):
             plain.vae_encode(image, seed)
 
 
@@ -894,7 +896,7 @@ def test_reading_what_was_read_gives_the_same(flag, value):
     try:
         read = READERS[flag](flag, value)
     except ValueError as error:
-        assert str(error).startswith(f"--{flag}")
+        assert str(error).startswith(flag)
         assert "\n" not in str(error)
         str(error).encode()
         return
