@@ -55,6 +55,7 @@ class SD3Inferencer(Engine):
         others: further flags that decide what is loaded (`docs/flags.md`): device, dtype, no_t5, weights, ...
         Raises Mistake that names the file and what is wrong with it.
         """
+        self._forget()  # what was loaded before, also where this fails
         given = others | {
             "model": model, "vae": vae, "controlnet_ckpt": controlnet_ckpt, "model_folder": model_folder,
             "text_encoder_device": text_encoder_device,

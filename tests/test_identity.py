@@ -25,10 +25,11 @@ import sd3.png
 import sd3.serve
 import sd3.sweep.command
 import sd3_infer
-from sd3.effects import effective, executed_steps, starts_from_noise
+from sd3.effects import executed_steps, starts_from_noise
+from sd3.mistakes import flag_name, spell
 from sd3.models import SkipLayerConfig
 from sd3.residual import ResidualConfig
-from sd3.settings import Flags, Settings, earlier_digest
+from sd3.settings import Flags, Settings, earlier_digest, effective
 from sd3_impls import flow_schedule
 from sd3_infer import SD3Inferencer
 
@@ -91,7 +92,7 @@ def test_a_flag_without_effect_is_at_its_default_is_told_and_changes_nothing(eng
     assert shown != s
     assert shown.digest() != s.digest()
     assert len(notes) == bool(told)
-    assert all(told in note and note.startswith("note: ") for note in notes)
+    assert all(told in spell(note, flag_name) and note.startswith("note: ") for note in notes)
     assert effective(shown) == (shown, [])
     images = sd3.pixels.open_images([s])
     pictures = [engine.vae_decode(engine.sample([one], images), one.vae_tile) for one in (s, shown)]
@@ -132,7 +133,7 @@ def test_the_last_step_is_the_initial_picture_alone(engine, files):
 def test_a_control_picture_that_is_not_there_is_no_control():
     s, notes = effective(base(controlnet_ckpt="c.safetensors", controlnet_strength=0.3))
     assert s == base()
-    assert notes == ["note: the ControlNet has no effect without --controlnet_cond_image"]
+    assert notes == ["note: the ControlNet has no effect without `controlnet_cond_image`"]
 
 
 SHIFTS = st.floats(0.001, 1000) | st.integers(1, 100_000).map(lambda n: n / 100)

@@ -347,7 +347,9 @@ def test_many_layers(layers, told):
 
 
 def test_a_config_keeps_what_was_read():
-    config = ResidualConfig(np.int64(0), [3, "5"], "0.5", " Anchored", "EXP:2", "0.25", np.float32(1), "COND")  # P1, P3
+    config = ResidualConfig(
+        np.int64(0), [3, "5"], "each:0.5", " Anchored", "EXP:2", "0.25", np.float32(1), "COND"
+    )  # P1, P3
     assert config == ResidualConfig(0, (3, 5), (0.5, 0.5), "anchored", "exp:2.0", 0.25, 1.0, "cond")
     assert [type(v) for v in dataclasses.astuple(config)] == [
         int,
@@ -363,9 +365,9 @@ def test_a_config_keeps_what_was_read():
     assert ResidualConfig(0, (3,), branch="UNCOND").branch == "uncond"
     assert ResidualConfig(0, (3,), mode="ALIGNED", rotations=Path("r.pt")).rotations == "r.pt"
     for values in ({"branch": "half"}, {"origin": True}, {"targets": "3;5"}, {"weights": {1: 2}}, {"rotations": 5}):
-        with pytest.raises(ValueError, match="residual_"):
+        with pytest.raises(ValueError, match=next(iter(values))):
             ResidualConfig(**{"targets": (3,)} | values)
-    with pytest.raises(ValueError, match="residual_branches: unknown flag; did you mean branch"):
+    with pytest.raises(ValueError, match="branches: unknown; did you mean branch"):
         build_residual_config(0, 3, branches="cond")
 
 
@@ -566,7 +568,7 @@ def test_a_controlnet_and_its_picture_belong_together(small_model, tmp_path):  #
         with pytest.raises(ValueError, match="no ControlNet is loaded"):
             call()
     for seed, image in (("x", Image.new("RGB", (64, 48))), (1, "in.png")):
-        with pytest.raises(ValueError, match=r"seed x|picture of Pillow's"):
+        with pytest.raises(ValueError, match=r"seed x|must be a PIL image"):
             plain.vae_encode(image, seed)
 
 
@@ -894,7 +896,7 @@ def test_reading_what_was_read_gives_the_same(flag, value):
     try:
         read = READERS[flag](flag, value)
     except ValueError as error:
-        assert str(error).startswith(f"--{flag}")
+        assert str(error).startswith(flag)
         assert "\n" not in str(error)
         str(error).encode()
         return
