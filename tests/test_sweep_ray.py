@@ -63,7 +63,6 @@ def test_mistakes(tmp_path, arguments):
         assert [line[:6] for line in done.stderr.splitlines() if not line.endswith("on Ray")] == ["error:"]
 
 
-@pytest.mark.slow  # the driver ends before the kill since the move to sd3/: to be looked into next
 def test_two_workers_one_of_them_killed_make_the_same_pictures(tmp_path, arguments):
     subprocess.run(shell(tmp_path / "one", *arguments), check=True, capture_output=True, env=ENV)
     wanted = hashes(tmp_path / "one")
