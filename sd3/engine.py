@@ -49,7 +49,7 @@ from sd3.flags import DEFAULT_SEED, READERS, read_values
 from sd3.layers import can_pack, replace_linears
 from sd3.memory import explained
 from sd3.mistakes import Missing, Mistake, Where, flag_name, renaming, spell
-from sd3.models import SkipLayerConfig, fetch_model, read_skip_layer
+from sd3.models import SkipLayerConfig, fetch_model, model_path, read_skip_layer
 from sd3.offload import Offload
 from sd3.pixels import VAE_TILE, check_finite, open_images, to_image, unit_pixels
 from sd3.readers import read_list, read_text, read_tile
@@ -177,7 +177,7 @@ class Engine:
         shift: of images that name none. Raises Mistake that names the file and what is wrong with it.
         """
         self.setup = setup
-        model, vae, controlnet_ckpt = setup.model, setup.vae, setup.controlnet_ckpt
+        model, vae, controlnet_ckpt = model_path(setup.model), setup.vae, setup.controlnet_ckpt
         early = {Path(path): stamp(path) for path in (model, vae, controlnet_ckpt) if path}
         self.device = choose_device(setup.device)
         same = setup.text_encoder_device == "auto"

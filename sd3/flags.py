@@ -161,7 +161,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
 ),
 "model and text encoders": (
     load("model", FILE, "models/sd3_medium.safetensors",
-         "the .safetensors file with the MMDiT, or a folder in diffusers layout", always=True, also="probe"),
+         "the .safetensors file with the MMDiT, a folder in diffusers layout, or demo", always=True, also="probe"),
     load("vae", OPTIONAL_FILE, None, "a VAE file in place of the model's own", always=True, also="probe"),
     load("model_folder", OPTIONAL_FOLDER, None, "where text encoders and tokenizers are", pixels=False,
          usual="the model's folder, then models", also="probe"),

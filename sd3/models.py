@@ -13,6 +13,7 @@ from sd3.mistakes import Mistake, nearest
 from sd3.readers import read_float, read_layers, read_weight
 
 DEFAULT_SIZE = 1024  # pixels
+SHIPPED = "demo"
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,17 @@ MODELS = {
 }
 OTHER_MODEL = Model()
 CONTROLNET = Model(steps=60, cfg=3.5, sampler="euler")  # the released SD3.5 Large ControlNets
+
+
+def shipped_folder() -> Path:
+    """Where the small model that ships is: in a clone `models/demo`, in an installed package beside this file."""
+    clone = Path(__file__).parent.parent / "models" / "demo"
+    return clone if clone.is_dir() else Path(__file__).parent / "shipped"
+
+
+def model_path(model: str) -> str:
+    """The file or folder of a model: `demo` is the small one that ships, anything else a path."""
+    return str(shipped_folder() / f"{SHIPPED}.safetensors") if model == SHIPPED else model
 
 
 def model_key(model: str | Path) -> str:

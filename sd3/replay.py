@@ -19,7 +19,7 @@ from sd3 import png
 from sd3.files import ENCODERS
 from sd3.flags import FLAGS, READERS
 from sd3.mistakes import Missing, Mistake, display
-from sd3.models import SkipLayerConfig, read_skip_layer
+from sd3.models import SkipLayerConfig, read_skip_layer, shipped_folder
 from sd3.reading import parse_json
 from sd3.settings import FILE_SETTINGS, TEXT_FILES, Settings, base_name, effective
 from sd3.versions import versions
@@ -163,6 +163,7 @@ class Replay:
         models = Path(self._given("model_folder") or "models")
         yield from (self.path.parent / name, Path(name), models / name)
         yield from sorted(models.glob(f"*/{glob.escape(name)}"))
+        yield shipped_folder() / name
 
     def _records(self) -> Iterator[dict[str, Any]]:
         """The records of the run beside the picture, or in the folder above."""

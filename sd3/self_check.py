@@ -13,7 +13,6 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +24,13 @@ from sd3 import writing
 from sd3.device import device_record, memory_peak
 from sd3.engine import Engine, load_for
 from sd3.mistakes import Missing
-from sd3.models import SkipLayerConfig
+from sd3.models import SHIPPED, SkipLayerConfig, shipped_folder
 from sd3.residual import ResidualConfig
 from sd3.settings import Flags
 from sd3.versions import versions
 from sd3_impls import latent_in, seeded_noise
 
-MODEL = Path(__file__).parent.parent / "models" / "demo" / "demo.safetensors"
+MODEL = shipped_folder() / f"{SHIPPED}.safetensors"
 STORED = MODEL.parent / "self_check" / "float32.safetensors"
 CONTROLNET = MODEL.parent / "self_check" / "controlnet.safetensors"
 PROMPT, SEED, STEPS, CFG, SIDE = "a red circle left of a blue square", 7, 6, 2.5, 12
@@ -90,7 +89,7 @@ def check(flags: Flags) -> tuple[list[Row], Engine]:
     """Runs everything; raises Missing where the shipped model is not there."""
     for path in (MODEL, STORED, CONTROLNET):
         if not path.is_file():
-            raise Missing("self_check", "", f"{path} is missing; run it in a clone of the repository")
+            raise Missing("self_check", "", f"{path} is missing; install the package again")
     engine = load_for(flags)
     stored, rows = load_file(STORED), []
     for name, (run, steps) in results(engine).items():

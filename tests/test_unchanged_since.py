@@ -149,8 +149,9 @@ def write_files(files: Path, demo: Path) -> None:
     write_rotations(files, random)
     weights = {"residual_weights": torch.tensor([0.3, 0.1]), "origin_layer": 0, "target_layers": [4, 6]}
     torch.save(weights, files / "weights.pth")
-    one = {"residual_weights": 0.3, "origin_layer": 1, "target_layers": [3, 5, 7]}
-    (files / "one_number.json").write_text(json.dumps(one))  # as files of earlier versions may be
+    one = {"origin_layer": 1, "target_layers": [3, 5, 7], "residual_weights": [0.3], "mode": "add"}
+    one |= {"schedule": "constant", "start": 0.0, "end": 1.0, "branch": "both", "rotations": None}
+    (files / "one_number.json").write_text(json.dumps(one))  # every key and no version: earlier versions wrote it so
     for side in ("old", "new"):
         (files / side / "embeddings").mkdir(parents=True)  # neither side reads the other's
         for name, config in (("each.json", EACH), ("aligned.json", ALIGNED)):
@@ -404,7 +405,9 @@ def test_the_same_folder(checkouts, name):
             check_same(old / path, new / path)
     (place,) = {path.parent for path in paths}
     assert read_json(old / place / "run.json")["pictures"] == read_json(new / place / "run.json")["pictures"]
-    assert read_json(old / place / "residual.json") == read_json(new / place / "residual.json")
+    config = read_json(new / place / "residual.json")
+    assert config.pop("version")
+    assert read_json(old / place / "residual.json") == config
 
 
 # ---- old pictures --------------------------------------------------------------------------------
