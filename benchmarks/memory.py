@@ -24,13 +24,11 @@ import torch
 from random_weights import write_random
 from real_size import FILES, GB, ROOT, status
 
-import sd3.weights
-
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import to_diffusers
 
+import sd3.weights
 from mmditx import MMDiT, MMDiTConfig
 from sd3.engine import on_meta
 from sd3.files import MMDIT_PREFIX, VAE_PREFIX, WeightFile

@@ -16,15 +16,15 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import sd3.png
+from sd3.sweep.folder import SweepFolder
+from sd3.sweep.grid import Grid
+from sd3.sweep.plan import make_plan
+from sd3.sweep.report import Report
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import sd3.png  # noqa: E402
-from sd3.sweep.folder import SweepFolder  # noqa: E402
-from sd3.sweep.grid import Grid  # noqa: E402
-from sd3.sweep.plan import make_plan  # noqa: E402
-from sd3.sweep.report import Report  # noqa: E402
-
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync", "--no-first-run"]
 FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
 

@@ -18,14 +18,14 @@ from pathlib import Path
 import fire
 import torch
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from step import DTYPE, compare, inputs, seconds, weights_file  # noqa: E402
+from step import DTYPE, compare, inputs, seconds, weights_file
 
-from sd3_infer import SD3Inferencer  # noqa: E402
+from sd3_infer import SD3Inferencer
 
+ROOT = Path(__file__).parent.parent
 PROMPTS = [f"a {c} {s}" for c in ("red", "green", "blue", "yellow") for s in ("circle", "square", "star")]
 
 

@@ -30,14 +30,12 @@ import torch.nn.functional as F
 from random_weights import write_random
 from tqdm import tqdm
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mmditx import MMDiT  # noqa: E402
-from sd3.engine import on_meta  # noqa: E402
-from sd3_impls import seeded_noise  # noqa: E402
-from sd3_infer import SD3Inferencer  # noqa: E402
+from mmditx import MMDiT
+from sd3.engine import on_meta
+from sd3_impls import seeded_noise
+from sd3_infer import SD3Inferencer
 
 TOKENS = 154
 DTYPE = torch.bfloat16

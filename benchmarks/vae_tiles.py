@@ -23,14 +23,15 @@ import fire
 import torch
 from random_weights import write_random
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import sd3.weights  # noqa: E402
-from sd3.engine import on_meta  # noqa: E402
-from sd3.files import WeightFile  # noqa: E402
-from sd3.vae import OVERLAP, VAE, VAEConfig, pieces  # noqa: E402
-from sd3_infer import SD3Inferencer  # noqa: E402
+import sd3.weights
+from sd3.engine import on_meta
+from sd3.files import WeightFile
+from sd3.vae import OVERLAP, VAE, VAEConfig, pieces
+from sd3_infer import SD3Inferencer
+
+ROOT = Path(__file__).parent.parent
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -362,6 +362,39 @@ class Rows:
         self.batches = Batches(self.texts.lengths, self.data.kinds, more)
 
 
+def losses(
+    model: Flow,
+    rows: Rows,
+    empty: TextRows,
+    picked: Tensor,
+    length: int,
+    levels: tuple[float, float],
+    bfloat16: bool,
+    g: torch.Generator,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
+    """Of the scenes `picked`: the flow loss of each (B,), their noise levels (B,), the loss of what is where, the loss
+    of what the text says, and how often the latter is right. A tenth of the captions is left out. levels: mean and
+    spread of the noise levels.
+    """
+    batch = len(picked)
+    drop = torch.rand(batch, generator=g) < 0.1
+    ids, no_ids = rows.texts.ids(picked, length), empty.ids(torch.zeros(batch, dtype=torch.long), length)
+    ids = {k: torch.where(drop[:, None], no_ids[k], v) for k, v in ids.items()}
+    latent = rows.data.latents[picked].float()
+    noise = torch.randn(latent.shape, generator=g)
+    sigma = noise_levels(batch, *levels, g)
+    x = torch.lerp(latent, noise, sigma[:, None, None, None])
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        context, pooled = model.text(ids)
+        v = model.mmdit(x, 1000 * sigma, pooled, context)
+        where = model.where(model.middle)
+        says, right = model.text_loss(context, rows.data.spoken[picked] * ~drop[:, None], rows.data.facts[picked])
+    each = (v.float() - (noise - latent)).square().mean(dim=(1, 2, 3))
+    target = rows.data.classes[picked].float() / 255
+    seen = F.binary_cross_entropy_with_logits(where.float(), target, reduction="none").sum(-1).mean()
+    return each, sigma, seen, says, right
+
+
 def train(
     work: Path,
     captions: Captions,
@@ -387,43 +420,23 @@ def train(
     threads: int | None = None,
 ) -> None:
     """The training loop; arguments as in `demo.train.flow`."""
-    run = Training(captions, state, width, depth, seed)
-    run.sets = run.sets or count_sets(work)
-    if not run.sets:
-        raise ValueError(f"--work {work}: has no encoded scenes; run `python -m demo.train encode` first")
+    run = begin(work, captions, state, width, depth, seed)
     model, rows = run.model, Rows(captions, work, run.sets, more)
     empty = TextRows(captions, [""])
-    eager = nullcontext
     load_of = Load() if threads == 0 else None
     if threads:
         torch.set_num_threads(threads)
-    if compile:
-        torch._inductor.config.cpp.dynamic_threads = True
-        for module in (*model.mmdit.joint_blocks, *(getattr(model, name) for name in ENCODERS)):
-            module.compile(dynamic=False)
-        eager = lambda: torch.compiler.set_stance("force_eager")  # noqa: E731
+    eager = compiled(model) if compile else nullcontext
     log, means = Log(work / "log.jsonl", run.step), Means()
     saved = last = time.time()
     while run.spent < minutes * 60 and run.step < steps:
         g = draws(seed, run.step)
         length, picked = rows.batches.draw(batch, g)
-        drop = torch.rand(batch, generator=g) < 0.1
-        ids, no_ids = rows.texts.ids(picked, length), empty.ids(torch.zeros(batch, dtype=torch.long), length)
-        ids = {k: torch.where(drop[:, None], no_ids[k], v) for k, v in ids.items()}
-        latent = rows.data.latents[picked].float()
-        noise = torch.randn(latent.shape, generator=g)
-        sigma = noise_levels(batch, noise_mean, noise_spread, g)
-        x = torch.lerp(latent, noise, sigma[:, None, None, None])
         # Longer captions come in many lengths, each rare: compiling for each would cost more than it saves.
-        code = eager() if length > captions.positions else nullcontext()
-        with code, torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            context, pooled = model.text(ids)
-            v = model.mmdit(x, 1000 * sigma, pooled, context)
-            where = model.where(model.middle)
-            says, right = model.text_loss(context, rows.data.spoken[picked] * ~drop[:, None], rows.data.facts[picked])
-        each = (v.float() - (noise - latent)).square().mean(dim=(1, 2, 3))
-        target = rows.data.classes[picked].float() / 255
-        seen = F.binary_cross_entropy_with_logits(where.float(), target, reduction="none").sum(-1).mean()
+        with eager() if length > captions.positions else nullcontext():
+            each, sigma, seen, says, right = losses(
+                model, rows, empty, picked, length, (noise_mean, noise_spread), bfloat16, g
+            )
         (each.mean() + where_weight * seen + text_weight * says).backward()
         run.update(rate(run.step, run.fresh_from, decay_from, decay_to))
         run.step += 1
@@ -444,6 +457,23 @@ def train(
                 log.write({"step": run.step, "minutes": round(run.spent / 60, 2), "score": watch(work)})
             saved = last = time.time()
     save(work / "flow.pt", run.state())
+
+
+def begin(work: Path, captions: Captions, state: dict | None, width: int, depth: int, seed: int) -> Training:
+    """The training that goes on from `state`, with the sets of scenes that it had or, at the start, all that there are."""
+    run = Training(captions, state, width, depth, seed)
+    run.sets = run.sets or count_sets(work)
+    if not run.sets:
+        raise ValueError(f"--work {work}: has no encoded scenes; run `python -m demo.train encode` first")
+    return run
+
+
+def compiled(model: Flow) -> Callable[[], AbstractContextManager]:
+    """Compiles the blocks and the text encoders; what it returns makes a context in which they run as they are."""
+    torch._inductor.config.cpp.dynamic_threads = True
+    for module in (*model.mmdit.joint_blocks, *(getattr(model, name) for name in ENCODERS)):
+        module.compile(dynamic=False)
+    return lambda: torch.compiler.set_stance("force_eager")
 
 
 class Load:

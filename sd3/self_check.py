@@ -20,8 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from dit_embedder import ControlNet, ControlNetConfig
 from sd3 import writing
 from sd3.device import device_record, memory_peak
+from sd3.diffusers_names import RENAMES
 from sd3.engine import Engine, load_for
 from sd3.mistakes import Missing
 from sd3.models import SHIPPED, SkipLayerConfig, shipped_folder
@@ -126,8 +128,6 @@ def run(flags: Flags) -> bool:
 
 def write() -> None:
     """Makes the ControlNet and the stored results anew, in float32 on this CPU."""
-    from dit_embedder import RENAMES, ControlNet, ControlNetConfig
-
     engine = load_for(Flags.read({"model": str(MODEL), "device": "cpu", "dtype": "float32"}))
     base = engine.config
     config = ControlNetConfig(

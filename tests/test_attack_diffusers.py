@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import relative
+from helpers import relative
 
 from sd3.residual import ResidualConfig, build_residual_config
 
-diffusers = pytest.importorskip("diffusers")
-from test_residual_diffusers import SHIFT, ours, pipe, theirs, transformer  # noqa: E402, F401
+pytest.importorskip("diffusers")
 
-from sd3.diffusers_hooks import apply_residual  # noqa: E402
+import diffusers
+from test_residual_diffusers import SHIFT, ours, pipe, theirs, transformer  # noqa: F401
+
+from sd3.diffusers_hooks import apply_residual
 
 ALIGNED = ResidualConfig(1, (2,), (0.3,), mode="aligned")
 

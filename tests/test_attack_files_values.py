@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, ROOT, TOKENIZERS
+from helpers import DEMO, ROOT, TOKENIZERS
 from safetensors.torch import load_file, save_file
 
 import sd3.command

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import to_diffusers
 import torch
-from conftest import DEMO, TOKENIZERS, mmdit_config, modules
+from helpers import DEMO, TOKENIZERS, mmdit_config, modules
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, TOKENIZERS
+from helpers import DEMO, TOKENIZERS
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

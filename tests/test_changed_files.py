@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, TOKENIZERS, mmdit_config, modules, tensors_of
+from helpers import DEMO, TOKENIZERS, mmdit_config, modules, tensors_of
 from PIL import Image
 from safetensors.torch import save_file
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import T5_SMALL, TOKENIZERS, controlnet_tensors, mmdit_config, modules, randomise, relative, tensors_of
+from helpers import T5_SMALL, TOKENIZERS, controlnet_tensors, mmdit_config, modules, randomise, relative, tensors_of
 from safetensors.torch import load_file, save_file
 
 import sd3.weights

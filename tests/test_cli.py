@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, ROOT
+from helpers import DEMO, ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 

@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, ROOT
+from helpers import DEMO, ROOT
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 

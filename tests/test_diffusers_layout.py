@@ -8,7 +8,7 @@ import shutil
 import pytest
 import to_diffusers
 import torch
-from conftest import TOKENIZERS, mmdit_config, modules, tensors_of
+from helpers import TOKENIZERS, mmdit_config, modules, tensors_of
 from safetensors.torch import load_file, save_file
 
 from sd3.files import MMDIT_PREFIX, TRANSFORMER, VAE_PREFIX, WeightFile

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import relative
+from helpers import relative
 from PIL import Image
 
 import sd3_impls
@@ -230,7 +230,7 @@ def test_pixels_are_truncated_and_nan_is_refused():
 
 
 def test_t5_streams_as_it_runs_whole(small_model):
-    from conftest import modules
+    from helpers import modules
 
     from sd3.files import ENCODER_PREFIX
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import to_diffusers
 import torch
-from conftest import CLIP_L, T5_SMALL, TOKENIZERS, controlnet_tensors, mmdit_config, modules, randomise, relative
+from helpers import CLIP_L, T5_SMALL, TOKENIZERS, controlnet_tensors, mmdit_config, modules, randomise, relative
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 

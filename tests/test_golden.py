@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import relative
+from helpers import relative
 from safetensors.torch import load_file
 
 from dit_embedder import ControlNet, ControlNetConfig

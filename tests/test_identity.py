@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, TOKENIZERS, controlnet_tensors, modules, tensors_of
+from helpers import DEMO, TOKENIZERS, controlnet_tensors, modules, tensors_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image

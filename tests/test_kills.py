@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, ROOT
+from helpers import DEMO, ROOT
 from PIL import Image
 from safetensors.torch import load_file
 

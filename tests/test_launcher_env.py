@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from test_launcher import VARIABLES, echo, launch, passed  # noqa: F401
 
 ENV = {k: v for k, v in os.environ.items() if k not in (*VARIABLES, "PYTHON")}

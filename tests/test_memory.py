@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, ROOT
+from helpers import DEMO, ROOT
 from PIL import Image
 
 import sd3.engine

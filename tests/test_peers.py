@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import to_diffusers
 import torch
-from conftest import CLIP_G, CLIP_L, T5_SMALL, mmdit_config, randomise, relative
+from helpers import CLIP_G, CLIP_L, T5_SMALL, mmdit_config, randomise, relative
 
 from dit_embedder import ControlNet, ControlNetConfig
 from mmditx import MMDiT

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, relative
+from helpers import DEMO, ROOT, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

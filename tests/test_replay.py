@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, controlnet_tensors
+from helpers import DEMO, controlnet_tensors
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_cli import pictures, settings_of, text_of

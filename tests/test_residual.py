@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import mmdit_config, randomise, relative
+from helpers import mmdit_config, randomise, relative
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 

@@ -7,15 +7,18 @@ import inspect
 import pytest
 import to_diffusers
 import torch
-from conftest import mmdit_config, randomise, relative
+from helpers import mmdit_config, randomise, relative
 
 from mmditx import MMDiT
 from sd3.residual import ResidualConfig, residual_stream
 from sd3.rotations import Rotations
 from sd3_impls import Conditioning, Denoiser, flow_schedule, guided_sampling, start_noise
 
-diffusers = pytest.importorskip("diffusers")
-from sd3.diffusers_hooks import apply_residual  # noqa: E402
+pytest.importorskip("diffusers")
+
+import diffusers
+
+from sd3.diffusers_hooks import apply_residual
 
 CONFIG = mmdit_config(mlp_width=512, dual_layers=frozenset({0}), depth=5)
 OURS = randomise(MMDiT(CONFIG), 31)

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from conftest import mmdit_config, randomise, relative
+from helpers import mmdit_config, randomise, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file

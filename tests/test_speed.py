@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO, ROOT, mmdit_config, randomise, relative
+from helpers import DEMO, ROOT, mmdit_config, randomise, relative
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import DEMO
+from helpers import DEMO
 from PIL import Image
 from test_sweep import results
 

@@ -11,7 +11,7 @@ import time
 
 import psutil
 import pytest
-from conftest import DEMO
+from helpers import DEMO
 from test_sweep import PROMPTS, hashes, log, results, shell, sweep
 
 pytest.importorskip("ray")

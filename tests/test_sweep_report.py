@@ -7,7 +7,7 @@ import shlex
 import shutil
 
 import pytest
-from conftest import DEMO
+from helpers import DEMO
 from PIL import Image
 
 import sd3.sweep.command

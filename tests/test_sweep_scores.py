@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO, TOKENIZERS
+from helpers import DEMO, TOKENIZERS
 from PIL import Image
 
 import sd3.sweep.command

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import DEMO, TOKENIZERS
+from helpers import DEMO, TOKENIZERS
 from hypothesis import given
 from hypothesis import strategies as st
 

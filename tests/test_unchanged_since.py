@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, controlnet_tensors, mmdit_config, modules, tensors_of
+from helpers import ROOT, controlnet_tensors, mmdit_config, modules, tensors_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import DEMO
+from helpers import DEMO
 from PIL import Image
 
 import sd3.engine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import mmdit_config, randomise, relative
+from helpers import mmdit_config, randomise, relative
 
 from mmditx import MMDiT
 from sd3.engine import on_meta
