@@ -460,7 +460,7 @@ def train(
 
 
 def begin(work: Path, captions: Captions, state: dict | None, width: int, depth: int, seed: int) -> Training:
-    """The training that goes on from `state`, with the sets of scenes that it had or, at the start, all that there are."""
+    """The training that goes on from `state`, with the sets of scenes that it had (at the start all)."""
     run = Training(captions, state, width, depth, seed)
     run.sets = run.sets or count_sets(work)
     if not run.sets:

@@ -33,21 +33,29 @@ def begin(read: Callable[[Sequence[str]], Values], help_text: Callable[[], str],
     """The words of the process, read: first thing of a program, before torch is imported.
 
     Ends the process on --help, --version and a mistake in the words. bare: whether no words at all are fine, else the
-    help is shown. Asks torch, which looks once, for large pages: most of the time that loading takes on a CPU is for
-    pages.
+    help is shown.
     """
-    streams.begin()
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    status, values = answer_early(sys.argv[1:], read, help_text, bare)
+    status, values = answer_early(None, read, help_text, bare)
     if status is not None:
         sys.exit(status)
     return values
 
 
 def answer_early(
-    words: Sequence[str], read: Callable[[Sequence[str]], Values], help_text: Callable[[], str], bare: bool = True
+    words: Sequence[str] | None,
+    read: Callable[[Sequence[str]], Values],
+    help_text: Callable[[], str],
+    bare: bool = True,
 ) -> tuple[int | None, Values]:
-    """The exit status where nothing but the words is needed for the answer (else None), and what they say."""
+    """The exit status where nothing but the words is needed for the answer (else None), and what they say.
+
+    words: None for those of the process, which is then a program; torch, which looks once, is asked for large pages:
+    most of the time that loading takes on a CPU is for pages.
+    """
+    if words is None:
+        streams.begin()
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        words = sys.argv[1:]
     with streams.bearing():
         if {"--help", "-h"} & set(words) or not (words or bare):
             print(help_text())

@@ -8,7 +8,6 @@ python -m sd3.probe calibrate --prompts prompts.txt --origin 1 --targets 2-22 --
 from __future__ import annotations
 
 import functools
-import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -113,9 +112,6 @@ def read(arguments: Sequence[str]) -> dict[str, Any]:
 @streams.command_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status, see `execute`."""
-    if arguments is None:  # as a program
-        streams.begin()
-        arguments = sys.argv[1:]
     status, request = answer_early(arguments, read, help_text, bare=False)
     if status is not None:
         return status

@@ -116,9 +116,6 @@ def read(arguments: Sequence[str]) -> dict[str, Any]:
 @streams.command_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 1 where pictures failed, else see `execute`."""
-    if arguments is None:  # as a program
-        streams.begin()
-        arguments = sys.argv[1:]
     status, request = answer_early(arguments, read, help_text, bare=False)
     if status is not None:
         return status
