@@ -12,7 +12,7 @@ from sd3 import command, help
 if __name__ == "__main__":
     words = command.begin(command.read_infer_flags, help.text)  # --help and mistakes end here: no torch is needed
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ import torch
 from sd3 import png, self_check, streams, writing
 from sd3.device import available_devices, choose_device, choose_dtype
 from sd3.engine import Engine, plan_for, read_residual, read_skip_layer_config, read_texts
-from sd3.flags import DEFAULT_DENOISE, FLAGS, read_values
-from sd3.mistakes import Mistake
+from sd3.flags import DEFAULT_DENOISE, FLAGS, names, read_values
+from sd3.mistakes import Mistake, nearest
 from sd3.models import SkipLayerConfig
 from sd3.readers import read_bool
 from sd3.replay import Replay
@@ -60,13 +60,10 @@ class SD3Inferencer(Engine):
             "model": model, "vae": vae, "controlnet_ckpt": controlnet_ckpt, "model_folder": model_folder,
             "text_encoder_device": text_encoder_device,
         }  # fmt: skip
-        for name in others:
-            if name not in FLAGS or FLAGS[name].scope != "load":
-                raise TypeError(f"load() has no parameter {name}")
-        devices = {n: v for n, v in given.items() if FLAGS[n].read.kind == "device" and isinstance(v, torch.device)}
-        read = read_values({name: value for name, value in given.items() if name not in devices})
+        check_parameters("load", others, names("load"))
         run_flags = read_values({"shift": shift, "verbose": verbose})
-        self.open(Setup(**(read | devices)), run_flags.get("shift"), run_flags.get("verbose", False), load_tokenizers)
+        setup = Setup(**{name: value for name, value in given.items() if value is not None})
+        self.open(setup, run_flags.get("shift"), run_flags.get("verbose", False), load_tokenizers)
         return self
 
     def gen_image(
@@ -96,9 +93,8 @@ class SD3Inferencer(Engine):
         Returns the paths. Settings left out (None) are the loaded model's usual ones. Raises Mistake before any weights
         load for settings that do not fit.
         """
-        for name in others:
-            if name not in FLAGS or FLAGS[name].scope != "picture":
-                raise TypeError(f"gen_image() has no parameter {name}")
+        elsewhere = ("prompt", "cfg", *names("picture", group=FLAGS["residual_weights"].group))  # under other names
+        check_parameters("gen_image", others, [name for name in names("picture") if name not in elsewhere])
         prompts, residual = read_texts(prompts), read_residual(residual_config)
         skip_layer = read_skip_layer_config(skip_layer_config)
         flags = Flags.read(
@@ -123,6 +119,12 @@ class SD3Inferencer(Engine):
             paths.append(folder / f"{number:06d}.png")
             png.save_picture(paths[-1], image, settings, record if with_metadata else None)
         return paths
+
+
+def check_parameters(function: str, given: Iterable[str], names: Iterable[str]) -> None:
+    """Raises TypeError, as Python does, for a parameter that a function does not have."""
+    if unknown := sorted(set(given) - set(names)):
+        raise TypeError(f"{function}() has no parameter {unknown[0]}{nearest(unknown[0], names)}")
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -155,7 +157,7 @@ def execute(values: command.Values) -> int:
     """Runs `infer` with words that were read; returns the exit status."""
     call = [f"--{name}={value}" for name, value in values.items()]
     work = lambda: fire.Fire(infer, command=call, name="sd3_infer.py")  # noqa: E731
-    return command.execute(work, "--width, --height or --batch_size")
+    return command.execute(work, "--width, --height or --batch_size", call)
 
 
 @streams.command_line

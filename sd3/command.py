@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sd3 import streams
-from sd3.flags import READERS, check_flag
+from sd3.flags import FLAGS, Flag, check_flag
 from sd3.memory import OutOfMemory, one_line, out_of_memory
 from sd3.mistakes import Mistake, flag_name, spell
 from sd3.reading import Note
@@ -65,21 +65,21 @@ def answer_early(
             return 0, {}
         try:
             return None, read(words)
-        except Mistake as mistake:
-            return fail(mistake), {}
+        except Exception as error:
+            return _explain(error, "file", words), {}
 
 
 def read_arguments(
-    arguments: Sequence[str], readers: Mapping[str, Any] = READERS, bare: str | None = "prompt"
+    arguments: Sequence[str], flags: Mapping[str, Flag] = FLAGS, bare: str | None = "prompt"
 ) -> dict[str, str]:
     """Flags and their values exactly as typed: `--name value`, `--name=value`, a switch, one word for flag `bare`.
 
     The word after a flag is its value whatever it looks like (`-0.5`, `-`, `None`), unless it is a flag itself.
-    readers: the flags with their readers. Raises Mistake for an unknown flag, a missing value and for stray words; the
+    Raises Mistake for an unknown flag, a missing value and for stray words; the
     last of equal flags counts.
     """
-    switches = [name for name, reader in readers.items() if getattr(reader, "kind", "") == "switch"]
-    is_flag = lambda word: word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in readers  # noqa: E731
+    switches = [name for name, row in flags.items() if row.read.kind == "switch"]
+    is_flag = lambda word: word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in flags  # noqa: E731
     out: dict[str, str] = {}
     words = list(arguments)
     while words:
@@ -93,7 +93,7 @@ def read_arguments(
         name = name.replace("-", "_")
         if name.startswith("no") and name[2:] in switches:  # fire's way to say False
             name, equals, value = name[2:], "=", "False"
-        check_flag(name, readers)
+        check_flag(name, flags)
         if not equals:
             following = words[0] if words else None
             if name in switches:
@@ -131,9 +131,11 @@ def fail(mistake: Mistake) -> int:
     return MISTAKE
 
 
-def execute(work: Callable[[], Any], smaller: str) -> int:
+def execute(work: Callable[[], Any], smaller: str, words: Sequence[str] = ()) -> int:
     """Does a command's work; returns the exit status: 0, 2 for a mistake in flags or files, 1 where memory ran out
     (`smaller`: the flags to turn down), where the work failed and for a bug, 130 and 143 if stopped.
+
+    words: those of the command, for the report of a bug.
     """
     previous = None
     if threading.current_thread() is threading.main_thread():
@@ -153,13 +155,13 @@ def execute(work: Callable[[], Any], smaller: str) -> int:
         return streams.TERMINATED
     except Exception as error:
         with streams.bearing():
-            return _explain(error, smaller)
+            return _explain(error, smaller, words)
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
 
 
-def _explain(error: Exception, smaller: str) -> int:
+def _explain(error: Exception, smaller: str, words: Sequence[str]) -> int:
     """Says what went wrong: a mistake, no memory, or a bug; returns the exit status."""
     if isinstance(error, Mistake):
         return fail(error)
@@ -169,8 +171,16 @@ def _explain(error: Exception, smaller: str) -> int:
         return FAILED
     traceback.print_exception(error)
     line = f"error: this is a bug of {NAME} {__version__}; please report it with the lines above and the command:"
-    print(line, shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]), file=sys.stderr)
+    print(line, shlex.join([program(), *words]), file=sys.stderr)
     return FAILED
+
+
+def program() -> str:
+    """How the program was called: a file, or a package by `python -m`."""
+    path = sys.argv[0]
+    if os.path.basename(path) != "__main__.py":
+        return os.path.basename(path)
+    return f"python -m sd3.{os.path.basename(os.path.dirname(path))}"
 
 
 def _stop(*_: Any) -> None:
@@ -184,7 +194,8 @@ def _note_once() -> Callable[..., None]:
     first = streams.Once()
 
     def show(message: Any, *_: Any, **__: Any) -> None:
-        if first(str(message)):
-            tqdm.write(f"note: {spell(str(message), flag_name)}", file=sys.stderr)
+        text = spell(message.args[0], flag_name) if isinstance(message, Note) else str(message)
+        if first(text):
+            tqdm.write(f"note: {text}", file=sys.stderr)
 
     return show

@@ -45,7 +45,7 @@ from sd3.effects import executed_steps
 from sd3.embed_cache import EmbedCache, file_identity
 from sd3.files import ENCODERS, WeightFile
 from sd3.find import TOKENIZER_FILES, Fit, find_encoders, find_tokenizer, models_folder
-from sd3.flags import DEFAULT_SEED, READERS, read_values
+from sd3.flags import DEFAULT_SEED, FLAGS, read_values
 from sd3.layers import can_pack, replace_linears
 from sd3.memory import explained
 from sd3.mistakes import Missing, Mistake, Where, flag_name, renaming, spell
@@ -834,7 +834,7 @@ class Engine:
                 more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
                 what = f"picture {numbers[0] + 1}/{len(pictures)}{more}"
                 for number, made in zip(numbers, self.make_batch(settings, images, what, pad_batch), strict=True):
-                    if isinstance(made[1], ValueError):
+                    if isinstance(made[1], Mistake):
                         with self.unchanged():  # weights that another program overwrites become NaN, too
                             raise made[1]
                     yield number, *made
@@ -857,7 +857,7 @@ class Engine:
         images: Mapping[tuple, Image.Image] | None = None,
         what: str = "",
         pad_batch: bool = False,
-    ) -> Iterator[tuple[Settings, Image.Image | ValueError]]:
+    ) -> Iterator[tuple[Settings, Image.Image | Mistake]]:
         """The pictures of one batch (see `batches`); in place of one that turned NaN or infinite its error.
 
         images: see `sample`; pad_batch: see `make`.
@@ -873,8 +873,8 @@ class Engine:
                 check_finite(latent, "the latent", self.dtype, self.damage)
                 with self.timed("decoding"), explained("decoding", "a smaller --vae_tile, --width or --height"):
                     image = self.vae_decode(latent[None], s.vae_tile)
-            except ValueError as error:
-                yield s, error
+            except Mistake as mistake:
+                yield s, mistake
             else:
                 yield s, image
 
@@ -1050,7 +1050,7 @@ def read_texts(prompts: Any) -> list[str]:
 def read_row_seeds(seed: Any) -> list[int]:
     """The seeds of a batch's rows, from one for one row or a list; raises Mistake."""
     rows = read_list("seed", seed) if isinstance(seed, Iterable) else [seed]
-    return [READERS["seed"]("seed", one) for one in rows]
+    return [FLAGS["seed"].read("seed", one) for one in rows]
 
 
 def residual_settings(config: ResidualConfig) -> dict[str, Any]:

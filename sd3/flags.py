@@ -222,7 +222,6 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
 FLAGS: dict[str, Flag] = {
     row.name: dataclasses.replace(row, group=group) for group, rows in _TABLE.items() for row in rows
 }
-READERS: dict[str, Reader] = {name: row.read for name, row in FLAGS.items()}
 
 
 def names(scope: str = "", **wanted: Any) -> tuple[str, ...]:

@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sd3.mistakes import Missing, Mistake, Where, verbatim
+from sd3.mistakes import Missing, Mistake, Where, spell, verbatim
 
 
 class Note(UserWarning):
-    """A warning of this tool about a file; the command lines always show it."""
+    """A warning of this tool about a file; the command lines always show it. Fields stand between backquotes."""
+
+    def __str__(self) -> str:
+        return spell(self.args[0])
 
 
 @contextlib.contextmanager

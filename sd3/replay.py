@@ -17,7 +17,7 @@ from PIL import Image
 
 from sd3 import png
 from sd3.files import ENCODERS
-from sd3.flags import FLAGS, READERS
+from sd3.flags import FLAGS
 from sd3.mistakes import Missing, Mistake, display
 from sd3.models import SkipLayerConfig, read_skip_layer, shipped_folder
 from sd3.reading import parse_json
@@ -40,7 +40,7 @@ class Replay:
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Replay:
         """From raw flags, `replay` among them; raises Mistake where there are no settings."""
-        path = READERS["replay"]("replay", given["replay"])
+        path = FLAGS["replay"].read("replay", given["replay"])
         record = png.read_record(path)
         known = {f.name for f in dataclasses.fields(Settings)}
         if unknown := sorted(set(record["settings"]) - known):
@@ -74,20 +74,18 @@ class Replay:
         try:
             if name in LISTS and not isinstance(value, list):
                 raise Mistake(name, value, "must be a list")
-            return READERS[name](name, value)
+            return FLAGS[name].read(name, value)
         except Mistake as mistake:
             raise Mistake("replay", self.path, f"its settings cannot be read: {mistake.nested()}") from None
 
     def _given(self, name: str) -> Any:
         """What a flag beside --replay says, read; None where it is not given."""
         value = self.given.get(name)
-        return None if value is None else READERS[name](name, value)
+        return None if value is None else FLAGS[name].read(name, value)
 
     def _flags(self) -> dict[str, Any]:
         recorded = self.record["settings"]
-        raw = {
-            n: self._read(n, v) for n, v in recorded.items() if v is not None and n in READERS and n not in self.given
-        }
+        raw = {n: self._read(n, v) for n, v in recorded.items() if v is not None and n in FLAGS and n not in self.given}
         if "residual_config" in self.given:
             raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
         targets = self._given("residual_target_layers")

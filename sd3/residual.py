@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sd3.flags import READERS
+from sd3.flags import FLAGS
 from sd3.headers import describe
 from sd3.mistakes import Mistake, Where, display, nearest, renaming, verbatim
 from sd3.pickles import is_pickle, plain_value, read_pickle
@@ -161,7 +161,7 @@ _FLAGS = {"origin": "origin_layer", "targets": "target_layers"}  # field -> flag
 RESIDUAL_FLAGS = {f.name: f"residual_{_FLAGS.get(f.name, f.name)}" for f in dataclasses.fields(ResidualConfig)}
 _NAMES = {flag: name for name, flag in _FLAGS.items()}
 _KEYS = _FLAGS | {"weights": "residual_weights"}  # field -> key in a file, as the published ones spell it
-_READ: dict[str, Callable[[str, Any], Any]] = {name: READERS[flag] for name, flag in RESIDUAL_FLAGS.items()}
+_READ: dict[str, Callable[[str, Any], Any]] = {name: FLAGS[flag].read for name, flag in RESIDUAL_FLAGS.items()}
 _READ["rotations"] = _read_named_file
 
 

@@ -149,3 +149,7 @@ def write() -> None:
     flags = dataclasses.replace(flags, controlnet_ckpt=str(CONTROLNET), controlnet_cond_image="-")
     out = {name: run().float().cpu().contiguous() for name, (run, _) in results(load_for(flags)).items()}
     writing.atomic_write(STORED, lambda f: f.write(save(out)))
+
+
+if __name__ == "__main__":
+    write()

@@ -137,6 +137,15 @@ def effective(s: Settings) -> tuple[Settings, list[str]]:
 class Setup:
     """What is loaded and where: the flags that images of one load share."""
 
+    def __post_init__(self) -> None:
+        """Reads every field as its flag is read, and keeps what was read; raises Mistake. Devices of torch stay."""
+        for name in names("load"):
+            value, row = getattr(self, name), FLAGS[name]
+            if value is None and row.given is None:
+                continue
+            if row.read.kind != "device" or type(value).__module__ != "torch":
+                object.__setattr__(self, name, row.read(name, value))
+
     @classmethod
     def of(cls, flags: Flags) -> Setup:
         """Those of all flags."""

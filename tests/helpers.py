@@ -12,6 +12,7 @@ from mmditx import MMDiT, MMDiTConfig
 from other_impls import CLIP, T5, CLIPConfig, T5Config
 from sd3.diffusers_names import RENAMES
 from sd3.files import ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
+from sd3.flags import FLAGS
 from sd3.vae import VAE, VAEConfig
 
 ROOT = Path(__file__).parent.parent
@@ -94,3 +95,6 @@ def controlnet_tensors(base: MMDiTConfig, chained: bool, seed: int = 9, kind: in
     net = randomise(ControlNet(config, chained), seed)
     out = {RENAMES.get(k, k): v.detach().contiguous() for k, v in net.state_dict().items()}
     return out | {"control_type": torch.tensor([float(kind)])}
+
+
+READERS = {name: row.read for name, row in FLAGS.items()}

@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import READERS, ROOT
 
 import sd3.probe.command
 import sd3.sweep.command
-from sd3.flags import READERS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = ("*.py", "*.sh", "requirements*.txt", "pyproject.toml")

@@ -21,7 +21,6 @@ flags.FLAGS["glow"] = flags.picture(
     "glow", number(0.0, 2.0), 0.0, "how much it glows", matters=only_with("glow", "init_image"), group="sampling"
 )
 flags.FLAGS["slim"] = flags.load("slim", SWITCH, False, "loads less", group="model and text encoders")
-flags.READERS.update({name: flags.FLAGS[name].read for name in ("glow", "slim")})
 models.MODELS["sd9"] = models.Model(steps=9, hub="somebody/sd9")
 
 from sd3 import help, settings

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import DEMO
+from helpers import DEMO, READERS
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -37,7 +37,7 @@ from mmditx import mixed, schedule_factor
 from sd3.command import read_arguments
 from sd3.device import choose_device
 from sd3.engine import NotLoaded
-from sd3.flags import MOST_PICTURES, READERS
+from sd3.flags import MOST_PICTURES
 from sd3.mistakes import display
 from sd3.models import SkipLayerConfig
 from sd3.prompts import folder_name, read_jsonl, read_lines, read_prompts

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import DEMO
+from helpers import DEMO, READERS
 from PIL import Image
 
 import sd3.engine
@@ -34,7 +34,7 @@ import sd3.sweep.command
 import sd3.sweep.plan
 import sd3_infer
 from sd3.engine import Engine
-from sd3.flags import FLAGS, READERS
+from sd3.flags import FLAGS
 from sd3.mistakes import Mistake, display, flag_name, renaming
 from sd3.models import SkipLayerConfig
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def _read_prompts(flags: Mapping[str, Any]) -> tuple[list[Labelled], list[Labell
 
 
 def _check_out(out: Path) -> None:
-    if out.is_dir():
+    if os.path.isdir(out):
         raise Mistake("out", out, "is a folder")
     if len(out.name.encode()) > LONGEST_OUT:
         raise Mistake("out", out, f"its name is too long; at most {LONGEST_OUT} bytes, for files beside it")

@@ -89,10 +89,10 @@ def read_flags(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     command = arguments[0] if arguments else ""
     if command not in COMMANDS:
         raise Mistake("", command or "no command", f"must be {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
-    readers = {name: row.read for name, row in COMMANDS[command].items()}
-    raw = read_arguments(arguments[1:], readers, bare=None)
+    rows = COMMANDS[command]
+    raw = read_arguments(arguments[1:], rows, bare=None)
     flags = {row.name: row.default for row in OWN[command] if row.default is not None}
-    flags |= {name: readers[name](name, value) for name, value in raw.items()}
+    flags |= {name: rows[name].read(name, value) for name, value in raw.items()}
     for row in OWN[command]:
         if row.usual == NEEDED and flags.get(row.name) in (None, ()):
             raise Mistake(row.name, "", f"is needed by {command}")
@@ -106,7 +106,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
 def read(arguments: Sequence[str]) -> dict[str, Any]:
     """The command and its flags; raises Mistake."""
     command, flags = read_flags(arguments)
-    return {"command": command, "flags": flags}
+    return {"command": command, "flags": flags, "words": arguments}
 
 
 @streams.command_line
@@ -115,7 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status, request = answer_early(arguments, read, help_text, bare=False)
     if status is not None:
         return status
-    return execute(lambda: run(**request), SMALLER[request["command"]])
+    words = request.pop("words")
+    return execute(lambda: run(**request), SMALLER[request["command"]], words)
 
 
 def run(command: str, flags: dict[str, Any]) -> None:

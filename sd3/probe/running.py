@@ -52,7 +52,7 @@ def load(flags: Mapping[str, Any]) -> tuple[Engine, dict[str, Any]]:
     read = Flags(**{name: flags[name] for name in names(also="probe") if name in flags})
     engine = load_for(read)
     values, _ = resolve(read, engine.model_file.metadata)
-    return engine, values | {"negative_prompt": read.negative_prompt, "batch_size": read.batch_size}
+    return engine, {name: value for name, value in read.for_image().items() if value is not None} | values
 
 
 class Collector:

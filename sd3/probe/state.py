@@ -22,7 +22,7 @@ from sd3.probe.procrustes import Calibration
 from sd3.probe.running import Labelled
 
 SAVE_EVERY = 30.0  # seconds between writes of a calibration's state
-VERSION = 2  # of what the sums are; earlier states are not read
+VERSION = 3  # of what the sums are; earlier states are not read
 
 
 class State:
@@ -76,14 +76,12 @@ def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.d
 def identity(engine: Engine, prompts: Sequence[Labelled], values: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
     """A hash of everything that decides a calibration's sums."""
     files = {"model": {entry.path for entry in engine.model_file.entries.values()}, **engine.text_files()}
+    settings = engine.plan([prompts[0].prompt], [0], **values)[0].public()
     decides = {
         "version": VERSION,
         "files": {role: [(path.name, *file_identity(path)) for path in sorted(paths)] for role, paths in files.items()},
         "prompts": [p.prompt for p in prompts],
-        "values": dict(values),
-        "dtype": str(engine.dtype),
-        "devices": [str(engine.device), str(engine.encoder_device)],
-        "engine": {name: getattr(engine.setup, name) for name in ("no_t5", "weights", "offload", "compile")},
+        "settings": {name: value for name, value in settings.items() if name not in ("prompt", "seed")},
         "seed": flags.get("seed", 0),
         "origin": flags["origin"],
         "targets": list(flags["targets"]),

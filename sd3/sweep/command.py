@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sd3 import help, streams
-from sd3.command import answer_early, execute, read_arguments
+from sd3.command import Failed, answer_early, execute, read_arguments
 from sd3.flags import DEFAULT_SEED, FLAGS, Flag
 from sd3.mistakes import Mistake
 from sd3.readers import FILE, FILLED, FOLDER, SWITCH, TEXT, choice, read_path, whole
@@ -73,7 +73,7 @@ def help_text() -> str:
 
 def read_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The sweep's own flags, read, and those of the grid as typed; raises Mistake."""
-    raw = read_arguments(arguments, {name: row.read for name, row in (FLAGS | OWN).items()})
+    raw = read_arguments(arguments, FLAGS | OWN)
     flags = {name: OWN[name].read(name, value) for name, value in raw.items() if name in OWN}
     if "out" not in flags:
         raise Mistake("out", "", "is needed: the sweep's folder")
@@ -121,9 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     from sd3.sweep.run import run  # here, as it imports torch: a mistake in the flags need not wait for that
 
-    failed: list[int] = []
-    status = execute(lambda: failed.append(run(**request, show=print, say=say)), "--width, --height or --batch_size")
-    return status or int(bool(failed and failed[0]))
+    def work() -> None:
+        if run(**request, show=print, say=say):
+            raise Failed
+
+    return execute(work, "--width, --height or --batch_size", request["arguments"])
 
 
 def say(line: str) -> None:

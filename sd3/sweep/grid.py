@@ -18,9 +18,9 @@ from sd3.readers import SEED_LIMIT, read_float, read_int, read_layers, read_list
 from sd3.reading import check_file, reading
 from sd3.settings import Flags, base_name
 
-SWEPT = {name: row.read for name, row in FLAGS.items() if not row.sweep}
-WHOLE = ("seed", *(name for name, read in SWEPT.items() if read.kind == "text"))  # `;` separates nothing in these
-LISTS = tuple(name for name, read in SWEPT.items() if read.kind in ("layers", "weights"))
+SWEPT = {name: row for name, row in FLAGS.items() if not row.sweep}
+WHOLE = ("seed", *(name for name, row in SWEPT.items() if row.read.kind == "text"))  # `;` separates nothing in these
+LISTS = tuple(name for name, row in SWEPT.items() if row.read.kind in ("layers", "weights"))
 MOST_SEEDS = MOST_PICTURES
 OFF = "off"
 
@@ -66,7 +66,7 @@ class Grid:
         axes = {n: alternatives(n, v) for n, v in values.items() if n not in ("prompt", "seed")}
         for flag, items in [*axes.items(), *((n, [v]) for flags in named.values() for n, v in flags.items())]:
             for item in items:
-                SWEPT[flag](flag, item)
+                SWEPT[flag].read(flag, item)
         each = len(prompts) * len(seeds)
         check_count(each * count_variants(axes, named))  # before any of them is built
         variants = cross(axes, named)

@@ -67,13 +67,13 @@ def _is_text(value: Any) -> bool:
 
 def _read_dpg(path: str) -> list[Entry]:
     place = Path(path)
-    if place.is_dir():
+    if os.path.isdir(place):
         files = sorted(place.glob("*.txt"))
         for file in files:
             check_file(Where("prompt", file), file)
         texts = {p.stem: " ".join(read_lines("prompt", p)).strip() for p in files}
         return [Entry(text, name) for name, text in texts.items() if text]
-    if not place.exists():
+    if not os.path.exists(place):
         raise Missing("prompt", path, "no such file or folder")
     where = Where("prompt", path)
     check_file(where, place)

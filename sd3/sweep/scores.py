@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ def clip_scorer(model: str | None, device: str = "auto") -> Scorer:
     """
     if model is None:
         raise Mistake("score", "clip", "needs `clip_model` FOLDER, such as a clone of openai/clip-vit-large-patch14")
-    if not Path(model).is_dir():
+    if not os.path.isdir(model):
         raise Missing("clip_model", model, "no such folder")
     try:
         import transformers

@@ -13,6 +13,7 @@ from torch import Tensor
 from sd3 import png
 from sd3.engine import in_groups, load_for
 from sd3.memory import OutOfMemory, one_line, out_of_memory
+from sd3.mistakes import Mistake
 from sd3.pixels import open_images
 from sd3.run import MadeWith
 from sd3.settings import FILE_SETTINGS, Flags, Settings
@@ -90,11 +91,11 @@ class Maker:
                 kind = "out of memory" if out_of_memory(error) else type(error).__name__
                 why = f"{kind}: {why}"
             return [why] * len(batch)
-        if any(isinstance(image, ValueError) for _, image in made):
+        if any(isinstance(image, Mistake) for _, image in made):
             made_with.check()  # weights that another program overwrites become NaN, too
         return [
             one_line(image, 500)
-            if isinstance(image, ValueError)
+            if isinstance(image, Mistake)
             else png.encode_picture(image, settings, made_with.wait())
             for settings, image in made
         ]
