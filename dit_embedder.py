@@ -30,7 +30,7 @@ class ControlNetConfig:
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> ControlNetConfig:
-        """Reads the sizes off tensor names and shapes (after `RENAMES`). Raises KeyError for a missing tensor."""
+        """Reads the sizes off tensor names and shapes (under our names). Raises KeyError for a missing tensor."""
         width, latent_channels, patch, _ = shapes["pos_embed_input.proj.weight"]
         shapes["controlnet_blocks.0.weight"]
         if width % 64:

@@ -101,7 +101,7 @@ class EmbedCache:
         return None
 
     def write(self, prompt: str, length: int, text: tuple[Tensor, Tensor]) -> None:
-        """Writes an encoded prompt, unless it holds NaN or infinity; raises OSError where it cannot be written."""
+        """Writes an encoded prompt, unless it holds NaN or infinity; raises Unwritable."""
         tensors = {name: t.detach().cpu().contiguous() for name, t in zip(NAMES, text, strict=True)}
         if not self._usable(length, *tensors.values()):
             return

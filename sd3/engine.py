@@ -101,10 +101,10 @@ def _whole(load: Callable[..., Engine]) -> Callable[..., Engine]:
 
 
 class Engine:
-    """Loads once, makes many pictures. `load` reads headers and checks files; weights are opened when needed: each
+    """Loads once, makes many images. `open` reads headers and checks files; weights are opened when needed: each
     text encoder while prompts are encoded, then the MMDiT, which stays.
 
-    What is asked of an engine before `load`, or after a load that failed, raises `NotLoaded`, a ValueError.
+    Using an engine before `open`, or after one that failed, raises `NotLoaded`, a ValueError.
     """
 
     def __init__(self, spelling: Callable[[str], str] = str) -> None:
@@ -115,7 +115,7 @@ class Engine:
         self._forget()
 
     def __getattr__(self, name: str) -> Any:
-        """Called for what is not there: everything that `load` sets, as long as nothing is loaded."""
+        """Called for what is not there: everything that `open` sets, as long as nothing is loaded."""
         if name.startswith("__"):
             raise AttributeError(name)
         if "defaults" not in self.__dict__:
@@ -213,7 +213,7 @@ class Engine:
 
     @staticmethod
     def _check(part: ModelTensors, make: Callable[[], nn.Module]) -> None:
-        """Raises ValueError where a part of a file does not fit the module of its sizes, or holds nothing."""
+        """Raises Mistake where a part of a file does not fit the module of its sizes, or holds nothing."""
         with reading(part.file.where, "has sizes of no model"):
             model = on_meta(make)
         part.check(model)

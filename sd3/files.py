@@ -162,7 +162,7 @@ def weight_files(folder: Path, field: str = "") -> list[Path]:
             if path.exists():
                 return _shards(folder, path, field)
         if rest := [p for p in sorted(folder.glob(f"{stem}*.safetensors")) if _SHARD.search(p.name)]:
-            raise Missing(field, folder, f"holds {rest[0].name}, and no index that names all shards")
+            raise Missing(field, folder, f"holds {verbatim(rest[0].name)}, and no index that names all shards")
     pickled = any(folder.glob("*.bin"))
     why = "only pickled .bin weights, which are not loaded" if pickled else "no .safetensors weights"
     raise Missing(field, folder, f"holds {why}")
@@ -184,5 +184,5 @@ def _shards(folder: Path, index: Path, field: str) -> list[Path]:
     names = sorted(set(named.values()))
     for name in names:
         if not os.path.exists(folder / name):  # also where no file can have such a name
-            raise Missing(field, folder / name, f"no such file, though {index.name} names it")
+            raise Missing(field, folder / name, f"no such file, though {verbatim(index.name)} names it")
     return [folder / name for name in names]

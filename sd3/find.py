@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sd3.diffusers_names import StoredAs
 from sd3.files import ENCODER_FOLDERS, ENCODER_PREFIX, ENCODERS, STEMS, WeightFile
-from sd3.mistakes import Missing, Mistake
+from sd3.mistakes import Missing, Mistake, verbatim
 from sd3.models import MODELS, model_key
 from sd3.weights import ModelTensors
 
@@ -200,14 +200,14 @@ def _find_by_contents(
                     found.setdefault(os.path.realpath(path), encoder)
         if len(found) > 1:
             names = " and ".join(str(encoder.file.path) for encoder in found.values())
-            raise Mistake(role, "", f"{names} may both be meant; name the right one with `{role}`")
+            raise Mistake(role, "", f"{verbatim(names)} may both be meant; name the right one with `{role}`")
         if found:
             return next(iter(found.values()))
     where = ", ".join(f"{f}/ and {f}/text_encoders/ and {f}/clip/" for f in folders)
     skip = ", or give `no_t5`" if role == "t5xxl" else ""
     why = (
-        f"no {' or '.join(ENCODER_FILES[role][:3])} in {where}, nor another file that holds one; name it with "
-        f"`{role}`, or {fetch_encoder(role, folders[0])}{skip}"
+        f"no {' or '.join(ENCODER_FILES[role][:3])} in {verbatim(where)}, nor another file that holds one; name it "
+        f"with `{role}`, or {fetch_encoder(role, folders[0])}{skip}"
     )
     raise Missing("model_folder", "", why)
 

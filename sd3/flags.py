@@ -77,7 +77,7 @@ class Flag:
     always: bool = False  # recorded at its default too, as the first version recorded it; else only other values are
     matters: Rule | None = None  # when it has no effect and is set back to its default
     sweep: str = ""  # why a sweep cannot vary it
-    also: str = ""  # other commands that take it: probe, self_check
+    also: str = ""  # what else takes it: probe (all that run a model), measure, self_check
     group: str = ""
 
     @property
@@ -133,31 +133,31 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
 ),
 "residual text streaming": (
     picture("residual_origin_layer", LAYER, 0, "block whose incoming text tokens are kept", usual="0", always=True,
-            matters=effects.residual),
+            matters=effects.residual, also="measure"),
     picture("residual_target_layers", LAYERS, (),
             "blocks they are mixed in before, such as 3,5,7 or 2-22 or 2-22:2; none: off", usual="off", always=True,
-            matters=effects.residual),
+            matters=effects.residual, also="measure"),
     picture("residual_weights", WEIGHTS, (),
             "one weight per target; each:0.1, one for all; or a ramp linear:FIRST:LAST", usual="1.0 each",
-            always=True, matters=effects.residual),
+            always=True, matters=effects.residual, also="measure"),
     picture("residual_mode", choice(*RESIDUAL_MODES), "add",
             "add; anchored (both normalised first); aligned (and the origin rotated)", usual="add", always=True,
-            matters=effects.residual),
+            matters=effects.residual, also="measure"),
     picture("residual_schedule", SCHEDULE, "constant", "factor on the weights by sigma", usual="constant",
-            always=True, matters=effects.residual),
+            always=True, matters=effects.residual, also="measure"),
     picture("residual_start", number(0.0, 1.0), 0.0, "fraction of the steps before it starts", usual="0", always=True,
-            matters=effects.residual),
+            matters=effects.residual, also="measure"),
     picture("residual_end", number(0.0, 1.0), 1.0, "fraction of the steps after which it stops", usual="1",
-            always=True, matters=effects.residual),
+            always=True, matters=effects.residual, also="measure"),
     picture("residual_branch", choice(*RESIDUAL_BRANCHES), "both",
             "the passes it acts in: both, or only the conditional or the unconditional one", usual="both",
-            always=True, matters=effects.residual),
+            always=True, matters=effects.residual, also="measure"),
     picture("residual_rotations", OPTIONAL_FILE, None,
             "the rotation file of mode aligned (sd3_probe.py calibrate makes one)", always=True,
-            matters=effects.residual),
+            matters=effects.residual, also="measure"),
     picture("residual_config", OPTIONAL_FILE, None,
             "a file with all of these, such as residual.json in a run's folder; flags replace its fields",
-            pixels=False),
+            pixels=False, also="measure"),
 ),
 "model and text encoders": (
     load("model", FILE, "models/sd3_medium.safetensors",

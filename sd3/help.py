@@ -73,7 +73,7 @@ def _uses(row: Flag) -> list[str]:
     return [
         *(["load"] if row.scope == "load" else []),
         *(["sweep"] if not row.sweep else []),
-        *(["probe"] if "probe" in row.also.split() else []),
+        *(["probe"] if {"probe", "measure"} & set(row.also.split()) else []),
     ]
 
 

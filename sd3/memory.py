@@ -6,7 +6,7 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
-from sd3.mistakes import Mistake, flag_name
+from sd3.mistakes import Mistake, flag_name, verbatim
 
 
 class OutOfMemory(MemoryError):
@@ -53,6 +53,6 @@ def explained(doing: str, turn: str) -> Iterator[None]:
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             why = lines[0] if lines else type(error).__name__
-            why = f"the blocks cannot be compiled here ({why[:300]}); leave it out, or install a compiler"
+            why = f"the blocks cannot be compiled here ({verbatim(why[:300])}); leave it out, or install a compiler"
             raise Mistake("compile", "", why) from None
         raise

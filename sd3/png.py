@@ -1,4 +1,4 @@
-"""Pictures on disk: folder names, PNG metadata, atomic writes and the record of a run."""
+"""Images as PNG files: their metadata, written and read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from sd3.mistakes import Mistake, Where
 from sd3.reading import check_file, parse_json, reading
 from sd3.settings import Settings, base_name
-from sd3.versions import __version__, versions
+from sd3.versions import NAME, __version__, versions
 from sd3.writing import atomic_write
 
 A1111_SAMPLERS = {"euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
@@ -67,7 +67,7 @@ def parameters(settings: Settings, model_hash: str, software: Mapping[str, str])
     if settings.no_t5:
         pairs["T5"] = "off"
     pairs["Dtype"] = settings.dtype
-    pairs["Version"] = f"sd3-residual, torch {software.get('torch', '?')}"
+    pairs["Version"] = f"{NAME}, torch {software.get('torch', '?')}"
     line = ", ".join(f"{name}: {_quoted(value)}" for name, value in pairs.items())
     negative = f"\nNegative prompt: {settings.negative_prompt}" if settings.negative_prompt else ""
     return f"{settings.prompt}{negative}\n{line}"

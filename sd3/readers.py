@@ -363,16 +363,17 @@ class Reader:
 
     def range(self) -> str:
         """What is allowed, in words; empty where the kind says it."""
-        if self.choices:
-            return ", ".join(self.choices)
+        words = ", ".join(self.choices)
         if self.low is None:
-            return ""
-        return f"at least {self.low:g}" if self.high is None else f"{self.low:g} to {self.high:g}"
+            return words
+        low, high = (f"{end:,}" if isinstance(end, int) else f"{end:g}" for end in (self.low, self.high or 0))
+        numbers = f"at least {low}" if self.high is None else f"{low} to {high}"
+        return f"{words}, {numbers}" if words else numbers
 
 
-def whole(low: int, high: int | None = None, most: int | None = None) -> Reader:
-    """Whole numbers in [low, high]. most: the highest that documents name, where `high` is a limit of the machine."""
-    return Reader("whole", lambda field, value: read_int(field, value, low, high), low, high if most is None else most)
+def whole(low: int, high: int | None = None) -> Reader:
+    """Whole numbers in [low, high]."""
+    return Reader("whole", lambda field, value: read_int(field, value, low, high), low, high)
 
 
 def number(low: float, high: float) -> Reader:
@@ -407,7 +408,7 @@ OPTIONAL_FOLDER = Reader("folder", read_optional_path)
 DEVICE = Reader("device", read_device, choices=("auto", "cpu", "cuda", "cuda:N", "mps"))
 DTYPE = Reader("choice", read_dtype, choices=DTYPE_NAMES)
 SIZE = Reader("size", read_size, SIZE_STEP, MOST_SIDE)
-TILE = Reader("size", read_tile, LEAST_TILE, MOST_SIDE)
+TILE = Reader("size", read_tile, LEAST_TILE, MOST_SIDE, ("auto", "off"))
 SHIFT = Reader("number", read_shift, *SHIFTS)
 WEIGHT = Reader("number", read_weight, -WEIGHT_LIMIT, WEIGHT_LIMIT)
 LAYER = Reader("whole", read_layer, 0)

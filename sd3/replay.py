@@ -18,7 +18,7 @@ from PIL import Image
 from sd3 import png
 from sd3.files import ENCODERS
 from sd3.flags import FLAGS
-from sd3.mistakes import Missing, Mistake, display
+from sd3.mistakes import Missing, Mistake, display, verbatim
 from sd3.models import SkipLayerConfig, read_skip_layer, shipped_folder
 from sd3.reading import parse_json
 from sd3.settings import FILE_SETTINGS, TEXT_FILES, Settings, base_name, effective
@@ -48,7 +48,9 @@ class Replay:
             raise Mistake("replay", path, f"was made by another version; unknown here: {names}")
         if missing := [name for name in ("prompt", "model") if record["settings"].get(name) is None]:
             raise Mistake("replay", path, f"its settings cannot be read: {', '.join(missing)} missing")
-        return cls(Path(path), record, given)
+        replay = cls(Path(path), record, given)
+        replay.settings()  # before anything is loaded
+        return replay
 
     def flags(self, available: Mapping[str, str]) -> dict[str, Any]:
         """Raw flags that make the picture again, the given ones in their place.
@@ -128,7 +130,10 @@ class Replay:
         weights = recorded.get("residual_weights")
         if isinstance(weights, list) and len(weights) == 1:  # earlier versions recorded one number for all
             recorded["residual_weights"] = f"each:{self._read('residual_weights', weights)[0]}"
-        return Settings(**recorded)
+        try:
+            return Settings(**recorded)
+        except Mistake as mistake:
+            raise Mistake("replay", self.path, f"its settings cannot be read: {mistake.nested()}") from None
 
     def _skip_layer(self) -> SkipLayerConfig | None:
         values = self.record["settings"].get("skip_layer")
@@ -144,14 +149,14 @@ class Replay:
 
     def find(self, flag: str, name: str) -> str:
         """The path of a file that the picture names without its folder: where the record of its run says, beside the
-        picture, here, or in `models` (or --model_folder).
+        picture, here, in `models` (or --model_folder), or with the model that ships.
         """
         places = list(dict.fromkeys(self._places(flag, name)))
         for place in places:
             if os.path.exists(place):
                 return str(place)
         looked = ", ".join(sorted({os.path.dirname(p) or "." for p in map(str, places)}))
-        why = f"was made with {flag} {name}, which is not in {looked}; name it with `{flag}`"
+        why = f"was made with {flag} {verbatim(name)}, which is not in {verbatim(looked)}; name it with `{flag}`"
         raise Missing("replay", self.path, why)
 
     def _places(self, flag: str, name: str) -> Iterator[Path]:
@@ -175,9 +180,7 @@ class Replay:
                     yield values
 
     def changed(self, settings: Settings) -> list[str]:
-        """Settings that the picture made now does not share with the recorded ones; such as had no effect then do not
-        count.
-        """
+        """Settings of the picture made now that differ from the recorded ones; not those that had no effect then."""
         recorded = self.settings()
         had_effect = dataclasses.replace(effective(recorded)[0], batch_size=recorded.batch_size)  # with a cache it had
         now, then = (json.loads(json.dumps(s.named())) for s in (effective(settings)[0], had_effect))

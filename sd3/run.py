@@ -217,7 +217,7 @@ class RunRecord:
             self.waiting.pop(0)
 
     def write(self) -> None:
-        """Writes run.json, and what belongs beside it; raises OSError naming what cannot be written."""
+        """Writes run.json, and what belongs beside it; raises Unwritable."""
         start = time.monotonic()
         for name, value in self.beside.items():
             if not (self.folder / name).exists():

@@ -117,7 +117,7 @@ def read_line(line: str | bytes) -> dict[str, Any]:
 
 
 def lines_of(stream: Any) -> Iterator[bytes]:
-    """The lines of a binary stream; of one that is too long, its beginning. Raises ValueError where stdin fails."""
+    """The lines of a binary stream; of one that is too long, its beginning. Raises Mistake where stdin fails."""
     try:
         while line := stream.readline(LONGEST_LINE + 2):
             rest = line

@@ -278,10 +278,6 @@ class VAE(nn.Module):
         states = tiled(self.encoder.large, image, tile, overlap, lambda n: n // ratio, ratio)
         return self.encoder.small(states).contiguous().chunk(2, dim=1)
 
-    def encode(self, image: Tensor, noise: Tensor) -> Tensor:
-        """A sample of the latent; `noise` has the latent's shape."""
-        return self.sample(*self.moments(image), noise)
-
     @staticmethod
     def sample(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
         """mean + std * noise, the log-variance clamped to [-30, 20]."""

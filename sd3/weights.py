@@ -92,21 +92,21 @@ class ModelTensors:
 
     # -- checks before anything is loaded --
 
-    def check(self, model: nn.Module, needed: Callable[[str], bool] = lambda name: True) -> None:
+    def check(self, model: nn.Module) -> None:
         """Compares with what `model` (on any device, meta too) needs, from the header alone.
 
         Raises one `Mistake` that lists missing tensors, wrong shapes and dtypes or scales that are not supported;
         warns of unknown extras.
         """
         state = model.state_dict()
-        problems = self._problems({name: tuple(t.shape) for name, t in state.items() if needed(name)})
+        problems = self._problems({name: tuple(t.shape) for name, t in state.items()})
         lines = [f"{len(items)} {what}: {_first_few(items)}" for what, items in problems.items() if items]
         if lines:
             raise Mistake(*self.file.where, f"tensors do not fit the model; {verbatim('; '.join(lines))}")
         other_models = self.file.owners()
         extra = [name for name in self.shapes if name not in state and not self._harmless(name, other_models)]
         if extra:
-            warnings.warn(f"{self.file.path}: not used, unknown: {_first_few(extra)}", Note, stacklevel=2)
+            warnings.warn(verbatim(f"{self.file.path}: not used, unknown: {_first_few(extra)}"), Note, stacklevel=2)
 
     def _problems(self, wanted: dict[str, tuple[int, ...]]) -> dict[str, list[str]]:
         """What is wrong with the wanted tensors (shape by name), by kind of problem."""
@@ -174,7 +174,11 @@ class ModelTensors:
             raise Mistake(*self.file.where, "holds nothing but zeros: its download never filled it; get it again")
         if zero and not some_may_be_empty:
             some = f"{len(zero)} of {len(weights)} weights looked at hold nothing but zeros, such as {zero[0]}"
-            warnings.warn(f"{self.file.path}: {some}; its download may have stopped early", Note, stacklevel=2)
+            warnings.warn(
+                f"{verbatim(str(self.file.path))}: {verbatim(some)}; its download may have stopped early",
+                Note,
+                stacklevel=2,
+            )
 
     def not_finite(self) -> str:
         """The name of the first tensor that holds NaN or infinity, or ``; reads all of them."""

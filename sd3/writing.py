@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from sd3.mistakes import Unwritable
+from sd3.mistakes import Unwritable, verbatim
 
 _umask_lock = threading.Lock()  # reading the umask sets it for a moment
 
@@ -111,11 +111,11 @@ def make_folder(parent: Path, name: str, postfix: str | None, now: datetime.date
             return folder
         except FileExistsError:
             if not parent.is_dir():
-                raise Unwritable("out_dir", "", f"{parent} is not a folder") from None
+                raise Unwritable("out_dir", "", f"{verbatim(str(parent))} is not a folder") from None
             number += 1
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             why = getattr(error, "strerror", None) or error
-            raise Unwritable("out_dir", "", f"cannot make {folder} ({why})") from None
+            raise Unwritable("out_dir", "", f"cannot make {verbatim(str(folder))} ({why})") from None
 
 
 def check_writable(out_dir: str, field: str = "out_dir") -> None:
@@ -126,9 +126,9 @@ def check_writable(out_dir: str, field: str = "out_dir") -> None:
             break
         place = place.parent
     if not os.path.isdir(place):
-        raise Unwritable(field, out_dir, f"{place} is not a folder")
+        raise Unwritable(field, out_dir, f"{verbatim(str(place))} is not a folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise Unwritable(field, out_dir, f"{place} cannot be written")
+        raise Unwritable(field, out_dir, f"{verbatim(str(place))} cannot be written")
 
 
 def write_json(path: Path, value: Any) -> None:

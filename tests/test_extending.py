@@ -23,7 +23,11 @@ flags.FLAGS["glow"] = flags.picture(
 flags.FLAGS["slim"] = flags.load("slim", SWITCH, False, "loads less", group="model and text encoders")
 models.MODELS["sd9"] = models.Model(steps=9, hub="somebody/sd9")
 
-from sd3 import help, settings
+from pathlib import Path
+
+from sd3 import help, serve, settings
+from sd3.probe.command import COMMANDS
+from sd3.replay import Replay
 from sd3.command import read_infer_flags
 from sd3.sweep.grid import SWEPT
 
@@ -44,7 +48,9 @@ print(json.dumps({
     "idle": [settings.effective(idle)[0].glow, settings.effective(idle)[1]],
     "axis": ["glow" in SWEPT, "slim" in SWEPT],
     "other engine": [settings.Setup.of(settings.Flags(**f)) != settings.Setup() for f in ({"glow": 1}, {"slim": True})],
-    "replayed": settings.Settings(**one.public()).glow,
+    "replayed": Replay(Path("x.png"), {"settings": json.loads(json.dumps(one.public()))}, {"init_image": "i", "model": "m"}).flags({})["glow"],
+    "served": serve.Server(None, settings.Flags(), {}, Path("out")).answer('{"slim": true, "prompt": "a"}')["error"],
+    "probe": ["glow" in COMMANDS["measure"], "cfg" in COMMANDS["measure"]],
     "model": settings.resolve(settings.Flags(model="sd9.safetensors"))[0]["steps"],
     "fetch": models.fetch_model("sd9.safetensors"),
 }))
@@ -63,6 +69,8 @@ def test_one_row_is_all_that_a_flag_or_a_model_needs():
     assert got["idle"] == [0.0, ["note: `glow` has no effect without `init_image`"]]
     assert got["other engine"] == [False, True]
     assert (got["replayed"], got["model"]) == (1.5, 9)
+    assert got["served"].startswith("--slim: belongs to the whole process")
+    assert got["probe"] == [False, True]
     assert "hf download somebody/sd9" in got["fetch"]
 
 

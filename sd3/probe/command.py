@@ -59,7 +59,7 @@ OWN = {
     ),
 }  # fmt: skip
 SHARED = [FLAGS[name] for name in names(also="probe")]  # of the commands that run a model
-RESIDUAL = [row for row in FLAGS.values() if row.group == FLAGS["residual_weights"].group]
+RESIDUAL = [FLAGS[name] for name in names(also="measure")]
 COMMANDS: dict[str, dict[str, Flag]] = {
     "measure": {row.name: row for row in (*SHARED, *RESIDUAL, *OWN["measure"])},
     "suggest": {row.name: row for row in OWN["suggest"]},

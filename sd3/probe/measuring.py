@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sd3 import writing
 from sd3.engine import Engine, residual_settings
+from sd3.flags import names
 from sd3.mistakes import Mistake
 from sd3.probe.running import Collector, Labelled, load, read_labelled, run_prompts
 from sd3.probe.suggesting import by_block, measures
@@ -266,10 +267,11 @@ def measure(flags: Mapping[str, Any], show: Callable[[str], Any]) -> Path:
         raise Mistake("prompts", flags["prompts"], "needs at least two different prompts")
     writing.check_writable(flags["out"], "out")
     engine, values = load(flags)
-    residual_flags = Flags(**{k: v for k, v in flags.items() if k.startswith("residual_")})
+    residual_flags = Flags(**{name: flags[name] for name in names(also="measure") if name in flags})
     residual = ResidualConfig.from_flags(residual_flags.residual(), residual_flags.residual_config)
     values = values | residual_settings(residual)
     engine.check_settings(engine.plan([prompts[0].prompt], [0], **values)[0])
+    engine.say_notes()
     measurement = Measurement(engine, prompts, values, flags)
     run_prompts(engine, measurement.jobs(), values, measurement.collector, "measuring")
     record = measurement.record()

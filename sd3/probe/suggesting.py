@@ -100,7 +100,6 @@ def read_measurement(path: str | Path, flag: str = "measurement") -> dict[str, A
         if not prompt_measures(record):
             raise ValueError("nothing in it says how much of a prompt is known")
         return record
-    raise AssertionError  # `reading` returns or raises
 
 
 def run_suggest(flags: Mapping[str, Any], show: Callable[[str], Any]) -> None:

@@ -19,7 +19,8 @@ import mmditx
 import other_impls
 import sd3
 import sd3_impls
-from sd3.mistakes import Mistake, verbatim
+from sd3.mistakes import Mistake, Where, verbatim
+from sd3.reading import reading
 from sd3.settings import Flags, Settings
 from sd3.sweep.grid import Grid
 from sd3.sweep.plan import Batch, Plan, make_plan
@@ -166,5 +167,6 @@ def connect(address: str) -> Any:
             why = f"no cluster answers there ({verbatim(' '.join(str(error).split())[:200])})"
             raise Mistake("ray", address, why) from None
     root = Path(sd3.__file__).parent.parent  # on this machine nothing needs to be sent
-    ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(root)}}, include_dashboard=False, **quiet)
+    with reading(Where("ray", address), "cannot be started"):
+        ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(root)}}, include_dashboard=False, **quiet)
     return ray

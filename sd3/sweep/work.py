@@ -29,7 +29,7 @@ class Maker:
     """An engine with what a sweep needs around it. `events`: what is to be logged."""
 
     def __init__(self, flags: Flags, quiet: bool = False):
-        """Reads headers only; raises as `Engine.load` does."""
+        """Reads headers only; raises as `Engine.open` does."""
         self.engine = load_for(flags)
         self.engine.quiet = quiet
         self.events: list[dict[str, Any]] = []
