@@ -49,7 +49,8 @@ class Replay:
         if missing := [name for name in ("prompt", "model") if record["settings"].get(name) is None]:
             raise Mistake("replay", path, f"its settings cannot be read: {', '.join(missing)} missing")
         replay = cls(Path(path), record, given)
-        replay.settings()  # before anything is loaded
+        replay._flags()
+        replay.settings()  # what is wrong with them is said before anything is loaded
         return replay
 
     def flags(self, available: Mapping[str, str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A bug gives a traceback, status 1 and one line that asks for a report; and the faults that a stranger's read found."""
+"""A bug gives a traceback, status 1 and one line that asks for a report; and faults that a stranger's read found."""
 
 from __future__ import annotations
 

@@ -37,6 +37,8 @@ try:
     refused = ""
 except ValueError as error:
     refused = str(error)
+record = json.loads(json.dumps(settings.Settings(**base, glow="1.5").public()))
+replay = Replay(Path("x.png"), {"settings": record}, {"model": "m"})
 one, idle = settings.Settings(**base, glow="1.5", init_image="i"), settings.Settings(**base, glow=1)
 print(json.dumps({
     "help": ["--glow" in help.text(), "--slim" in help.text()],
@@ -48,7 +50,7 @@ print(json.dumps({
     "idle": [settings.effective(idle)[0].glow, settings.effective(idle)[1]],
     "axis": ["glow" in SWEPT, "slim" in SWEPT],
     "other engine": [settings.Setup.of(settings.Flags(**f)) != settings.Setup() for f in ({"glow": 1}, {"slim": True})],
-    "replayed": Replay(Path("x.png"), {"settings": json.loads(json.dumps(one.public()))}, {"init_image": "i", "model": "m"}).flags({})["glow"],
+    "replayed": replay.flags({})["glow"],
     "served": serve.Server(None, settings.Flags(), {}, Path("out")).answer('{"slim": true, "prompt": "a"}')["error"],
     "probe": ["glow" in COMMANDS["measure"], "cfg" in COMMANDS["measure"]],
     "model": settings.resolve(settings.Flags(model="sd9.safetensors"))[0]["steps"],
