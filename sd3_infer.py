@@ -10,13 +10,12 @@ import sys
 from sd3 import command, help
 
 if __name__ == "__main__":
-    words = command.begin(command.read_infer_flags, help.text)  # --help and mistakes end here: no torch is needed
+    request = command.begin(command.read_infer_flags, help.text)  # --help and mistakes end here: no torch is needed
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import fire
 import torch
 
 from sd3 import png, self_check, streams, writing
@@ -130,43 +129,35 @@ def check_parameters(function: str, given: Iterable[str], names: Iterable[str]) 
 # ---- the command line ----------------------------------------------------------------------------
 
 
-@fire.decorators.SetParseFn(str)
-def infer(**given: str) -> None:
+def infer(request: command.Request) -> None:
     """Does what the flags say: images, a replay, a self-check, a served session, the list of models."""
-    typed = [f"--{name}={value}" for name, value in given.items()]
-    if "replay" in given:
-        if given.keys() & {"serve_stdin", "self_check"}:
+    values, words, flags = request.values, request.words, request.flags
+    if flags is None:
+        if values.keys() & {"serve_stdin", "self_check"}:
             raise Mistake("replay", "", "goes with neither `serve_stdin` nor `self_check`")
-        picture = Replay.read(given)
-        run(Flags.read(picture.flags(available_devices(picture.record["settings"]))), typed, picture)
-        return
-    flags = Flags.read(given)
-    if flags.self_check:
+        picture = Replay.read(values)
+        run(Flags.read(picture.flags(available_devices(picture.record["settings"]))), words, picture)
+    elif flags.self_check:
         if not self_check.run(flags):
             raise command.Failed
     elif flags.serve_stdin:
-        serve(flags, given)
+        serve(flags, values, words=words)
     else:
-        run(flags, typed)
+        run(flags, words)
 
 
-infer.__signature__ = command.signature(FLAGS)
-
-
-def execute(values: command.Values) -> int:
-    """Runs `infer` with words that were read; returns the exit status."""
-    call = [f"--{name}={value}" for name, value in values.items()]
-    work = lambda: fire.Fire(infer, command=call, name="sd3_infer.py")  # noqa: E731
-    return command.execute(work, "--width, --height or --batch_size", call)
+def execute(request: command.Request) -> int:
+    """Runs `infer`; returns the exit status, see `command.execute`."""
+    return command.execute(lambda: infer(request), "--width, --height or --batch_size", request.words)
 
 
 @streams.command_line
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status, see `command.execute`."""
     words = sys.argv[1:] if arguments is None else arguments
-    status, values = command.answer_early(words, command.read_infer_flags, help.text)
-    return execute(values) if status is None else status
+    status, request = command.answer_early(words, command.read_infer_flags, help.text)
+    return execute(request) if status is None else status
 
 
 if __name__ == "__main__":
-    sys.exit(streams.command_line(execute)(words))
+    sys.exit(streams.command_line(execute)(request))

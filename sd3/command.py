@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import shlex
@@ -10,8 +11,11 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import fire
 
 from sd3 import streams
 from sd3.flags import FLAGS, Flag, check_flag
@@ -23,30 +27,31 @@ from sd3.versions import NAME, __version__
 
 MISTAKE, FAILED = 2, 1  # exit statuses; shells count signals from 128
 Values = dict[str, Any]
+Read = TypeVar("Read")  # what a command makes of its words
 
 
 class Failed(Exception):
     """The work was done and went wrong; what about it has been printed."""
 
 
-def begin(read: Callable[[Sequence[str]], Values], help_text: Callable[[], str], bare: bool = True) -> Values:
+def begin(read: Callable[[Sequence[str]], Read], help_text: Callable[[], str], bare: bool = True) -> Read:
     """The words of the process, read: first thing of a program, before torch is imported.
 
     Ends the process on --help, --version and a mistake in the words. bare: whether no words at all are fine, else the
     help is shown.
     """
-    status, values = answer_early(None, read, help_text, bare)
+    status, request = answer_early(None, read, help_text, bare)
     if status is not None:
         sys.exit(status)
-    return values
+    return request
 
 
 def answer_early(
     words: Sequence[str] | None,
-    read: Callable[[Sequence[str]], Values],
+    read: Callable[[Sequence[str]], Read],
     help_text: Callable[[], str],
     bare: bool = True,
-) -> tuple[int | None, Values]:
+) -> tuple[int | None, Read | None]:
     """The exit status where nothing but the words is needed for the answer (else None), and what they say.
 
     words: None for those of the process, which is then a program; torch, which looks once, is asked for large pages:
@@ -59,14 +64,14 @@ def answer_early(
     with streams.bearing():
         if {"--help", "-h"} & set(words) or not (words or bare):
             print(help_text())
-            return (0 if words else MISTAKE), {}
+            return (0 if words else MISTAKE), None
         if "--version" in words:
             print(f"{NAME} {__version__}")
-            return 0, {}
+            return 0, None
         try:
             return None, read(words)
         except Exception as error:
-            return _explain(error, "file", words), {}
+            return _explain(error, "file", words), None
 
 
 def read_arguments(
@@ -106,17 +111,34 @@ def read_arguments(
     return out
 
 
-def read_infer_flags(words: Sequence[str]) -> Values:
-    """The flags of `sd3_infer.py` as typed, each checked; raises Mistake."""
-    raw = read_arguments(words)
-    if "replay" not in raw:  # else they are checked together with the image's own
-        Flags.read(raw)
-    return raw
+@dataclass(frozen=True)
+class Request:
+    """The words of `sd3_infer.py`: each flag's value as its row reads it, and the words in one form for records.
+
+    flags: all of them, checked together; None beside `--replay`, where those of the picture are still to come.
+    """
+
+    values: Values
+    words: Sequence[str]
+    flags: Flags | None
 
 
-def signature(flags: Iterable[str]) -> inspect.Signature:
-    """Of a function that takes flags by keyword, none of them needed."""
-    return inspect.Signature([inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in flags])
+def read_infer_flags(words: Sequence[str]) -> Request:
+    """The words of `sd3_infer.py`, read once, each by its flag's reader; raises Mistake."""
+    spelled = [f"--{name}={value}" for name, value in read_arguments(words).items()]
+    values = fire.Fire(_collect, command=spelled, serialize=lambda _: None)
+    return Request(values, spelled, None if "replay" in values else Flags.of(values))
+
+
+@fire.decorators.SetParseFns(**{name: functools.partial(row.read, name) for name, row in FLAGS.items()})
+def _collect(**values: Any) -> Values:
+    """What fire fills in: flags by name, those that were given."""
+    return values
+
+
+_collect.__signature__ = inspect.Signature(
+    [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in FLAGS]
+)
 
 
 def _is_bool(word: str) -> bool:

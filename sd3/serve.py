@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ LONGEST_LINE = 2**24  # bytes; what is longer is answered without being held in 
 
 
 class Server:
-    """An engine, the flags as typed, which a line's own replace, and the folder of the pictures."""
+    """An engine, the values of flags that a line's own replace, and the folder of the pictures."""
 
-    def __init__(self, engine: Engine, flags: Flags, raw: Mapping[str, Any], folder: Path):
-        self.engine, self.raw, self.folder = engine, dict(raw), folder
-        self.record = RunRecord(folder, flags, [f"--{n}={v}" for n, v in raw.items()], 0, engine)
+    def __init__(
+        self, engine: Engine, flags: Flags, values: Mapping[str, Any], folder: Path, words: Sequence[str] = ()
+    ):
+        self.engine, self.values, self.folder = engine, dict(values), folder
+        self.record = RunRecord(folder, flags, words, 0, engine)
         self.notes: list[str] = []  # of the line that is answered
         self.made_with: dict[tuple, MadeWith] = {}  # by the files that pictures name and when they changed
 
@@ -69,8 +71,8 @@ class Server:
             check_flag(name)
             if FLAGS[name].scope != "picture":  # it decides what is loaded, or where pictures go
                 raise Mistake(name, "", "belongs to the whole process; give it on the command line")
-        flags = Flags.read({**self.raw, **{n: v for n, v in wanted.items() if v is not None}})
-        if wanted.get("prompt") is None and "prompt" not in self.raw:
+        flags = Flags.read({**self.values, **{n: v for n, v in wanted.items() if v is not None}})
+        if wanted.get("prompt") is None and "prompt" not in self.values:
             raise Mistake("prompt", "", "is missing")
         prompts, _ = read_prompts(flags.prompt)
         pictures = plan_for(self.engine, flags, prompts, flags.seeds(len(prompts)))
@@ -130,25 +132,27 @@ def lines_of(stream: Any) -> Iterator[bytes]:
 
 def serve(
     flags: Flags,
-    raw: Mapping[str, Any],
+    values: Mapping[str, Any],
     lines: Iterable[str | bytes] | None = None,
     say: Callable[[str], Any] | None = None,
+    words: Sequence[str] = (),
 ) -> Path | None:
     """Answers every line (of stdin) on stdout, in ASCII, until there is none; empty ones are passed over. Returns the
     folder of the pictures, if any.
 
-    raw: the flags as typed, which the lines' own replace. Raises what `load_for` raises, before anything is read.
+    values: of the flags that were given, which the lines' own replace; words: as typed, for the record. Raises what
+    `load_for` raises, before anything is read.
     """
     lines = lines_of(sys.stdin.buffer) if lines is None else lines
     say = say or (lambda text: print(text, flush=True))
     writing.check_writable(flags.out_dir)
-    raw = {n: v for n, v in raw.items() if n != "serve_stdin"}
+    values = {n: v for n, v in values.items() if n != "serve_stdin"}
     engine = load_for(flags)
     engine.get_mmdit()
     engine.get_controlnet()
     engine.get_vae()
     folder = writing.make_folder(Path(flags.out_dir) / models_folder_name(flags), "served", flags.postfix)
-    server = Server(engine, flags, raw, folder)
+    server = Server(engine, flags, values, folder, words)
     engine.say(f"ready: one JSON object a line, such as {EXAMPLE}; pictures go to {folder}")
     with server.record.kept():
         for line in lines:

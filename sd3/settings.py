@@ -171,10 +171,15 @@ class Flags:
 
         Raises Mistake for an unknown flag (with the nearest match) and for every value out of its range.
         """
-        flags = cls(**read_values(raw))
+        return cls.of(read_values(raw))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Flags:
+        """From values that are read already; raises Mistake for those that do not go together."""
+        flags = cls(**values)
         if flags.self_check:
-            for name, value in raw.items():
-                if name not in names(also="self_check") and value is not None:
+            for name in values:
+                if name not in names(also="self_check"):
                     raise Mistake(name, "", "does not go with `self_check`, which runs the shipped model")
         if not flags.residual_config:  # else they are checked together with what the file says
             with renaming(RESIDUAL_FLAGS):

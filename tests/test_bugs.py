@@ -39,7 +39,7 @@ def test_a_bug_while_words_are_read_is_reported_too(capsys):
     def read(words):
         raise ValueError("no mistake of yours")
 
-    assert command.answer_early(["x"], read, str) == (1, {})
+    assert command.answer_early(["x"], read, str) == (1, None)
     assert "this is a bug of sd3-residual" in capsys.readouterr().err
 
 
