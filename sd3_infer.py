@@ -20,13 +20,15 @@ import torch
 
 from sd3 import png, self_check, streams, writing
 from sd3.device import available_devices, choose_device, choose_dtype
-from sd3.engine import Engine, plan_for, read_residual, read_skip_layer_config, read_texts
+from sd3.engine import Engine, read_skip_layer_config
 from sd3.flags import DEFAULT_DENOISE, FLAGS, names, read_values
 from sd3.mistakes import Mistake, nearest
 from sd3.models import SkipLayerConfig
+from sd3.planning import plan_for
+from sd3.prompts import read_texts
 from sd3.readers import read_bool
 from sd3.replay import Replay
-from sd3.residual import ResidualConfig, build_residual_config
+from sd3.residual import ResidualConfig, build_residual_config, read_residual
 from sd3.run import MadeWith, run
 from sd3.serve import serve
 from sd3.settings import Flags, Setup
@@ -107,13 +109,15 @@ class SD3Inferencer(Engine):
             }
         )  # fmt: skip
         with_metadata = read_bool("with_metadata", with_metadata)
-        pictures = plan_for(self, flags, prompts, flags.seeds(len(prompts)), skip_layer, residual)
+        plan = plan_for(self, flags, prompts, flags.seeds(len(prompts)), skip_layer, residual)
+        for note in plan.notes:
+            self.note(note)
         writing.check_writable(flags.out_dir)
         folder = Path(flags.out_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        made_with = MadeWith(self, pictures[0], hashed=with_metadata)
+        made_with = MadeWith(self, plan.pictures[0], hashed=with_metadata)
         paths = []
-        for number, settings, image in self.make(pictures, flags.pad_batch):
+        for number, settings, image in self.make(plan.pictures, flags.pad_batch):
             record = made_with.wait()
             paths.append(folder / f"{number:06d}.png")
             png.save_picture(paths[-1], image, settings, record if with_metadata else None)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from step import DTYPE, compare, inputs, seconds, weights_file
 
+from sd3.planning import plan_pictures
 from sd3_infer import SD3Inferencer
 
 ROOT = Path(__file__).parent.parent
@@ -49,8 +50,8 @@ class Bench:
             ways[f"`--weights {kind}`"] = (engine_for(kind), 0.0)
 
         def run(engine: SD3Inferencer, cache: float, prompt: str, seed: int) -> torch.Tensor:
-            plan = engine.plan([prompt], [seed], **engine.defaults, cache=cache)
-            return engine.sample(plan)
+            plan = plan_pictures(engine, [prompt], [seed], **engine.defaults, cache=cache)
+            return engine.sample(plan.pictures)
 
         for engine, _ in ways.values():
             run(engine, 0.0, PROMPTS[0], 0)

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from demo.command_line import run
-from sd3.engine import residual_settings
 from sd3.mistakes import Mistake
+from sd3.planning import plan_pictures, residual_settings
 from sd3.residual import ResidualConfig
 from sd3.shapes.prompts import KINDS, Prompt, draw, held_out_prompts
 from sd3.shapes.scorer import Seen, interval, read_picture, score
@@ -103,12 +103,13 @@ def sample(
     engine, prompts: Sequence[Prompt], setting: str, seed: int, batch: int, rotations: str | None = None, **values
 ) -> list[np.ndarray]:
     """A picture for every prompt (seeds count up from `seed`) under `off` or `[MODE:]ORIGIN:TARGETS:WEIGHTS`."""
-    pictures = engine.plan(
+    pictures = plan_pictures(
+        engine,
         [p.text for p in prompts],
         [seed + i for i in range(len(prompts))],
         batch_size=batch,
         **(engine.defaults | values | residual_settings(residual_of(setting, rotations))),
-    )
+    ).pictures
     return [np.asarray(image) for _, _, image in engine.make(pictures)]
 
 

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,7 +37,6 @@ from other_impls import (
     join_text,
     t5_position_bias,
     table_rows,
-    weighted_segments,
 )
 from sd3.device import choose_device, choose_dtype, device_memory, device_record, encoder_dtype
 from sd3.effects import executed_steps
@@ -52,11 +50,13 @@ from sd3.mistakes import Missing, Mistake, Where, flag_name, renaming, spell
 from sd3.models import SkipLayerConfig, fetch_model, model_path, read_skip_layer
 from sd3.offload import Offload
 from sd3.pixels import VAE_TILE, check_finite, open_images, to_image, unit_pixels
-from sd3.readers import read_list, read_text, read_tile
+from sd3.planning import usual_settings
+from sd3.prompts import shortened
+from sd3.readers import read_list, read_tile
 from sd3.reading import reading
-from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, residual_stream
+from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, read_residual, residual_stream
 from sd3.rotations import Rotations, read_rotations
-from sd3.settings import Flags, Settings, Setup, effective, resolve
+from sd3.settings import Flags, Settings, Setup
 from sd3.streams import Once
 from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.unchanged import Stamp, Unchanged, stamp
@@ -136,8 +136,6 @@ class Engine:
         self._resident: dict[tuple[str, int | str], nn.Module] = {}  # layers of text encoders that stay
         self._cond: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._rotations: tuple[tuple, Rotations] | None = None
-        self.notes: list[str] = []  # of the last `plan`
-        self.as_given: dict[str, Any] = {}  # fields of the last `plan` that had no effect, as they were given
         self._damage: str | None = None  # see `damage`
         self.files = Unchanged()  # all that this engine was loaded from
 
@@ -149,13 +147,8 @@ class Engine:
             tqdm.write(text, file=sys.stderr)
 
     def note(self, text: str) -> None:
-        """Adds a line to `notes`; names of fields stand between backquotes."""
-        self.notes.append(spell(text, self.spelling))
-
-    def say_notes(self) -> None:
-        """Says, once each, the notes of the last `plan`."""
-        for note in self.notes:
-            self.say(note, once=True)
+        """Says a line once; names of fields stand between backquotes."""
+        self.say(spell(text, self.spelling), once=True)
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -198,7 +191,8 @@ class Engine:
             self._open_encoders({role: getattr(setup, role) for role in ENCODERS})
             self.embed_cache = self._open_embed_cache(setup.embed_cache) if setup.embed_cache else None
         self.files = self._opened(early, load_tokenizers)
-        self.defaults, _ = resolve(Flags(model=model, shift=shift), self.model_file.metadata, self.large_controlnet)
+        usual = usual_settings(model, self.model_file.metadata, self.large_controlnet)
+        self.defaults = usual if shift is None else usual | {"shift": shift}
         self.shift = self.defaults["shift"]
         if verbose:
             self.say(f"{self.model_file.path}: {self.config}")
@@ -351,6 +345,23 @@ class Engine:
                 out[role] = _described(sorted(files))
         return out
 
+    @property
+    def words(self) -> str:
+        """The whole vocabulary of a small model, where its file names it."""
+        return self.model_file.metadata.get("words", "")
+
+    def loaded_settings(self) -> dict[str, Any]:
+        """Settings of a picture that loading decides, and the shift of pictures that name none."""
+        return self.setup.seen_in_images() | {
+            "model": str(self.model_file.path),
+            "vae": None if self.vae_part.file is self.model_file else str(self.vae_part.file.path),
+            "controlnet_ckpt": None if self.controlnet_part is None else str(self.controlnet_part.file.path),
+            "shift": self.shift,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "text_encoder_device": str(self.encoder_device),
+        }
+
     def check_size(self, width: int, height: int) -> None:
         """Raises Mistake for a size that the model's position grid or its cells do not allow."""
         cell = self.vae_config.downscale * self.config.patch
@@ -463,7 +474,7 @@ class Engine:
             tokens = self.clip_tokenizer.tokenize(prompt, self.positions, pad)
             if tokens.cut:
                 limit = self.positions
-                self.say(f'note: "{_short(prompt)}" is cut: CLIP takes {limit} tokens (T5 reads on)', once=True)
+                self.say(f'note: "{shortened(prompt)}" is cut: CLIP takes {limit} tokens (T5 reads on)', once=True)
             ids[prompt] = torch.tensor([tokens.ids], device=device)
             x = table_rows(words, tokens.ids).float() + positions
             states[prompt] = x.to(device, dtype)[None]
@@ -489,7 +500,7 @@ class Engine:
         for prompt, length in keys:
             tokens = self.t5_tokenizer.tokenize(prompt, length)
             if tokens.cut:
-                self.say(f'note: "{_short(prompt)}" is cut: T5 reads its first 226 characters', once=True)
+                self.say(f'note: "{shortened(prompt)}" is cut: T5 reads its first 226 characters', once=True)
             states[prompt, length] = table_rows(table, tokens.ids).to(device, torch.float32)[None]
         del table
         biases: dict[int, Tensor] = {}
@@ -940,58 +951,6 @@ class Engine:
                 cache=s.cache,
             )
 
-    def plan(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, recorded: bool = False, **values: Any
-    ) -> list[Settings]:
-        """Settings of every picture, prompt by prompt; seeds: as many per prompt as there are pictures of it.
-
-        What has no effect is set to its default, see `settings.effective`; `notes` say so, `as_given` has it as it was.
-        recorded: the values come from a picture, perhaps of an earlier version, which encoded a prompt at the length of
-        its negative prompt at cfg 1 too: it is kept where it is the longer one. Raises Mistake for what does not
-        fit.
-        """
-        prompts, seeds = read_texts(prompts), list(seeds)
-        if not seeds or len(seeds) % len(prompts):
-            raise Mistake("seed", "", f"{len(seeds)} given for {len(prompts)} prompts; give as many for each")
-        shared = self.setup.seen_in_images() | {
-            "model": str(self.model_file.path),
-            "vae": None if self.vae_part.file is self.model_file else str(self.vae_part.file.path),
-            "controlnet_ckpt": None if self.controlnet_part is None else str(self.controlnet_part.file.path),
-            "shift": self.shift,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": str(self.device),
-            "text_encoder_device": str(self.encoder_device),
-        }
-        per_prompt = len(seeds) // len(prompts)
-        first = Settings(prompt=prompts[0], seed=seeds[0], **(shared | values))
-        shown, notes = effective(first)  # prompt and seed have no part in it
-        kept = first.negative_prompt
-        if (
-            recorded
-            and kept != shown.negative_prompt
-            and any(self.pair_length(p, kept) > self.t5_length(p) for p in prompts)
-        ):
-            shown = dataclasses.replace(shown, negative_prompt=kept)
-            notes = [note for note in notes if not note.startswith("note: `negative_prompt`")]
-        self.notes = [spell(note, self.spelling) for note in notes]
-        if weighted := next((p for p in prompts if any(weight != 1 for _, weight in weighted_segments(p))), None):
-            self.notes.append(f'note: "{_short(weighted)}": weights of words have no effect, and brackets are left out')
-        names = [field.name for field in dataclasses.fields(Settings)]
-        self.as_given = {n: getattr(first, n) for n in names if getattr(first, n) != getattr(shown, n)}
-        return [dataclasses.replace(shown, prompt=prompts[i // per_prompt], seed=seed) for i, seed in enumerate(seeds)]
-
-    def unknown_words(self, prompts: Sequence[str]) -> str:
-        """A line about words that a model with a short vocabulary (its file names it) never saw, or ``."""
-        known = self.model_file.metadata.get("words", "").split()
-        if not known:
-            return ""
-        words = (w for p in prompts for w in re.findall(r"\w+", p.lower()))
-        unknown = [w for w in dict.fromkeys(words) if w not in known]
-        if not unknown:
-            return ""
-        named = ", ".join(f'"{w}"' for w in unknown[:8])
-        return f"note: this small model never saw {named}; it knows: {' '.join(known)}"
-
 
 Batch = TypeVar("Batch")
 
@@ -1013,10 +972,6 @@ def in_groups(
         yield group
 
 
-def _short(prompt: str) -> str:
-    return prompt if len(prompt) <= 40 else prompt[:37] + "..."
-
-
 def read_skip_layer_config(config: SkipLayerConfig | Mapping[str, Any] | None) -> SkipLayerConfig | None:
     """Accepts the public reference's dictionary {"scale", "start", "end", "layers", "cfg"} too; raises Mistake."""
     if config is None or isinstance(config, SkipLayerConfig):
@@ -1028,44 +983,10 @@ def read_skip_layer_config(config: SkipLayerConfig | Mapping[str, Any] | None) -
     return read_skip_layer({"start": 0.01, "end": 0.20, "cfg": 4.0} | dict(config))
 
 
-def read_residual(config: ResidualConfig | None) -> ResidualConfig:
-    """A residual configuration given in Python; None is off. Raises Mistake for anything else."""
-    if config is None or isinstance(config, ResidualConfig):
-        return config or ResidualConfig()
-    raise Mistake("residual_config", config, "must be a ResidualConfig, as build_residual_config makes one")
-
-
-def read_texts(prompts: Any) -> list[str]:
-    """Prompts from one text or several; raises Mistake where there is none, or something else among them."""
-    if isinstance(prompts, str):
-        prompts = [prompts]
-    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
-        raise Mistake("prompt", prompts, "must be a text, or a list of texts")
-    texts = [read_text("prompt", prompt) for prompt in prompts]
-    if not texts:
-        raise Mistake("prompt", "", "no prompt is given")
-    return texts
-
-
 def read_row_seeds(seed: Any) -> list[int]:
     """The seeds of a batch's rows, from one for one row or a list; raises Mistake."""
     rows = read_list("seed", seed) if isinstance(seed, Iterable) else [seed]
     return [FLAGS["seed"].read("seed", one) for one in rows]
-
-
-def residual_settings(config: ResidualConfig) -> dict[str, Any]:
-    """A residual configuration as fields of `Settings`; rotations that no mode uses are left out."""
-    values = {setting: getattr(config, name) for name, setting in RESIDUAL_FLAGS.items()}
-    return values if config.mode == "aligned" else values | {"residual_rotations": None}
-
-
-def residual_notes(flags: Flags, config: ResidualConfig) -> Iterator[str]:
-    """Lines about residual flags that have no effect."""
-    given = flags.residual()
-    if (given or flags.residual_config) and not config.active:
-        yield "note: `residual_target_layers` is empty, so residual text streaming is off"
-    elif "rotations" in given and config.mode != "aligned":
-        yield f"note: `residual_rotations` is not used: `residual_mode` is {config.mode}, not aligned"
 
 
 def _described(files: Sequence[Path]) -> dict[str, Any]:
@@ -1078,38 +999,3 @@ def _described(files: Sequence[Path]) -> dict[str, Any]:
 def load_for(flags: Flags) -> Engine:
     """An engine with the files, the device and the dtype that flags name; raises as `Engine.open` does."""
     return Engine(flag_name).open(Setup.of(flags), flags.shift, flags.verbose)
-
-
-def plan_for(
-    engine: Engine,
-    flags: Flags,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    skip_layer: SkipLayerConfig | None = None,
-    residual: ResidualConfig | None = None,
-    recorded: bool = False,
-) -> list[Settings]:
-    """Settings of every image that flags ask for, checked against the loaded model and the files they name.
-
-    seeds: as many per prompt as there are images of it; skip_layer, residual: in place of the model's own and of the
-    flags'; recorded: see `Engine.plan`. Raises Mistake.
-    """
-    values, usual = resolve(flags, engine.model_file.metadata, engine.large_controlnet)
-    if skip_layer is not None and flags.cfg is None:
-        values["cfg"] = skip_layer.cfg
-    residual = residual or ResidualConfig.from_flags(flags.residual(), flags.residual_config)
-    wanted = flags.for_image() | values | residual_settings(residual) | {"skip_layer": skip_layer or usual}
-    if wanted["vae_tile"] is None:
-        wanted["vae_tile"] = engine.vae_tile(values["width"], values["height"])
-    pictures = engine.plan(prompts, seeds, recorded=recorded, **wanted)
-    if flags.skip_layer_cfg and not wanted["skip_layer"]:
-        unknown = f"no skip-layer settings are known for {Path(flags.model).name}"
-        engine.note(f"note: {unknown}; `skip_layer_cfg` is off")
-    for note in residual_notes(flags, residual):
-        engine.note(note)
-    if pictures:  # they differ in prompt and seed only; what has no effect is checked too
-        given = dataclasses.replace(pictures[0], **engine.as_given)
-        engine.check_settings(given)
-        open_images([given])
-    engine.say_notes()
-    return pictures

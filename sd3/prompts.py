@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,23 @@ def read_prompts(prompt: Any, flag: str = "prompt") -> tuple[list[str], str]:
     if not prompts:
         raise Mistake(flag, text, "the file holds no prompt")
     return prompts, folder_name(text)
+
+
+def read_texts(prompts: Any) -> list[str]:
+    """Prompts from one text or several; raises Mistake where there is none, or something else among them."""
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
+        raise Mistake("prompt", prompts, "must be a text, or a list of texts")
+    texts = [read_text("prompt", prompt) for prompt in prompts]
+    if not texts:
+        raise Mistake("prompt", "", "no prompt is given")
+    return texts
+
+
+def shortened(prompt: str) -> str:
+    """The beginning of a prompt, for a line about it."""
+    return prompt if len(prompt) <= 40 else prompt[:37] + "..."
 
 
 def read_lines(flag: str, path: str | Path) -> list[str]:

@@ -233,6 +233,13 @@ def build_residual_config(
     return config if config.active else None
 
 
+def read_residual(config: ResidualConfig | None) -> ResidualConfig:
+    """A residual configuration given in Python; None is off. Raises Mistake for anything else."""
+    if config is None or isinstance(config, ResidualConfig):
+        return config or ResidualConfig()
+    raise Mistake("residual_config", config, "must be a ResidualConfig, as build_residual_config makes one")
+
+
 def residual_stream(config: ResidualConfig | None, rotations: Rotations | None = None) -> ResidualStream | None:
     """The stream of a configuration, or None where there is nothing to mix: the model then runs as without it.
 

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from sd3 import png, streams, writing
 from sd3.device import device_record
-from sd3.engine import Engine, load_for, plan_for
+from sd3.engine import Engine, load_for
 from sd3.files import file_sha256
 from sd3.find import list_models
 from sd3.flags import FLAGS
 from sd3.mistakes import Where
+from sd3.planning import plan_for, unknown_words
 from sd3.prompts import folder_name, read_prompts
 from sd3.replay import Replay
 from sd3.residual import ResidualConfig
@@ -117,9 +118,10 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
     engine = load_for(flags)
     residual = ResidualConfig.from_flags(flags.residual(), flags.residual_config)
     skip_layer = replay.skip_layer() if replay else None
-    pictures = plan_for(engine, flags, prompts, flags.seeds(len(prompts)), skip_layer, recorded=replay is not None)
-    if line := engine.unknown_words([*prompts, flags.negative_prompt]):
-        engine.say(line)
+    plan = plan_for(engine, flags, prompts, flags.seeds(len(prompts)), skip_layer, recorded=replay is not None)
+    pictures = plan.pictures
+    for note in (*plan.notes, *unknown_words(engine.words, [*prompts, flags.negative_prompt])):
+        engine.note(note)
     folder = writing.make_folder(Path(flags.out_dir) / models_folder_name(flags), name, flags.postfix)
     if flags.kind_of_seeds == "rand":
         engine.say(drawn_seeds([s.seed for s in pictures]))

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from sd3 import png, streams, writing
-from sd3.engine import Engine, load_for, plan_for
+from sd3.engine import Engine, load_for
 from sd3.flags import FLAGS, check_flag
 from sd3.memory import OutOfMemory, one_line, out_of_memory
-from sd3.mistakes import Mistake
+from sd3.mistakes import Mistake, flag_name, spell
+from sd3.planning import plan_for
 from sd3.prompts import read_prompts
 from sd3.run import MadeWith, RunRecord, models_folder_name
 from sd3.settings import FILE_SETTINGS, Flags, Settings
@@ -75,8 +76,10 @@ class Server:
         if wanted.get("prompt") is None and "prompt" not in self.values:
             raise Mistake("prompt", "", "is missing")
         prompts, _ = read_prompts(flags.prompt)
-        pictures = plan_for(self.engine, flags, prompts, flags.seeds(len(prompts)))
-        self.notes = self.engine.notes
+        plan = plan_for(self.engine, flags, prompts, flags.seeds(len(prompts)))
+        pictures, self.notes = plan.pictures, [spell(note, flag_name) for note in plan.notes]
+        for note in plan.notes:
+            self.engine.note(note)
         first = self.record.count
         made_with = self._files(pictures[0])
         for number, settings, image in self.engine.make(pictures, flags.pad_batch):

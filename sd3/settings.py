@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 from sd3.flags import DEFAULT_SEED, FLAGS, MOST_PICTURES, Flag, names, read_values
 from sd3.mistakes import Mistake, renaming
-from sd3.models import CONTROLNET, DEFAULT_SIZE, SkipLayerConfig, model_row
 from sd3.readers import SEED_LIMIT
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
 
@@ -214,40 +213,6 @@ class Flags:
             for n, row in IMAGE_ROWS.items()
             if row.scope == "picture" and not row.field and n not in own
         }
-
-
-MODEL_SETTINGS = tuple(model_row("").usual())
-DECIDED_BY_MODEL = (*MODEL_SETTINGS, "width", "height")
-
-
-def file_defaults(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Size, steps, shift, cfg and sampler that a file names in its safetensors metadata; what is wrong is left out."""
-    out = {}
-    for name in DECIDED_BY_MODEL:
-        if name in metadata:
-            try:
-                out[name] = FLAGS[name].read(name, metadata[name])
-            except Mistake:
-                continue
-    return out
-
-
-def resolve(
-    flags: Flags, metadata: Mapping[str, str] | None = None, large_controlnet: bool = False
-) -> tuple[dict[str, Any], SkipLayerConfig | None]:
-    """shift, steps, cfg, sampler, width and height of a run, and its skip-layer guidance.
-
-    A flag wins over the ControlNet's row (`large_controlnet`), that over the model file's metadata, that over the
-    model's row. Skip-layer guidance brings its own cfg unless one is given.
-    """
-    row = model_row(flags.model)
-    values = row.usual() | {"width": DEFAULT_SIZE, "height": DEFAULT_SIZE} | file_defaults(metadata or {})
-    if large_controlnet:
-        values |= CONTROLNET.usual()
-    skip_layer = row.skip_layer if flags.skip_layer_cfg else None
-    if skip_layer is not None:
-        values["cfg"] = skip_layer.cfg
-    return values | {name: given for name in values if (given := getattr(flags, name)) is not None}, skip_layer
 
 
 def picture_seeds(seed: int, seed_type: str, prompts: int, num_images: int) -> list[int]:

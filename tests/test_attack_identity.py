@@ -30,6 +30,7 @@ import sd3.sweep.command
 import sd3.writing
 import sd3_infer
 from sd3.mistakes import Where
+from sd3.planning import plan_pictures
 from sd3.settings import earlier_digest
 from sd3.sweep.plan import command
 from sd3.unchanged import Changed, Unchanged
@@ -187,7 +188,7 @@ def test_an_earlier_picture_whose_longer_negative_prompt_lengthened_its_text(tmp
     engine = SD3Inferencer().load(str(DEMO), device="cpu", dtype="float32")
     engine.quiet = True
     values = {"steps": 2, "width": 96, "height": 96, "cfg": 1.0, "sampler": "euler"}
-    (settings,) = engine.plan(["red"], [1], recorded=True, negative_prompt=LONG, **values)
+    (settings,) = plan_pictures(engine, ["red"], [1], recorded=True, negative_prompt=LONG, **values).pictures
     assert settings.negative_prompt == LONG  # as earlier versions made it: at the longer length
     assert settings.digest() == earlier_digest(settings)
     ((_, settings, image),) = engine.make([settings])
@@ -197,9 +198,9 @@ def test_an_earlier_picture_whose_longer_negative_prompt_lengthened_its_text(tmp
     assert "bit for bit" in told
     assert "changed" not in told
     assert "no effect" not in told
-    (short,) = engine.plan(["red"], [1], recorded=True, negative_prompt="blue", **values)
+    (short,) = plan_pictures(engine, ["red"], [1], recorded=True, negative_prompt="blue", **values).pictures
     assert short.negative_prompt == ""
-    (now,) = engine.plan(["red"], [1], negative_prompt=LONG, **values)
+    (now,) = plan_pictures(engine, ["red"], [1], negative_prompt=LONG, **values).pictures
     assert now == short
 
 
@@ -336,7 +337,7 @@ def test_a_clock_that_goes_back_stops_no_record(tmp_path, monkeypatch):
 
 def test_the_command_of_a_whole_picture_says_so():
     engine = SD3Inferencer().load(str(DEMO), device="cpu", dtype="float32")
-    (whole,) = engine.plan(["red"], [1], steps=2, width=96, height=96)
+    (whole,) = plan_pictures(engine, ["red"], [1], steps=2, width=96, height=96).pictures
     assert "--vae_tile=off" in command(whole, sd3.settings.Flags.read({}))
     tiled = dataclasses.replace(whole, width=512, vae_tile=128)
     assert "--vae_tile=128" in command(tiled, sd3.settings.Flags.read({}))

@@ -25,8 +25,9 @@ import sd3.writing
 import sd3_infer
 from sd3.command import read_arguments
 from sd3.models import SkipLayerConfig
+from sd3.planning import resolve
 from sd3.prompts import folder_name, read_prompts
-from sd3.settings import Flags, Settings, resolve
+from sd3.settings import Flags, Settings
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 

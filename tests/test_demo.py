@@ -20,6 +20,7 @@ from demo import data, flow, optim, score, text, train, watch
 from mmditx import MMDiTConfig
 from sd3.files import MMDIT_PREFIX, WeightFile
 from sd3.mistakes import Mistake
+from sd3.planning import plan_pictures
 from sd3.residual import ResidualConfig
 from sd3.shapes import prompts as shape_prompts
 from sd3.shapes import scenes, scorer
@@ -520,5 +521,7 @@ def test_training_runs_saves_resumes_and_exports(tmp_path):
     engine.quiet = True
     assert engine.defaults["width"] == scenes.SIZE
     assert engine.config.depth == 10
-    ((_, _, image),) = engine.make(engine.plan(["a red circle"], [1], **engine.defaults | {"steps": 1}))
+    ((_, _, image),) = engine.make(
+        plan_pictures(engine, ["a red circle"], [1], **engine.defaults | {"steps": 1}).pictures
+    )
     assert image.size == (96, 96)

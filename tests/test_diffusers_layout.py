@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sd3.files import MMDIT_PREFIX, TRANSFORMER, VAE_PREFIX, WeightFile
 from sd3.models import model_key
+from sd3.planning import plan_pictures
 from sd3.weights import find_mmdit, find_vae
 from sd3_infer import SD3Inferencer, main
 
@@ -52,7 +53,9 @@ def test_the_same_picture_as_from_one_file(layout, one_file):
     for path in (layout, one_file):
         engine = SD3Inferencer().load(str(path), device="cpu", dtype="float32", shift=2.5)
         engine.quiet = True
-        (settings,) = engine.plan(["a red circle"], [3], width=64, height=48, steps=3, cfg=4.0, sampler="euler")
+        (settings,) = plan_pictures(
+            engine, ["a red circle"], [3], width=64, height=48, steps=3, cfg=4.0, sampler="euler"
+        ).pictures
         ((_, _, image),) = engine.make([settings])
         latents.append(engine.sample([settings]))
         assert image.size == (64, 48)

@@ -14,6 +14,7 @@ from PIL import Image
 import sd3_impls
 from sd3.models import SkipLayerConfig
 from sd3.pixels import check_finite, to_image
+from sd3.planning import plan_pictures
 from sd3.residual import ResidualConfig
 from sd3.settings import Flags, picture_seeds
 from sd3_impls import Conditioning, Denoiser
@@ -30,7 +31,7 @@ def fresh(small_model, **options) -> SD3Inferencer:
 
 def make(engine: SD3Inferencer, prompts: list[str], seeds: list[int], **values) -> list[bytes]:
     values = engine.defaults | SIZE | {"steps": 3, "cfg": 3.0} | values
-    return [image.tobytes() for _, _, image in engine.make(engine.plan(prompts, seeds, **values))]
+    return [image.tobytes() for _, _, image in engine.make(plan_pictures(engine, prompts, seeds, **values).pictures)]
 
 
 def test_encoders_are_opened_once_and_the_mmdit_stays(small_model, monkeypatch):
@@ -67,7 +68,7 @@ def test_a_prompt_of_many_t5_tokens_runs_and_keeps_its_own_tokens(small_engine):
 
 def test_pictures_of_two_lengths_do_not_share_a_batch(small_engine):
     long = "a red circle and " * 8
-    settings = small_engine.plan(["a", "b", long, "c"], [1, 2, 3, 4], **SIZE, steps=2, batch_size=4)
+    settings = plan_pictures(small_engine, ["a", "b", long, "c"], [1, 2, 3, 4], **SIZE, steps=2, batch_size=4).pictures
     assert [[i for i, _ in b] for b in small_engine.batches(settings)] == [[0, 1], [2], [3]]
 
 

@@ -25,7 +25,7 @@ models.MODELS["sd9"] = models.Model(steps=9, hub="somebody/sd9")
 
 from pathlib import Path
 
-from sd3 import help, serve, settings
+from sd3 import help, planning, serve, settings
 from sd3.probe.command import COMMANDS
 from sd3.replay import Replay
 from sd3.command import read_infer_flags
@@ -53,7 +53,7 @@ print(json.dumps({
     "replayed": replay.flags({})["glow"],
     "served": serve.Server(None, settings.Flags(), {}, Path("out")).answer('{"slim": true, "prompt": "a"}')["error"],
     "probe": ["glow" in COMMANDS["measure"], "cfg" in COMMANDS["measure"]],
-    "model": settings.resolve(settings.Flags(model="sd9.safetensors"))[0]["steps"],
+    "model": planning.resolve(settings.Flags(model="sd9.safetensors"))[0]["steps"],
     "fetch": models.fetch_model("sd9.safetensors"),
 }))
 """

@@ -28,6 +28,7 @@ import sd3_infer
 from sd3.effects import executed_steps, starts_from_noise
 from sd3.mistakes import flag_name, spell
 from sd3.models import SkipLayerConfig
+from sd3.planning import plan_pictures
 from sd3.residual import ResidualConfig
 from sd3.settings import Flags, Settings, earlier_digest, effective
 from sd3_impls import flow_schedule
@@ -375,11 +376,13 @@ def test_a_tiled_and_a_whole_picture_at_once_are_those_made_alone(engine):
 
 
 def test_replacing_what_was_left_out_gives_what_was_asked_for(engine):
-    shown = engine.plan([PROMPT], [1], **engine.defaults | {"denoise": 0.3, "cfg": 1, "negative_prompt": "a star"})[0]
+    values = engine.defaults | {"denoise": 0.3, "cfg": 1, "negative_prompt": "a star"}
+    plan = plan_pictures(engine, [PROMPT], [1], **values)
+    shown = plan.pictures[0]
     assert (shown.denoise, shown.negative_prompt) == (0.8, "")
-    asked = dataclasses.replace(shown, **engine.as_given)
+    asked = dataclasses.replace(shown, **plan.as_given)
     assert (asked.denoise, asked.negative_prompt) == (0.3, "a star")
-    assert len(engine.notes) == 2
+    assert len(plan.notes) == 2
 
 
 # ---- what encodes text ---------------------------------------------------------------------------
@@ -447,10 +450,10 @@ def test_a_record_that_knows_less_of_the_text_encoders_is_no_difference(apart, t
 
 @pytest.mark.parametrize("prompt", ["a (red:1.9) circle", "a ((red)) circle", "(a red circle)"])
 def test_weights_of_words_are_told_to_have_no_effect(engine, prompt):
-    engine.plan(["a red circle", prompt], [1, 1], **engine.defaults)
-    assert engine.notes == [f'note: "{prompt}": weights of words have no effect, and brackets are left out']
-    engine.plan([r"a \(red\) circle", "a red circle)"], [1, 1], **engine.defaults)
-    assert engine.notes == []
+    plan = plan_pictures(engine, ["a red circle", prompt], [1, 1], **engine.defaults)
+    assert plan.notes == [f'note: "{prompt}": weights of words have no effect, and brackets are left out']
+    plan = plan_pictures(engine, [r"a \(red\) circle", "a red circle)"], [1, 1], **engine.defaults)
+    assert plan.notes == []
 
 
 def test_a_served_line_is_answered_with_what_had_no_effect(tmp_path):

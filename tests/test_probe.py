@@ -25,6 +25,7 @@ import sd3.weights
 import sd3_infer
 from mmditx import standardise
 from sd3.files import WeightFile
+from sd3.planning import plan_pictures
 from sd3.probe.measuring import Measurement, Sums, cka, linear_probe, neighbour_overlap, retrieval, spread
 from sd3.probe.procrustes import Calibration
 from sd3.probe.running import Collector, Labelled, read_labelled, run_prompts
@@ -162,7 +163,7 @@ def test_masks_leave_padding_out(small_engine):
 
 
 def test_a_probe_changes_nothing(small_engine):
-    (picture,) = small_engine.plan(["a star"], [1], **VALUES)
+    (picture,) = plan_pictures(small_engine, ["a star"], [1], **VALUES).pictures
     plain = small_engine.sample([picture])
     states = everything(small_engine, [(0, "a star", 1)], VALUES, [0, 3])
     assert set(states) == {(step, layer) for step in range(3) for layer in (0, 3)}

@@ -22,6 +22,7 @@ from mmditx import MMDiT, ModelCall, Reuse
 from sd3.embed_cache import EmbedCache
 from sd3.files import WeightFile
 from sd3.offload import Offload
+from sd3.planning import plan_pictures
 from sd3.residual import ResidualConfig, residual_stream
 from sd3.settings import Flags, Settings
 from sd3.vae import pieces
@@ -37,7 +38,9 @@ def fresh(model: Path, **options) -> SD3Inferencer:
 
 
 def picture(engine: SD3Inferencer, prompt: str = "a star", **values) -> tuple[Settings, bytes]:
-    ((_, settings, image),) = engine.make(engine.plan([prompt], [3], **(engine.defaults | SIZE | values)))
+    ((_, settings, image),) = engine.make(
+        plan_pictures(engine, [prompt], [3], **(engine.defaults | SIZE | values)).pictures
+    )
     return settings, image.tobytes()
 
 

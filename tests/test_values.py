@@ -40,6 +40,7 @@ from sd3.engine import NotLoaded
 from sd3.flags import MOST_PICTURES
 from sd3.mistakes import display
 from sd3.models import SkipLayerConfig
+from sd3.planning import plan_pictures, residual_settings
 from sd3.prompts import folder_name, read_jsonl, read_lines, read_prompts
 from sd3.readers import SEED_LIMIT, read_layers
 from sd3.replay import Replay
@@ -374,15 +375,16 @@ def test_a_config_keeps_what_was_read():
 def test_the_wrong_half_is_not_acted_on(engine):
     """`COND` acts on the conditional half, as `cond` does."""
     settings = [
-        engine.plan(
+        plan_pictures(
+            engine,
             ["a star"],
             [3],
             steps=2,
             cfg=4.0,
             width=96,
             height=96,
-            **sd3.engine.residual_settings(ResidualConfig(0, (3,), 0.5, branch=b)),
-        )
+            **residual_settings(ResidualConfig(0, (3,), 0.5, branch=b)),
+        ).pictures
         for b in ("cond", "COND", "uncond")
     ]
     cond, spelt, uncond = (next(iter(engine.make(s)))[2].tobytes() for s in settings)
@@ -499,7 +501,7 @@ def test_an_engine_without_a_model_says_so(tmp_path):  # P9
             lambda e: e.do_sampling(zeros, 1, (zeros, zeros), None, 2, 1.0),
             lambda e: e.vae_encode(Image.new("RGB", (64, 64))),
             lambda e: e.get_cond("a"),
-            lambda e: e.plan(["a"], [1]),
+            lambda e: plan_pictures(e, ["a"], [1]),
             lambda e: e.get_mmdit(),
             lambda e: e.get_vae(),
             lambda e: e.encode([("a", 77)]),
@@ -561,8 +563,9 @@ def test_a_controlnet_and_its_picture_belong_together(small_model, tmp_path):  #
     (path,) = engine.gen_image("a", steps=1, out_dir=tmp_path / "out", controlnet_cond_image=tmp_path / "in.png")
     assert sd3.png.read_record(path)["settings"]["controlnet_cond_image"] == "in.png"
     plain = SD3Inferencer().load(small_model, device="cpu", dtype="float32")
+    plan = plan_pictures(plain, ["a"], [1], controlnet_cond_image="in.png", width=64, height=48)
     for call in (
-        lambda: plain.check_settings(plain.plan(["a"], [1], controlnet_cond_image="in.png", width=64, height=48)[0]),
+        lambda: plain.check_settings(plan.pictures[0]),
         lambda: plain.vae_encode(Image.open(tmp_path / "in.png"), control=True),
     ):
         with pytest.raises(ValueError, match="no ControlNet is loaded"):
@@ -575,7 +578,7 @@ def test_a_controlnet_and_its_picture_belong_together(small_model, tmp_path):  #
 def test_plan_wants_as_many_seeds_for_each_prompt(engine):
     for prompts, seeds in ((["a", "b"], [1, 2, 3]), (["a"], []), ([], [1])):
         with pytest.raises(ValueError, match=r"seed|prompt"):
-            engine.plan(prompts, seeds)
+            plan_pictures(engine, prompts, seeds)
 
 
 # ---- U: what a line is ---------------------------------------------------------------------------

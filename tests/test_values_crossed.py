@@ -25,6 +25,7 @@ from helpers import DEMO, READERS
 from PIL import Image
 
 import sd3.engine
+import sd3.planning
 import sd3.png
 import sd3.probe.command
 import sd3.residual
@@ -37,6 +38,7 @@ from sd3.engine import Engine
 from sd3.flags import FLAGS
 from sd3.mistakes import Mistake, display, flag_name, renaming
 from sd3.models import SkipLayerConfig
+from sd3.planning import PicturePlan
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
 from sd3.settings import Flags, Settings, Setup
 from sd3_infer import SD3Inferencer
@@ -84,11 +86,11 @@ def record(tmp_path_factory) -> dict[str, Any]:
 def planned(record) -> Iterator[list[Settings]]:
     """The pictures that were to be made last; engines of the same flags are loaded once."""
     pictures: list[Settings] = []
-    plan, load = Engine.plan, sd3.engine.load_for
+    plan, load = sd3.planning.plan_pictures, sd3.engine.load_for
 
-    def noted(engine: Engine, *args: Any, **values: Any) -> list[Settings]:
+    def noted(engine: Engine, *args: Any, **values: Any) -> PicturePlan:
         made = plan(engine, *args, **values)
-        pictures[:] = [dataclasses.replace(s, **engine.as_given) for s in made]  # those without effect too
+        pictures[:] = [dataclasses.replace(s, **made.as_given) for s in made.pictures]  # those without effect too
         return made
 
     loaded: dict[str, Engine] = {}
@@ -101,7 +103,7 @@ def planned(record) -> Iterator[list[Settings]]:
         return loaded[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "plan", noted)
+        patch.setattr(sd3.planning, "plan_pictures", noted)
         patch.setattr(Engine, "make", lambda engine, pictures, pad_batch=False: iter(()))
         patch.setattr(sd3.engine, "load_for", load_once)
         patch.setattr(sd3.run, "load_for", load_once)

@@ -14,6 +14,7 @@ from torch import Tensor
 from sd3 import writing
 from sd3.engine import Engine
 from sd3.mistakes import Mistake, verbatim
+from sd3.planning import plan_pictures
 from sd3.probe.procrustes import Calibration, Distances
 from sd3.probe.running import Collector, Labelled, load, read_labelled, run_prompts
 from sd3.probe.state import State, identity, save_tensors
@@ -78,7 +79,7 @@ def _plan_sums(
     """Empty sums for the layers and buckets of the flags; raises Mistake where they or the settings do not fit."""
     config = ResidualConfig(flags["origin"], flags["targets"])
     config.check(engine.config.depth)
-    engine.check_settings(engine.plan([prompts[0].prompt], [0], **values)[0])
+    engine.check_settings(plan_pictures(engine, [prompts[0].prompt], [0], **values).pictures[0])
     sums = Calibration(config.origin, config.targets, flags["buckets"], engine.config.width)
     reached = {sums.bucket(sigma) for sigma in flow_schedule(values["steps"], values["shift"]).tolist()[:-1]}
     if empty := sorted(set(range(sums.buckets)) - reached):

@@ -15,9 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sd3 import writing
-from sd3.engine import Engine, residual_settings
+from sd3.engine import Engine
 from sd3.flags import names
 from sd3.mistakes import Mistake
+from sd3.planning import plan_pictures, residual_settings
 from sd3.probe.running import Collector, Labelled, load, read_labelled, run_prompts
 from sd3.probe.suggesting import by_block, measures
 from sd3.readers import SEED_LIMIT
@@ -241,7 +242,7 @@ class Measurement:
             "kept_tokens": self.filled,
             "neighbours": min(flags["neighbours"], self.filled - 1),
             "tokens": self.sums[0][0].tokens,
-            "settings": self.engine.plan([""], [flags.get("seed", 0)], **self.values)[0].public(),
+            "settings": plan_pictures(self.engine, [""], [flags.get("seed", 0)], **self.values).pictures[0].public(),
             "dtype": str(self.engine.dtype).removeprefix("torch."),
             "versions": versions(),
             "chance": self.chance(),
@@ -270,8 +271,10 @@ def measure(flags: Mapping[str, Any], show: Callable[[str], Any]) -> Path:
     residual_flags = Flags(**{name: flags[name] for name in names(also="measure") if name in flags})
     residual = ResidualConfig.from_flags(residual_flags.residual(), residual_flags.residual_config)
     values = values | residual_settings(residual)
-    engine.check_settings(engine.plan([prompts[0].prompt], [0], **values)[0])
-    engine.say_notes()
+    plan = plan_pictures(engine, [prompts[0].prompt], [0], **values)
+    engine.check_settings(plan.pictures[0])
+    for note in plan.notes:
+        engine.note(note)
     measurement = Measurement(engine, prompts, values, flags)
     run_prompts(engine, measurement.jobs(), values, measurement.collector, "measuring")
     record = measurement.record()

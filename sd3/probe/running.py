@@ -13,9 +13,10 @@ from mmditx import ModelCall
 from sd3.engine import Engine, load_for
 from sd3.flags import names
 from sd3.mistakes import Mistake
+from sd3.planning import plan_pictures, resolve
 from sd3.prompts import read_jsonl, read_prompts
 from sd3.readers import read_path
-from sd3.settings import Flags, resolve
+from sd3.settings import Flags
 
 GROUP = 64  # prompts whose encoded text is in memory at once
 
@@ -105,7 +106,7 @@ def run_prompts(
         count = before
         for start in range(before - before % GROUP, len(jobs), GROUP):
             group = jobs[max(start, before) : start + GROUP]
-            plan = engine.plan([p for _, p, _ in group], [seed for _, _, seed in group], **values)
+            plan = plan_pictures(engine, [p for _, p, _ in group], [seed for _, _, seed in group], **values).pictures
             lengths = [engine.pair_length(s.prompt, s.negative_prompt) for s in plan]
             wanted = [
                 pair for s, n in zip(plan, lengths, strict=True) for pair in ((s.prompt, n), (s.negative_prompt, n))

@@ -18,6 +18,7 @@ from sd3 import writing
 from sd3.embed_cache import file_identity
 from sd3.engine import Engine
 from sd3.mistakes import Unwritable, verbatim
+from sd3.planning import plan_pictures
 from sd3.probe.procrustes import Calibration
 from sd3.probe.running import Labelled
 
@@ -76,7 +77,7 @@ def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.d
 def identity(engine: Engine, prompts: Sequence[Labelled], values: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
     """A hash of everything that decides a calibration's sums."""
     files = {"model": {entry.path for entry in engine.model_file.entries.values()}, **engine.text_files()}
-    settings = engine.plan([prompts[0].prompt], [0], **values)[0].public()
+    settings = plan_pictures(engine, [prompts[0].prompt], [0], **values).pictures[0].public()
     decides = {
         "version": VERSION,
         "files": {role: [(path.name, *file_identity(path)) for path in sorted(paths)] for role, paths in files.items()},

@@ -8,10 +8,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sd3.engine import Engine, load_for, plan_for
-from sd3.mistakes import Mistake, verbatim
+from sd3.engine import Engine, load_for
+from sd3.mistakes import Mistake, flag_name, spell, verbatim
 from sd3.models import model_row
-from sd3.settings import DECIDED_BY_MODEL, FILE_SETTINGS, IMAGE_ROWS, TEXT_FILES, Flags, Settings, Setup, earlier_digest
+from sd3.planning import DECIDED_BY_MODEL, plan_for, unknown_words
+from sd3.settings import FILE_SETTINGS, IMAGE_ROWS, TEXT_FILES, Flags, Settings, Setup, earlier_digest
 from sd3.sweep.grid import Grid, Variant
 
 SHORT = 20  # letters of a digest in a file's name
@@ -126,14 +127,15 @@ class _Planner:
         """Plans the pictures of a variant."""
         flags = Flags.read(variant.raw)
         place, engine = self._engine(flags)
-        settings = plan_for(engine, flags, self.grid.prompts, list(self.grid.seeds) * len(self.grid.prompts))
-        for note in engine.notes:
-            self.without_effect.setdefault(note, []).append(variant.name)
+        plan = plan_for(engine, flags, self.grid.prompts, list(self.grid.seeds) * len(self.grid.prompts))
+        settings = plan.pictures
+        for note in plan.notes:
+            self.without_effect.setdefault(spell(note, flag_name), []).append(variant.name)
         check_names(settings[0], self.paths)
         number = self._number(variant, settings[0], tuple(getattr(flags, name) for name in TEXT_FILES))
         earlier = [()] * len(settings)
-        if engine.as_given or settings[0].offload:
-            earlier = [(earlier_digest(replace(s, **engine.as_given))[:SHORT],) for s in settings]
+        if plan.as_given or settings[0].offload:
+            earlier = [(earlier_digest(replace(s, **plan.as_given))[:SHORT],) for s in settings]
         if number < len(self.variants):
             self.lines.append(f"note: {variant.name} comes to the same as {self.variants[number].name}; made once")
             merged = zip(self.pictures[number], earlier, strict=True)
@@ -157,8 +159,8 @@ class _Planner:
             engine = load_for(flags)
             engine.quiet = True
             self.engines[key] = (resolved(flags, engine), engine)
-            if line := engine.unknown_words([*self.grid.prompts, flags.negative_prompt]):
-                self.lines.append(line)
+            words = unknown_words(engine.words, [*self.grid.prompts, flags.negative_prompt])
+            self.lines.extend(spell(line, flag_name) for line in words)
         return list(self.engines).index(key), self.engines[key][1]
 
     def _number(self, variant: Variant, first: Settings, text_files: tuple) -> int:
