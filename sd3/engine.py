@@ -25,19 +25,10 @@ from dit_embedder import ControlNet, ControlNetConfig, control_pixels
 from mmditx import ContextHook, MMDiT, MMDiTConfig, ResidualStream
 from other_impls import (
     CLIP,
-    CLIP_EMBEDDINGS,
-    CLIP_LAYERS,
     T5,
-    T5_EMBEDDING,
     CLIPConfig,
-    CLIPEnd,
-    CLIPLayer,
-    T5Block,
     T5Config,
-    T5Norm,
     join_text,
-    t5_position_bias,
-    table_rows,
     weighted_segments,
 )
 from sd3.device import choose_device, choose_dtype, device_memory, device_record, encoder_dtype
@@ -58,6 +49,7 @@ from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, residual_stream
 from sd3.rotations import Rotations, read_rotations
 from sd3.settings import Flags, Settings, Setup, effective, resolve
 from sd3.streams import Once
+from sd3.text import StreamedEncoder
 from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.unchanged import Stamp, Unchanged, stamp
 from sd3.vae import VAE, VAEConfig
@@ -131,9 +123,8 @@ class Engine:
         self.mmdit: MMDiT | None = None
         self.vae: VAE | None = None
         self.controlnet: ControlNet | None = None
-        self.encoders_opened = 0  # how often a text encoder was read from disk
+        self.encoders: dict[str, StreamedEncoder] = {}
         self.stages: dict[str, float] = {}  # seconds by stage
-        self._resident: dict[tuple[str, int | str], nn.Module] = {}  # layers of text encoders that stay
         self._cond: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._rotations: tuple[tuple, Rotations] | None = None
         self.notes: list[str] = []  # of the last `plan`
@@ -212,12 +203,13 @@ class Engine:
         return WeightFile(path, flag)
 
     @staticmethod
-    def _check(part: ModelTensors, make: Callable[[], nn.Module]) -> None:
-        """Raises Mistake where a part of a file does not fit the module of its sizes, or holds nothing."""
+    def _check(part: ModelTensors, make: Callable[[], nn.Module]) -> nn.Module:
+        """The module of a part, without its weights; raises Mistake where they do not fit it, or hold nothing."""
         with reading(part.file.where, "has sizes of no model"):
             model = on_meta(make)
         part.check(model)
         part.check_filled(some_may_be_empty=isinstance(model, ControlNet))
+        return model
 
     def _open_vae(self, path: str | None) -> None:
         file = self._open("vae", path) if path else self.model_file
@@ -255,14 +247,17 @@ class Engine:
         fit = Fit(self.config.pooled_width, self.config.context_width)
         self.encoder_parts = find_encoders(roles, self.model_file, self.folders, given, fit)
         self.encoder_configs: dict[str, Any] = {}
+        self.encoders: dict[str, StreamedEncoder] = {}
         for role, part in self.encoder_parts.items():
             if role == "t5xxl":
                 config = part.config(T5Config.from_shapes, "a T5 encoder")
-                self._check(part, lambda c=config: T5(c))
+                model = self._check(part, lambda c=config: T5(c))
             else:
                 options = {"activation": CLIP_ACTIVATIONS[role], "projection": role == "clip_g"}
                 config = part.config(lambda s, o=options: CLIPConfig.from_shapes(s, **o), "a CLIP text encoder")
-                self._check(part, lambda c=config: CLIP(c))
+                model = self._check(part, lambda c=config: CLIP(c))
+            dtype, stays = encoder_dtype(self.dtype), self.setup.t5_resident
+            self.encoders[role] = StreamedEncoder(model, part, self.encoder_device, dtype, stays)
             self.encoder_configs[role] = config
         clip_l, clip_g = self.encoder_configs["clip_l"], self.encoder_configs["clip_g"]
         if clip_l.width + clip_g.width != self.config.pooled_width:
@@ -431,13 +426,12 @@ class Engine:
         if not keys:
             return
         prompts = list(dict.fromkeys(p for p, _ in keys))
-        dtype = encoder_dtype(self.dtype)
         clip = {}
         for role in ("clip_l", "clip_g"):
             with self.timed(f"loading and running {role}"):
-                clip[role] = self._run_clip(role, prompts, dtype)
+                clip[role] = self._run_clip(role, prompts)
         with self.timed("loading and running t5xxl"):
-            t5 = self._run_t5(keys, dtype)
+            t5 = self._run_t5(keys)
         if self.embed_cache is not None:
             self.files.check()  # an entry says which files made it
         for key in keys:
@@ -451,83 +445,44 @@ class Engine:
                     self.say(spell(f"note: `embed_cache`: {error.strerror or error}", self.spelling), once=True)
             self._cond[key] = tuple(t.to(self.device, self.dtype) for t in (context, pooled))
 
-    def _run_clip(self, role: str, prompts: list[str], dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor]]:
-        """CLIP layer by layer: each is read, run on all prompts and dropped, so the peak is one layer."""
-        part, config, device = self.encoder_parts[role], self.encoder_configs[role], self.encoder_device
-        self.encoders_opened += (role, 0) not in self._resident
-        words, positions = self._tables(part, CLIP_EMBEDDINGS)
-        positions = table_rows(positions, range(self.positions)).float()
-        ids, states = {}, {}
-        for prompt in prompts:
-            pad = 0 if role == "clip_g" else None
-            tokens = self.clip_tokenizer.tokenize(prompt, self.positions, pad)
-            if tokens.cut:
-                limit = self.positions
-                self.say(f'note: "{_short(prompt)}" is cut: CLIP takes {limit} tokens (T5 reads on)', once=True)
-            ids[prompt] = torch.tensor([tokens.ids], device=device)
-            x = table_rows(words, tokens.ids).float() + positions
-            states[prompt] = x.to(device, dtype)[None]
-        del words
-        hidden = {}
-        for i in tqdm(range(config.depth), desc=f"encoding {role}", disable=self.quiet, leave=False):
-            make = lambda: CLIPLayer(config)  # noqa: E731
-            layer = self._layer(role, i, make, part, f"{CLIP_LAYERS}{i}.", dtype)
-            for prompt, x in states.items():
-                hidden[prompt], states[prompt] = x, layer(x)
-        end = self._layer(role, "end", lambda: CLIPEnd(config), part, "", dtype)
-        return {prompt: (hidden[prompt], end(x, ids[prompt])) for prompt, x in states.items()}
+    def _run_clip(self, role: str, prompts: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Hidden states and pooled text of a CLIP by prompt, see `CLIP.encode`."""
+        encoder, limit = self.encoders[role], self.positions
+        pad = 0 if role == "clip_g" else None
+        tokens = {prompt: self.clip_tokenizer.tokenize(prompt, limit, pad) for prompt in prompts}
+        for prompt in (p for p in prompts if tokens[p].cut):
+            self.say(f'note: "{_short(prompt)}" is cut: CLIP takes {limit} tokens (T5 reads on)', once=True)
+        (places,) = encoder.embed(1, [range(limit)])
+        words = encoder.embed(0, [t.ids for t in tokens.values()])
+        texts = ((rows.float() + places.float()).to(encoder.device, encoder.dtype)[None] for rows in words)
+        ids = [torch.tensor([t.ids], device=encoder.device) for t in tokens.values()]
+        with self._layer_bar(role, encoder) as bar:
+            return dict(zip(prompts, encoder.run(texts, ids, update=bar.update), strict=True))
 
-    def _run_t5(self, keys: list[tuple[str, int]], dtype: torch.dtype) -> dict[tuple[str, int], Tensor]:
-        """T5 block by block, as `_run_clip`."""
+    def _run_t5(self, keys: list[tuple[str, int]]) -> dict[tuple[str, int], Tensor]:
+        """T5's hidden states by prompt and length, see `T5.encode`."""
         if self.setup.no_t5:
             shape = (1, self.positions, self.config.context_width)
-            return {key: torch.zeros(shape, dtype=dtype, device=self.encoder_device) for key in keys}
-        part, config, device = self.encoder_parts["t5xxl"], self.encoder_configs["t5xxl"], self.encoder_device
-        self.encoders_opened += ("t5xxl", 0) not in self._resident
-        states = {}
-        (table,) = self._tables(part, [T5_EMBEDDING])
-        for prompt, length in keys:
-            tokens = self.t5_tokenizer.tokenize(prompt, length)
-            if tokens.cut:
-                self.say(f'note: "{_short(prompt)}" is cut: T5 reads its first 226 characters', once=True)
-            states[prompt, length] = table_rows(table, tokens.ids).to(device, torch.float32)[None]
-        del table
-        biases: dict[int, Tensor] = {}
-        for i in tqdm(range(config.depth), desc="encoding t5xxl", disable=self.quiet, leave=False):
-            make = lambda i=i: T5Block(config, bias=i == 0)  # noqa: E731
-            block = self._layer("t5xxl", i, make, part, f"encoder.block.{i}.", dtype)
-            if i == 0:
-                bias_table = block.layer[0].SelfAttention.relative_attention_bias.weight
-                lengths = {length for _, length in keys}
-                biases = {length: t5_position_bias(bias_table, length) for length in lengths}
-            for key, x in states.items():
-                states[key] = block(x, biases[key[1]])
-        norm = self._layer("t5xxl", "end", lambda: T5Norm(config.width), part, "encoder.final_layer_norm.", dtype)
-        return {key: norm(x) for key, x in states.items()}
+            zeros = torch.zeros(shape, dtype=encoder_dtype(self.dtype), device=self.encoder_device)
+            return dict.fromkeys(keys, zeros)
+        encoder = self.encoders["t5xxl"]
+        tokens = [self.t5_tokenizer.tokenize(*key) for key in keys]
+        for prompt in (key[0] for key, t in zip(keys, tokens, strict=True) if t.cut):
+            self.say(f'note: "{_short(prompt)}" is cut: T5 reads its first 226 characters', once=True)
+        words = encoder.embed(0, [t.ids for t in tokens])
+        texts = (rows.to(encoder.device, torch.float32)[None] for rows in words)
+        with self._layer_bar("t5xxl", encoder) as bar:
+            return dict(zip(keys, encoder.run(texts, update=bar.update), strict=True))
 
-    @staticmethod
-    def _tables(part: ModelTensors, names: list[str]) -> list[Tensor]:
-        """Embedding tables, mapped: only the rows that are used are read."""
-        tables = dict(part.read(names, "cpu", None))
-        return [tables[name] for name in names]
+    def _layer_bar(self, role: str, encoder: StreamedEncoder) -> tqdm:
+        """A progress bar over the layers of a text encoder."""
+        layers = len(encoder.model.layers)
+        return tqdm(total=layers, desc=f"encoding {role}", unit="layer", disable=self.quiet, leave=False)
 
-    def _layer(
-        self,
-        role: str,
-        place: int | str,
-        make: Callable[[], nn.Module],
-        part: ModelTensors,
-        stem: str,
-        dtype: torch.dtype,
-    ) -> nn.Module:
-        """A layer of a text encoder with its weights, read from below `stem`; kept where encoders stay resident."""
-        if (role, place) in self._resident:
-            return self._resident[role, place]
-        layer = on_meta(make)
-        ModelTensors(part.file, part.prefix + stem).load_into(layer, self.encoder_device, dtype)
-        if self.setup.t5_resident:
-            self._resident[role, place] = layer
-        return layer
+    @property
+    def encoders_opened(self) -> int:
+        """How often a text encoder was read from disk."""
+        return sum(encoder.opened for encoder in self.encoders.values())
 
     def _load(
         self, part: ModelTensors, model: nn.Module, what: str, device: torch.device, dtype: torch.dtype
