@@ -2,75 +2,52 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import os
 import re
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import sd3_impls
 from dit_embedder import ControlNet, ControlNetConfig, control_pixels
 from mmditx import ContextHook, MMDiT, MMDiTConfig, ResidualStream
-from other_impls import (
-    CLIP,
-    T5,
-    CLIPConfig,
-    T5Config,
-    join_text,
-    weighted_segments,
-)
-from sd3.device import choose_device, choose_dtype, device_memory, device_record, encoder_dtype
+from other_impls import weighted_segments
+from sd3.device import choose_device, choose_dtype, device_memory
 from sd3.effects import executed_steps
-from sd3.embed_cache import EmbedCache, file_identity
-from sd3.files import ENCODERS, WeightFile
-from sd3.find import TOKENIZER_FILES, Fit, find_encoders, find_tokenizer, models_folder
+from sd3.embed_cache import describe_files
+from sd3.files import WeightFile
+from sd3.find import Fit, models_folder
 from sd3.flags import DEFAULT_SEED, FLAGS, read_values
 from sd3.layers import can_pack, replace_linears
 from sd3.memory import explained
-from sd3.mistakes import Missing, Mistake, Where, flag_name, renaming, spell
+from sd3.mistakes import Missing, Mistake, Where, flag_name, renaming, spell, verbatim
 from sd3.models import SkipLayerConfig, fetch_model, model_path, read_skip_layer
 from sd3.offload import Offload
 from sd3.pixels import VAE_TILE, check_finite, open_images, to_image, unit_pixels
 from sd3.readers import read_list, read_text, read_tile
-from sd3.reading import reading
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, residual_stream
 from sd3.rotations import Rotations, read_rotations
 from sd3.settings import Flags, Settings, Setup, effective, resolve
-from sd3.streams import Once
-from sd3.text import StreamedEncoder
-from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
+from sd3.telling import Stages, Terminal
+from sd3.text import TextEncoders, in_groups, short
 from sd3.unchanged import Stamp, Unchanged, stamp
 from sd3.vae import VAE, VAEConfig
-from sd3.versions import versions
-from sd3.weights import ModelTensors, find_controlnet, find_mmdit, find_vae, has_vae, read_control_kind
-
-TEXTS_AT_ONCE = 256  # encoded prompts that are held in memory: 1.3 MB each at SD3's size
-CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
-
-
-def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
-    """A module without storage, to be given its weights."""
-    with torch.device("meta"):
-        return make()
-
-
-@contextlib.contextmanager
-def byte_bar(what: str, total: int, quiet: bool) -> Iterator[Callable[[int], Any]]:
-    """A progress bar over bytes."""
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=quiet, leave=False) as bar:
-        yield bar.update
+from sd3.weights import (
+    ModelTensors,
+    check_part,
+    find_controlnet,
+    find_mmdit,
+    find_vae,
+    has_vae,
+    on_meta,
+    read_control_kind,
+)
 
 
 class NotLoaded(AttributeError, ValueError):
@@ -102,8 +79,7 @@ class Engine:
     def __init__(self, spelling: Callable[[str], str] = str) -> None:
         """spelling: how notes name a field, such as `flag_name`."""
         self.spelling = spelling
-        self.quiet = sys.stderr is None  # as in programs without a console
-        self._first = Once()
+        self.tell = Terminal(spelling)
         self._forget()
 
     def __getattr__(self, name: str) -> Any:
@@ -112,32 +88,36 @@ class Engine:
             raise AttributeError(name)
         if "defaults" not in self.__dict__:
             raise NotLoaded("no model is loaded; call SD3Inferencer.load first")
-        if name in ("positions", "encoder_parts", "encoder_configs") or "tokenizer" in name:
+        if name == "text":
             raise NotLoaded("this model was loaded without text encoders (load_tokenizers=False)")
         raise AttributeError(f"{type(self).__name__} has no {name}")
 
     def _forget(self) -> None:
         """Drops everything that belongs to a loaded model."""
-        for name in set(vars(self)) - {"quiet", "spelling", "_first"}:
+        for name in set(vars(self)) - {"spelling", "tell"}:
             delattr(self, name)
         self.mmdit: MMDiT | None = None
         self.vae: VAE | None = None
         self.controlnet: ControlNet | None = None
-        self.encoders: dict[str, StreamedEncoder] = {}
-        self.stages: dict[str, float] = {}  # seconds by stage
-        self._cond: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
+        self.stages = Stages()
         self._rotations: tuple[tuple, Rotations] | None = None
         self.notes: list[str] = []  # of the last `plan`
         self.as_given: dict[str, Any] = {}  # fields of the last `plan` that had no effect, as they were given
         self._damage: str | None = None  # see `damage`
         self.files = Unchanged()  # all that this engine was loaded from
 
-    def say(self, text: str, once: bool = False) -> None:
+    @property
+    def quiet(self) -> bool:
+        """Whether notes and progress are dropped."""
+        return self.tell.quiet
+
+    @quiet.setter
+    def quiet(self, quiet: bool) -> None:
+        self.tell.quiet = quiet
+
+    def say(self, text: str) -> None:
         """A line for the person at the shell, above any progress bar."""
-        if once and not self._first(text):
-            return
-        if not self.quiet:
-            tqdm.write(text, file=sys.stderr)
+        self.tell.say(text)
 
     def note(self, text: str) -> None:
         """Adds a line to `notes`; names of fields stand between backquotes."""
@@ -146,16 +126,7 @@ class Engine:
     def say_notes(self) -> None:
         """Says, once each, the notes of the last `plan`."""
         for note in self.notes:
-            self.say(note, once=True)
-
-    @contextlib.contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Adds the time spent inside to `stages`."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - start
+            self.tell.note(verbatim(note))
 
     # -- loading --
 
@@ -180,15 +151,13 @@ class Engine:
             self.folders.append(Path("models"))
         self.mmdit_part = find_mmdit(self.model_file)
         self.config: MMDiTConfig = self.mmdit_part.config(MMDiTConfig.from_shapes, "an SD3 or SD3.5 model")
-        self._check(self.mmdit_part, lambda: MMDiT(self.config))
+        check_part(self.mmdit_part, lambda: MMDiT(self.config))
         self.dtype = choose_dtype(setup.dtype, self.device, self.mmdit_part.dtype_name())
         self._open_vae(vae)
         self.controlnet_part = self._open_controlnet(controlnet_ckpt) if controlnet_ckpt else None
-        self.embed_cache = None
+        self.files = self._opened(early)
         if load_tokenizers:
-            self._open_encoders({role: getattr(setup, role) for role in ENCODERS})
-            self.embed_cache = self._open_embed_cache(setup.embed_cache) if setup.embed_cache else None
-        self.files = self._opened(early, load_tokenizers)
+            self.text = self._open_text()
         self.defaults, _ = resolve(Flags(model=model, shift=shift), self.model_file.metadata, self.large_controlnet)
         self.shift = self.defaults["shift"]
         if verbose:
@@ -202,22 +171,13 @@ class Engine:
             raise Missing(flag, path, f"no such file{fetch}")
         return WeightFile(path, flag)
 
-    @staticmethod
-    def _check(part: ModelTensors, make: Callable[[], nn.Module]) -> nn.Module:
-        """The module of a part, without its weights; raises Mistake where they do not fit it, or hold nothing."""
-        with reading(part.file.where, "has sizes of no model"):
-            model = on_meta(make)
-        part.check(model)
-        part.check_filled(some_may_be_empty=isinstance(model, ControlNet))
-        return model
-
     def _open_vae(self, path: str | None) -> None:
         file = self._open("vae", path) if path else self.model_file
         self.vae_part = find_vae(file)
         if not path and not has_vae(file):
             raise Missing("model", file.path, "holds no VAE; give one with `vae` sd3_vae.safetensors")
         self.vae_config: VAEConfig = self.vae_part.config(VAEConfig.from_shapes, "a VAE")
-        self._check(self.vae_part, lambda: VAE(self.vae_config))
+        check_part(self.vae_part, lambda: VAE(self.vae_config))
         if self.vae_config.latent_channels != self.config.latent_channels:
             channels = self.vae_config.latent_channels, self.config.latent_channels
             raise Mistake("vae", file.path, "has {} latent channels, the model has {}".format(*channels))
@@ -231,7 +191,7 @@ class Engine:
             raise Mistake("controlnet_ckpt", path, str(error)) from None
         self.controlnet_chained = config.chained(self.config)
         self.controlnet_config = config
-        self._check(part, lambda: ControlNet(config, self.controlnet_chained))
+        check_part(part, lambda: ControlNet(config, self.controlnet_chained), some_may_be_empty=True)
         read_control_kind(part)
         return part
 
@@ -240,63 +200,22 @@ class Engine:
         """Whether a ControlNet of the 8B kind is given: its usual settings then hold."""
         return self.controlnet_part is not None and self.controlnet_chained
 
-    def _open_encoders(self, given: dict[str, str | None]) -> None:
-        roles = ("clip_l", "clip_g") if self.setup.no_t5 else ENCODERS
-        if self.setup.no_t5 and given["t5xxl"]:
-            self.say(spell("note: `t5xxl` is not used: `no_t5`", self.spelling))
-        fit = Fit(self.config.pooled_width, self.config.context_width)
-        self.encoder_parts = find_encoders(roles, self.model_file, self.folders, given, fit)
-        self.encoder_configs: dict[str, Any] = {}
-        self.encoders: dict[str, StreamedEncoder] = {}
-        for role, part in self.encoder_parts.items():
-            if role == "t5xxl":
-                config = part.config(T5Config.from_shapes, "a T5 encoder")
-                model = self._check(part, lambda c=config: T5(c))
-            else:
-                options = {"activation": CLIP_ACTIVATIONS[role], "projection": role == "clip_g"}
-                config = part.config(lambda s, o=options: CLIPConfig.from_shapes(s, **o), "a CLIP text encoder")
-                model = self._check(part, lambda c=config: CLIP(c))
-            dtype, stays = encoder_dtype(self.dtype), self.setup.t5_resident
-            self.encoders[role] = StreamedEncoder(model, part, self.encoder_device, dtype, stays)
-            self.encoder_configs[role] = config
-        clip_l, clip_g = self.encoder_configs["clip_l"], self.encoder_configs["clip_g"]
-        if clip_l.width + clip_g.width != self.config.pooled_width:
-            where, other = (self.encoder_parts[role].file.where for role in ("clip_l", "clip_g"))
-            raise Mistake(
-                where.field,
-                f"{where.value} and {other.value}",
-                f"have widths {clip_l.width} + {clip_g.width}, the model needs {self.config.pooled_width}: wrong text "
-                "encoders",
-            )
-        if not self.setup.no_t5 and (width := self.encoder_configs["t5xxl"].width) != self.config.context_width:
-            raise Mistake(
-                *self.encoder_parts["t5xxl"].file.where,
-                f"has width {width}, the model needs {self.config.context_width}: not this model's T5",
-            )
-        beside = [p.file.path.parent for p in self.encoder_parts.values()]
-        folders = list(dict.fromkeys([*self.folders, *beside]))
-        kinds = ("clip",) if self.setup.no_t5 else ("clip", "t5")
-        self.tokenizer_folders = {kind: find_tokenizer(kind, folders) for kind in kinds}
-        rows = min(clip_l.vocabulary, clip_g.vocabulary)
-        self.clip_tokenizer = open_clip_tokenizer(self.tokenizer_folders["clip"], rows=rows)
-        self.t5_tokenizer = None
-        if not self.setup.no_t5:
-            rows = self.encoder_configs["t5xxl"].vocabulary
-            self.t5_tokenizer = open_t5_tokenizer(self.tokenizer_folders["t5"], rows=rows)
-        self.positions = min(clip_l.positions, clip_g.positions)  # their tokens lie side by side
+    def _open_text(self) -> TextEncoders:
+        return TextEncoders(
+            self.setup,
+            self.model_file,
+            self.folders,
+            Fit(self.config.pooled_width, self.config.context_width),
+            device=self.device,
+            dtype=self.dtype,
+            runs_on=self.encoder_device,
+            files=self.files,
+            tell=self.tell,
+            stages=self.stages,
+        )
 
-    def text_files(self) -> dict[str, set[Path]]:
-        """The files that decide how text is encoded, by encoder and tokenizer."""
-        files = {}
-        for role, part in self.encoder_parts.items():
-            files[role] = {e.path for name, e in part.file.entries.items() if name.startswith(part.prefix)}
-        for kind, place in self.tokenizer_folders.items():
-            names = {name for names in TOKENIZER_FILES[kind] for name in names}
-            files[f"{kind} tokenizer"] = {place / name for name in names if (place / name).is_file()}
-        return files
-
-    def _opened(self, early: Mapping[Path, Stamp | None], text: bool) -> Unchanged:
-        """Everything that was opened; early: stamps from before that, by path."""
+    def _opened(self, early: Mapping[Path, Stamp | None]) -> Unchanged:
+        """The files that were opened, but those of the text encoders; early: stamps from before that, by path."""
         files = Unchanged()
         parts = {"model": self.mmdit_part, "vae": self.vae_part, "controlnet_ckpt": self.controlnet_part}
         own = {entry.path for entry in self.model_file.entries.values()}
@@ -304,47 +223,21 @@ class Engine:
             for path in sorted({e.path for e in part.file.entries.values()} if part else ()):
                 if flag == "model" or path not in own:
                     files.add(Where(flag, path), path, early.get(path))
-        for role, paths in self.text_files().items() if text else ():
-            for path in sorted(paths - own):
-                files.add(Where("", f"{role} {path}"), path)
         return files
 
-    def _open_embed_cache(self, folder: str) -> EmbedCache:
-        files = self.text_files()
-        dtype, positions, config = encoder_dtype(self.dtype), self.positions, self.config
-        how = {
-            "dtype": str(dtype),
-            "device": [self.encoder_device.type, device_record(self.encoder_device)],
-            "no_t5": self.setup.no_t5,
-            "prefixes": {role: part.prefix for role, part in self.encoder_parts.items()},
-            "widths": [config.pooled_width, config.context_width, positions],
-            "versions": {n: v for n, v in versions().items() if n in ("torch", "tokenizers")},
-        }
-
-        def fits(length: int, context: Tensor, pooled: Tensor) -> bool:
-            shapes = (1, positions + length, config.context_width), (1, config.pooled_width)
-            return (context.shape, pooled.shape) == shapes and {context.dtype, pooled.dtype} == {dtype}
-
-        return EmbedCache(folder, files, how, fits)
-
-    def encoder_files(self) -> dict[str, dict[str, Any]]:
-        """Name, bytes and identity (see `file_identity`) of what encodes text and is not in the model file, by role."""
-        own = {entry.path for entry in self.model_file.entries.values()}
-        return {role: _described(files) for role, paths in self.text_files().items() if (files := sorted(paths - own))}
-
     def component_files(self) -> dict[str, dict[str, Any]]:
-        """As `encoder_files`, of a model that is a folder: each of its components that is used. Its sha256 is of the
-        transformer alone, and it is no file that could be looked at as a whole.
+        """As `TextEncoders.record`, of a model that is a folder: each of its components that is used. Its sha256 is of
+        the transformer alone, and it is no file that could be looked at as a whole.
         """
         if not self.model_file.folder:
             return {}
-        parts = {"transformer": self.mmdit_part, "vae": self.vae_part, **getattr(self, "encoder_parts", {})}
-        out = {}
-        for role, part in parts.items():
-            files = {e.path for name, e in part.file.entries.items() if name.startswith(part.prefix)}
-            if part.file is self.model_file:
-                out[role] = _described(sorted(files))
-        return out
+        parts = {"transformer": self.mmdit_part, "vae": self.vae_part, **self.encoder_parts}
+        return {role: describe_files(sorted(p.paths())) for role, p in parts.items() if p.file is self.model_file}
+
+    @property
+    def encoder_parts(self) -> Mapping[str, ModelTensors]:
+        """The text encoders by role; none where the model was loaded without."""
+        return self.text.parts if "text" in vars(self) else {}
 
     def check_size(self, width: int, height: int) -> None:
         """Raises Mistake for a size that the model's position grid or its cells do not allow."""
@@ -355,142 +248,24 @@ class Engine:
             if size > cell * self.config.grid:
                 raise Mistake(flag, size, f"is beyond this model's position grid; at most {cell * self.config.grid}")
 
-    # -- text --
-
-    def t5_length(self, prompt: str) -> int:
-        """How many T5 tokens a prompt is encoded at (at least as many as CLIP takes: 77)."""
-        if self.t5_tokenizer is None:
-            return self.positions
-        return len(self.t5_tokenizer.tokenize(prompt, self.positions).ids)
-
     def pair_length(self, prompt: str, negative: str) -> int:
-        """The T5 length at which both halves of a guided run are encoded."""
-        return max(self.t5_length(prompt), self.t5_length(negative))
+        """See `TextEncoders.pair_length`."""
+        return self.text.pair_length(prompt, negative)
 
     def get_cond(self, prompt: str, length: int | None = None) -> tuple[Tensor, Tensor]:
         """Text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths) of a prompt.
 
         length: T5 tokens to pad to (None: as few as usual).
         """
-        key = (prompt, length or self.t5_length(prompt))
-        if key not in self._cond:
-            self.encode([key])
-        return self._cond[key]
-
-    def text_mask(self, prompt: str, length: int) -> Tensor:
-        """Which of a prompt's text tokens, encoded at T5 length `length`, are no padding: (T,) bool on the CPU."""
-        clip = self.clip_tokenizer.tokenize(prompt, self.positions)
-        words = clip.ids.index(self.clip_tokenizer.end, 1) + 1  # start, words and end
-        pieces = 0 if self.t5_tokenizer is None else len(self.t5_tokenizer.tokenize(prompt, 0).ids)
-        rest = self.positions if self.t5_tokenizer is None else length
-        return torch.cat([torch.arange(self.positions) < words, torch.arange(rest) < pieces])
-
-    def know_text(self, text: Mapping[tuple[str, int], tuple[Tensor, Tensor]]) -> None:
-        """Takes prompts that another engine of the same files encoded: by (prompt, T5 length), see `get_cond`."""
-        for key, cond in text.items():
-            self._cond[key] = tuple(part.to(self.device, self.dtype) for part in cond)
-
-    @property
-    def known_texts(self) -> int:
-        """How many encoded prompts are held."""
-        return len(self._cond)
-
-    def forget_text(self) -> None:
-        """Drops the prompts encoded so far; they are encoded again where they come again."""
-        self._cond.clear()
-
-    @torch.no_grad()
-    def encode(self, wanted: Sequence[tuple[str, int]]) -> None:
-        """Encodes every (prompt, T5 length) not known yet, each once and alone, so that no prompt's tokens depend on
-        its neighbours. Each encoder is read, used for all and dropped before the next.
-        """
-        keys = [k for k in dict.fromkeys(wanted) if k not in self._cond]
-        turn = "--text_encoder_device cpu, --no_t5 True, or fewer prompts at a time"
-        with self.unchanged(), explained("encoding prompts", turn):
-            self._encode(keys)
-
-    @contextlib.contextmanager
-    def unchanged(self) -> Iterator[None]:
-        """Where what is inside fails because a file is another one by now, says that and not what came of it."""
-        try:
-            yield
-        except Exception:
-            self.files.check()
-            raise
-
-    def _encode(self, keys: list[tuple[str, int]]) -> None:
-        if self.embed_cache is not None:
-            known = {key: text for key in keys if (text := self.embed_cache.read(*key)) is not None}
-            self.know_text(known)
-            keys = [k for k in keys if k not in known]
-        if not keys:
-            return
-        prompts = list(dict.fromkeys(p for p, _ in keys))
-        clip = {}
-        for role in ("clip_l", "clip_g"):
-            with self.timed(f"loading and running {role}"):
-                clip[role] = self._run_clip(role, prompts)
-        with self.timed("loading and running t5xxl"):
-            t5 = self._run_t5(keys)
-        if self.embed_cache is not None:
-            self.files.check()  # an entry says which files made it
-        for key in keys:
-            (hidden_l, pooled_l), (hidden_g, pooled_g) = clip["clip_l"][key[0]], clip["clip_g"][key[0]]
-            context = join_text(hidden_l, hidden_g, t5[key])
-            pooled = torch.cat([pooled_l, pooled_g], dim=-1)
-            if self.embed_cache is not None:
-                try:
-                    self.embed_cache.write(*key, (context, pooled))
-                except OSError as error:  # the prompt is encoded; it is only not kept
-                    self.say(spell(f"note: `embed_cache`: {error.strerror or error}", self.spelling), once=True)
-            self._cond[key] = tuple(t.to(self.device, self.dtype) for t in (context, pooled))
-
-    def _run_clip(self, role: str, prompts: list[str]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Hidden states and pooled text of a CLIP by prompt, see `CLIP.encode`."""
-        encoder, limit = self.encoders[role], self.positions
-        pad = 0 if role == "clip_g" else None
-        tokens = {prompt: self.clip_tokenizer.tokenize(prompt, limit, pad) for prompt in prompts}
-        for prompt in (p for p in prompts if tokens[p].cut):
-            self.say(f'note: "{_short(prompt)}" is cut: CLIP takes {limit} tokens (T5 reads on)', once=True)
-        (places,) = encoder.embed(1, [range(limit)])
-        words = encoder.embed(0, [t.ids for t in tokens.values()])
-        texts = ((rows.float() + places.float()).to(encoder.device, encoder.dtype)[None] for rows in words)
-        ids = [torch.tensor([t.ids], device=encoder.device) for t in tokens.values()]
-        with self._layer_bar(role, encoder) as bar:
-            return dict(zip(prompts, encoder.run(texts, ids, update=bar.update), strict=True))
-
-    def _run_t5(self, keys: list[tuple[str, int]]) -> dict[tuple[str, int], Tensor]:
-        """T5's hidden states by prompt and length, see `T5.encode`."""
-        if self.setup.no_t5:
-            shape = (1, self.positions, self.config.context_width)
-            zeros = torch.zeros(shape, dtype=encoder_dtype(self.dtype), device=self.encoder_device)
-            return dict.fromkeys(keys, zeros)
-        encoder = self.encoders["t5xxl"]
-        tokens = [self.t5_tokenizer.tokenize(*key) for key in keys]
-        for prompt in (key[0] for key, t in zip(keys, tokens, strict=True) if t.cut):
-            self.say(f'note: "{_short(prompt)}" is cut: T5 reads its first 226 characters', once=True)
-        words = encoder.embed(0, [t.ids for t in tokens])
-        texts = (rows.to(encoder.device, torch.float32)[None] for rows in words)
-        with self._layer_bar("t5xxl", encoder) as bar:
-            return dict(zip(keys, encoder.run(texts, update=bar.update), strict=True))
-
-    def _layer_bar(self, role: str, encoder: StreamedEncoder) -> tqdm:
-        """A progress bar over the layers of a text encoder."""
-        layers = len(encoder.model.layers)
-        return tqdm(total=layers, desc=f"encoding {role}", unit="layer", disable=self.quiet, leave=False)
-
-    @property
-    def encoders_opened(self) -> int:
-        """How often a text encoder was read from disk."""
-        return sum(encoder.opened for encoder in self.encoders.values())
+        return self.text.get_cond(prompt, length)
 
     def _load(
         self, part: ModelTensors, model: nn.Module, what: str, device: torch.device, dtype: torch.dtype
     ) -> nn.Module:
         size = sum(p.numel() for p in model.parameters()) * torch.empty((), dtype=dtype).element_size()
         turn = "--weights int8, --dtype bfloat16 or, with a GPU, --offload True"
-        bar = byte_bar(f"loading {what}", size, self.quiet)
-        with self.unchanged(), explained(f"loading the {what}", turn), self.timed(f"loading {what}"), bar as progress:
+        bar, timed = self.tell.progress(size, f"loading {what}", "B"), self.stages.timed(f"loading {what}")
+        with self.files.watch(), explained(f"loading the {what}", turn), timed, bar as progress:
             return part.load_into(model, device, dtype, progress)
 
     def damage(self) -> str:
@@ -498,7 +273,7 @@ class Engine:
         files, once.
         """
         if self._damage is None:
-            parts = [self.mmdit_part, self.vae_part, self.controlnet_part, *getattr(self, "encoder_parts", {}).values()]
+            parts = [self.mmdit_part, self.vae_part, self.controlnet_part, *self.encoder_parts.values()]
             self._damage = ""
             for part in filter(None, parts):
                 if name := part.not_finite():
@@ -763,7 +538,7 @@ class Engine:
 
     def _together(self, a: Settings, b: Settings) -> bool:
         shared = dataclasses.replace(b, prompt=a.prompt, seed=a.seed) == a
-        lengths = {self.pair_length(s.prompt, s.negative_prompt) for s in (a, b)}
+        lengths = {self.text.pair_length(s.prompt, s.negative_prompt) for s in (a, b)}
         return shared and len(lengths) == 1
 
     def make(
@@ -773,15 +548,15 @@ class Engine:
 
         The settings' batch_size is then the number of rows that ran at once. pad_batch: fills a partial batch up to
         batch_size, so that a picture does not depend, in its last bits, on how many were made with it.
-        Prompts are encoded `TEXTS_AT_ONCE` at a time, before the pictures of them. Raises Mistake before any weights
-        load where a setting does not fit the model, and where a latent turns NaN or infinite.
+        As many prompts are encoded at a time as `text` holds, before the pictures of them. Raises Mistake before any
+        weights load where a setting does not fit the model, and where a latent turns NaN or infinite.
         """
         for s in pictures:
             self.check_settings(s)
         images = open_images(pictures)
         texts = lambda batch: [text for _, s in batch for text in self.texts(s)]  # noqa: E731
-        for group in in_groups(self.batches(pictures), texts, TEXTS_AT_ONCE):
-            self.encode_only([text for batch in group for text in texts(batch)], TEXTS_AT_ONCE)
+        for group in in_groups(self.batches(pictures), texts, self.text.most):
+            self.text.encode(text for batch in group for text in texts(batch))
             self.get_mmdit()
             self.get_controlnet()
             for batch in group:
@@ -790,20 +565,13 @@ class Engine:
                 what = f"picture {numbers[0] + 1}/{len(pictures)}{more}"
                 for number, made in zip(numbers, self.make_batch(settings, images, what, pad_batch), strict=True):
                     if isinstance(made[1], Mistake):
-                        with self.unchanged():  # weights that another program overwrites become NaN, too
+                        with self.files.watch():  # weights that another program overwrites become NaN, too
                             raise made[1]
                     yield number, *made
 
-    def encode_only(self, wanted: Sequence[tuple[str, int]], most: int) -> None:
-        """As `encode`; where more than `most` texts would be held then, drops those that are not wanted."""
-        if len(self._cond.keys() | set(wanted)) > most:
-            keep = set(wanted)
-            self._cond = {key: text for key, text in self._cond.items() if key in keep}
-        self.encode(wanted)
-
     def texts(self, s: Settings) -> list[tuple[str, int]]:
-        """What has to be encoded for a picture: (prompt, T5 length), see `encode`."""
-        length = self.pair_length(s.prompt, s.negative_prompt)
+        """What has to be encoded for a picture: (prompt, T5 length), see `TextEncoders.encode`."""
+        length = self.text.pair_length(s.prompt, s.negative_prompt)
         return [(s.prompt, length)] + ([(s.negative_prompt, length)] if s.cfg != 1 else [])
 
     def make_batch(
@@ -826,7 +594,7 @@ class Engine:
             s = dataclasses.replace(s, batch_size=rows)
             try:
                 check_finite(latent, "the latent", self.dtype, self.damage)
-                with self.timed("decoding"), explained("decoding", "a smaller --vae_tile, --width or --height"):
+                with self.stages.timed("decoding"), explained("decoding", "a smaller --vae_tile, --width or --height"):
                     image = self.vae_decode(latent[None], s.vae_tile)
             except Mistake as mistake:
                 yield s, mistake
@@ -861,7 +629,7 @@ class Engine:
         """
         images = images or {}
         s = batch[0]
-        length = self.pair_length(s.prompt, s.negative_prompt)
+        length = self.text.pair_length(s.prompt, s.negative_prompt)
         seeds = [b.seed for b in batch]
         conds = [self.get_cond(b.prompt, length) for b in batch]
         cond = tuple(torch.cat(parts) for parts in zip(*conds, strict=True))
@@ -874,8 +642,7 @@ class Engine:
         if s.controlnet_cond_image:
             image = images["controlnet_cond_image", s.controlnet_cond_image, s.width, s.height]
             control = sd3_impls.latent_in(self.vae_encode(image, seeds, True, s.vae_tile))
-        bar = tqdm(total=executed_steps(s), desc=what, unit="step", disable=self.quiet, leave=False)
-        with bar, self.timed("sampling"):
+        with self.tell.progress(executed_steps(s), what) as update, self.stages.timed("sampling"):
             return self.do_sampling(
                 start,
                 seeds,
@@ -890,7 +657,7 @@ class Engine:
                 s.residual,
                 shift=s.shift,
                 controlnet_strength=s.controlnet_strength,
-                callback=lambda step: bar.update(),
+                callback=lambda step: update(1),
                 hooks=hooks,
                 cache=s.cache,
             )
@@ -924,13 +691,13 @@ class Engine:
         if (
             recorded
             and kept != shown.negative_prompt
-            and any(self.pair_length(p, kept) > self.t5_length(p) for p in prompts)
+            and any(self.text.pair_length(p, kept) > self.text.t5_length(p) for p in prompts)
         ):
             shown = dataclasses.replace(shown, negative_prompt=kept)
             notes = [note for note in notes if not note.startswith("note: `negative_prompt`")]
         self.notes = [spell(note, self.spelling) for note in notes]
         if weighted := next((p for p in prompts if any(weight != 1 for _, weight in weighted_segments(p))), None):
-            self.notes.append(f'note: "{_short(weighted)}": weights of words have no effect, and brackets are left out')
+            self.notes.append(f'note: "{short(weighted)}": weights of words have no effect, and brackets are left out')
         names = [field.name for field in dataclasses.fields(Settings)]
         self.as_given = {n: getattr(first, n) for n in names if getattr(first, n) != getattr(shown, n)}
         return [dataclasses.replace(shown, prompt=prompts[i // per_prompt], seed=seed) for i, seed in enumerate(seeds)]
@@ -946,30 +713,6 @@ class Engine:
             return ""
         named = ", ".join(f'"{w}"' for w in unknown[:8])
         return f"note: this small model never saw {named}; it knows: {' '.join(known)}"
-
-
-Batch = TypeVar("Batch")
-
-
-def in_groups(
-    batches: Iterable[Batch], texts: Callable[[Batch], Iterable[tuple[str, int]]], most: int
-) -> Iterator[list[Batch]]:
-    """Batches in order, in groups of as many as have at most `most` different texts, but at least one batch."""
-    group: list[Batch] = []
-    of_group: set[tuple[str, int]] = set()
-    for batch in batches:
-        own = set(texts(batch))
-        if group and len(of_group | own) > most:
-            yield group
-            group, of_group = [], set()
-        group.append(batch)
-        of_group |= own
-    if group:
-        yield group
-
-
-def _short(prompt: str) -> str:
-    return prompt if len(prompt) <= 40 else prompt[:37] + "..."
 
 
 def read_skip_layer_config(config: SkipLayerConfig | Mapping[str, Any] | None) -> SkipLayerConfig | None:
@@ -1021,13 +764,6 @@ def residual_notes(flags: Flags, config: ResidualConfig) -> Iterator[str]:
         yield "note: `residual_target_layers` is empty, so residual text streaming is off"
     elif "rotations" in given and config.mode != "aligned":
         yield f"note: `residual_rotations` is not used: `residual_mode` is {config.mode}, not aligned"
-
-
-def _described(files: Sequence[Path]) -> dict[str, Any]:
-    """Name, bytes and identity of files that belong together."""
-    identity = hashlib.sha256(json.dumps([file_identity(path) for path in files]).encode()).hexdigest()
-    name = files[0].name if len(files) == 1 else files[0].parent.name
-    return {"name": name, "bytes": sum(p.stat().st_size for p in files), "identity": identity[:16]}
 
 
 def load_for(flags: Flags) -> Engine:
