@@ -156,7 +156,8 @@ class TextEncoders:
         self._texts.move_to_end(key)
         return self._texts[key]
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
         """How many encoded prompts are held."""
         return len(self._texts)
 

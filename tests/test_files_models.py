@@ -20,10 +20,9 @@ import sd3_infer
 from dit_embedder import ControlNet, ControlNetConfig
 from mmditx import MMDiT, MMDiTConfig
 from other_impls import CLIP, T5
-from sd3.engine import on_meta
 from sd3.files import ENCODER_PREFIX, ENCODERS, MMDIT_PREFIX, VAE_PREFIX, WeightFile, weight_files
 from sd3.mistakes import Mistake
-from sd3.weights import find_controlnet, find_mmdit
+from sd3.weights import find_controlnet, find_mmdit, on_meta
 from sd3_infer import SD3Inferencer
 
 META = {"width": "64", "height": "48", "steps": "2"}
