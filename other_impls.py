@@ -62,6 +62,9 @@ class Mlp(nn.Module):
         return self.fc2(ACTIVATIONS[self.activation](h) if self.activation else h)
 
 
+CLIP_LAYERS = "text_model.encoder.layers."
+
+
 @dataclass(frozen=True)
 class CLIPConfig:
     """Sizes of a CLIP text encoder; `positions` is the longest token sequence it takes (77)."""
@@ -84,8 +87,8 @@ class CLIPConfig:
             raise ValueError(f"width {width}, which is no multiple of 64")
         return cls(
             width=width,
-            depth=count_layers(shapes, "text_model.encoder.layers."),
-            mlp_width=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+            depth=count_layers(shapes, CLIP_LAYERS),
+            mlp_width=shapes[f"{CLIP_LAYERS}0.mlp.fc1.weight"][0],
             vocabulary=vocabulary,
             positions=shapes["text_model.embeddings.position_embedding.weight"][0],
             projection=projection,
@@ -124,15 +127,6 @@ class CLIPLayer(nn.Module):
         return x + self.mlp(self.layer_norm2(x))
 
 
-CLIP_LAYERS = "text_model.encoder.layers."
-CLIP_EMBEDDINGS = [f"text_model.embeddings.{kind}_embedding.weight" for kind in ("token", "position")]
-
-
-def table_rows(table: Tensor, ids: Iterable[int]) -> Tensor:
-    """Rows (L, D) of an embedding table, one by one: float8 has no gather."""
-    return torch.stack([table[i] for i in ids])
-
-
 class _CLIPTables(nn.Module):
     def __init__(self, config: CLIPConfig):
         super().__init__()
@@ -147,56 +141,62 @@ class _CLIPLayers(nn.Module):
 
 
 class _CLIPTextModel(nn.Module):
-    def __init__(self, config: CLIPConfig, whole: bool):
+    def __init__(self, config: CLIPConfig):
         super().__init__()
-        if whole:
-            self.embeddings = _CLIPTables(config)
-            self.encoder = _CLIPLayers(config)
+        self.embeddings = _CLIPTables(config)
+        self.encoder = _CLIPLayers(config)
         self.final_layer_norm = nn.LayerNorm(config.width)
 
 
-class CLIPEnd(nn.Module):
-    """Final norm and projection of a CLIP text encoder; whole: with embeddings and layers."""
+class CLIP(nn.Module):
+    """A CLIP text encoder."""
 
-    def __init__(self, config: CLIPConfig, whole: bool = False):
+    LAYERS = CLIP_LAYERS  # names of the layers' tensors begin with it and the layer's number
+    TABLES = ("text_model.embeddings.token_embedding.weight", "text_model.embeddings.position_embedding.weight")
+
+    def __init__(self, config: CLIPConfig):
         super().__init__()
         self.config = config
-        self.text_model = _CLIPTextModel(config, whole)
+        self.text_model = _CLIPTextModel(config)
         if config.projection:
             self.text_projection = nn.Linear(config.width, config.width, bias=False)
 
-    def pooled(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Pooled (B, D) of the last layer's output (B, L, D): the final norm at the end token (the first place of the
-        largest id, ids (B, L)), projected where the model has a projection.
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer's layers, in order."""
+        return self.text_model.encoder.layers
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Token ids (B, L) -> hidden (B, L, D) and pooled (B, D), see `encode`."""
+        tables = self.text_model.embeddings
+        x = tables.token_embedding(ids) + tables.position_embedding.weight[: ids.shape[1]]
+        return self.encode([x], [ids], self.layers)[0]
+
+    def encode(
+        self, texts: Iterable[Tensor], ids: Sequence[Tensor], layers: Iterable[nn.Module]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Embedded texts (B, L, D) of ids (B, L) -> of each, hidden (B, L, D), the last but one layer's output without
+        the final norm, and pooled (B, D): the last layer's output at the end token (the first place of the largest
+        id), with the final norm, projected where the model has a projection.
+
+        layers: the encoder's, or a generator that loads them: a layer runs on all texts, each alone, before the next
+        one is asked for.
         """
+        states = list(texts)
+        hidden = list(states)
+        for layer in layers:
+            for i, x in enumerate(states):
+                hidden[i], states[i] = x, layer(x)
+        return [(h, self._pooled(x, own)) for h, x, own in zip(hidden, states, ids, strict=True)]
+
+    def _pooled(self, x: Tensor, ids: Tensor) -> Tensor:
         rows = torch.arange(ids.shape[0], device=ids.device)
         pooled = self.text_model.final_layer_norm(x[rows, ids.argmax(dim=-1)])
         return self.text_projection(pooled) if self.config.projection else pooled
 
-    forward = pooled
-
-
-class CLIP(CLIPEnd):
-    """A CLIP text encoder, whole in memory."""
-
-    def __init__(self, config: CLIPConfig):
-        super().__init__(config, whole=True)
-
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Token ids (B, L) -> hidden (B, L, D), the last but one layer's output without the final norm, and pooled
-        (B, D), see `pooled`.
-        """
-        model = self.text_model
-        tables = model.embeddings
-        x = tables.token_embedding(ids) + tables.position_embedding.weight[: ids.shape[1]]
-        hidden = x
-        for layer in model.encoder.layers:
-            hidden = x
-            x = layer(x)
-        return hidden, self.pooled(x, ids)
-
 
 T5_MAX_DISTANCE = 128  # all larger distances share the last bucket
+T5_LAYERS, T5_EMBEDDING = "encoder.block.", "encoder.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ class T5Config:
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> T5Config:
         """Reads the sizes off tensor names and shapes (no prefix); the embedding is `T5_EMBEDDING`."""
-        first = "encoder.block.0.layer."
+        first = f"{T5_LAYERS}0.layer."
         buckets, heads = shapes[first + "0.SelfAttention.relative_attention_bias.weight"]
         vocabulary, width = shapes[T5_EMBEDDING]
         inner = shapes[first + "0.SelfAttention.q.weight"][0]
@@ -222,16 +222,13 @@ class T5Config:
             raise ValueError(f"relative_attention_bias of {buckets} x {heads}")
         return cls(
             width=width,
-            depth=count_layers(shapes, "encoder.block."),
+            depth=count_layers(shapes, T5_LAYERS),
             heads=heads,
             inner=inner,
             mlp_width=shapes[first + "1.DenseReluDense.wi_0.weight"][0],
             buckets=buckets,
             vocabulary=vocabulary,
         )
-
-
-T5_EMBEDDING = "encoder.embed_tokens.weight"
 
 
 class T5Norm(nn.Module):
@@ -332,22 +329,38 @@ class _T5Stack(nn.Module):
 
 
 class T5(nn.Module):
-    """A T5 v1.1 encoder, whole in memory."""
+    """A T5 v1.1 encoder."""
+
+    LAYERS = T5_LAYERS
+    TABLES = (T5_EMBEDDING,)
 
     def __init__(self, config: T5Config):
         super().__init__()
         self.config = config
         self.encoder = _T5Stack(config)
 
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The transformer's blocks, in order."""
+        return self.encoder.block
+
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, L) -> hidden states (B, L, D) after the final norm; padding is not masked."""
-        stack = self.encoder
-        table = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight
-        bias = t5_position_bias(table, ids.shape[1])
-        x = stack.embed_tokens(ids).float()
-        for block in stack.block:
-            x = block(x, bias)
-        return stack.final_layer_norm(x)
+        """Token ids (B, L) -> hidden states (B, L, D), see `encode`."""
+        return self.encode([self.encoder.embed_tokens(ids).float()], self.layers)[0]
+
+    def encode(self, texts: Iterable[Tensor], layers: Iterable[nn.Module]) -> list[Tensor]:
+        """Embedded texts (B, L, D), float32, of any lengths -> of each, hidden states (B, L, D) after the final norm;
+        padding is not masked. layers: see `CLIP.encode`.
+        """
+        states = list(texts)
+        biases: dict[int, Tensor] = {}  # by length
+        for block in layers:
+            if not biases:  # the first block: it alone has the table, for all
+                table = block.layer[0].SelfAttention.relative_attention_bias.weight
+                biases = {length: t5_position_bias(table, length) for length in {x.shape[1] for x in states}}
+            for i, x in enumerate(states):
+                states[i] = block(x, biases[x.shape[1]])
+        return [self.encoder.final_layer_norm(x) for x in states]
 
 
 def join_text(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:

@@ -30,9 +30,9 @@ import to_diffusers
 
 import sd3.weights
 from mmditx import MMDiT, MMDiTConfig
-from sd3.engine import on_meta
 from sd3.files import MMDIT_PREFIX, VAE_PREFIX, WeightFile
 from sd3.vae import VAE, VAEConfig
+from sd3.weights import on_meta
 
 PROMPT = "a red circle left of a blue square"
 CLIPS = {

@@ -33,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mmditx import MMDiT
-from sd3.engine import on_meta
+from sd3.weights import on_meta
 from sd3_impls import seeded_noise
 from sd3_infer import SD3Inferencer
 

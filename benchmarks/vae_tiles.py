@@ -26,9 +26,9 @@ from random_weights import write_random
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sd3.weights
-from sd3.engine import on_meta
 from sd3.files import WeightFile
 from sd3.vae import OVERLAP, VAE, VAEConfig, pieces
+from sd3.weights import on_meta
 from sd3_infer import SD3Inferencer
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,13 @@ def file_identity(path: Path) -> list[Any]:
             add(place, min(SAMPLE, length))
             add(place + max(length - SAMPLE, 0), min(SAMPLE, length))
     return [size, digest.hexdigest()]
+
+
+def describe_files(files: Sequence[Path]) -> dict[str, Any]:
+    """Name, bytes and identity of files that belong together, for a picture's record."""
+    identity = hashlib.sha256(json.dumps([file_identity(path) for path in files]).encode()).hexdigest()
+    name = files[0].name if len(files) == 1 else files[0].parent.name
+    return {"name": name, "bytes": sum(p.stat().st_size for p in files), "identity": identity[:16]}
 
 
 class EmbedCache:

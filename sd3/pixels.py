@@ -1,4 +1,4 @@
-"""Images to pixels and back."""
+"""Pictures to latents in VAE space and back: reading files, encoding, decoding."""
 
 from __future__ import annotations
 
@@ -10,10 +10,18 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from dit_embedder import control_pixels
 from sd3 import png
-from sd3.mistakes import Mistake, Where, display, verbatim
+from sd3.device import device_memory
+from sd3.files import WeightFile
+from sd3.loading import Loader
+from sd3.mistakes import Missing, Mistake, Where, display, verbatim
+from sd3.network import ControlPart, Network
 from sd3.reading import Note
 from sd3.settings import Settings
+from sd3.vae import VAE, VAEConfig
+from sd3.weights import check_part, find_vae, has_vae, on_meta
+from sd3_impls import start_noise
 
 VAE_TILE = 576  # pixels, where a picture is too large to be decoded whole: 1024 and 2048 divide well with the overlap
 
@@ -96,3 +104,63 @@ def check_finite(x: Tensor, what: str, dtype: torch.dtype, cause: Callable[[], s
         advice = others.get(dtype, "the model file may be damaged: download it again")
         name = str(dtype).removeprefix("torch.")
         raise Mistake("", "", f"{what} became NaN or infinite in {name}; no picture is saved; {advice}")
+
+
+class Pixels:
+    """The autoencoder between pixels and latents: its header is checked when it is made, its weights are loaded on
+    first use and stay.
+    """
+
+    def __init__(self, path: str | None, model: WeightFile, network: Network, loader: Loader):
+        """path: of a VAE file, None for the one in the model's file. Raises Missing or Mistake."""
+        file = loader.open("vae", path) if path else model
+        self.part = find_vae(file)
+        if not path and not has_vae(file):
+            raise Missing("model", file.path, "holds no VAE; give one with `vae` sd3_vae.safetensors")
+        self.config: VAEConfig = self.part.config(VAEConfig.from_shapes, "a VAE")
+        check_part(self.part, lambda: VAE(self.config))
+        channels = self.config.latent_channels, network.config.latent_channels
+        if channels[0] != channels[1]:
+            raise Mistake("vae", file.path, "has {} latent channels, the model has {}".format(*channels))
+        self.own_file = bool(path)
+        self.device, self.loader = network.device, loader
+        # bfloat16 would show as banding
+        half = network.dtype == torch.float16 and self.device.type != "cpu"
+        self.dtype = torch.float16 if half else torch.float32
+        self._vae: VAE | None = None
+
+    @property
+    def vae(self) -> VAE:
+        """The autoencoder, with its weights."""
+        if self._vae is None:
+            vae = self.loader.load(self.part, on_meta(lambda: VAE(self.config)), "VAE", self.device, self.dtype)
+            self._vae = vae.to(memory_format=torch.channels_last)  # the order that convolutions are fastest in
+        return self._vae
+
+    @torch.no_grad()
+    def encode(
+        self, image: Image.Image, seeds: Sequence[int], tile: int = 0, control: ControlPart | None = None
+    ) -> Tensor:
+        """Latents (one per seed, 16, H/8, W/8), in VAE space, of an RGB image.
+
+        The encoding noise is a stream of the seed apart from the start noise; control: the ControlNet that the image
+        is for, whose kind decides the pixel range; tile: side of a tile in pixels, 0 for none.
+        """
+        pixels = unit_pixels(image)  # (1, 3, H, W)
+        pixels = control_pixels(pixels, control.chained, control.kind) if control else pixels * 2 - 1
+        mean, logvar = self.vae.moments(pixels.to(self.device, self.dtype), tile)  # (1, 16, H/8, W/8) each
+        noise = start_noise(seeds, mean.shape, "control image" if control else "initial image")
+        return self.vae.sample(mean.float(), logvar.float(), noise.to(self.device))
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor, tile: int = 0) -> Tensor:
+        """Pixels (B, 3, H, W), about [-1, 1], of latents in VAE space, one at a time; tile: see `encode`."""
+        rows = [self.vae.decode(row[None].to(self.device, self.dtype), tile) for row in latent]
+        return torch.cat(rows)
+
+    def tile_for(self, width: int, height: int) -> int:
+        """Side in pixels of the tiles that a picture is decoded in: 0 (none) where what decoding it whole needs is
+        less than a third of the device's memory.
+        """
+        needed = self.config.decoding_bytes(width, height, self.dtype)
+        return 0 if needed <= device_memory(self.device) / 3 else VAE_TILE

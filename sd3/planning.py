@@ -91,13 +91,14 @@ def plan_pictures(
     if not seeds or len(seeds) % len(prompts):
         raise Mistake("seed", "", f"{len(seeds)} given for {len(prompts)} prompts; give as many for each")
     per_prompt = len(seeds) // len(prompts)
-    first = Settings(prompt=prompts[0], seed=seeds[0], **(engine.loaded_settings() | values))
+    shift = {} if "shift" in values else {"shift": engine.defaults["shift"]}
+    first = Settings(prompt=prompts[0], seed=seeds[0], **(engine.loaded_settings() | shift | values))
     shown, notes = effective(first)  # prompt and seed have no part in it
     kept = first.negative_prompt
     if (
         recorded
         and kept != shown.negative_prompt
-        and any(engine.pair_length(p, kept) > engine.t5_length(p) for p in prompts)
+        and any(engine.text.pair_length(p, kept) > engine.text.t5_length(p) for p in prompts)
     ):
         shown = dataclasses.replace(shown, negative_prompt=kept)
         notes = [note for note in notes if not note.startswith("note: `negative_prompt`")]
@@ -122,13 +123,13 @@ def plan_for(
     seeds, recorded: see `plan_pictures`; skip_layer, residual: in place of the model's own and of the flags'.
     Raises Mistake.
     """
-    values, usual = resolve(flags, engine.model_file.metadata, engine.large_controlnet)
+    values, usual = resolve(flags, engine.model_file.metadata, engine.network.large_controlnet)
     if skip_layer is not None and flags.cfg is None:
         values["cfg"] = skip_layer.cfg
     residual = residual or ResidualConfig.from_flags(flags.residual(), flags.residual_config)
     wanted = flags.for_image() | values | residual_settings(residual) | {"skip_layer": skip_layer or usual}
     if wanted["vae_tile"] is None:
-        wanted["vae_tile"] = engine.vae_tile(values["width"], values["height"])
+        wanted["vae_tile"] = engine.pixels.tile_for(values["width"], values["height"])
     plan = plan_pictures(engine, prompts, seeds, recorded=recorded, **wanted)
     if flags.skip_layer_cfg and not wanted["skip_layer"]:
         unknown = f"no skip-layer settings are known for {verbatim(Path(flags.model).name)}"

@@ -69,7 +69,7 @@ class MadeWith:
                 hardware |= {f"text_encoder_{name}": value for name, value in beside.items()}
             more = {
                 "files": {name: _sha256(Path(path)) for name, path in paths.items() if path},
-                "encoders": engine.encoder_files(),
+                "encoders": engine.text.record(),
                 "components": engine.component_files(),
                 "hardware": hardware,
             }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from sd3.mistakes import Mistake, Where
@@ -43,3 +45,12 @@ class Unchanged:
             if now != then:
                 how = "is gone" if now is None else "has changed"
                 raise Changed(*where, f"{how} since it was opened; no picture is made of two files: start again")
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """Where what is inside fails because a file is another one by now, says that and not what came of it."""
+        try:
+            yield
+        except Exception:
+            self.check()
+            raise

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -33,6 +33,7 @@ OTHER_SCALES = ("weight_scale_2", "weight_scale_inv")  # of formats that are not
 CHUNK = 256 * 2**20  # bytes read from one mapping before it is dropped and its pages are freed
 SAMPLE = 4096  # bytes at each end of a tensor that are checked before weights load
 MOST_SAMPLED = 64  # tensors of a model
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class ModelTensors:
     def entries(self, name: str) -> list[Entry]:
         """The file's entries of a tensor, several where it is stored in pieces."""
         return [self.file.entries[self.prefix + piece] for piece in self.storage(name).names]
+
+    def paths(self) -> set[Path]:
+        """The files that hold these tensors."""
+        return {entry.path for name, entry in self.file.entries.items() if name.startswith(self.prefix)}
 
     def full_name(self, name: str) -> str:
         """The name in the file, for messages."""
@@ -249,6 +254,24 @@ class ModelTensors:
             if progress is not None:
                 progress(tensor.nbytes)
         return model.eval()
+
+
+def on_meta(make: Callable[[], Model]) -> Model:
+    """A module without storage, to be given its weights."""
+    with torch.device("meta"):
+        return make()
+
+
+def check_part(part: ModelTensors, make: Callable[[], Model], some_may_be_empty: bool = False) -> Model:
+    """The module of a part, without its weights; raises Mistake where they do not fit it, or hold nothing.
+
+    some_may_be_empty: see `ModelTensors.check_filled`.
+    """
+    with reading(part.file.where, "has sizes of no model"):
+        model = on_meta(make)
+    part.check(model)
+    part.check_filled(some_may_be_empty)
+    return model
 
 
 # Tensors of a model that some files carry and ours does not use.

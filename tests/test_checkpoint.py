@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 import sd3.weights
 from mmditx import MMDiT, MMDiTConfig
 from other_impls import T5
-from sd3.engine import on_meta
 from sd3.files import ENCODER_PREFIX, MMDIT_PREFIX, WeightFile
-from sd3.weights import ModelTensors
+from sd3.weights import ModelTensors, on_meta
 from sd3_infer import SD3Inferencer
 
 

@@ -36,30 +36,27 @@ def make(engine: SD3Inferencer, prompts: list[str], seeds: list[int], **values) 
 
 def test_encoders_are_opened_once_and_the_mmdit_stays(small_model, monkeypatch):
     engine = fresh(small_model)
-    assert engine.encoders_opened == 0
+    assert engine.text.opened == 0
     assert engine.mmdit is None
     asked = []
-    forward = engine.encoder_configs  # the engine keeps sizes, not encoders
-    assert set(forward) == {"clip_l", "clip_g", "t5xxl"}
-    original = engine._run_clip
-    monkeypatch.setattr(
-        engine, "_run_clip", lambda role, prompts, dtype: asked.append(prompts) or original(role, prompts, dtype)
-    )
+    assert set(engine.text.encoders) == {"clip_l", "clip_g", "t5xxl"}
+    original = engine.text._run_clip
+    monkeypatch.setattr(engine.text, "_run_clip", lambda r, prompts: asked.append(prompts) or original(r, prompts))
     make(engine, ["a star", "a circle", "a star"], [1, 2, 3, 4, 5, 6])
-    assert engine.encoders_opened == 3
+    assert engine.text.opened == 3
     assert asked == [["a star", "", "a circle"]] * 2  # each distinct prompt once
     first = engine.mmdit
     make(engine, ["a circle"], [7])
-    assert engine.encoders_opened == 3  # a known prompt opens nothing
+    assert engine.text.opened == 3  # a known prompt opens nothing
     make(engine, ["a square"], [7])
-    assert engine.encoders_opened == 6
+    assert engine.text.opened == 6
     assert engine.mmdit is first
-    assert not [v for v in vars(engine).values() if type(v).__name__ in ("CLIP", "T5")]
+    assert all(p.is_meta for e in engine.text.encoders.values() for p in e.model.parameters())  # no layer stays
 
 
 def test_a_prompt_of_many_t5_tokens_runs_and_keeps_its_own_tokens(small_engine):
     long = "a red circle and " * 8
-    assert small_engine.t5_length(long) > small_engine.positions
+    assert small_engine.text.t5_length(long) > small_engine.text.positions
     assert make(small_engine, [long], [1]) != make(small_engine, ["a red circle and"], [1])
     length = small_engine.pair_length(long, "")
     halves = [small_engine.get_cond(p, length)[0] for p in (long, "")]
@@ -238,8 +235,8 @@ def test_t5_streams_as_it_runs_whole(small_model):
     engine = fresh(small_model)
     whole = modules()[ENCODER_PREFIX.format("t5xxl")]
     for length in (16, 30):
-        ids = torch.tensor([engine.t5_tokenizer.tokenize("a red circle", length).ids])
-        got = engine._run_t5([("a red circle", length)], torch.float32)["a red circle", length]
+        ids = torch.tensor([engine.text.t5_tokenizer.tokenize("a red circle", length).ids])
+        got = engine.text._run_t5([("a red circle", length)])["a red circle", length]
         with torch.no_grad():
             assert relative(got, whole(ids)) < 1e-6
 

@@ -20,10 +20,9 @@ import sd3_infer
 from dit_embedder import ControlNet, ControlNetConfig
 from mmditx import MMDiT, MMDiTConfig
 from other_impls import CLIP, T5
-from sd3.engine import on_meta
 from sd3.files import ENCODER_PREFIX, ENCODERS, MMDIT_PREFIX, VAE_PREFIX, WeightFile, weight_files
 from sd3.mistakes import Mistake
-from sd3.weights import find_controlnet, find_mmdit
+from sd3.weights import find_controlnet, find_mmdit, on_meta
 from sd3_infer import SD3Inferencer
 
 META = {"width": "64", "height": "48", "steps": "2"}
@@ -384,7 +383,7 @@ def test_two_that_fit_are_one_line_with_the_flag(tmp_path, whole, capsys, role, 
     assert line.startswith(f"error: --{role}: ")
     assert all(str(tmp_path / f"{name}.safetensors") in line for name in names)
     assert (
-        engine(path, **{role: str(tmp_path / f"{names[1]}.safetensors")}).encoder_files()[role]["name"]
+        engine(path, **{role: str(tmp_path / f"{names[1]}.safetensors")}).text.record()[role]["name"]
         == f"{names[1]}.safetensors"
     )
 
@@ -394,9 +393,9 @@ def test_a_flag_names_an_encoder_over_the_model_files_own(tmp_path, small_model,
     other = {k: v * 0.5 for k, v in encoder(whole, role).items()}
     save_file(other, tmp_path / "mine.safetensors")
     made = engine(small_model, **{role: str(tmp_path / "mine.safetensors")})
-    told = made.encoder_files()[role]
+    told = made.text.record()[role]
     assert (told["name"], told["bytes"]) == ("mine.safetensors", (tmp_path / "mine.safetensors").stat().st_size)
-    assert {"clip_l", "clip_g", "t5xxl"} & made.encoder_files().keys() == {role}
+    assert {"clip_l", "clip_g", "t5xxl"} & made.text.record().keys() == {role}
     assert relative(made.get_cond("a star")[0], small_engine.get_cond("a star")[0]) > 1e-3
     save_file(encoder(whole, role), tmp_path / "same.safetensors")
     same = text(small_model, **{role: str(tmp_path / "same.safetensors")})

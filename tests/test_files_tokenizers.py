@@ -158,8 +158,8 @@ def test_padding_and_truncation_that_a_program_left(small_model, folder, small_e
     made.quiet = True
     made.load(str(small_model), device="cpu", dtype="float32", model_folder=str(folder))
     for prompt in ("a red circle", "a circle " * 9, "x"):
-        assert made.clip_tokenizer.tokenize(prompt, 16) == small_engine.clip_tokenizer.tokenize(prompt, 16)
-        assert made.t5_tokenizer.tokenize(prompt, 16) == small_engine.t5_tokenizer.tokenize(prompt, 16)
+        assert made.text.clip_tokenizer.tokenize(prompt, 16) == small_engine.text.clip_tokenizer.tokenize(prompt, 16)
+        assert made.text.t5_tokenizer.tokenize(prompt, 16) == small_engine.text.t5_tokenizer.tokenize(prompt, 16)
 
 
 def test_with_other_weights_the_tokenizer_is_still_checked_against_them(small_model, folder, tmp_path):

@@ -23,6 +23,7 @@ from sd3.find import select_encoder
 from sd3.models import SkipLayerConfig
 from sd3.residual import ResidualConfig, residual_stream
 from sd3.rotations import Rotations
+from sd3.text import StreamedEncoder
 from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.vae import VAE, VAEConfig
 from sd3.weights import ModelTensors, find_controlnet, find_mmdit
@@ -170,22 +171,41 @@ def test_controlnet(kind):
     assert relative(got, g["out"]) < MODULE
 
 
+def on_meta(part: ModelTensors, make, config) -> torch.nn.Module:
+    with torch.device("meta"):
+        return make(part.config(config, "the module of this fixture"))
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "streamed"])
 @pytest.mark.parametrize(("name", "activation"), [("clip_l", "quick_gelu"), ("clip_g", "gelu")])
-def test_clip(name, activation):
+def test_clip(name, activation, whole):
     g, part = golden(name), ModelTensors(WeightFile(FOLDER / f"{name}.weights.safetensors"))
-    model = build(part, CLIP, lambda shapes: CLIPConfig.from_shapes(shapes, activation, name == "clip_g"))
-    hidden, pooled = model(g["ids"])
+    config = lambda shapes: CLIPConfig.from_shapes(shapes, activation, name == "clip_g")  # noqa: E731
+    if whole:
+        hidden, pooled = build(part, CLIP, config)(g["ids"])
+    else:
+        encoder = StreamedEncoder(on_meta(part, CLIP, config), part, torch.device("cpu"), torch.float32)
+        (places,) = encoder.embed(1, [range(g["ids"].shape[1])])
+        texts = [(rows + places)[None] for rows in encoder.embed(0, g["ids"].tolist())]
+        hidden, pooled = map(torch.cat, zip(*encoder.run(texts, g["ids"].split(1)), strict=True))
     assert relative(hidden, g["hidden"]) < MODULE
     assert relative(pooled, g["pooled"]) < MODULE
 
 
 @torch.no_grad()
-def test_t5():
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "streamed"])
+def test_t5(whole):
     g, part = golden("t5"), select_encoder("t5xxl", WeightFile(FOLDER / "t5.weights.safetensors"), "")
-    model = build(part, T5, T5Config.from_shapes)
-    assert relative(model(g["ids"]), g["hidden"]) < MODULE
-    assert relative(model(g["short_ids"]), g["short_hidden"]) < MODULE
+    if whole:
+        model = build(part, T5, T5Config.from_shapes)
+        got = [model(g["ids"]), model(g["short_ids"])]
+    else:  # both lengths in one pass
+        encoder = StreamedEncoder(on_meta(part, T5, T5Config.from_shapes), part, torch.device("cpu"), torch.float32)
+        ids = [g["ids"], g["short_ids"]]
+        got = encoder.run(torch.stack(list(encoder.embed(0, rows.tolist()))) for rows in ids)
+    assert relative(got[0], g["hidden"]) < MODULE
+    assert relative(got[1], g["short_hidden"]) < MODULE
 
 
 @torch.no_grad()

@@ -15,18 +15,22 @@ import torch
 from helpers import DEMO, ROOT
 from PIL import Image
 
-import sd3.engine
 import sd3.png
 import sd3.probe.command
 import sd3.probe.suggesting
 import sd3.sweep.command
 import sd3.sweep.work
+import sd3.text
 import sd3.weights
 import sd3_infer
+from sd3.engine import Engine
 from sd3.memory import OutOfMemory, explained, out_of_memory
 from sd3.run import RunRecord
 from sd3.settings import Flags, Settings
-from sd3.streams import MOST_SAID, Once
+from sd3.streams import MOST_SAID
+from sd3.telling import Terminal
+from sd3.text import TextEncoders, in_groups
+from sd3_infer import SD3Inferencer
 
 SMALL = f"--model {DEMO} --device cpu --steps 1 --width 32 --height 32 --dtype float32".split()
 CPU = (
@@ -62,19 +66,24 @@ def test_memory_that_ran_out_is_known(error, known):
 
 
 @pytest.mark.parametrize(
-    ("place", "more", "told"),
+    ("owner", "place", "more", "told"),
     [
-        ("do_sampling", (), "out of memory while sampling; try a smaller --width or --height"),
-        ("do_sampling", ("--num_images", 2, "--batch_size", 2), "try a smaller --batch_size, --width or --height"),
-        ("vae_decode", (), "out of memory while decoding; try a smaller --vae_tile"),
-        ("_run_clip", (), "out of memory while encoding prompts; try --text_encoder_device cpu"),
+        (Engine, "do_sampling", (), "out of memory while sampling; try a smaller --width or --height"),
+        (
+            Engine,
+            "do_sampling",
+            ("--num_images", 2, "--batch_size", 2),
+            "try a smaller --batch_size, --width or --height",
+        ),
+        (Engine, "vae_decode", (), "out of memory while decoding; try a smaller --vae_tile"),
+        (TextEncoders, "_run_clip", (), "out of memory while encoding prompts; try --text_encoder_device cpu"),
     ],
 )
-def test_the_flags_to_turn_down_are_those_of_the_stage(tmp_path, monkeypatch, capsys, place, more, told):
+def test_the_flags_to_turn_down_are_those_of_the_stage(tmp_path, monkeypatch, capsys, owner, place, more, told):
     def full(*_, **__):
         raise RuntimeError(CPU)
 
-    monkeypatch.setattr(sd3.engine.Engine, place, full)
+    monkeypatch.setattr(owner, place, full)
     assert infer(tmp_path, "--prompt", "red", *more) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert told in line
@@ -86,20 +95,20 @@ def test_weights_that_do_not_fit_name_other_flags(tmp_path, monkeypatch, capsys)
         raise RuntimeError(CPU)
 
     monkeypatch.setattr(sd3.weights.ModelTensors, "load_into", full)
-    monkeypatch.setattr(sd3.engine.Engine, "encode", lambda *_: None)
+    monkeypatch.setattr(TextEncoders, "encode", lambda *_: None)
     assert infer(tmp_path, "--prompt", "red") == 1
     assert "out of memory while loading the MMDiT; try --weights int8" in capsys.readouterr().err
 
 
 def test_a_sweep_goes_on_without_what_did_not_fit(tmp_path, monkeypatch, capsys):
-    real = sd3_infer.SD3Inferencer.do_sampling
+    real = SD3Inferencer.do_sampling
 
     def wide_fails(self, latent, *arguments, **options):
         if latent.shape[-1] > 4:
             raise RuntimeError(CPU)
         return real(self, latent, *arguments, **options)
 
-    monkeypatch.setattr(sd3.engine.Engine, "do_sampling", wide_fails)
+    monkeypatch.setattr(Engine, "do_sampling", wide_fails)
     flags = [flag if flag != "32" else "32;64" for flag in SMALL[:8]] + SMALL[8:]
     assert sd3.sweep.command.main([*flags, "--out", str(tmp_path / "o"), "--prompt", "red", "--seed", "0-1"]) == 1
     error = capsys.readouterr().err
@@ -150,14 +159,14 @@ def test_prompts_are_encoded_in_groups_and_the_pictures_are_the_same(tmp_path, m
     flags = ["--prompt", tmp_path / "p.txt", "--seed", 1, "--batch_size", 3, "--pad_batch", "True"]
     assert infer(tmp_path / "whole", *flags) == 0
     made: list[tuple[str, int]] = []
-    encode, save = sd3_infer.SD3Inferencer.encode, sd3.png.save_picture
+    encode, save = TextEncoders.encode, sd3.png.save_picture
 
     def noted(self, wanted):
         encode(self, wanted)
-        made.append(("encode", self.known_texts))
+        made.append(("encode", self.count))
 
-    monkeypatch.setattr(sd3.engine, "TEXTS_AT_ONCE", 4)
-    monkeypatch.setattr(sd3.engine.Engine, "encode", noted)
+    monkeypatch.setattr(sd3.text, "TEXTS_AT_ONCE", 4)
+    monkeypatch.setattr(TextEncoders, "encode", noted)
     monkeypatch.setattr(sd3.png, "save_picture", lambda *a: (save(*a), made.append(("picture", 0))))
     assert infer(tmp_path / "groups", *flags) == 0
     assert files(tmp_path / "groups") == files(tmp_path / "whole")
@@ -183,25 +192,49 @@ def test_so_are_those_of_a_sweep(tmp_path, monkeypatch, capsys):
 def test_the_first_of_very_many_prompts_does_not_wait_for_the_last(tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("".join(f"a red circle {i}\n" for i in range(3000)))
     encoded: list[int] = []
-    encode = sd3_infer.SD3Inferencer.encode
-    monkeypatch.setattr(
-        sd3_infer.SD3Inferencer, "encode", lambda self, w: (encoded.append(len(set(w))), encode(self, w))
-    )
+    encode = TextEncoders.encode
+
+    def noted(self, wanted):
+        encode(self, wanted)
+        encoded.append(self.count)
+
+    monkeypatch.setattr(TextEncoders, "encode", noted)
 
     def first(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sd3.png, "save_picture", first)
     assert infer(tmp_path / "o", "--prompt", tmp_path / "p.txt") == 130
-    assert sum(encoded) <= sd3.engine.TEXTS_AT_ONCE
+    assert len(encoded) == 1
+    assert encoded[0] <= sd3.text.TEXTS_AT_ONCE
 
 
-def test_what_was_said_is_not_remembered_for_ever(small_engine, monkeypatch):
-    monkeypatch.setattr(small_engine, "_first", Once())
+def test_encoded_prompts_are_dropped_when_there_are_many(small_model):
+    """1,000 prompts, each encoded once: never more than `most` are held, the last used among them."""
+    text = SD3Inferencer().load(str(small_model), device="cpu", dtype="float32").text
+    text.most = 50
+    wanted = [(f"a red circle {i}", 16) for i in range(1000)]
+    first = text.get_cond(*wanted[0])
+    for group in in_groups(wanted, lambda key: [key, ("", 16)], 40):
+        text.encode([*group, ("", 16)])
+        assert text.count <= 50
+    assert text.opened == 3 * (1 + -(-1000 // 39))
+    text.get_cond("", 16), text.get_cond(*wanted[-1])
+    assert text.opened == 3 * 27  # both are held
+    assert torch.equal(text.get_cond(*wanted[0])[0], first[0])  # dropped, and encoded again
+    assert text.opened == 3 * 28
+    text.encode(wanted[:70])  # all that are wanted at once are held
+    assert text.count == 70
+    text.encode([("a star", 16)])
+    assert text.count == 50
+
+
+def test_what_was_said_is_not_remembered_for_ever():
+    terminal = Terminal(quiet=True)
     for number in range(3 * MOST_SAID):
-        small_engine.say(f"line {number}", once=True)
-        small_engine.say(f"other {number}")
-    assert len(small_engine._first.lines) <= MOST_SAID
+        terminal.note(f"line {number}")
+        terminal.say(f"other {number}")
+    assert len(terminal.first.lines) <= MOST_SAID
 
 
 def test_a_long_record_is_written_once_and_not_again_with_every_picture(small_engine, tmp_path, monkeypatch):

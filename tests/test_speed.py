@@ -52,7 +52,7 @@ def test_resident_encoders_are_opened_once_and_give_the_same(small_model):
     for prompt in ("a star", "two circles", "three"):
         for got, wanted in zip(engine.get_cond(prompt), plain.get_cond(prompt), strict=True):
             assert torch.equal(got, wanted)
-    assert (engine.encoders_opened, plain.encoders_opened) == (3, 9)
+    assert (engine.text.opened, plain.text.opened) == (3, 9)
 
 
 def test_a_cached_prompt_opens_no_encoder_and_makes_the_same_picture(small_model, tmp_path):
@@ -60,14 +60,14 @@ def test_a_cached_prompt_opens_no_encoder_and_makes_the_same_picture(small_model
     made = picture(first)[1]
     again = fresh(small_model, embed_cache=str(tmp_path / "cache"))
     assert picture(again)[1] == made
-    assert (first.encoders_opened, again.encoders_opened) == (3, 0)
+    assert (first.text.opened, again.text.opened) == (3, 0)
     picture(again, "a circle")
-    assert again.encoders_opened == 3
+    assert again.text.opened == 3
     for path in (tmp_path / "cache").iterdir():
         path.write_bytes(path.read_bytes()[:-7])  # cut short
     damaged = fresh(small_model, embed_cache=str(tmp_path / "cache"))
     assert picture(damaged)[1] == made
-    assert damaged.encoders_opened == 3
+    assert damaged.text.opened == 3
 
 
 def test_the_cache_tells_files_and_ways_apart(tmp_path):

@@ -504,7 +504,7 @@ def test_an_engine_without_a_model_says_so(tmp_path):  # P9
             lambda e: plan_pictures(e, ["a"], [1]),
             lambda e: e.get_mmdit(),
             lambda e: e.get_vae(),
-            lambda e: e.encode([("a", 77)]),
+            lambda e: e.text.encode([("a", 77)]),
             lambda e: e.device,
         ]
         for call in calls:

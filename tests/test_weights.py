@@ -7,8 +7,8 @@ import torch
 from helpers import mmdit_config, randomise, relative
 
 from mmditx import MMDiT
-from sd3.engine import on_meta
 from sd3.layers import StoredLinear, can_pack, quantise, replace_linears
+from sd3.weights import on_meta
 
 CONFIG = mmdit_config(depth=3, dual_layers=frozenset({0}), qk_norm=True)
 PLAIN = randomise(MMDiT(CONFIG), 3).to(torch.bfloat16)

@@ -111,14 +111,14 @@ def run_prompts(
             wanted = [
                 pair for s, n in zip(plan, lengths, strict=True) for pair in ((s.prompt, n), (s.negative_prompt, n))
             ]
-            engine.encode(wanted if values["cfg"] != 1 else wanted[::2])
+            engine.text.encode(wanted if values["cfg"] != 1 else wanted[::2])
             for batch in engine.batches(plan):
                 places, settings = zip(*batch, strict=True)
-                masks = [engine.text_mask(s.prompt, lengths[place]) for place, s in batch]
+                masks = [engine.text.text_mask(s.prompt, lengths[place]) for place, s in batch]
                 collector = collect([group[place][0] for place in places], masks)
                 engine.sample(settings, what=what, hooks=[collector])
                 engine.files.check()  # what is measured is of the files that were opened
                 count += len(batch)
                 bar.update(len(batch))
                 done(count)
-            engine.forget_text()
+            engine.text.forget()

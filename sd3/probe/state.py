@@ -76,7 +76,7 @@ def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.d
 
 def identity(engine: Engine, prompts: Sequence[Labelled], values: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
     """A hash of everything that decides a calibration's sums."""
-    files = {"model": {entry.path for entry in engine.model_file.entries.values()}, **engine.text_files()}
+    files = {"model": {entry.path for entry in engine.model_file.entries.values()}, **engine.text.files()}
     settings = plan_pictures(engine, [prompts[0].prompt], [0], **values).pictures[0].public()
     decides = {
         "version": VERSION,

@@ -24,7 +24,8 @@ from sd3.reading import reading
 from sd3.settings import Flags, Settings
 from sd3.sweep.grid import Grid
 from sd3.sweep.plan import Batch, Plan, make_plan
-from sd3.sweep.work import Done, Maker, Result, Text
+from sd3.sweep.work import Done, Maker, Result
+from sd3.text import Key, Text
 
 RETRIES = 3  # times that a batch is tried again after its worker died
 CODE = [sd3, dit_embedder, mmditx, other_impls, sd3_impls]  # what a worker imports, from a clone or installed
@@ -46,14 +47,14 @@ class Worker:
         """See `make_plan`; on a worker, as it has the device that pictures are made on."""
         return make_plan(grid)
 
-    def encode(self, flags: Flags, pictures: Sequence[Settings]) -> tuple[Text, list[dict[str, Any]]]:
+    def encode(self, flags: Flags, pictures: Sequence[Settings]) -> tuple[dict[Key, Text], list[dict[str, Any]]]:
         """Encodes all texts of these pictures; returns them and the events to log."""
         maker = Maker(flags, quiet=True)
         maker.encode(pictures)
         return maker.encoded(pictures), maker.take_events()
 
     def make(
-        self, number: int, flags: Flags, text: Text, batch: Sequence[Settings]
+        self, number: int, flags: Flags, text: dict[Key, Text], batch: Sequence[Settings]
     ) -> tuple[list[Result], float, list[dict[str, Any]], dict[str, str]]:
         """The pictures of a batch by engine `number`, with `text` encoded elsewhere; seconds, events to log, hashes."""
         start = time.perf_counter()

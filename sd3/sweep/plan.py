@@ -49,7 +49,8 @@ class Plan:
     engines: tuple[Flags, ...]  # flags that an engine is loaded with
     engine_of: tuple[int, ...]  # by variant
     pictures: tuple[Planned, ...]
-    # By engine: what encodes text, and the components of a folder, see `encoder_files` and `component_files`.
+    # By engine: what encodes text, and the components of a folder, see `TextEncoders.record`
+    # and `Engine.component_files`.
     encoders: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
 
     def batches(self, wanted: Collection[str]) -> list[Batch]:
@@ -193,7 +194,7 @@ class _Planner:
             tuple(flags for flags, _ in engines),
             tuple(self.engine_of),
             tuple(itertools.chain.from_iterable(self.pictures)),
-            tuple({**engine.encoder_files(), **engine.component_files()} for _, engine in engines),
+            tuple({**engine.text.record(), **engine.component_files()} for _, engine in engines),
         )
 
 

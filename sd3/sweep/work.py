@@ -8,21 +8,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from sd3 import png
-from sd3.engine import in_groups, load_for
+from sd3.engine import load_for
 from sd3.memory import OutOfMemory, one_line, out_of_memory
 from sd3.mistakes import Mistake
 from sd3.pixels import open_images
 from sd3.run import MadeWith
 from sd3.settings import FILE_SETTINGS, Flags, Settings
 from sd3.sweep.plan import Batch, Plan
+from sd3.text import Key, Text, in_groups
 from sd3.unchanged import Changed
 
 TEXTS_AT_ONCE = 1024  # encoded prompts kept in memory; every variant of a sweep needs each of them again
 Result = bytes | str  # a finished PNG, or why there is none
-Text = dict[tuple[str, int], tuple[Tensor, Tensor]]
 
 
 class Maker:
@@ -32,10 +30,11 @@ class Maker:
         """Reads headers only; raises as `Engine.open` does."""
         self.engine = load_for(flags)
         self.engine.quiet = quiet
+        self.engine.text.most = TEXTS_AT_ONCE
         self.events: list[dict[str, Any]] = []
         self._made_with: dict[tuple, MadeWith] = {}
 
-    def texts(self, batch: Batch) -> list[tuple[str, int]]:
+    def texts(self, batch: Batch) -> list[Key]:
         """The texts of a batch's pictures with the length they are encoded in."""
         return [t for p in batch.pictures for t in self.engine.texts(p.settings)]
 
@@ -43,7 +42,7 @@ class Maker:
         """Encodes every distinct text of these pictures, each once; drops others where there are many."""
         texts = list(dict.fromkeys(t for s in pictures for t in self.engine.texts(s)))
         start = time.perf_counter()
-        self.engine.encode_only(texts, TEXTS_AT_ONCE)
+        self.engine.text.encode(texts)
         self.events.append(
             {
                 "event": "encode",
@@ -53,14 +52,14 @@ class Maker:
             }
         )
 
-    def encoded(self, pictures: Sequence[Settings]) -> Text:
+    def encoded(self, pictures: Sequence[Settings]) -> dict[Key, Text]:
         """The encoded texts of these pictures, on the CPU."""
         texts = {t for s in pictures for t in self.engine.texts(s)}
         return {t: tuple(part.cpu() for part in self.engine.get_cond(*t)) for t in texts}
 
-    def add_texts(self, text: Text) -> None:
+    def add_texts(self, texts: Mapping[Key, Text]) -> None:
         """Takes texts that were encoded elsewhere."""
-        self.engine.know_text(text)
+        self.engine.text.add(texts)
 
     def load(self) -> None:
         """Loads the weights on first use."""
@@ -137,7 +136,7 @@ def make_here(plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], Non
     for number, group in itertools.groupby(batches, lambda b: b.engine):
         maker = None  # the former engine's memory goes first
         maker = Maker(plan.engines[number])
-        for part in in_groups(group, maker.texts, TEXTS_AT_ONCE):
+        for part in in_groups(group, maker.texts, maker.engine.text.most):
             maker.encode([p.settings for b in part for p in b.pictures])
             maker.load()
             for batch in part:

@@ -1,0 +1,354 @@
+"""Prompts to text tokens: CLIP-L, CLIP-G and T5, streamed from their files layer by layer."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from other_impls import CLIP, T5, CLIPConfig, CLIPTokenizer, T5Config, T5Tokenizer, join_text
+from sd3.device import device_record, encoder_dtype
+from sd3.embed_cache import EmbedCache, describe_files
+from sd3.files import ENCODERS, WeightFile
+from sd3.find import TOKENIZER_FILES, Fit, find_encoders, find_tokenizer
+from sd3.memory import explained
+from sd3.mistakes import Mistake, Where, verbatim
+from sd3.settings import Setup
+from sd3.telling import SILENT, Reporter, Stages
+from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
+from sd3.unchanged import Unchanged
+from sd3.versions import versions
+from sd3.weights import ModelTensors, check_part
+
+TEXTS_AT_ONCE = 256  # encoded prompts that are held in memory: 1.3 MB each at SD3's size
+CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
+
+Key = tuple[str, int]  # a prompt, and the T5 tokens that it is padded to
+Text = tuple[Tensor, Tensor]  # text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths)
+
+
+class TextEncoders:
+    """The text encoders and tokenizers of a model. They are found and checked when this is made, from headers alone;
+    weights are read whenever prompts are encoded. The `most` prompts that were used last stay encoded.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        model_file: WeightFile,
+        folders: Sequence[Path],
+        fit: Fit,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        runs_on: torch.device,
+        files: Unchanged,
+        tell: Reporter = SILENT,
+        stages: Stages | None = None,
+    ):
+        """folders: where to look beside the model's file; fit: the widths that the model needs; device, dtype: of the
+        encoded text; runs_on: where the encoders run; files: of the model, those of the encoders are added; stages:
+        where times are added.
+
+        Raises Mistake that names the file and what is wrong with it.
+        """
+        self.fit, self.device, self.dtype, self.runs_on = fit, device, dtype, runs_on
+        self.unchanged, self.tell, self.stages = files, tell, Stages() if stages is None else stages
+        self.most = TEXTS_AT_ONCE
+        self._texts: OrderedDict[Key, Text] = OrderedDict()  # last used last
+        if setup.no_t5 and setup.t5xxl:
+            tell.note("note: `t5xxl` is not used: `no_t5`")
+        roles = ENCODERS[:2] if setup.no_t5 else ENCODERS
+        self.parts = find_encoders(roles, model_file, folders, {role: getattr(setup, role) for role in ENCODERS}, fit)
+        models = {role: open_encoder(role, part) for role, part in self.parts.items()}
+        check_widths(models, self.parts, fit)
+        self.encoders = {
+            role: StreamedEncoder(model, self.parts[role], runs_on, encoder_dtype(dtype), setup.t5_resident)
+            for role, model in models.items()
+        }
+        clips = [models[role].config for role in CLIP_ACTIVATIONS]
+        self.positions = min(config.positions for config in clips)  # their tokens lie side by side
+        places = list(dict.fromkeys([*folders, *(part.file.path.parent for part in self.parts.values())]))
+        self.tokenizer_folders = {"clip": find_tokenizer("clip", places)}
+        if "t5xxl" in models:
+            self.tokenizer_folders["t5"] = find_tokenizer("t5", places)
+        rows = min(config.vocabulary for config in clips)
+        self.clip_tokenizer: CLIPTokenizer = open_clip_tokenizer(self.tokenizer_folders["clip"], rows=rows)
+        self.t5_tokenizer: T5Tokenizer | None = None
+        if "t5xxl" in models:
+            rows = models["t5xxl"].config.vocabulary
+            self.t5_tokenizer = open_t5_tokenizer(self.tokenizer_folders["t5"], rows=rows)
+        own = {entry.path for entry in model_file.entries.values()}
+        self.separate_files = {role: sorted(paths - own) for role, paths in self.files().items() if paths - own}
+        for role, paths in self.separate_files.items():
+            for path in paths:
+                files.add(Where("", f"{role} {path}"), path)
+        self.embed_cache = self._open_cache(setup.embed_cache) if setup.embed_cache else None
+
+    def _open_cache(self, folder: str) -> EmbedCache:
+        dtype, positions, fit = encoder_dtype(self.dtype), self.positions, self.fit
+        how = {
+            "dtype": str(dtype),
+            "device": [self.runs_on.type, device_record(self.runs_on)],
+            "no_t5": self.t5_tokenizer is None,
+            "prefixes": {role: part.prefix for role, part in self.parts.items()},
+            "widths": [fit.pooled, fit.context, positions],
+            "versions": {n: v for n, v in versions().items() if n in ("torch", "tokenizers")},
+        }
+
+        def fits(length: int, context: Tensor, pooled: Tensor) -> bool:
+            shapes = (1, positions + length, fit.context), (1, fit.pooled)
+            return (context.shape, pooled.shape) == shapes and {context.dtype, pooled.dtype} == {dtype}
+
+        return EmbedCache(folder, self.files(), how, fits)
+
+    def files(self) -> dict[str, set[Path]]:
+        """The files that decide how text is encoded, by encoder and tokenizer."""
+        files = {role: part.paths() for role, part in self.parts.items()}
+        for kind, place in self.tokenizer_folders.items():
+            names = {name for names in TOKENIZER_FILES[kind] for name in names}
+            files[f"{kind} tokenizer"] = {place / name for name in names if (place / name).is_file()}
+        return files
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """Name, bytes and identity (see `describe_files`) of what encodes text and is not in the model's file."""
+        return {role: describe_files(paths) for role, paths in self.separate_files.items()}
+
+    @property
+    def opened(self) -> int:
+        """How often a text encoder was read from disk."""
+        return sum(encoder.opened for encoder in self.encoders.values())
+
+    # -- lengths --
+
+    def t5_length(self, prompt: str) -> int:
+        """How many T5 tokens a prompt is encoded at (at least as many as CLIP takes: 77)."""
+        if self.t5_tokenizer is None:
+            return self.positions
+        return len(self.t5_tokenizer.tokenize(prompt, self.positions).ids)
+
+    def pair_length(self, prompt: str, negative: str) -> int:
+        """The T5 length at which both halves of a guided run are encoded."""
+        return max(self.t5_length(prompt), self.t5_length(negative))
+
+    def text_mask(self, prompt: str, length: int) -> Tensor:
+        """Which of a prompt's text tokens, encoded at T5 length `length`, are no padding: (T,) bool on the CPU."""
+        clip = self.clip_tokenizer.tokenize(prompt, self.positions)
+        words = clip.ids.index(self.clip_tokenizer.end, 1) + 1  # start, words and end
+        pieces = 0 if self.t5_tokenizer is None else len(self.t5_tokenizer.tokenize(prompt, 0).ids)
+        rest = self.positions if self.t5_tokenizer is None else length
+        return torch.cat([torch.arange(self.positions) < words, torch.arange(rest) < pieces])
+
+    # -- encoded prompts --
+
+    def get_cond(self, prompt: str, length: int | None = None) -> Text:
+        """Text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths) of a prompt.
+
+        length: T5 tokens to pad to (None: as few as usual).
+        """
+        key = (prompt, length or self.t5_length(prompt))
+        if key not in self._texts:
+            self.encode([key])
+        self._texts.move_to_end(key)
+        return self._texts[key]
+
+    @property
+    def count(self) -> int:
+        """How many encoded prompts are held."""
+        return len(self._texts)
+
+    def forget(self) -> None:
+        """Drops all encoded prompts; they are encoded again where they come again."""
+        self._texts.clear()
+
+    def add(self, texts: Mapping[Key, Text]) -> None:
+        """Takes prompts that others with the same files encoded; all of them are held, see `encode`."""
+        self._make_room(texts)
+        for key, text in texts.items():
+            self._hold(key, text)
+
+    @torch.no_grad()
+    def encode(self, wanted: Iterable[Key]) -> None:
+        """Encodes every prompt that is not held yet, each once and alone, so that no prompt's tokens depend on its
+        neighbours. Each encoder is read, used for all and dropped before the next.
+
+        All wanted ones are held then, others only up to `most` in all: see `in_groups` for many.
+        """
+        wanted = dict.fromkeys(wanted)
+        self._make_room(wanted)
+        turn = "--text_encoder_device cpu, --no_t5 True, or fewer prompts at a time"
+        with self.unchanged.watch(), explained("encoding prompts", turn):
+            self._encode([key for key in wanted if key not in self._texts])
+
+    def _make_room(self, wanted: Mapping[Key, Any]) -> None:
+        """Drops those that were used longest ago, for at most `most` together with the wanted ones."""
+        others = [key for key in self._texts if key not in wanted]
+        for key in others[: max(0, len(others) + len(wanted) - self.most)]:
+            del self._texts[key]
+
+    def _hold(self, key: Key, text: Text) -> None:
+        self._texts[key] = tuple(part.to(self.device, self.dtype) for part in text)
+
+    def _encode(self, keys: list[Key]) -> None:
+        if self.embed_cache is not None:
+            for key in keys:
+                if (text := self.embed_cache.read(*key)) is not None:
+                    self._hold(key, text)
+            keys = [key for key in keys if key not in self._texts]
+        if not keys:
+            return
+        prompts = list(dict.fromkeys(prompt for prompt, _ in keys))
+        clip = {}
+        for role in CLIP_ACTIVATIONS:
+            with self.stages.timed(f"loading and running {role}"):
+                clip[role] = self._run_clip(role, prompts)
+        with self.stages.timed("loading and running t5xxl"):
+            t5 = self._run_t5(keys)
+        if self.embed_cache is not None:
+            self.unchanged.check()  # an entry says which files made it
+        for key in keys:
+            (hidden_l, pooled_l), (hidden_g, pooled_g) = clip["clip_l"][key[0]], clip["clip_g"][key[0]]
+            text = join_text(hidden_l, hidden_g, t5[key]), torch.cat([pooled_l, pooled_g], dim=-1)
+            self._keep_on_disk(key, text)
+            self._hold(key, text)
+
+    def _keep_on_disk(self, key: Key, text: Text) -> None:
+        if self.embed_cache is not None:
+            try:
+                self.embed_cache.write(*key, text)
+            except OSError as error:  # the prompt is encoded; it is only not kept
+                self.tell.note(f"note: `embed_cache`: {verbatim(str(error.strerror or error))}")
+
+    def _run_clip(self, role: str, prompts: list[str]) -> dict[str, Text]:
+        """Hidden states and pooled text of a CLIP by prompt, see `CLIP.encode`."""
+        encoder, limit = self.encoders[role], self.positions
+        pad = 0 if role == "clip_g" else None
+        tokens = [self.clip_tokenizer.tokenize(prompt, limit, pad) for prompt in prompts]
+        for prompt, own in zip(prompts, tokens, strict=True):
+            if own.cut:
+                cut = f"CLIP takes {limit} tokens (T5 reads on)"
+                self.tell.note(f'note: "{verbatim(short(prompt))}" is cut: {cut}')
+        (places,) = encoder.embed(1, [range(limit)])
+        words = encoder.embed(0, [own.ids for own in tokens])
+        texts = ((rows + places).to(encoder.device, encoder.dtype)[None] for rows in words)
+        ids = [torch.tensor([own.ids], device=encoder.device) for own in tokens]
+        with self.tell.progress(len(encoder.model.layers), f"encoding {role}", "layer") as update:
+            return dict(zip(prompts, encoder.run(texts, ids, update=update), strict=True))
+
+    def _run_t5(self, keys: list[Key]) -> dict[Key, Tensor]:
+        """T5's hidden states by prompt and length, see `T5.encode`."""
+        if self.t5_tokenizer is None:
+            shape = (1, self.positions, self.fit.context)
+            return dict.fromkeys(keys, torch.zeros(shape, dtype=encoder_dtype(self.dtype), device=self.runs_on))
+        encoder = self.encoders["t5xxl"]
+        tokens = [self.t5_tokenizer.tokenize(*key) for key in keys]
+        for (prompt, _), own in zip(keys, tokens, strict=True):
+            if own.cut:
+                self.tell.note(f'note: "{verbatim(short(prompt))}" is cut: T5 reads its first 226 characters')
+        words = encoder.embed(0, [own.ids for own in tokens])
+        texts = (rows.to(encoder.device)[None] for rows in words)
+        with self.tell.progress(len(encoder.model.layers), "encoding t5xxl", "layer") as update:
+            return dict(zip(keys, encoder.run(texts, update=update), strict=True))
+
+
+Batch = TypeVar("Batch")
+
+
+def in_groups(batches: Iterable[Batch], texts: Callable[[Batch], Iterable[Key]], most: int) -> Iterator[list[Batch]]:
+    """Batches in order, in groups of as many as have at most `most` different texts, but at least one batch."""
+    group: list[Batch] = []
+    of_group: set[Key] = set()
+    for batch in batches:
+        own = set(texts(batch))
+        if group and len(of_group | own) > most:
+            yield group
+            group, of_group = [], set()
+        group.append(batch)
+        of_group |= own
+    if group:
+        yield group
+
+
+def short(prompt: str) -> str:
+    """A prompt as notes name it."""
+    return prompt if len(prompt) <= 40 else prompt[:37] + "..."
+
+
+# -- what is in a file --
+
+
+def open_encoder(role: str, part: ModelTensors) -> CLIP | T5:
+    """The model of a part's sizes, on the meta device; raises Mistake where the part holds no such encoder."""
+    if role == "t5xxl":
+        config = part.config(T5Config.from_shapes, "a T5 encoder")
+        return check_part(part, lambda: T5(config))
+    activation, projection = CLIP_ACTIVATIONS[role], role == "clip_g"
+    clip = part.config(lambda s: CLIPConfig.from_shapes(s, activation, projection), "a CLIP text encoder")
+    return check_part(part, lambda: CLIP(clip))
+
+
+def check_widths(models: Mapping[str, CLIP | T5], parts: Mapping[str, ModelTensors], fit: Fit) -> None:
+    """Raises Mistake where encoders do not have the widths that the model needs."""
+    widths = {role: model.config.width for role, model in models.items()}
+    if widths["clip_l"] + widths["clip_g"] != fit.pooled:
+        where, other = (parts[role].file.where for role in ("clip_l", "clip_g"))
+        have = f"{widths['clip_l']} + {widths['clip_g']}"
+        why = f"have widths {have}, the model needs {fit.pooled}: wrong text encoders"
+        raise Mistake(where.field, f"{where.value} and {other.value}", why)
+    if widths.get("t5xxl", fit.context) != fit.context:
+        why = f"has width {widths['t5xxl']}, the model needs {fit.context}: not this model's T5"
+        raise Mistake(*parts["t5xxl"].file.where, why)
+
+
+class StreamedEncoder:
+    """A text encoder of which one layer at a time is in memory: its parameters are on the meta device, those of a
+    layer are read when its turn comes and dropped after it. resident: they stay instead.
+    """
+
+    def __init__(
+        self, model: CLIP | T5, part: ModelTensors, device: torch.device, dtype: torch.dtype, resident: bool = False
+    ):
+        """model: on the meta device; device, dtype: where and in what it runs."""
+        self.model, self.part = model, part
+        self.device, self.dtype, self.resident = device, dtype, resident
+        self.names = list(model.state_dict())
+        self.opened = 0  # how often it was read from disk
+
+    def run(self, *texts: Any, update: Callable[[int], Any] = lambda layers: None) -> list[Any]:
+        """What the model's `encode` gives for texts, embedded by `embed`. update: called after every layer."""
+        stays = False
+        try:
+            out = self.model.encode(*texts, self._layers(update))
+            stays = self.resident
+            return out
+        finally:
+            if not stays:  # nor does half of a layer, after an error
+                self.model.to("meta")
+
+    def embed(self, number: int, ids: Iterable[Sequence[int]]) -> Iterator[Tensor]:
+        """Rows (L, D), float32 on the CPU, of one of the model's tables for each list of ids. The table is mapped: only
+        these rows of it are read, one by one as float8 has no gather.
+        """
+        ((_, table),) = self.part.read([self.model.TABLES[number]], "cpu", None)
+        for row in ids:
+            yield torch.stack([table[i] for i in row]).float()
+
+    def _layers(self, update: Callable[[int], Any]) -> Iterator[nn.Module]:
+        stem, loaded = self.model.LAYERS, (self.model.LAYERS, *self.model.TABLES)
+        self.opened += self._load([n for n in self.names if not n.startswith(loaded)])  # norms and projections
+        for number, layer in enumerate(self.model.layers):
+            self._load([n for n in self.names if n.startswith(f"{stem}{number}.")])
+            yield layer
+            if not self.resident:
+                layer.to("meta")
+            update(1)
+
+    def _load(self, names: list[str]) -> bool:
+        """Reads those parameters that are not in memory; returns whether there are any."""
+        missing = [name for name in names if self.model.get_parameter(name).is_meta]
+        self.part.load_into(self.model, self.device, self.dtype, names=missing)
+        return bool(missing)
