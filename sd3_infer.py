@@ -26,9 +26,10 @@ from sd3.flags import DEFAULT_DENOISE, FLAGS, names, read_values
 from sd3.mistakes import Mistake, nearest
 from sd3.models import SkipLayerConfig
 from sd3.readers import read_bool
+from sd3.record import Picture
 from sd3.replay import Replay
 from sd3.residual import ResidualConfig, build_residual_config
-from sd3.run import MadeWith, run
+from sd3.run import MadeWith, make_pictures, run
 from sd3.serve import serve
 from sd3.settings import Flags, Setup
 
@@ -113,12 +114,13 @@ class SD3Inferencer(Engine):
         folder = Path(flags.out_dir)
         folder.mkdir(parents=True, exist_ok=True)
         made_with = MadeWith(self, pictures[0], hashed=with_metadata)
-        paths = []
-        for number, settings, image in self.make(pictures, flags.pad_batch):
-            record = made_with.wait()
-            paths.append(folder / f"{number:06d}.png")
-            png.save_picture(paths[-1], image, settings, record if with_metadata else None)
-        return paths
+
+        def save(picture: Picture) -> Path:
+            path = folder / f"{picture.number:06d}.png"
+            png.save_picture(path, picture.image, picture.settings, picture.record if with_metadata else None)
+            return path
+
+        return [path for _, path in make_pictures(self.make(pictures, flags.pad_batch), made_with, save)]
 
 
 def check_parameters(function: str, given: Iterable[str], names: Iterable[str]) -> None:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sd3 import png, streams, writing
+from sd3 import writing
 from sd3.engine import Engine, load_for, plan_for
 from sd3.flags import FLAGS, check_flag
 from sd3.memory import OutOfMemory, one_line, out_of_memory
 from sd3.mistakes import Mistake
 from sd3.prompts import read_prompts
-from sd3.run import MadeWith, RunRecord, models_folder_name
+from sd3.record import RunRecord
+from sd3.run import MadeWith, make_pictures, new_folder
 from sd3.settings import FILE_SETTINGS, Flags, Settings
 from sd3.unchanged import stamp
 
@@ -75,15 +76,10 @@ class Server:
         prompts, _ = read_prompts(flags.prompt)
         pictures = plan_for(self.engine, flags, prompts, flags.seeds(len(prompts)))
         self.notes = self.engine.notes
-        first = self.record.count
         made_with = self._files(pictures[0])
-        for number, settings, image in self.engine.make(pictures, flags.pad_batch):
-            path = self.folder / f"{first + number:06d}.png"
-            known = made_with.wait()
-            with streams.held():  # a picture that is there is in the record
-                png.save_picture(path, image, settings, None if flags.no_metadata else known)
-                self.record.add(path, settings, known)
-            yield path, settings.seed
+        making = self.engine.make(pictures, flags.pad_batch)
+        for picture, path in make_pictures(making, made_with, self.record.save):
+            yield path, picture.settings.seed
 
     def _files(self, settings: Settings) -> MadeWith:
         paths = [path for name in FILE_SETTINGS if (path := getattr(settings, name))]
@@ -147,7 +143,7 @@ def serve(
     engine.get_mmdit()
     engine.get_controlnet()
     engine.get_vae()
-    folder = writing.make_folder(Path(flags.out_dir) / models_folder_name(flags), "served", flags.postfix)
+    folder = new_folder(flags, "served", engine)
     server = Server(engine, flags, raw, folder)
     engine.say(f"ready: one JSON object a line, such as {EXAMPLE}; pictures go to {folder}")
     with server.record.kept():

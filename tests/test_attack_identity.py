@@ -284,7 +284,7 @@ def test_a_stop_between_a_picture_and_its_record_loses_neither(tmp_path, stop_be
     assert record["status"] == "stopped"
     assert [p["file"] for p in record["pictures"]] == [p.name for p in kept] == ["000000.png"]
     assert [*tmp_path.rglob("residual.json")]
-    assert not [*tmp_path.rglob("pictures.jsonl")]
+    assert not [*tmp_path.rglob("run.jsonl"), *tmp_path.rglob(".lock")]
 
 
 def test_a_second_stop_does_not_wait():

@@ -151,6 +151,12 @@ def test_text_encoders_in_a_folder_of_their_own(small_model, tmp_path, monkeypat
     assert sd3.png.read_record(path)["encoders"]["clip_l"]["name"] == "clip_l.safetensors"
     (again,) = run(tmp_path / "b", "--replay", path)  # run.json says where they lie
     assert again.read_bytes() == path.read_bytes()
+    record = path.parent / "run.json"
+    head = {name: value for name, value in json.loads(record.read_text()).items() if name != "pictures"}
+    record.with_name("run.jsonl").write_text(f'{json.dumps(head)}\n{{"file": "000000.png"}}\n')
+    record.unlink()
+    (again,) = run(tmp_path / "c", "--replay", path)  # so does run.jsonl while the run goes on
+    assert again.read_bytes() == path.read_bytes()
 
 
 def test_bad_pictures(tmp_path, capsys):

@@ -15,7 +15,8 @@ from sd3.engine import in_groups, load_for
 from sd3.memory import OutOfMemory, one_line, out_of_memory
 from sd3.mistakes import Mistake
 from sd3.pixels import open_images
-from sd3.run import MadeWith
+from sd3.record import Picture
+from sd3.run import MadeWith, make_pictures
 from sd3.settings import FILE_SETTINGS, Flags, Settings
 from sd3.sweep.plan import Batch, Plan
 from sd3.unchanged import Changed
@@ -81,24 +82,18 @@ class Maker:
         self.engine.quiet = True
         made_with = self.made_with(batch[0])
         try:
-            made = list(self.engine.make_batch(batch, open_images(batch[:1]), pad_batch=True))
+            making = self.engine.make_batch(batch, open_images(batch[:1]), pad_batch=True)
+            numbered = ((number, *made) for number, made in enumerate(making))
+            return [result for _, result in make_pictures(numbered, made_with, encode_result)]
         except Changed:
             raise
         except Exception as error:  # the other batches may do well
-            made_with.check()
+            made_with.wait()  # unless the files changed
             why = one_line(error, 500)
             if not isinstance(error, OutOfMemory):
                 kind = "out of memory" if out_of_memory(error) else type(error).__name__
                 why = f"{kind}: {why}"
             return [why] * len(batch)
-        if any(isinstance(image, Mistake) for _, image in made):
-            made_with.check()  # weights that another program overwrites become NaN, too
-        return [
-            one_line(image, 500)
-            if isinstance(image, Mistake)
-            else png.encode_picture(image, settings, made_with.wait())
-            for settings, image in made
-        ]
 
     def made_with(self, settings: Settings) -> MadeWith:
         """The record of files and device; files are read once."""
@@ -119,6 +114,13 @@ class Maker:
         """The events since the last time."""
         events, self.events = self.events, []
         return events
+
+
+def encode_result(picture: Picture) -> Result:
+    """A picture of a batch as a PNG, or why there is none."""
+    if isinstance(picture.image, Mistake):
+        return one_line(picture.image, 500)
+    return png.encode_picture(picture.image, picture.settings, picture.record)
 
 
 @dataclass(frozen=True)
