@@ -12,32 +12,50 @@ from sd3 import command, help
 if __name__ == "__main__":
     request = command.begin(command.read_infer_flags, help.text)  # --help and mistakes end here: no torch is needed
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 from sd3 import png, self_check, streams, writing
 from sd3.device import available_devices, choose_device, choose_dtype
-from sd3.engine import Engine, read_skip_layer_config
-from sd3.flags import DEFAULT_DENOISE, FLAGS, names, read_values
+from sd3.engine import Engine, NotLoaded
+from sd3.flags import DEFAULT_DENOISE, DEFAULT_SEED, FLAGS, names, read_values
 from sd3.mistakes import Mistake, nearest
-from sd3.models import SkipLayerConfig
-from sd3.planning import plan_for
+from sd3.models import SkipLayerConfig, read_skip_layer_config
+from sd3.planning import plan_for, residual_settings
 from sd3.prompts import read_texts
-from sd3.readers import read_bool
+from sd3.readers import read_bool, read_tile
+from sd3.record import Picture
 from sd3.replay import Replay
 from sd3.residual import ResidualConfig, build_residual_config, read_residual
-from sd3.run import MadeWith, run
+from sd3.run import MadeWith, make_pictures, run
 from sd3.serve import serve
-from sd3.settings import Flags, Setup
+from sd3.settings import Flags, Settings, Setup, read_row_seeds
+from sd3.telling import Terminal
 
 __all__ = ["SD3Inferencer", "build_residual_config", "choose_device", "choose_dtype", "main"]
 
 
-class SD3Inferencer(Engine):
-    """Loads once, makes many images, under the names of the public reference; see `Engine`."""
+class SD3Inferencer:
+    """A model, loaded once, and pictures made with it, under the names of the public reference."""
+
+    def __init__(self) -> None:
+        self.tell = Terminal()  # notes and progress go to stderr; `tell.quiet = True` drops them
+        self.shift: float | None = None
+        self._engine: Engine | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """What does the work; raises NotLoaded before `load`, and after one that failed."""
+        if self._engine is None:
+            raise NotLoaded("no model is loaded; call SD3Inferencer.load first")
+        return self._engine
+
+    # -- loading --
 
     def load(
         self,
@@ -56,16 +74,103 @@ class SD3Inferencer(Engine):
         others: further flags that decide what is loaded (`docs/flags.md`): device, dtype, no_t5, weights, ...
         Raises Mistake that names the file and what is wrong with it.
         """
-        self._forget()  # what was loaded before, also where this fails
+        self._engine = None  # what was loaded before goes, also where this fails
         given = others | {
             "model": model, "vae": vae, "controlnet_ckpt": controlnet_ckpt, "model_folder": model_folder,
             "text_encoder_device": text_encoder_device,
         }  # fmt: skip
         check_parameters("load", others, names("load"))
-        run_flags = read_values({"shift": shift, "verbose": verbose})
+        read = read_values({"shift": shift, "verbose": verbose})
         setup = Setup(**{name: value for name, value in given.items() if value is not None})
-        self.open(setup, run_flags.get("shift"), run_flags.get("verbose", False), load_tokenizers)
+        engine = Engine(setup, self.tell, load_tokenizers)
+        self.shift = read.get("shift", engine.defaults["shift"])
+        for line in engine.about() if read.get("verbose") else ():
+            self.tell.say(line)
+        self._engine = engine
         return self
+
+    # -- prompts and pictures to what the model takes --
+
+    def get_cond(self, prompt: str, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths) of a prompt.
+
+        length: T5 tokens to pad to (None: as few as usual).
+        """
+        with self.engine.owned():
+            return self.engine.text.get_cond(prompt, length)
+
+    def vae_encode(
+        self, image: Image.Image, seed: int | Sequence[int] = DEFAULT_SEED, control: bool = False, tile: int = 0
+    ) -> Tensor:
+        """Latents (one per seed, 16, H/8, W/8), in VAE space, of an RGB image.
+
+        The encoding noise is a stream of the seed apart from the start noise; control: the image is for the
+        ControlNet, whose kind decides the pixel range; tile: side of a tile in pixels, 0 for none.
+        """
+        seeds, tile = read_row_seeds(seed), read_tile("vae_tile", tile) or 0
+        if not isinstance(image, Image.Image):
+            raise Mistake("image", image, "must be a PIL image")
+        if control and self.engine.network.control is None:
+            raise Mistake("control", "", "no ControlNet is loaded; load one with `controlnet_ckpt`")
+        with self.engine.owned():
+            return self.engine.pixels.encode(image, seeds, tile, self.engine.network.control if control else None)
+
+    # -- sampling --
+
+    def do_sampling(
+        self,
+        latent: Tensor,
+        seed: int | Sequence[int],
+        conditioning: tuple[Tensor, Tensor],
+        neg_cond: tuple[Tensor, Tensor] | None,
+        steps: int,
+        cfg_scale: float,
+        sampler: str = "dpmpp_2m",
+        controlnet_cond: Tensor | None = None,
+        denoise: float = 1.0,
+        skip_layer_config: SkipLayerConfig | Mapping[str, Any] | None = None,
+        residual_config: ResidualConfig | None = None,
+        *,
+        hooks: Sequence[Any] = (),
+        on_step: Any = None,
+        **others: Any,
+    ) -> Tensor:
+        """Latents (B, 16, h, w) in VAE space, float32.
+
+        latent: start (B, 16, h, w) in model space, zeros for text to image; seed: one per row (a number for one row);
+        conditioning and neg_cond: (text tokens (1 or B, T, X), pooled (1 or B, Y)), neg_cond unused where cfg_scale is
+        1; controlnet_cond: latents of the control image in model space; denoise: part of the schedule that runs; hooks
+        and on_step: see `Engine.sample_latent`; others: further flags of sampling: shift, controlnet_strength, cache.
+        """
+        check_parameters("do_sampling", others, SAMPLING)
+        seeds = read_row_seeds(seed)
+        if not isinstance(latent, Tensor) or latent.ndim != 4:
+            raise Mistake("latent", "", "must be a tensor (B, channels, height, width)")
+        if len(seeds) != latent.shape[0]:
+            raise Mistake("seed", "", f"{len(seeds)} given for {latent.shape[0]} rows of the latent; give one for each")
+        given = {"steps": steps, "cfg": cfg_scale, "sampler": sampler, "denoise": denoise}
+        given |= {"shift": self.shift} | {name: value for name, value in others.items() if value is not None}
+        given |= {"skip_layer": read_skip_layer_config(skip_layer_config)}
+        given |= residual_settings(read_residual(residual_config))
+        settings = Settings(prompt="", **self.engine.loaded_settings() | given)
+        if controlnet_cond is not None and self.engine.network.control is None:
+            raise Mistake("controlnet_cond", "", "no ControlNet is loaded; load one with `controlnet_ckpt`")
+        if settings.cfg == 1:
+            neg_cond = None
+        elif neg_cond is None:
+            raise Mistake("cfg", f"{settings.cfg:g}", "needs neg_cond, the other half; a cfg of 1 goes without")
+        texts = conditioning, neg_cond
+        return self.engine.sample_latent(
+            settings, latent, seeds, *texts, controlnet_cond, settings.denoise, hooks, on_step
+        )
+
+    # -- decoding --
+
+    def vae_decode(self, latent: Tensor, tile: int = 0) -> Image.Image:
+        """The first latent of (B, 16, h, w), in VAE space, as a PIL image; tile: see `vae_encode`."""
+        return self.engine.decode(latent, tile)
+
+    # -- all of it, and saving --
 
     def gen_image(
         self,
@@ -96,32 +201,37 @@ class SD3Inferencer(Engine):
         """
         elsewhere = ("prompt", "cfg", *names("picture", group=FLAGS["residual_weights"].group))  # under other names
         check_parameters("gen_image", others, [name for name in names("picture") if name not in elsewhere])
-        prompts, residual = read_texts(prompts), read_residual(residual_config)
+        engine, prompts, residual = self.engine, read_texts(prompts), read_residual(residual_config)
         skip_layer = read_skip_layer_config(skip_layer_config)
+        loaded = engine.loaded_settings()
         flags = Flags.read(
             others
             | {
-                "model": str(self.model_file.path), "shift": others.get("shift", self.shift), "width": width,
+                "model": loaded["model"], "shift": others.get("shift", self.shift), "width": width,
                 "height": height, "steps": steps, "cfg": cfg_scale, "sampler": sampler, "seed": seed,
                 "seed_type": seed_type, "out_dir": out_dir, "controlnet_cond_image": controlnet_cond_image,
-                "controlnet_ckpt": None if self.controlnet_part is None else str(self.controlnet_part.file.path),
-                "init_image": init_image, "denoise": denoise,
+                "controlnet_ckpt": loaded["controlnet_ckpt"], "init_image": init_image, "denoise": denoise,
             }
         )  # fmt: skip
         with_metadata = read_bool("with_metadata", with_metadata)
-        plan = plan_for(self, flags, prompts, flags.seeds(len(prompts)), skip_layer, residual)
+        plan = plan_for(engine, flags, prompts, flags.seeds(len(prompts)), skip_layer, residual)
         for note in plan.notes:
-            self.note(note)
+            self.tell.note(note)
         writing.check_writable(flags.out_dir)
         folder = Path(flags.out_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        made_with = MadeWith(self, plan.pictures[0], hashed=with_metadata)
-        paths = []
-        for number, settings, image in self.make(plan.pictures, flags.pad_batch):
-            record = made_with.wait()
-            paths.append(folder / f"{number:06d}.png")
-            png.save_picture(paths[-1], image, settings, record if with_metadata else None)
-        return paths
+
+        def save(picture: Picture) -> Path:
+            path = folder / f"{picture.number:06d}.png"
+            png.save_picture(path, picture.image, picture.settings, picture.record if with_metadata else None)
+            return path
+
+        made_with = MadeWith(engine, plan.pictures[0], hashed=with_metadata)
+        making = engine.make(plan.pictures, flags.pad_batch)
+        return [path for _, path in make_pictures(making, made_with, save)]
+
+
+SAMPLING = ("shift", "controlnet_strength", "cache")  # flags that `do_sampling` takes by their names
 
 
 def check_parameters(function: str, given: Iterable[str], names: Iterable[str]) -> None:

@@ -26,10 +26,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mmditx import ModelCall, ResidualStream
+from sd3.engine import Engine
 from sd3.residual import ResidualConfig, residual_stream
 from sd3.rotations import Rotations
+from sd3.settings import Setup
 from sd3_impls import Conditioning, Denoiser, seeded_noise
-from sd3_infer import SD3Inferencer
 
 TOKENS = 154
 TARGETS = tuple(range(2, 23))
@@ -80,8 +81,8 @@ def main(rounds: int = 7, size: int = 512, dtype: str = "bfloat16", folder: str 
     with tempfile.TemporaryDirectory(dir=folder or None) as place:
         path = Path(place) / "sd3_medium.safetensors"
         write_random("sd3_medium", path)
-        engine = SD3Inferencer().load(str(path), load_tokenizers=False, device="cpu", dtype=dtype)
-        model = engine.get_mmdit()
+        engine = Engine(Setup(model=str(path), device="cpu", dtype=dtype), load_tokenizers=False)
+        model = engine.network.mmdit
         config = engine.config
         rotations = {
             origin: Rotations(origin, TARGETS, torch.eye(config.width).roll(1, 0).expand(1, len(TARGETS), -1, -1))

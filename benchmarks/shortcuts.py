@@ -23,18 +23,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from step import DTYPE, compare, inputs, seconds, weights_file
 
+from sd3.engine import Engine
 from sd3.planning import plan_pictures
-from sd3_infer import SD3Inferencer
+from sd3.settings import Setup
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = [f"a {c} {s}" for c in ("red", "green", "blue", "yellow") for s in ("circle", "square", "star")]
 
 
-def engine_for(weights: str = "full", model: str = "models/demo/demo.safetensors", **more) -> SD3Inferencer:
-    """A quiet engine on this CPU, bfloat16."""
-    engine = SD3Inferencer()
-    engine.quiet = True
-    return engine.load(str(ROOT / model), device="cpu", dtype="bfloat16", weights=weights, **more)
+def engine_for(weights: str = "full", model: str = "demo", text: bool = True) -> Engine:
+    """An engine on this CPU, bfloat16."""
+    return Engine(Setup(model=model, device="cpu", dtype="bfloat16", weights=weights), load_tokenizers=text)
 
 
 class Bench:
@@ -49,7 +48,7 @@ class Bench:
         for kind in ("int8", "fp8"):
             ways[f"`--weights {kind}`"] = (engine_for(kind), 0.0)
 
-        def run(engine: SD3Inferencer, cache: float, prompt: str, seed: int) -> torch.Tensor:
+        def run(engine: Engine, cache: float, prompt: str, seed: int) -> torch.Tensor:
             plan = plan_pictures(engine, [prompt], [seed], **engine.defaults, cache=cache)
             return engine.sample(plan.pictures)
 
@@ -83,8 +82,8 @@ class Bench:
         """A row for each kind."""
         with tempfile.TemporaryDirectory() as place:
             file = str(weights_file(model, folder or place))
-            engines = {k: engine_for(k, file, load_tokenizers=False) for k in ("full", "int8", "fp8")}
-            models = {kind: engine.get_mmdit() for kind, engine in engines.items()}
+            engines = {k: engine_for(k, file, False) for k in ("full", "int8", "fp8")}
+            models = {kind: engine.network.mmdit for kind, engine in engines.items()}
         x, t, y, context = inputs(engines["full"].config, size)
         steps, results, held = {}, {}, {}
         for kind, model_ in models.items():

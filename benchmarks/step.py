@@ -33,9 +33,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mmditx import MMDiT
+from sd3.engine import Engine
+from sd3.settings import Setup
 from sd3.weights import on_meta
 from sd3_impls import seeded_noise
-from sd3_infer import SD3Inferencer
 
 TOKENS = 154
 DTYPE = torch.bfloat16
@@ -69,9 +70,9 @@ def peer_model(file: Path):
     """diffusers' transformer with the weights of a checkpoint of ours."""
     import to_diffusers
 
-    engine = SD3Inferencer().load(str(file), load_tokenizers=False, device="cpu", dtype="bfloat16")
+    engine = Engine(Setup(model=str(file), device="cpu", dtype="bfloat16"), load_tokenizers=False)
     plain = on_meta(lambda: MMDiT(engine.config))
-    engine.mmdit_part.load_into(plain, "cpu", DTYPE)
+    engine.network.part.load_into(plain, "cpu", DTYPE)
     with torch.device("meta"):
         peer = to_diffusers.peer_transformer(engine.config)
     peer.load_state_dict(to_diffusers.transformer(plain), assign=True)
@@ -113,9 +114,9 @@ class Bench:
         """A row per size, and A/A."""
         with tempfile.TemporaryDirectory() as place:
             file = weights_file(model, folder or place)
-            engine = SD3Inferencer().load(str(file), load_tokenizers=False, device="cpu", dtype="bfloat16")
-            engine.quiet, engine.compile = True, compiled
-            ours, peer = engine.get_mmdit(), peer_model(file)
+            setup = Setup(model=str(file), device="cpu", dtype="bfloat16", compile=compiled)
+            engine = Engine(setup, load_tokenizers=False)
+            ours, peer = engine.network.mmdit, peer_model(file)
         if compiled:
             for block in peer.transformer_blocks:
                 block.compile(dynamic=True)
@@ -138,9 +139,8 @@ class Bench:
         """Steps of other sizes and batches over one of 512 x 512 and both halves."""
         with tempfile.TemporaryDirectory() as place:
             file = weights_file(model, folder or place)
-            engine = SD3Inferencer().load(str(file), load_tokenizers=False, device="cpu", dtype="bfloat16")
-            engine.quiet = True
-            ours = engine.get_mmdit()
+            engine = Engine(Setup(model=str(file), device="cpu", dtype="bfloat16"), load_tokenizers=False)
+            ours = engine.network.mmdit
 
         def step(size: int, batch: int) -> Callable[[], object]:
             x, t, y, context = inputs(engine.config, size, batch)
@@ -166,9 +166,8 @@ class Bench:
 
         with tempfile.TemporaryDirectory() as place:
             file = weights_file(model, folder or place)
-            engine = SD3Inferencer().load(str(file), load_tokenizers=False, device="cpu", dtype="bfloat16")
-            engine.quiet = True
-            ours = engine.get_mmdit()
+            engine = Engine(Setup(model=str(file), device="cpu", dtype="bfloat16"), load_tokenizers=False)
+            ours = engine.network.mmdit
         x, t, y, context = inputs(engine.config, size)
         text = ours.embed_text(y, context)
         a, b = (torch.randn(4096, 4096).to(DTYPE) for _ in range(2))

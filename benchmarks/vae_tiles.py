@@ -29,7 +29,6 @@ import sd3.weights
 from sd3.files import WeightFile
 from sd3.vae import OVERLAP, VAE, VAEConfig, pieces
 from sd3.weights import on_meta
-from sd3_infer import SD3Inferencer
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,11 +75,8 @@ def main(size: int = 1024, tiles="576,256", rounds: int = 2, folder: str = "") -
                 got[way].append(json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout))
     if rounds:
         costs(got, size)
-    engine = SD3Inferencer().load(
-        str(ROOT / "models/demo/demo.safetensors"), load_tokenizers=False, device="cpu", dtype="float32"
-    )
-    engine.quiet = True
-    vae = engine.get_vae()
+    setup = Setup(model="demo", device="cpu", dtype="float32")
+    vae = Engine(setup, load_tokenizers=False).pixels.vae
     picture = test_picture(size)
     mean, _ = vae.moments(picture)
     whole = vae.decode(mean)

@@ -104,13 +104,13 @@ def sample(
 ) -> list[np.ndarray]:
     """A picture for every prompt (seeds count up from `seed`) under `off` or `[MODE:]ORIGIN:TARGETS:WEIGHTS`."""
     pictures = plan_pictures(
-        engine,
+        engine.engine,
         [p.text for p in prompts],
         [seed + i for i in range(len(prompts))],
         batch_size=batch,
-        **(engine.defaults | values | residual_settings(residual_of(setting, rotations))),
+        **(engine.engine.defaults | values | residual_settings(residual_of(setting, rotations))),
     ).pictures
-    return [np.asarray(image) for _, _, image in engine.make(pictures)]
+    return [np.asarray(image) for _, _, image in engine.engine.make(pictures)]
 
 
 def main(
@@ -134,7 +134,7 @@ def main(
         print(table(check(per_kind), prompts))
         return
     engine = SD3Inferencer().load(model, device="cpu")
-    engine.quiet = not sys.stderr.isatty()
+    engine.tell.quiet = not sys.stderr.isatty()
     results, columns = {}, settings.split(";") if isinstance(settings, str) else settings
     for setting in columns:
         pictures = sample(engine, prompts, setting, seed, batch, rotations, **values)
@@ -144,9 +144,9 @@ def main(
             results["off, shuffled prompts"] = shuffled(prompts, seen)
             if save:
                 tile([Image.fromarray(p) for p in pictures], 20).save(save)
-    used = engine.defaults | values
+    used = engine.engine.defaults | values
     told = ", ".join(f"{k} {used[k]}" for k in ("steps", "sampler", "cfg", "shift"))
-    print(f"{len(prompts)} prompts, seeds {seed} to {seed + len(prompts) - 1}, {told}, {engine.dtype}")
+    print(f"{len(prompts)} prompts, seeds {seed} to {seed + len(prompts) - 1}, {told}, {engine.engine.dtype}")
     print(table(results, prompts))
     if "off" in results and len(columns) > 1:
         print("\n" + paired(results, prompts))

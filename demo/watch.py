@@ -75,7 +75,7 @@ def look(model: Path, folder: Path, seed: int = 9000, batch: int = 48, **values)
     """
     started = time.time()
     engine = SD3Inferencer().load(str(model), device="cpu")
-    engine.quiet = True
+    engine.tell.quiet = True
     with safe_open(model, "pt") as file:
         step = int(file.metadata()["training_steps"])
     prompts, scenes = watched()

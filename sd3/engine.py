@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -88,6 +89,16 @@ class Engine:
             tell=self.tell,
             stages=self.stages,
         )
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Around every use of the models. Raises Busy while another thread uses them."""
+        if not self._owner.acquire(blocking=False):
+            raise Busy("this engine is making something for another thread; make one engine per thread, or queue")
+        try:
+            yield
+        finally:
+            self._owner.release()
 
     @property
     def text(self) -> TextEncoders:
@@ -206,8 +217,9 @@ class Engine:
         images = open_images(pictures)
         texts = lambda batch: [text for _, s in batch for text in self.texts(s)]  # noqa: E731
         for group in in_groups(self.batches(pictures), texts, self.text.most):
-            self.text.encode([text for batch in group for text in texts(batch)])
-            _ = self.network.mmdit, self.network.controlnet
+            with self.owned():
+                self.text.encode([text for batch in group for text in texts(batch)])
+                _ = self.network.mmdit, self.network.controlnet
             for batch in group:
                 numbers, settings = zip(*batch, strict=True)
                 more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
@@ -268,9 +280,10 @@ class Engine:
 
     def decode(self, latent: Tensor, tile: int = 0) -> Image.Image:
         """The first latent of (B, 16, h, w), in VAE space, as an image; tile: see `Pixels.encode`."""
-        pixels = self.pixels.decode(latent[:1], tile)
-        check_finite(pixels, "the decoded picture", self.pixels.dtype, self.damage)
-        return to_image(pixels[0])
+        with self.owned():
+            pixels = self.pixels.decode(latent[:1], tile)
+            check_finite(pixels, "the decoded picture", self.pixels.dtype, self.damage)
+            return to_image(pixels[0])
 
     def sample(
         self,
@@ -283,8 +296,11 @@ class Engine:
 
         images: opened ones by (flag, path, width, height); what: the progress bar's name; hooks: see `denoise`.
         """
-        images, s = images or {}, batch[0]
-        seeds = [b.seed for b in batch]
+        with self.owned():
+            return self._sample(batch, images or {}, what, hooks)
+
+    def _sample(self, batch: Sequence[Settings], images: Opened, what: str, hooks: Sequence[ContextHook]) -> Tensor:
+        s, seeds = batch[0], [b.seed for b in batch]
         length = self.text.pair_length(s.prompt, s.negative_prompt)
         conds = [self.text.get_cond(b.prompt, length) for b in batch]
         cond = tuple(torch.cat(parts) for parts in zip(*conds, strict=True))
@@ -328,6 +344,21 @@ class Engine:
                 own = (_row(part, i) for part in (cond, uncond, control))
                 rows.append(self.sample_latent(s, _row(start, i), [seed], *own, denoise, hooks, on_step))
             return torch.cat(rows)
+        with self.owned():
+            return self._sample_latent(s, start, seeds, cond, uncond, control, denoise, hooks, on_step)
+
+    def _sample_latent(
+        self,
+        s: Settings,
+        start: Tensor,
+        seeds: Sequence[int],
+        cond: Texts,
+        uncond: Texts | None,
+        control: Tensor | None,
+        denoise: float,
+        hooks: Sequence[ContextHook],
+        on_step: Any,
+    ) -> Tensor:
         stream = self.residual_stream(s.residual)
         sigmas = sd3_impls.flow_schedule(s.steps, s.shift)
         sigmas = sd3_impls.img2img_sigmas(sigmas, s.steps, denoise)

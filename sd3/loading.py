@@ -45,5 +45,10 @@ class Loader:
         size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
         turn = "--weights int8, --dtype bfloat16 or, with a GPU, --offload True"
         bar = self.tell.progress(size, f"loading {what}", "B")
-        with self.files.watch(), explained(f"loading the {what}", turn), self.stages.timed(f"loading {what}"), bar as up:
+        with (
+            self.files.watch(),
+            explained(f"loading the {what}", turn),
+            self.stages.timed(f"loading {what}"),
+            bar as up,
+        ):
             return part.load_into(model, device, dtype, up)

@@ -62,6 +62,17 @@ def read_skip_layer(values: Mapping[str, Any]) -> SkipLayerConfig:
     return SkipLayerConfig(**values)
 
 
+def read_skip_layer_config(config: SkipLayerConfig | Mapping[str, Any] | None) -> SkipLayerConfig | None:
+    """Accepts the public reference's dictionary {"scale", "start", "end", "layers", "cfg"} too; raises Mistake."""
+    if config is None or isinstance(config, SkipLayerConfig):
+        return config
+    if not isinstance(config, Mapping):
+        raise Mistake("skip_layer_config", config, "must be a SkipLayerConfig or a dictionary")
+    if not config:
+        return None
+    return read_skip_layer({"start": 0.01, "end": 0.20, "cfg": 4.0} | dict(config))
+
+
 @dataclass(frozen=True)
 class Model:
     """One row of a model: what it is usually run with, the hub's repository, its skip-layer guidance."""

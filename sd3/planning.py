@@ -167,9 +167,9 @@ def weight_notes(prompts: Sequence[str]) -> Iterator[str]:
         yield f'note: "{name}": weights of words have no effect, and brackets are left out'
 
 
-def unknown_words(words: str, prompts: Sequence[str]) -> Iterator[str]:
-    """A line about words that a model with a short vocabulary (`words`, as its file names them) never saw."""
-    known = words.split()
+def unknown_words(metadata: Mapping[str, str], prompts: Sequence[str]) -> Iterator[str]:
+    """A line about words that a model with a short vocabulary, which its file's metadata names, never saw."""
+    known = metadata.get("words", "").split()
     used = (w for p in prompts for w in re.findall(r"\w+", p.lower()))
     unknown = [w for w in dict.fromkeys(used) if w not in known]
     if known and unknown:

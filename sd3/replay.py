@@ -26,7 +26,8 @@ from sd3.versions import versions
 
 LISTS = tuple(name for name, row in FLAGS.items() if row.read.kind in ("layers", "weights"))
 DECIDE_INITIAL_PICTURE = {"denoise", "steps", "shift"}  # flags that decide whether one has a say
-RECORDS = ("run.json", "sweep.json")  # files beside or above a picture that name its files with their folders
+# Files beside or above a picture that name its files with their folders; run.jsonl as long as its run goes on.
+RECORDS = ("run.json", "run.jsonl", "sweep.json")
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,8 @@ class Replay:
                 values: Any = None
                 with contextlib.suppress(OSError, ValueError):
                     if (folder / record).is_file():
-                        values = parse_json((folder / record).read_text(encoding="utf-8"))
+                        with open(folder / record, encoding="utf-8") as file:
+                            values = parse_json(file.readline() if record.endswith(".jsonl") else file.read())
                 if isinstance(values, dict):
                     yield values
 

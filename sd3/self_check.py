@@ -27,8 +27,9 @@ from sd3.diffusers_names import RENAMES
 from sd3.engine import Engine, load_for
 from sd3.mistakes import Missing
 from sd3.models import SHIPPED, SkipLayerConfig, shipped_folder
+from sd3.planning import residual_settings
 from sd3.residual import ResidualConfig
-from sd3.settings import Flags
+from sd3.settings import Flags, Settings
 from sd3.versions import versions
 from sd3_impls import latent_in, seeded_noise
 
@@ -61,27 +62,29 @@ def picture() -> Image.Image:
 
 def results(engine: Engine) -> dict[str, tuple[Callable[[], Tensor], int]]:
     """What is computed, by name, and in how many denoising steps."""
-    length = engine.pair_length(PROMPT, "")
+    length = engine.text.pair_length(PROMPT, "")
     start = torch.zeros(1, engine.config.latent_channels, SIDE, SIDE)
+    plain = {"prompt": PROMPT, "steps": STEPS, "cfg": CFG, "sampler": "euler", "shift": engine.defaults["shift"]}
+    plain |= engine.loaded_settings()
     settings = {
         "plain": {},
-        "residual add": {"residual_config": ResidualConfig(0, TARGETS, "each:1")},
-        "residual anchored": {"residual_config": ResidualConfig(1, TARGETS, "each:2", "anchored", "cosine")},
-        "skip-layer guidance": {"skip_layer_config": SkipLayerConfig(2.0, 0.01, 0.6, (4, 5), cfg=CFG)},
+        "residual add": residual_settings(ResidualConfig(0, TARGETS, "each:1")),
+        "residual anchored": residual_settings(ResidualConfig(1, TARGETS, "each:2", "anchored", "cosine")),
+        "skip-layer guidance": {"skip_layer": SkipLayerConfig(2.0, 0.01, 0.6, (4, 5), cfg=CFG)},
     }
 
-    def sample(**options: Any) -> Tensor:
-        texts = [engine.get_cond(text, length) for text in (PROMPT, "")]
-        return engine.do_sampling(start, SEED, *texts, STEPS, CFG, "euler", **options)
+    def sample(control: Tensor | None = None, **values: Any) -> Tensor:
+        texts = [engine.text.get_cond(text, length) for text in (PROMPT, "")]
+        return engine.sample_latent(Settings(**plain | values), start, [SEED], *texts, control)
 
     def control() -> Tensor:
-        latent = latent_in(engine.vae_encode(picture(), SEED, control=True))
-        return sample(controlnet_cond=latent, controlnet_strength=0.3)
+        latent = latent_in(engine.pixels.encode(picture(), [SEED], control=engine.network.control))
+        return sample(latent, controlnet_strength=0.3)
 
     runs: dict[str, tuple[Callable[[], Tensor], int]] = {
-        "text tokens": (lambda: engine.get_cond(PROMPT, length)[0], 0),
-        "VAE encoding": (lambda: engine.vae_encode(picture(), SEED), 0),
-        "VAE decoding": (lambda: engine.decode_pixels(seeded_noise(SEED, start.shape).to(engine.device)), 0),
+        "text tokens": (lambda: engine.text.get_cond(PROMPT, length)[0], 0),
+        "VAE encoding": (lambda: engine.pixels.encode(picture(), [SEED]), 0),
+        "VAE decoding": (lambda: engine.pixels.decode(seeded_noise(SEED, start.shape)), 0),
     }
     runs |= {name: (lambda values=values: sample(**values), STEPS) for name, values in settings.items()}
     return runs | {"ControlNet": (control, STEPS)}

@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sd3 import png, streams, writing
+from sd3 import writing
 from sd3.engine import Engine, load_for
 from sd3.flags import FLAGS, check_flag
 from sd3.memory import OutOfMemory, one_line, out_of_memory
 from sd3.mistakes import Mistake, flag_name, spell
 from sd3.planning import plan_for
 from sd3.prompts import read_prompts
-from sd3.run import MadeWith, RunRecord, models_folder_name
+from sd3.record import RunRecord
+from sd3.run import MadeWith, make_pictures, new_folder
 from sd3.settings import FILE_SETTINGS, Flags, Settings
 from sd3.unchanged import stamp
 
@@ -79,16 +80,11 @@ class Server:
         plan = plan_for(self.engine, flags, prompts, flags.seeds(len(prompts)))
         pictures, self.notes = plan.pictures, [spell(note, flag_name) for note in plan.notes]
         for note in plan.notes:
-            self.engine.note(note)
-        first = self.record.count
+            self.engine.tell.note(note)
         made_with = self._files(pictures[0])
-        for number, settings, image in self.engine.make(pictures, flags.pad_batch):
-            path = self.folder / f"{first + number:06d}.png"
-            known = made_with.wait()
-            with streams.held():  # a picture that is there is in the record
-                png.save_picture(path, image, settings, None if flags.no_metadata else known)
-                self.record.add(path, settings, known)
-            yield path, settings.seed
+        making = self.engine.make(pictures, flags.pad_batch)
+        for picture, path in make_pictures(making, made_with, self.record.save):
+            yield path, picture.settings.seed
 
     def _files(self, settings: Settings) -> MadeWith:
         paths = [path for name in FILE_SETTINGS if (path := getattr(settings, name))]
@@ -151,12 +147,10 @@ def serve(
     writing.check_writable(flags.out_dir)
     values = {n: v for n, v in values.items() if n != "serve_stdin"}
     engine = load_for(flags)
-    engine.get_mmdit()
-    engine.get_controlnet()
-    engine.get_vae()
-    folder = writing.make_folder(Path(flags.out_dir) / models_folder_name(flags), "served", flags.postfix)
+    engine.load()
+    folder = new_folder(flags, "served", engine)
     server = Server(engine, flags, values, folder, words)
-    engine.say(f"ready: one JSON object a line, such as {EXAMPLE}; pictures go to {folder}")
+    engine.tell.say(f"ready: one JSON object a line, such as {EXAMPLE}; pictures go to {folder}")
     with server.record.kept():
         for line in lines:
             if line.strip():

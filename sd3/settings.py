@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from sd3.flags import DEFAULT_SEED, FLAGS, MOST_PICTURES, Flag, names, read_values
 from sd3.mistakes import Mistake, renaming
-from sd3.readers import SEED_LIMIT
+from sd3.readers import SEED_LIMIT, read_list
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
 
 RANDOM_SEEDS = 100_000  # seed_type rand draws below this
@@ -232,3 +232,9 @@ def picture_seeds(seed: int, seed_type: str, prompts: int, num_images: int) -> l
     if seed_type == "roll":
         return [(seed + i) % SEED_LIMIT for i in range(count)]
     return [(seed + i) % SEED_LIMIT for _ in range(prompts) for i in range(num_images)]
+
+
+def read_row_seeds(seed: Any) -> list[int]:
+    """The seeds of a batch's rows, from one for one row or a list; raises Mistake."""
+    rows = read_list("seed", seed) if isinstance(seed, Iterable) else [seed]
+    return [FLAGS["seed"].read("seed", one) for one in rows]

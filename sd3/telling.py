@@ -15,7 +15,12 @@ from sd3.streams import Once
 
 
 class Reporter:
-    """Receives notes and progress. This one drops them."""
+    """Receives lines, notes and progress. This one drops them."""
+
+    quiet = True
+
+    def say(self, text: str) -> None:
+        """A line about the work."""
 
     def note(self, text: str) -> None:
         """A line for the user; names of fields stand between backquotes. A repeated one counts once."""

@@ -34,5 +34,5 @@ def small_model(tmp_path_factory) -> Path:
 def small_engine(small_model) -> SD3Inferencer:
     """The small random model, loaded once, float32."""
     engine = SD3Inferencer().load(str(small_model), device="cpu", dtype="float32")
-    engine.quiet = True
+    engine.tell.quiet = True
     return engine

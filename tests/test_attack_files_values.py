@@ -204,7 +204,7 @@ def in_hub_folders(folder: Path, whole, shards: bool = False) -> Path:
 
 def engine(path, **options) -> SD3Inferencer:
     out = SD3Inferencer()
-    out.quiet = True
+    out.tell.quiet = True
     return out.load(str(path), device="cpu", dtype="float32", **options)
 
 

@@ -186,21 +186,21 @@ def test_every_component_of_a_folder_counts(layout, tmp_path, capsys, component,
 
 def test_an_earlier_picture_whose_longer_negative_prompt_lengthened_its_text(tmp_path, capsys):
     engine = SD3Inferencer().load(str(DEMO), device="cpu", dtype="float32")
-    engine.quiet = True
+    engine.tell.quiet = True
     values = {"steps": 2, "width": 96, "height": 96, "cfg": 1.0, "sampler": "euler"}
-    (settings,) = plan_pictures(engine, ["red"], [1], recorded=True, negative_prompt=LONG, **values).pictures
+    (settings,) = plan_pictures(engine.engine, ["red"], [1], recorded=True, negative_prompt=LONG, **values).pictures
     assert settings.negative_prompt == LONG  # as earlier versions made it: at the longer length
     assert settings.digest() == earlier_digest(settings)
-    ((_, settings, image),) = engine.make([settings])
+    ((_, settings, image),) = engine.engine.make([settings])
     made_with = sd3.run.MadeWith(engine, settings).wait()
     sd3.png.save_picture(tmp_path / "then.png", image, settings, made_with)
     told = replayed(tmp_path / "then.png", tmp_path / "now", capsys)
     assert "bit for bit" in told
     assert "changed" not in told
     assert "no effect" not in told
-    (short,) = plan_pictures(engine, ["red"], [1], recorded=True, negative_prompt="blue", **values).pictures
+    (short,) = plan_pictures(engine.engine, ["red"], [1], recorded=True, negative_prompt="blue", **values).pictures
     assert short.negative_prompt == ""
-    (now,) = plan_pictures(engine, ["red"], [1], negative_prompt=LONG, **values).pictures
+    (now,) = plan_pictures(engine.engine, ["red"], [1], negative_prompt=LONG, **values).pictures
     assert now == short
 
 
@@ -285,7 +285,7 @@ def test_a_stop_between_a_picture_and_its_record_loses_neither(tmp_path, stop_be
     assert record["status"] == "stopped"
     assert [p["file"] for p in record["pictures"]] == [p.name for p in kept] == ["000000.png"]
     assert [*tmp_path.rglob("residual.json")]
-    assert not [*tmp_path.rglob("pictures.jsonl")]
+    assert not [*tmp_path.rglob("run.jsonl"), *tmp_path.rglob(".lock")]
 
 
 def test_a_second_stop_does_not_wait():
@@ -337,7 +337,7 @@ def test_a_clock_that_goes_back_stops_no_record(tmp_path, monkeypatch):
 
 def test_the_command_of_a_whole_picture_says_so():
     engine = SD3Inferencer().load(str(DEMO), device="cpu", dtype="float32")
-    (whole,) = plan_pictures(engine, ["red"], [1], steps=2, width=96, height=96).pictures
+    (whole,) = plan_pictures(engine.engine, ["red"], [1], steps=2, width=96, height=96).pictures
     assert "--vae_tile=off" in command(whole, sd3.settings.Flags.read({}))
     tiled = dataclasses.replace(whole, width=512, vae_tile=128)
     assert "--vae_tile=128" in command(tiled, sd3.settings.Flags.read({}))

@@ -169,7 +169,7 @@ def test_a_served_request_fails_with_one_line(tmp_path, model, change):
     raw = {"model": str(model), "device": "cpu", "steps": "1", "width": "32", "height": "32"}
     flags = Flags.read(raw)
     server = Server(load_for(flags), flags, raw, tmp_path)
-    server.engine.quiet = True
+    server.engine.tell.quiet = True
     assert server.answer('{"prompt": "red", "seed": 1}')["ok"]
     change(model)
     for prompt in ("red", "a new prompt"):
@@ -240,7 +240,7 @@ def test_a_sweep_stops_and_goes_on_with_the_right_file_only(tmp_path, model, mon
 @pytest.mark.parametrize("metadata", [True, False])
 def test_the_python_api_notices_it_too(tmp_path, model, metadata):
     engine = SD3Inferencer().load(str(model), device="cpu")
-    engine.quiet = True
+    engine.tell.quiet = True
     options = {"steps": 1, "width": 32, "height": 32, "with_metadata": metadata}
     engine.gen_image("red", out_dir=str(tmp_path / "a"), **options)
     replace(model)
@@ -251,7 +251,7 @@ def test_the_python_api_notices_it_too(tmp_path, model, metadata):
 
 def test_an_embedding_cache_takes_no_text_of_a_changed_file(tmp_path, model):
     engine = SD3Inferencer().load(str(model), device="cpu", embed_cache=str(tmp_path / "cache"))
-    engine.quiet = True
+    engine.tell.quiet = True
     engine.get_cond("red")
     known = set((tmp_path / "cache").iterdir())
     overwrite(model)

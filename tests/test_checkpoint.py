@@ -23,7 +23,7 @@ from sd3_infer import SD3Inferencer
 
 def engine(path, **options) -> SD3Inferencer:
     out = SD3Inferencer()
-    out.quiet = True
+    out.tell.quiet = True
     return out.load(str(path), device="cpu", **({"dtype": "float32"} | options))
 
 
@@ -217,12 +217,12 @@ def test_a_whole_float8_t5_runs(tmp_path, small_engine):
 
 def test_a_second_load_forgets_the_first(tmp_path, small_model):
     both = engine(small_model)
-    first = both.get_cond("a star")[0], both.get_mmdit()
+    first = both.get_cond("a star")[0], both.engine.network.mmdit
     tensors = {k: v * 0.5 for k, v in load_file(small_model).items()}
     save_file(tensors, tmp_path / "half.safetensors")
     both.load(str(tmp_path / "half.safetensors"), device="cpu", dtype="float32", model_folder=str(small_model.parent))
     assert not torch.equal(both.get_cond("a star")[0], first[0])
-    assert both.get_mmdit() is not first[1]
+    assert both.engine.network.mmdit is not first[1]
 
 
 @pytest.mark.parametrize(("kind", "steps"), [("8b", 60), ("2b", 4)])
@@ -282,7 +282,7 @@ def test_a_separate_vae_and_a_model_without_one(tmp_path, small_model):
     save_file(rest, tmp_path / "bare.safetensors")
     with pytest.raises(FileNotFoundError, match="holds no VAE; give one with vae"):
         engine(tmp_path / "bare.safetensors")
-    vae = engine(tmp_path / "bare.safetensors", vae=str(tmp_path / "sd3_vae.safetensors")).get_vae()
+    vae = engine(tmp_path / "bare.safetensors", vae=str(tmp_path / "sd3_vae.safetensors")).engine.pixels.vae
     assert torch.equal(vae.encoder.conv_in.weight, own["encoder.conv_in.weight"])
     with pytest.raises(ValueError, match="is not a VAE: it looks like an SD3-type MMDiT"):
         engine(tmp_path / "bare.safetensors", vae=str(tmp_path / "bare.safetensors"))
@@ -291,7 +291,7 @@ def test_a_separate_vae_and_a_model_without_one(tmp_path, small_model):
 def test_an_mmdit_without_prefix_loads(tmp_path, small_model):
     tensors = {k.removeprefix(MMDIT_PREFIX): v for k, v in load_file(small_model).items() if k.startswith(MMDIT_PREFIX)}
     save_file(tensors, tmp_path / "bare.safetensors")
-    got = engine(tmp_path / "bare.safetensors", vae=str(small_model), load_tokenizers=False).get_mmdit()
+    got = engine(tmp_path / "bare.safetensors", vae=str(small_model), load_tokenizers=False).engine.network.mmdit
     assert torch.equal(got.pos_embed, tensors["pos_embed"])
 
 

@@ -300,7 +300,7 @@ def test_the_bootstrap_interval_holds_the_mean():
 def test_the_shipped_model_draws_what_it_is_asked_for():
     """A small part of the score that the README reports, so that broken weights or a broken path are noticed."""
     engine = SD3Inferencer().load(str(DEMO), device="cpu")
-    engine.quiet = True
+    engine.tell.quiet = True
     prompts = [p for p in shape_prompts.held_out_prompts() if p.kind in ("single object", "colours")][::8]
     pictures = score.sample(engine, prompts, "off", seed=50, batch=10)
     hits = [scorer.score(p, scorer.read_picture(picture)) for p, picture in zip(prompts, pictures, strict=True)]
@@ -330,7 +330,7 @@ def test_folding_the_latent_format_keeps_the_autoencoder():
 
 def test_the_shipped_autoencoder_gives_scenes_back():
     engine = SD3Inferencer().load(str(DEMO), device="cpu")
-    engine.quiet = True
+    engine.tell.quiet = True
     rng = random.Random(8)
     for _ in range(4):
         picture = scenes.render(sample_scene(rng))
@@ -518,10 +518,10 @@ def test_training_runs_saves_resumes_and_exports(tmp_path):
     stage("grow", "--work", tmp_path, "--depth", 10)
     stage("export", "--work", tmp_path, "--out", tmp_path / "out")
     engine = SD3Inferencer().load(str(tmp_path / "out" / "demo.safetensors"), device="cpu")
-    engine.quiet = True
-    assert engine.defaults["width"] == scenes.SIZE
-    assert engine.config.depth == 10
-    ((_, _, image),) = engine.make(
-        plan_pictures(engine, ["a red circle"], [1], **engine.defaults | {"steps": 1}).pictures
+    engine.tell.quiet = True
+    assert engine.engine.defaults["width"] == scenes.SIZE
+    assert engine.engine.config.depth == 10
+    ((_, _, image),) = engine.engine.make(
+        plan_pictures(engine.engine, ["a red circle"], [1], **engine.engine.defaults | {"steps": 1}).pictures
     )
     assert image.size == (96, 96)

@@ -36,7 +36,7 @@ def engine_on_meta(model, controlnet=None, dtype="bfloat16", **options) -> SD3In
     engine = SD3Inferencer().load(
         str(model), controlnet_ckpt=control, device=torch.device("meta"), dtype=dtype, **options
     )
-    engine.quiet = True
+    engine.tell.quiet = True
     return engine
 
 
@@ -48,7 +48,7 @@ def whole_path(
 ) -> torch.Tensor:
     """Encode text and images, sample with every kind of guidance, decode: (1, 3, H, W) on the engine's device."""
     image = Image.new("RGB", (64, 48))
-    length = engine.pair_length("a red circle", "a star")
+    length = engine.engine.text.pair_length("a red circle", "a star")
     latent = sd3_impls.latent_in(engine.vae_encode(image, [3]))
     control = sd3_impls.latent_in(engine.vae_encode(image, [3], control=True)) if controlled else None
     out = engine.do_sampling(
@@ -64,7 +64,7 @@ def whole_path(
         skip_layer_config=SkipLayerConfig(2.5, 0.0, 0.9, skip, cfg=4.0),
         residual_config=residual,
     )
-    return engine.decode_pixels(out)
+    return engine.engine.pixels.decode(out)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
@@ -111,14 +111,14 @@ def test_what_saves_memory_and_time_misplaces_nothing(small_model, options, monk
     with OneDevice():
         assert whole_path(engine, False, "euler").device.type == "meta"
     if "offload" in options:
-        assert {p.device.type for p in engine.get_mmdit().joint_blocks.parameters()} == {"cpu"}
+        assert {p.device.type for p in engine.engine.network.mmdit.joint_blocks.parameters()} == {"cpu"}
 
 
 def test_tiles_are_where_the_picture_is(small_model):
     engine = engine_on_meta(small_model)
     with OneDevice():
         latent = engine.vae_encode(Image.new("RGB", (320, 256)), [3], tile=128)
-        assert engine.decode_pixels(latent, 128).shape == (1, 3, 256, 320)
+        assert engine.engine.pixels.decode(latent, 128).shape == (1, 3, 256, 320)
 
 
 def test_the_shipped_model_too():
@@ -130,7 +130,7 @@ def test_the_shipped_model_too():
 def test_a_planted_misplaced_weight_is_caught(small_model, where):
     engine = engine_on_meta(small_model)
     module, _, leaf = where.rpartition(".")
-    owner = engine.get_mmdit().get_submodule(module)
+    owner = engine.engine.network.mmdit.get_submodule(module)
     moved = torch.zeros_like(getattr(owner, leaf), device="cpu")
     setattr(owner, leaf, torch.nn.Parameter(moved, requires_grad=False))
     with pytest.raises(RuntimeError, match="mixes"), OneDevice():

@@ -52,12 +52,12 @@ def test_the_same_picture_as_from_one_file(layout, one_file):
     latents = []
     for path in (layout, one_file):
         engine = SD3Inferencer().load(str(path), device="cpu", dtype="float32", shift=2.5)
-        engine.quiet = True
+        engine.tell.quiet = True
         (settings,) = plan_pictures(
-            engine, ["a red circle"], [3], width=64, height=48, steps=3, cfg=4.0, sampler="euler"
+            engine.engine, ["a red circle"], [3], width=64, height=48, steps=3, cfg=4.0, sampler="euler"
         ).pictures
-        ((_, _, image),) = engine.make([settings])
-        latents.append(engine.sample([settings]))
+        ((_, _, image),) = engine.engine.make([settings])
+        latents.append(engine.engine.sample([settings]))
         assert image.size == (64, 48)
     assert torch.allclose(*latents, atol=1e-5)
 
@@ -75,7 +75,7 @@ def test_a_vae_in_diffusers_layout_serves_another_model(layout, one_file):
     vae = str(layout / "vae" / "diffusion_pytorch_model.safetensors")
     engines = [SD3Inferencer().load(str(one_file), v, device="cpu", dtype="float32") for v in (None, vae)]
     latent = torch.randn(1, 16, 6, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.allclose(*(engine.decode_pixels(latent) for engine in engines), atol=1e-5)
+    assert torch.allclose(*(engine.engine.pixels.decode(latent) for engine in engines), atol=1e-5)
 
 
 def test_folders_are_listed(layout, capsys):

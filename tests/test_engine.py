@@ -25,54 +25,59 @@ SIZE = {"width": 64, "height": 48}
 
 def fresh(small_model, **options) -> SD3Inferencer:
     engine = SD3Inferencer()
-    engine.quiet = True
+    engine.tell.quiet = True
     return engine.load(str(small_model), device="cpu", **({"dtype": "float32"} | options))
 
 
 def make(engine: SD3Inferencer, prompts: list[str], seeds: list[int], **values) -> list[bytes]:
-    values = engine.defaults | SIZE | {"steps": 3, "cfg": 3.0} | values
-    return [image.tobytes() for _, _, image in engine.make(plan_pictures(engine, prompts, seeds, **values).pictures)]
+    values = engine.engine.defaults | SIZE | {"steps": 3, "cfg": 3.0} | values
+    return [
+        image.tobytes()
+        for _, _, image in engine.engine.make(plan_pictures(engine.engine, prompts, seeds, **values).pictures)
+    ]
 
 
 def test_encoders_are_opened_once_and_the_mmdit_stays(small_model, monkeypatch):
     engine = fresh(small_model)
-    assert engine.text.opened == 0
+    assert engine.engine.text.opened == 0
     assert engine.mmdit is None
     asked = []
-    assert set(engine.text.encoders) == {"clip_l", "clip_g", "t5xxl"}
-    original = engine.text._run_clip
+    assert set(engine.engine.text.encoders) == {"clip_l", "clip_g", "t5xxl"}
+    original = engine.engine.text._run_clip
     monkeypatch.setattr(engine.text, "_run_clip", lambda r, prompts: asked.append(prompts) or original(r, prompts))
     make(engine, ["a star", "a circle", "a star"], [1, 2, 3, 4, 5, 6])
-    assert engine.text.opened == 3
+    assert engine.engine.text.opened == 3
     assert asked == [["a star", "", "a circle"]] * 2  # each distinct prompt once
     first = engine.mmdit
     make(engine, ["a circle"], [7])
-    assert engine.text.opened == 3  # a known prompt opens nothing
+    assert engine.engine.text.opened == 3  # a known prompt opens nothing
     make(engine, ["a square"], [7])
-    assert engine.text.opened == 6
+    assert engine.engine.text.opened == 6
     assert engine.mmdit is first
-    assert all(p.is_meta for e in engine.text.encoders.values() for p in e.model.parameters())  # no layer stays
+    assert all(p.is_meta for e in engine.engine.text.encoders.values() for p in e.model.parameters())  # no layer stays
 
 
 def test_a_prompt_of_many_t5_tokens_runs_and_keeps_its_own_tokens(small_engine):
     long = "a red circle and " * 8
-    assert small_engine.text.t5_length(long) > small_engine.text.positions
+    assert small_engine.engine.text.t5_length(long) > small_engine.engine.text.positions
     assert make(small_engine, [long], [1]) != make(small_engine, ["a red circle and"], [1])
-    length = small_engine.pair_length(long, "")
+    length = small_engine.engine.text.pair_length(long, "")
     halves = [small_engine.get_cond(p, length)[0] for p in (long, "")]
     assert halves[0].shape == halves[1].shape == (1, 16 + length, 160)
 
 
 def test_pictures_of_two_lengths_do_not_share_a_batch(small_engine):
     long = "a red circle and " * 8
-    settings = plan_pictures(small_engine, ["a", "b", long, "c"], [1, 2, 3, 4], **SIZE, steps=2, batch_size=4).pictures
-    assert [[i for i, _ in b] for b in small_engine.batches(settings)] == [[0, 1], [2], [3]]
+    settings = plan_pictures(
+        small_engine.engine, ["a", "b", long, "c"], [1, 2, 3, 4], **SIZE, steps=2, batch_size=4
+    ).pictures
+    assert [[i for i, _ in b] for b in small_engine.engine.batches(settings)] == [[0, 1], [2], [3]]
 
 
 def test_a_batch_gives_the_pictures_of_single_runs(small_engine):
     prompts, seeds = ["a star", "a red circle", "two squares"], [5, 6, 7]
     values = SIZE | {"steps": 3, "cfg": 3.0, "shift": 3.0, "sampler": "euler"}
-    length = small_engine.pair_length("a star", "")
+    length = small_engine.engine.text.pair_length("a star", "")
     neg = small_engine.get_cond("", length)
     residual = ResidualConfig(0, (1,), (0.5,))
     singles = [
@@ -171,7 +176,7 @@ def test_halves_of_different_length_are_refused():
 
 
 def test_cfg_one_equals_guidance_by_one(small_engine):
-    length = small_engine.pair_length("a star", "")
+    length = small_engine.engine.text.pair_length("a star", "")
     cond, neg = small_engine.get_cond("a star", length), small_engine.get_cond("", length)
     latent = torch.zeros(1, 16, 6, 8)
     one = small_engine.do_sampling(latent, 3, cond, neg, 4, 1.0)
@@ -180,7 +185,7 @@ def test_cfg_one_equals_guidance_by_one(small_engine):
 
 
 def test_skip_layers_as_the_public_reference_writes_them(small_engine):
-    length = small_engine.pair_length("a star", "")
+    length = small_engine.engine.text.pair_length("a star", "")
     text = small_engine.get_cond("a star", length), small_engine.get_cond("", length)
     values = {"scale": 2.5, "start": 0.0, "end": 0.9, "layers": [1, 2], "cfg": 4.0}
     latent = torch.zeros(1, 16, 6, 8)
@@ -235,14 +240,14 @@ def test_t5_streams_as_it_runs_whole(small_model):
     engine = fresh(small_model)
     whole = modules()[ENCODER_PREFIX.format("t5xxl")]
     for length in (16, 30):
-        ids = torch.tensor([engine.text.t5_tokenizer.tokenize("a red circle", length).ids])
-        got = engine.text._run_t5([("a red circle", length)])["a red circle", length]
+        ids = torch.tensor([engine.engine.text.t5_tokenizer.tokenize("a red circle", length).ids])
+        got = engine.engine.text._run_t5([("a red circle", length)])["a red circle", length]
         with torch.no_grad():
             assert relative(got, whole(ids)) < 1e-6
 
 
 def test_bfloat16_and_float16_stay_close_to_float32(small_model, small_engine):
-    length = small_engine.pair_length("a star", "")
+    length = small_engine.engine.text.pair_length("a star", "")
     latent = torch.zeros(1, 16, 6, 8)
 
     def run(engine):

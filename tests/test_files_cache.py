@@ -23,7 +23,7 @@ PROMPT = "a red circle"
 
 def engine(model, cache, **options) -> SD3Inferencer:
     made = SD3Inferencer()
-    made.quiet = True
+    made.tell.quiet = True
     return made.load(str(model), device="cpu", embed_cache=str(cache), **({"dtype": "float32"} | options))
 
 
@@ -158,7 +158,7 @@ def test_another_model_of_the_same_size_and_date_has_its_own(tmp_path, small_mod
     got = made.get_cond(PROMPT)
     assert made.text.opened == 3
     own = SD3Inferencer()
-    own.quiet = True
+    own.tell.quiet = True
     assert torch.equal(got[0], own.load(str(b), device="cpu", dtype="float32").get_cond(PROMPT)[0])
 
 

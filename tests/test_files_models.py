@@ -30,7 +30,7 @@ META = {"width": "64", "height": "48", "steps": "2"}
 
 def engine(path, **options) -> SD3Inferencer:
     out = SD3Inferencer()
-    out.quiet = True
+    out.tell.quiet = True
     return out.load(str(path), device="cpu", **({"dtype": "float32"} | options))
 
 
@@ -90,7 +90,7 @@ def test_scales_of_float8_weights(tmp_path, whole, spelling, stored):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made = engine(path)
-    got = dict(made.mmdit_part.read(list(made.mmdit_part.shapes), "cpu", torch.float32))
+    got = dict(made.engine.network.part.read(list(made.engine.network.part.shapes), "cpu", torch.float32))
     for name, value in truth.items():
         if name.startswith(MMDIT_PREFIX):
             assert torch.equal(got[name.removeprefix(MMDIT_PREFIX)], value), name
@@ -210,7 +210,7 @@ def test_the_fp16_variant_alone(tmp_path, layout, name):
         (folder / part / "model.safetensors").rename(folder / part / "model.fp16.safetensors")
     got, wanted = engine(folder), engine(layout)
     assert relative(got.get_cond("a star")[0], wanted.get_cond("a star")[0]) < 1e-6
-    assert got.mmdit_part.shapes == wanted.mmdit_part.shapes
+    assert got.engine.network.part.shapes == wanted.engine.network.part.shapes
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_an_mmdit_behind_any_prefix(tmp_path, whole, prefix):
     path = place(tmp_path, tensors)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        got = engine(path).get_mmdit()
+        got = engine(path).engine.network.mmdit
     assert torch.equal(got.pos_embed, whole[MMDIT_PREFIX + "pos_embed"])
 
 
@@ -297,7 +297,7 @@ def test_a_vae_behind_any_prefix(tmp_path, small_model, whole, prefix, alone):
         got = engine(small_model, vae=str(tmp_path / "v.safetensors"), load_tokenizers=False)
     else:
         got = engine(place(tmp_path, {k: v for k, v in whole.items() if not k.startswith(VAE_PREFIX)} | own))
-    assert torch.equal(got.get_vae().encoder.conv_in.weight, whole[VAE_PREFIX + "encoder.conv_in.weight"])
+    assert torch.equal(got.engine.pixels.vae.encoder.conv_in.weight, whole[VAE_PREFIX + "encoder.conv_in.weight"])
 
 
 def test_diffusers_names_behind_a_prefix(tmp_path, small_model, whole):
@@ -308,8 +308,8 @@ def test_diffusers_names_behind_a_prefix(tmp_path, small_model, whole):
     own |= {f"vae.{k}": v.detach().contiguous() for k, v in to_diffusers.vae(parts[VAE_PREFIX]).items()}
     got = engine(place(tmp_path, {k: v for k, v in whole.items() if k.startswith("text_encoders.")} | own))
     for name, value in parts[MMDIT_PREFIX].state_dict().items():
-        assert torch.equal(dict(got.mmdit_part.read([name], "cpu", None))[name], value), name
-    assert torch.equal(got.get_vae().encoder.conv_in.weight, whole[VAE_PREFIX + "encoder.conv_in.weight"])
+        assert torch.equal(dict(got.engine.network.part.read([name], "cpu", None))[name], value), name
+    assert torch.equal(got.engine.pixels.vae.encoder.conv_in.weight, whole[VAE_PREFIX + "encoder.conv_in.weight"])
 
 
 @pytest.mark.parametrize("form", ["text_encoders.{}.", "{}.transformer.", "cond.{}.model."])
@@ -324,7 +324,7 @@ def test_the_copy_that_training_averaged_is_not_taken(tmp_path, whole):
     own = {k.removeprefix(MMDIT_PREFIX): v for k, v in whole.items() if k.startswith(MMDIT_PREFIX)}
     tensors = {k: v for k, v in whole.items() if not k.startswith(MMDIT_PREFIX)}
     tensors |= {f"ema.{k}": v * 2 for k, v in own.items()} | {f"net.{k}": v for k, v in own.items()}
-    assert torch.equal(engine(place(tmp_path, tensors)).get_mmdit().pos_embed, own["pos_embed"])
+    assert torch.equal(engine(place(tmp_path, tensors)).engine.network.mmdit.pos_embed, own["pos_embed"])
 
 
 # ---- text encoders under other names -------------------------------------------------------------
@@ -473,7 +473,7 @@ def test_a_controlnet_of_diffusers_gives_its_states(tmp_path, small_model, prefi
         save_file({prefix + k: v.contiguous() for k, v in theirs.state_dict().items()}, path)
     made = engine(small_model, controlnet_ckpt=str(path), load_tokenizers=False)
     assert made.large_controlnet
-    ours, base = made.get_controlnet(), made.get_mmdit()
+    ours, base = made.engine.network.controlnet, made.engine.network.mmdit
     draw = torch.Generator().manual_seed(4)
     x, control = torch.randn(2, 16, 8, 6, generator=draw), torch.randn(2, 16, 8, 6, generator=draw)
     t, y = torch.tensor([700.0, 300.0]), torch.randn(2, base_config.pooled_width, generator=draw)

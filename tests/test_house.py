@@ -209,6 +209,28 @@ def test_tests_import_nothing_from_the_benchmarks():
     check_none([f"{place(m, i.line)}: {i.name}" for m in tests for i in m.imports if is_in(i.name, *benchmarks)])
 
 
+def calls(module: Module, *names: str) -> list[ast.Call]:
+    """The calls of functions or methods of some names."""
+    found = [node for node in ast.walk(module.tree) if isinstance(node, ast.Call)]
+    return [call for call in found if getattr(call.func, "attr", getattr(call.func, "id", "")) in names]
+
+
+def test_one_loop_makes_and_saves():
+    """What saves a picture is handed to `make_pictures`, and no loop calls it."""
+    loops = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+    places = {}
+    for module in PROJECT:
+        for call in calls(module, "save_picture", "encode_picture"):
+            around = [n for n in ast.walk(module.tree) if isinstance(n, loops) and call in ast.walk(n)]
+            assert not around, place(module, call.lineno)
+            places.setdefault(module.name, []).append(call)
+    assert set(places) == {"sd3.png", "sd3.record", "sd3.sweep.work", "sd3_infer"}
+    assert {m.name for m in PROJECT if calls(m, "make_pictures")} == {"sd3.run", "sd3.serve", *places} - {
+        "sd3.png",
+        "sd3.record",
+    }
+
+
 # ---- when ----------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,7 @@ PROMPT = "a red circle left of a blue square"
 @pytest.fixture(scope="module")
 def engine() -> SD3Inferencer:
     engine = SD3Inferencer().load(str(DEMO), device="cpu", dtype="float32")
-    engine.quiet = True
+    engine.tell.quiet = True
     return engine
 
 
@@ -49,7 +49,7 @@ def engine() -> SD3Inferencer:
 def files(tmp_path_factory, engine) -> Path:
     folder = tmp_path_factory.mktemp("files")
     Image.effect_noise((96, 96), 90).convert("RGB").save(folder / "photo.png")
-    save_file(controlnet_tensors(engine.config, chained=True), folder / "control.safetensors")
+    save_file(controlnet_tensors(engine.engine.config, chained=True), folder / "control.safetensors")
     return folder
 
 
@@ -96,7 +96,7 @@ def test_a_flag_without_effect_is_at_its_default_is_told_and_changes_nothing(eng
     assert all(told in spell(note, flag_name) and note.startswith("note: ") for note in notes)
     assert effective(shown) == (shown, [])
     images = sd3.pixels.open_images([s])
-    pictures = [engine.vae_decode(engine.sample([one], images), one.vae_tile) for one in (s, shown)]
+    pictures = [engine.vae_decode(engine.engine.sample([one], images), one.vae_tile) for one in (s, shown)]
     assert pictures[0].tobytes() == pictures[1].tobytes()
 
 
@@ -355,7 +355,7 @@ def test_an_earlier_picture_made_with_offload_is_replayed_with_it(tmp_path, caps
 
 
 def test_a_tiled_and_a_whole_picture_at_once_are_those_made_alone(engine):
-    vae = engine.get_vae()
+    vae = engine.engine.pixels.vae
     latents = [torch.randn(1, 16, 24, 24, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     with torch.no_grad():
         wanted = [vae.decode(latents[0], 128), vae.decode(latents[1])]
@@ -376,8 +376,8 @@ def test_a_tiled_and_a_whole_picture_at_once_are_those_made_alone(engine):
 
 
 def test_replacing_what_was_left_out_gives_what_was_asked_for(engine):
-    values = engine.defaults | {"denoise": 0.3, "cfg": 1, "negative_prompt": "a star"}
-    plan = plan_pictures(engine, [PROMPT], [1], **values)
+    values = engine.engine.defaults | {"denoise": 0.3, "cfg": 1, "negative_prompt": "a star"}
+    plan = plan_pictures(engine.engine, [PROMPT], [1], **values)
     shown = plan.pictures[0]
     assert (shown.denoise, shown.negative_prompt) == (0.8, "")
     asked = dataclasses.replace(shown, **plan.as_given)
@@ -450,9 +450,9 @@ def test_a_record_that_knows_less_of_the_text_encoders_is_no_difference(apart, t
 
 @pytest.mark.parametrize("prompt", ["a (red:1.9) circle", "a ((red)) circle", "(a red circle)"])
 def test_weights_of_words_are_told_to_have_no_effect(engine, prompt):
-    plan = plan_pictures(engine, ["a red circle", prompt], [1, 1], **engine.defaults)
+    plan = plan_pictures(engine.engine, ["a red circle", prompt], [1, 1], **engine.engine.defaults)
     assert plan.notes == [f'note: "{prompt}": weights of words have no effect, and brackets are left out']
-    plan = plan_pictures(engine, [r"a \(red\) circle", "a red circle)"], [1, 1], **engine.defaults)
+    plan = plan_pictures(engine.engine, [r"a \(red\) circle", "a red circle)"], [1, 1], **engine.engine.defaults)
     assert plan.notes == []
 
 

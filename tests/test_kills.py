@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sd3_infer
+from sd3.record import finish_killed
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 SMALL = ["--model", str(DEMO), "--device", "cpu", "--dtype", "float32", "--width", "64", "--height", "64"]
@@ -59,11 +60,16 @@ def pixels(paths) -> list[bytes]:
 
 
 def record(folder: Path) -> list[str]:
-    """The pictures that a run's record names."""
-    run = json.loads((folder / "run.json").read_text())
-    lines = [json.loads(line) for line in (folder / "pictures.jsonl").read_text().splitlines()]
-    assert [p["file"] for p in run["pictures"]] == [p["file"] for p in lines][: len(run["pictures"])]
+    """The pictures that a killed run's record names, before and after the next start."""
+    assert not (folder / "run.json").exists()
+    first, *lines = [json.loads(line) for line in (folder / "run.jsonl").read_text().splitlines()]
+    assert first["status"] == "running"
     assert all(p["settings"]["prompt"] for p in lines)
+    assert len(finish_killed(folder.parent)) == 1
+    run = json.loads((folder / "run.json").read_text())
+    assert (run["status"], run["pictures"]) == ("killed", lines)
+    assert run["model_sha256"] == first["model_sha256"]
+    assert not [*folder.glob("*.jsonl"), *folder.glob(".lock")]
     return [p["file"] for p in lines]
 
 
@@ -74,7 +80,7 @@ def test_a_run(tmp_path, luck):
     for time_ in range(TIMES):
         out = tmp_path / str(time_)
         process = start(ROOT / "sd3_infer.py", *run, "--out_dir", out)
-        assert kill(process, lambda out=out: list(out.rglob("run.json")), luck.uniform(0, 2))
+        assert kill(process, lambda out=out: list(out.rglob("run.jsonl")), luck.uniform(0, 2))
         (folder,) = out.glob("demo/*")
         made = sorted(folder.glob("[0-9]*.png"))
         assert [p.name for p in made] == [f"{i:06d}.png" for i in range(len(made))]
@@ -141,7 +147,7 @@ def test_a_served_session(tmp_path, luck):
         process = start(ROOT / "sd3_infer.py", *serve, "--out_dir", out, **pipes)
         process.stdin.write("".join(json.dumps({"prompt": "a star", "seed": i}) + "\n" for i in range(500)))
         process.stdin.flush()
-        assert kill(process, lambda out=out: list(out.rglob("run.json")), luck.uniform(0, 2))
+        assert kill(process, lambda out=out: list(out.rglob("run.jsonl")), luck.uniform(0, 2))
         answers = [json.loads(line) for line in process.stdout.read().splitlines() if line.endswith("}")]
         process.stdout.close()
         (folder,) = out.glob("demo/*")

@@ -149,25 +149,25 @@ def test_a_measurement_equals_direct_computing(small_engine, monkeypatch, group)
 
 def test_masks_leave_padding_out(small_engine):
     prompt = "a red circle"
-    length = small_engine.pair_length(prompt, "a star left of a blue square")
-    mask = small_engine.text.text_mask(prompt, length)
-    clip = small_engine.text.clip_tokenizer.tokenize(prompt, small_engine.text.positions)
-    t5 = small_engine.text.t5_tokenizer.tokenize(prompt, length)
-    assert len(mask) == small_engine.text.positions + length
+    length = small_engine.engine.text.pair_length(prompt, "a star left of a blue square")
+    mask = small_engine.engine.text.text_mask(prompt, length)
+    clip = small_engine.engine.text.clip_tokenizer.tokenize(prompt, small_engine.engine.text.positions)
+    t5 = small_engine.engine.text.t5_tokenizer.tokenize(prompt, length)
+    assert len(mask) == small_engine.engine.text.positions + length
     padding = [i for i, token in enumerate(t5.ids) if token == 0]
-    assert not mask[[small_engine.text.positions + i for i in padding]].any()
+    assert not mask[[small_engine.engine.text.positions + i for i in padding]].any()
     assert int(mask.sum()) == (3 + 2) + (length - len(padding))  # start, three words, end; pieces and end
-    assert clip.ids[4] == small_engine.text.clip_tokenizer.end
+    assert clip.ids[4] == small_engine.engine.text.clip_tokenizer.end
     assert mask[4]
     assert not mask[5]
 
 
 def test_a_probe_changes_nothing(small_engine):
-    (picture,) = plan_pictures(small_engine, ["a star"], [1], **VALUES).pictures
-    plain = small_engine.sample([picture])
+    (picture,) = plan_pictures(small_engine.engine, ["a star"], [1], **VALUES).pictures
+    plain = small_engine.engine.sample([picture])
     states = everything(small_engine, [(0, "a star", 1)], VALUES, [0, 3])
     assert set(states) == {(step, layer) for step in range(3) for layer in (0, 3)}
-    assert torch.equal(small_engine.sample([picture]), plain)
+    assert torch.equal(small_engine.engine.sample([picture]), plain)
 
 
 # ---- suggest -------------------------------------------------------------------------------------

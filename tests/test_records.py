@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ import sd3.png
 import sd3.probe.command
 import sd3.writing
 import sd3_infer
-from sd3.run import RunRecord
+from sd3.record import LINES, RUN, RunRecord, finish_killed, read_lines
 from sd3.settings import Flags, Settings
 
 SMALL = f"--model {DEMO} --device cpu --steps 1 --width 32 --height 32 --dtype float32".split()
@@ -34,6 +35,24 @@ def error_of(text: str) -> str:
     assert "Traceback" not in text
     (line,) = [line for line in text.splitlines() if line.startswith("error")]
     return line
+
+
+def full_for(monkeypatch, *names: str, after: int = 0) -> None:
+    """No room for files of these names, once `after` of them were written."""
+    real, written = os.fsync, []
+
+    def sync(handle):
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        if any(name in path for name in names):
+            written.append(path)
+            if len(written) > after:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return real(handle)
+
+    monkeypatch.setattr(sd3.writing.os, "fsync", sync)
+
+
+linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
 
 
 # ---- values --------------------------------------------------------------------------------------
@@ -100,35 +119,141 @@ def test_a_run_whose_flags_cannot_be_encoded_has_its_record(small_engine, tmp_pa
     assert run["files"] == {"vae": "\ud800"}
 
 
-def test_after_a_kill_every_picture_is_in_the_record(small_engine, tmp_path):
-    record = RunRecord(tmp_path, Flags(), [], 9, small_engine)
-    for number in range(5):  # and no end: killed here
-        record.add(tmp_path / f"{number:06d}.png", Settings("a", "m", seed=number), {"model_sha256": "x"})
-    run = json.loads((tmp_path / "run.json").read_text())
-    assert (run["status"], run["planned"], run["model_sha256"]) == ("running", 9, "x")
-    lines = [json.loads(line) for line in (tmp_path / record.LINES).read_text().splitlines()]
+# ---- a kill --------------------------------------------------------------------------------------
+
+
+def begun(folder: Path, engine, pictures: int = 5) -> RunRecord:
+    """The record of a run that goes on."""
+    folder.mkdir(parents=True)
+    record = RunRecord(folder, Flags(), ["--seed=0"], 9, engine)
+    for number in range(pictures):
+        record.add(folder / f"{number:06d}.png", Settings("a", "m", seed=number), {"model_sha256": "x"})
+    return record
+
+
+def killed(folder: Path, engine, pictures: int = 5) -> Path:
+    """The folder of a run that was killed: its record has no end, and the system took its lock away."""
+    begun(folder, engine, pictures).lock.release()
+    return folder
+
+
+def read_run(folder: Path) -> dict:
+    return json.loads((folder / RUN).read_text(encoding="utf-8"))
+
+
+def test_a_kill_loses_nothing_of_the_record(small_engine, tmp_path):
+    folder = killed(tmp_path / "run", small_engine.engine)
+    first, *lines = [json.loads(line) for line in (folder / LINES).read_text().splitlines()]
+    assert (first["status"], first["planned"], first["model_sha256"]) == ("running", 9, "x")
     assert [line["settings"]["seed"] for line in lines] == list(range(5))
+    assert not (folder / RUN).exists()
+
+
+def test_the_next_start_writes_what_a_kill_kept(small_engine, tmp_path):
+    folder = killed(tmp_path / "run", small_engine.engine)
+    first, *lines = [json.loads(line) for line in (folder / LINES).read_text().splitlines()]
+    finished = begun(tmp_path / "whole", small_engine.engine)
+    finished.end("finished")
+    (line,) = finish_killed(tmp_path)
+    assert line == f"note: a run in {folder} was killed; its run.json is written now, with 5 pictures"
+    run = read_run(folder)
+    assert (run["status"], run["planned"], run["arguments"]) == ("killed", 9, ["--seed=0"])
+    assert run["pictures"] == lines
+    assert 0 <= run["seconds"] < 600
+    assert list(run) == list(read_run(tmp_path / "whole")) == [*first, "pictures"]
+    assert [p.name for p in folder.iterdir()] == [RUN]
+    assert finish_killed(tmp_path) == []
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(small_engine, tmp_path):
+    folder = killed(tmp_path / "run", small_engine.engine)
+    with open(folder / LINES, "ab") as file:
+        file.write(b'{"file": "000005.png", "settings": {"prom')
+    assert len(finish_killed(tmp_path)) == 1
+    assert [p["file"] for p in read_run(folder)["pictures"]] == [f"{n:06d}.png" for n in range(5)]
+
+
+def test_a_run_that_goes_on_is_left_alone(small_engine, tmp_path):
+    record = begun(tmp_path / "run", small_engine.engine)
+    before = {path.name: path.read_bytes() for path in record.folder.iterdir()}
+    assert finish_killed(tmp_path) == []
+    assert {path.name: path.read_bytes() for path in record.folder.iterdir()} == before
+    record.add(record.folder / "000005.png", Settings("a", "m", seed=5), {"model_sha256": "x"})
+    record.end("finished")
+    assert (read_run(record.folder)["status"], len(read_run(record.folder)["pictures"])) == ("finished", 6)
+
+
+def test_a_run_in_another_process_is_left_alone_until_it_is_killed(small_engine, tmp_path):
+    code = "import sys, time; from pathlib import Path; from filelock import FileLock\n"
+    code += "lock = FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); time.sleep(600)"
+    folder = killed(tmp_path / "run", small_engine.engine)
+    process = subprocess.Popen([sys.executable, "-c", code, folder / ".lock"], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        assert finish_killed(tmp_path) == []
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert len(finish_killed(tmp_path)) == 1
+
+
+DAMAGED = [b"", b"\xff\xfe", b"[1]\n", b'{"file": "000000.png"}\n', b'{"status": 5}\n', b"[" * 100_000,
+           b'{"status": "running", "started": "once", "planned": 3}\n']  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_record_stops_no_start(small_engine, tmp_path, damage):
+    (tmp_path / "demo" / "damaged").mkdir(parents=True)
+    (tmp_path / "demo" / "damaged" / LINES).write_bytes(damage)
+    killed(tmp_path / "demo" / "other", small_engine.engine)
+    assert infer(tmp_path) == 0
+    assert (tmp_path / "demo" / "damaged" / LINES).read_bytes() == damage
+    assert read_run(tmp_path / "demo" / "other")["status"] == "killed"
+
+
+@linux
+def test_a_pipe_of_that_name_stops_no_start(tmp_path):
+    (tmp_path / "demo" / "odd").mkdir(parents=True)
+    os.mkfifo(tmp_path / "demo" / "odd" / LINES)
+    assert infer(tmp_path) == 0
+
+
+@pytest.mark.parametrize("serving", [False, True])
+def test_each_command_finishes_the_killed_runs_of_its_model(small_engine, tmp_path, capsys, monkeypatch, serving):
+    mine, other = (killed(tmp_path / name / "run", small_engine.engine, 2) for name in ("demo", "other"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+    more = ["--serve_stdin"] if serving else ["--prompt", "red"]
+    assert sd3_infer.main([*SMALL, "--out_dir", str(tmp_path), *more]) == 0
+    assert f"note: a run in {mine} was killed; its run.json is written now, with 2 pictures" in capsys.readouterr().err
+    assert (read_run(mine)["status"], (other / RUN).exists()) == ("killed", False)
+
+
+def test_an_end_that_could_not_be_written_is_written_by_the_next_start(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        full_for(patch, RUN)
+        assert infer(tmp_path, "--num_images", 2) == 2
+    assert "run.json: cannot be written: the disk is full" in error_of(capsys.readouterr().err)
+    ((lines),) = tmp_path.rglob(LINES)
+    assert infer(tmp_path) == 0
+    assert (read_run(lines.parent)["status"], len(read_run(lines.parent)["pictures"])) == ("finished", 2)
+
+
+def test_lines_that_did_not_fit_are_written_with_the_next(small_engine, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sd3.writing, "append_line", full)
+        record = begun(tmp_path / "run", small_engine.engine, 2)
+    assert not (record.folder / LINES).exists()
+    record.add(record.folder / "000002.png", Settings("a", "m", seed=2), {"model_sha256": "x"})
+    first, *lines = [value for value, _ in read_lines(record.folder / LINES)]
+    assert first["status"] == "running"
+    assert [line["settings"]["seed"] for line in lines] == [0, 1, 2]
 
 
 # ---- a full disk ---------------------------------------------------------------------------------
-
-
-def full_for(monkeypatch, *names: str, after: int = 0) -> None:
-    """No room for files of these names, once `after` of them were written."""
-    real, written = os.fsync, []
-
-    def sync(handle):
-        path = os.readlink(f"/proc/self/fd/{handle}")
-        if any(name in path for name in names):
-            written.append(path)
-            if len(written) > after:
-                raise OSError(errno.ENOSPC, "No space left on device")
-        return real(handle)
-
-    monkeypatch.setattr(sd3.writing.os, "fsync", sync)
-
-
-linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
 
 
 @linux

@@ -90,7 +90,7 @@ def test_other_flags_replace_single_settings(tmp_path, capsys):
 
 def test_skip_layer_guidance_of_an_unknown_model_comes_back(tmp_path):
     engine = SD3Inferencer().load(str(DEMO), device="cpu")
-    engine.quiet = True
+    engine.tell.quiet = True
     skip = SkipLayerConfig(1.5, 0.0, 0.9, (2, 3), cfg=2.0)
     residual = ResidualConfig(1, (2, 4), (0.1, 0.2))
     (path,) = engine.gen_image(
@@ -150,6 +150,12 @@ def test_text_encoders_in_a_folder_of_their_own(small_model, tmp_path, monkeypat
     (path,) = run(tmp_path / "a", *base, "--prompt", "a star")
     assert sd3.png.read_record(path)["encoders"]["clip_l"]["name"] == "clip_l.safetensors"
     (again,) = run(tmp_path / "b", "--replay", path)  # run.json says where they lie
+    assert again.read_bytes() == path.read_bytes()
+    record = path.parent / "run.json"
+    head = {name: value for name, value in json.loads(record.read_text()).items() if name != "pictures"}
+    record.with_name("run.jsonl").write_text(f'{json.dumps(head)}\n{{"file": "000000.png"}}\n')
+    record.unlink()
+    (again,) = run(tmp_path / "c", "--replay", path)  # so does run.jsonl while the run goes on
     assert again.read_bytes() == path.read_bytes()
 
 

@@ -40,7 +40,7 @@ def server(tmp_path_factory) -> Server:
     """A server that is asked line by line."""
     flags = Flags.read(RAW)
     engine = load_for(flags)
-    engine.quiet = True
+    engine.tell.quiet = True
     return Server(engine, flags, RAW, tmp_path_factory.mktemp("served"))
 
 

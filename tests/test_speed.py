@@ -33,13 +33,13 @@ SIZE = {"width": 64, "height": 48, "steps": 4, "cfg": 3.0}
 
 def fresh(model: Path, **options) -> SD3Inferencer:
     engine = SD3Inferencer()
-    engine.quiet = True
+    engine.tell.quiet = True
     return engine.load(str(model), device="cpu", **({"dtype": "float32"} | options))
 
 
 def picture(engine: SD3Inferencer, prompt: str = "a star", **values) -> tuple[Settings, bytes]:
-    ((_, settings, image),) = engine.make(
-        plan_pictures(engine, [prompt], [3], **(engine.defaults | SIZE | values)).pictures
+    ((_, settings, image),) = engine.engine.make(
+        plan_pictures(engine.engine, [prompt], [3], **(engine.engine.defaults | SIZE | values)).pictures
     )
     return settings, image.tobytes()
 
@@ -52,7 +52,7 @@ def test_resident_encoders_are_opened_once_and_give_the_same(small_model):
     for prompt in ("a star", "two circles", "three"):
         for got, wanted in zip(engine.get_cond(prompt), plain.get_cond(prompt), strict=True):
             assert torch.equal(got, wanted)
-    assert (engine.text.opened, plain.text.opened) == (3, 9)
+    assert (engine.engine.text.opened, plain.engine.text.opened) == (3, 9)
 
 
 def test_a_cached_prompt_opens_no_encoder_and_makes_the_same_picture(small_model, tmp_path):
@@ -116,7 +116,7 @@ def test_offloaded_blocks_come_and_go(skip):
 def test_offload_makes_the_same_picture(small_model):
     plain, offloaded = fresh(small_model), fresh(small_model, offload=True)
     assert picture(plain)[1] == picture(offloaded)[1]
-    assert offloaded.get_mmdit().offload is not None
+    assert offloaded.engine.network.mmdit.offload is not None
 
 
 @torch.no_grad()
@@ -186,11 +186,11 @@ def test_tiles_blend_to_what_the_whole_gives():
     engine = fresh(DEMO)
     whole, tiled = (engine.vae_encode(gradient(320, 256), 1, tile=tile) for tile in (0, 128))
     assert relative(tiled, whole) < 0.03
-    pixels = [engine.decode_pixels(whole, tile) for tile in (0, 128)]
+    pixels = [engine.engine.pixels.decode(whole, tile) for tile in (0, 128)]
     difference = (pixels[0] - pixels[1]).abs()
     assert 0 < difference.max() < 0.03  # of 2: four 255ths; no seam can be seen
-    assert engine.decode_pixels(whole, 512).equal(pixels[0])  # no larger than a tile
-    assert engine.decode_pixels(whole).equal(pixels[0])  # nothing is left behind in the norms
+    assert engine.engine.pixels.decode(whole, 512).equal(pixels[0])  # no larger than a tile
+    assert engine.engine.pixels.decode(whole).equal(pixels[0])  # nothing is left behind in the norms
 
 
 def gradient(width: int, height: int) -> Image.Image:
@@ -203,9 +203,9 @@ def gradient(width: int, height: int) -> Image.Image:
 def test_tiles_are_chosen_by_size_and_recorded(small_model, monkeypatch):
 
     engine = fresh(small_model)
-    assert engine.vae_tile(64, 48) == 0
+    assert engine.engine.pixels.tile_for(64, 48) == 0
     monkeypatch.setattr(sd3.engine, "device_memory", lambda device: 10**9)
-    assert engine.vae_tile(2048, 2048) == sd3.pixels.VAE_TILE
+    assert engine.engine.pixels.tile_for(2048, 2048) == sd3.pixels.VAE_TILE
     assert "vae_tile" not in Settings("a", "m").public()
     assert Settings("a", "m", vae_tile=512).public()["vae_tile"] == 512
 

@@ -56,7 +56,7 @@ OFF = {"model": str(DEMO), "device": "cpu"}
 @pytest.fixture(scope="module")
 def engine() -> SD3Inferencer:
     out = SD3Inferencer().load(str(DEMO), device="cpu")
-    out.quiet = True
+    out.tell.quiet = True
     return out
 
 
@@ -376,7 +376,7 @@ def test_the_wrong_half_is_not_acted_on(engine):
     """`COND` acts on the conditional half, as `cond` does."""
     settings = [
         plan_pictures(
-            engine,
+            engine.engine,
             ["a star"],
             [3],
             steps=2,
@@ -387,7 +387,7 @@ def test_the_wrong_half_is_not_acted_on(engine):
         ).pictures
         for b in ("cond", "COND", "uncond")
     ]
-    cond, spelt, uncond = (next(iter(engine.make(s)))[2].tobytes() for s in settings)
+    cond, spelt, uncond = (next(iter(engine.engine.make(s)))[2].tobytes() for s in settings)
     assert spelt == cond != uncond
 
 
@@ -479,9 +479,14 @@ def test_load_reads_its_arguments(values, told):
 
 def test_load_keeps_what_was_read():
     engine = SD3Inferencer().load(DEMO, device="CPU", dtype="FP32", weights="INT8", no_t5="yes", shift="2")  # P7
-    assert (engine.dtype, engine.setup.weights, engine.setup.no_t5, engine.shift) == (torch.float32, "int8", True, 2.0)
-    assert engine.device == torch.device("cpu")
-    assert SD3Inferencer().load(DEMO, device=torch.device("cpu"), dtype=torch.float16).dtype == torch.float16
+    assert (engine.engine.dtype, engine.engine.setup.weights, engine.engine.setup.no_t5, engine.shift) == (
+        torch.float32,
+        "int8",
+        True,
+        2.0,
+    )
+    assert engine.engine.device == torch.device("cpu")
+    assert SD3Inferencer().load(DEMO, device=torch.device("cpu"), dtype=torch.float16).engine.dtype == torch.float16
 
 
 def test_an_engine_without_a_model_says_so(tmp_path):  # P9
@@ -501,10 +506,10 @@ def test_an_engine_without_a_model_says_so(tmp_path):  # P9
             lambda e: e.do_sampling(zeros, 1, (zeros, zeros), None, 2, 1.0),
             lambda e: e.vae_encode(Image.new("RGB", (64, 64))),
             lambda e: e.get_cond("a"),
-            lambda e: plan_pictures(e, ["a"], [1]),
-            lambda e: e.get_mmdit(),
-            lambda e: e.get_vae(),
-            lambda e: e.text.encode([("a", 77)]),
+            lambda e: plan_pictures(e.engine, ["a"], [1]),
+            lambda e: e.engine.network.mmdit,
+            lambda e: e.engine.pixels.vae,
+            lambda e: e.engine.text.encode([("a", 77)]),
             lambda e: e.device,
         ]
         for call in calls:
@@ -521,7 +526,7 @@ def test_an_engine_without_a_model_says_so(tmp_path):  # P9
 
 
 def test_do_sampling_reads_its_arguments(small_engine):  # reading.md 7, 8, 14
-    length = small_engine.pair_length("a", "")
+    length = small_engine.engine.text.pair_length("a", "")
     cond, neg = (small_engine.get_cond(t, length) for t in ("a", ""))
     one, three = torch.zeros(1, 16, 4, 4), torch.zeros(3, 16, 4, 4)
     for values, told in [
@@ -556,16 +561,16 @@ def test_do_sampling_reads_its_arguments(small_engine):  # reading.md 7, 8, 14
 def test_a_controlnet_and_its_picture_belong_together(small_model, tmp_path):  # reading.md 7
     control = small_model.parent / "control_8b.safetensors"
     engine = SD3Inferencer().load(small_model, device="cpu", dtype="float32", controlnet_ckpt=control)
-    engine.quiet = True
+    engine.tell.quiet = True
     with pytest.raises(ValueError, match="controlnet_ckpt: needs controlnet_cond_image"):
         engine.gen_image("a", steps=1, out_dir=tmp_path / "out")
     Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "in.png")
     (path,) = engine.gen_image("a", steps=1, out_dir=tmp_path / "out", controlnet_cond_image=tmp_path / "in.png")
     assert sd3.png.read_record(path)["settings"]["controlnet_cond_image"] == "in.png"
     plain = SD3Inferencer().load(small_model, device="cpu", dtype="float32")
-    plan = plan_pictures(plain, ["a"], [1], controlnet_cond_image="in.png", width=64, height=48)
+    plan = plan_pictures(plain.engine, ["a"], [1], controlnet_cond_image="in.png", width=64, height=48)
     for call in (
-        lambda: plain.check_settings(plan.pictures[0]),
+        lambda: plain.engine.check_settings(plan.pictures[0]),
         lambda: plain.vae_encode(Image.open(tmp_path / "in.png"), control=True),
     ):
         with pytest.raises(ValueError, match="no ControlNet is loaded"):
@@ -578,7 +583,7 @@ def test_a_controlnet_and_its_picture_belong_together(small_model, tmp_path):  #
 def test_plan_wants_as_many_seeds_for_each_prompt(engine):
     for prompts, seeds in ((["a", "b"], [1, 2, 3]), (["a"], []), ([], [1])):
         with pytest.raises(ValueError, match=r"seed|prompt"):
-            plan_pictures(engine, prompts, seeds)
+            plan_pictures(engine.engine, prompts, seeds)
 
 
 # ---- U: what a line is ---------------------------------------------------------------------------

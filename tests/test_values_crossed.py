@@ -73,7 +73,7 @@ class Told(Exception):
 def record(tmp_path_factory) -> dict[str, Any]:
     """What a picture of the shipped model says of itself."""
     engine = SD3Inferencer().load(str(DEMO), device="cpu")
-    engine.quiet = True
+    engine.tell.quiet = True
     (path,) = engine.gen_image(
         "a star", steps=2, seed=3, out_dir=str(tmp_path_factory.mktemp("record")),
         residual_config=ResidualConfig(0, (3, 5), (0.1, 0.2)),
@@ -403,7 +403,7 @@ ENGINE_ARGUMENTS = [
 def test_load(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     engine = SD3Inferencer()
-    engine.quiet = True
+    engine.tell.quiet = True
 
     def door(flag: str, value: Any) -> None:
         in_python(
@@ -413,7 +413,7 @@ def test_load(tmp_path, monkeypatch):
     values = [*TEXTS, *OBJECTS, *ODD]
     looked_at = ("no_t5", "t5_resident", "weights", "compile", "offload", "shift")
     used = lambda flag: (  # noqa: E731
-        [getattr(engine if flag == "shift" else engine.setup, flag)] if flag in looked_at else Anything()
+        [getattr(engine if flag == "shift" else engine.engine.setup, flag)] if flag in looked_at else Anything()
     )
     check(crossed(door, [a for a in ENGINE_ARGUMENTS if a != "embed_cache"], values, used))
 
@@ -430,7 +430,7 @@ PICTURE_ARGUMENTS = {
 def test_gen_image(planned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     engine = SD3Inferencer().load(str(DEMO), device="cpu")
-    engine.quiet = True
+    engine.tell.quiet = True
     names = {flag: argument for argument, flag in PICTURE_ARGUMENTS.items()}
 
     def door(flag: str, value: Any) -> None:

@@ -36,7 +36,7 @@ def calibrate(flags: Mapping[str, Any], show: Callable[[str], Any]) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     state = State(sums, out, identity(engine, prompts, values, flags))
     _collect(engine, prompts, values, flags, sums, state)
-    rotations = sums.solve(flags["centre"], engine.quiet)
+    rotations = sums.solve(flags["centre"], engine.tell.quiet)
     engine.files.check()
     _save(rotations, out, engine, sums, prompts, values, flags)
     state.remove()
@@ -99,12 +99,12 @@ def _collect(
     """Adds up the tokens of all prompts, from where an interrupted run stopped."""
     done = state.resume(len(prompts))
     if done:
-        engine.say(f"going on after {done} of {len(prompts)} prompts")
+        engine.tell.say(f"going on after {done} of {len(prompts)} prompts")
     jobs = _jobs(prompts, flags.get("seed", 0))
     run_prompts(engine, jobs, values, _collectors(sums, sums.add), "calibrating", state.save_now_and_then, done)
     if int(sums.tokens.min()) < engine.config.width:
         few = f"only {int(sums.tokens.min())} tokens for width {engine.config.width}"
-        engine.say(f"note: {few}; take more prompts or fewer buckets")
+        engine.tell.say(f"note: {few}; take more prompts or fewer buckets")
 
 
 def _jobs(prompts: Sequence[Labelled], seed: int) -> list[tuple[int, str, int]]:

@@ -191,7 +191,7 @@ class Measurement:
         """One per measured timestep and block."""
         out = []
         total = len(self.sums) * self.depth
-        with tqdm(total=total, desc="comparing", unit="block", disable=self.engine.quiet, leave=False) as bar:
+        with tqdm(total=total, desc="comparing", unit="block", disable=self.engine.tell.quiet, leave=False) as bar:
             for m in range(len(self.sums)):
                 for block in range(self.depth):
                     out.append(self._row(m, block) | self._probes(self.pooled[m, block]))
@@ -274,7 +274,7 @@ def measure(flags: Mapping[str, Any], show: Callable[[str], Any]) -> Path:
     plan = plan_pictures(engine, [prompts[0].prompt], [0], **values)
     engine.check_settings(plan.pictures[0])
     for note in plan.notes:
-        engine.note(note)
+        engine.tell.note(note)
     measurement = Measurement(engine, prompts, values, flags)
     run_prompts(engine, measurement.jobs(), values, measurement.collector, "measuring")
     record = measurement.record()
@@ -284,7 +284,7 @@ def measure(flags: Mapping[str, Any], show: Callable[[str], Any]) -> Path:
     try:
         plot(record, folder / "measure.png")
     except ImportError:
-        engine.say("note: no plots: they need matplotlib (pip install matplotlib)")
+        engine.tell.say("note: no plots: they need matplotlib (pip install matplotlib)")
     show(f"{folder}: " + ", ".join(sorted(p.name for p in folder.glob("measure.*"))))
     return folder
 

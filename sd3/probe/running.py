@@ -102,12 +102,12 @@ def run_prompts(
     `done(count)` after each batch. Text is encoded for `GROUP` prompts at a time and then dropped. before: how many
     jobs at the start were done by an earlier run; batches are then those that one run would have had.
     """
-    with tqdm(total=len(jobs), initial=before, desc=what, unit="prompt", disable=engine.quiet) as bar:
+    with tqdm(total=len(jobs), initial=before, desc=what, unit="prompt", disable=engine.tell.quiet) as bar:
         count = before
         for start in range(before - before % GROUP, len(jobs), GROUP):
             group = jobs[max(start, before) : start + GROUP]
             plan = plan_pictures(engine, [p for _, p, _ in group], [seed for _, _, seed in group], **values).pictures
-            lengths = [engine.pair_length(s.prompt, s.negative_prompt) for s in plan]
+            lengths = [engine.text.pair_length(s.prompt, s.negative_prompt) for s in plan]
             wanted = [
                 pair for s, n in zip(plan, lengths, strict=True) for pair in ((s.prompt, n), (s.negative_prompt, n))
             ]

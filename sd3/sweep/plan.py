@@ -144,7 +144,7 @@ class _Planner:
             return
         self.variants.append(variant)
         self.engine_of.append(place)
-        lengths = [engine.pair_length(p, settings[0].negative_prompt) for p in self.grid.prompts]
+        lengths = [engine.text.pair_length(p, settings[0].negative_prompt) for p in self.grid.prompts]
         prompts = [i // len(self.grid.seeds) for i in range(len(settings))]
         self.pictures.append(
             [
@@ -158,9 +158,9 @@ class _Planner:
         key = Setup.of(flags)
         if key not in self.engines:
             engine = load_for(flags)
-            engine.quiet = True
+            engine.tell.quiet = True
             self.engines[key] = (resolved(flags, engine), engine)
-            words = unknown_words(engine.words, [*self.grid.prompts, flags.negative_prompt])
+            words = unknown_words(engine.model_file.metadata, [*self.grid.prompts, flags.negative_prompt])
             self.lines.extend(spell(line, flag_name) for line in words)
         return list(self.engines).index(key), self.engines[key][1]
 

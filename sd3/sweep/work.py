@@ -13,7 +13,8 @@ from sd3.engine import load_for
 from sd3.memory import OutOfMemory, one_line, out_of_memory
 from sd3.mistakes import Mistake
 from sd3.pixels import open_images
-from sd3.run import MadeWith
+from sd3.record import Picture
+from sd3.run import MadeWith, make_pictures
 from sd3.settings import FILE_SETTINGS, Flags, Settings
 from sd3.sweep.plan import Batch, Plan
 from sd3.text import Key, Text, in_groups
@@ -29,7 +30,7 @@ class Maker:
     def __init__(self, flags: Flags, quiet: bool = False):
         """Reads headers only; raises as `Engine.open` does."""
         self.engine = load_for(flags)
-        self.engine.quiet = quiet
+        self.engine.tell.quiet = quiet
         self.engine.text.most = TEXTS_AT_ONCE
         self.events: list[dict[str, Any]] = []
         self._made_with: dict[tuple, MadeWith] = {}
@@ -55,7 +56,7 @@ class Maker:
     def encoded(self, pictures: Sequence[Settings]) -> dict[Key, Text]:
         """The encoded texts of these pictures, on the CPU."""
         texts = {t for s in pictures for t in self.engine.texts(s)}
-        return {t: tuple(part.cpu() for part in self.engine.get_cond(*t)) for t in texts}
+        return {t: tuple(part.cpu() for part in self.engine.text.get_cond(*t)) for t in texts}
 
     def add_texts(self, texts: Mapping[Key, Text]) -> None:
         """Takes texts that were encoded elsewhere."""
@@ -63,11 +64,9 @@ class Maker:
 
     def load(self) -> None:
         """Loads the weights on first use."""
-        if self.engine.mmdit is None:
+        if not self.engine.network.loaded:
             start = time.perf_counter()
-            self.engine.get_mmdit()
-            self.engine.get_controlnet()
-            self.engine.get_vae()
+            self.engine.load()
             model = str(self.engine.model_file.path.name)
             self.events.append({"event": "load", "model": model, "seconds": round(time.perf_counter() - start, 3)})
 
@@ -77,27 +76,21 @@ class Maker:
         Raises `Changed` where a file that the pictures come from is not what it was when it was opened.
         """
         self.load()
-        self.engine.quiet = True
+        self.engine.tell.quiet = True
         made_with = self.made_with(batch[0])
         try:
-            made = list(self.engine.make_batch(batch, open_images(batch[:1]), pad_batch=True))
+            making = self.engine.make_batch(batch, open_images(batch[:1]), pad_batch=True)
+            numbered = ((number, *made) for number, made in enumerate(making))
+            return [result for _, result in make_pictures(numbered, made_with, encode_result)]
         except Changed:
             raise
         except Exception as error:  # the other batches may do well
-            made_with.check()
+            made_with.wait()  # unless the files changed
             why = one_line(error, 500)
             if not isinstance(error, OutOfMemory):
                 kind = "out of memory" if out_of_memory(error) else type(error).__name__
                 why = f"{kind}: {why}"
             return [why] * len(batch)
-        if any(isinstance(image, Mistake) for _, image in made):
-            made_with.check()  # weights that another program overwrites become NaN, too
-        return [
-            one_line(image, 500)
-            if isinstance(image, Mistake)
-            else png.encode_picture(image, settings, made_with.wait())
-            for settings, image in made
-        ]
 
     def made_with(self, settings: Settings) -> MadeWith:
         """The record of files and device; files are read once."""
@@ -118,6 +111,13 @@ class Maker:
         """The events since the last time."""
         events, self.events = self.events, []
         return events
+
+
+def encode_result(picture: Picture) -> Result:
+    """A picture of a batch as a PNG, or why there is none."""
+    if isinstance(picture.image, Mistake):
+        return one_line(picture.image, 500)
+    return png.encode_picture(picture.image, picture.settings, picture.record)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,209 @@
+"""The record of a run: `run.jsonl` while pictures are made, `run.json` once it has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from filelock import FileLock, Timeout
+from PIL import Image
+
+from sd3 import png, streams, writing
+from sd3.engine import Engine
+from sd3.mistakes import Mistake
+from sd3.reading import parse_json
+from sd3.settings import Flags, Settings
+from sd3.versions import __version__, versions
+
+RUN, LINES, LOCK = "run.json", "run.jsonl", ".lock"
+RUNNING = "running"
+
+
+class Picture(NamedTuple):
+    """A picture that was made: its number among those made together, its settings, its pixels (or why there are none),
+    and the record of what it was made with beside its settings (hashes of files, text encoders, device).
+    """
+
+    number: int
+    settings: Settings
+    image: Image.Image | Mistake
+    record: Mapping[str, Any]
+
+
+class RunRecord:
+    """A run's pictures and their record: `run.jsonl` grows by a line a picture, below a first line with all the rest.
+    In the end, or by the next start after a kill (see `finish_killed`), `run.json` has everything and the lines go.
+    """
+
+    def __init__(self, folder: Path, flags: Flags, given: Sequence[str], total: int, engine: Engine):
+        """total: how many pictures are planned, as far as that is known."""
+        self.folder, self.flags, self.given, self.total, self.engine = folder, flags, list(given), total, engine
+        self.count = 0
+        self.made_with: Mapping[str, Any] = {}
+        self.beside: dict[str, Any] = {}  # further files by name, written with the first picture
+        self.unwritten: list[Any] = []  # lines, while the disk is full
+        self.started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        self.start = time.monotonic()
+        self.lock = FileLock(folder / LOCK, timeout=0)  # the system takes it from a process that is killed
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Around the making of the pictures: writes the record in the end, however that comes about. A folder that
+        holds no picture goes.
+        """
+        try:
+            yield
+        except BaseException as error:
+            stopped = isinstance(error, (KeyboardInterrupt, streams.Stopped))
+            with streams.held(), contextlib.suppress(OSError):  # the first error is the one to be told
+                self.end("stopped" if stopped else "failed")
+            raise
+        with streams.held():
+            self.end("finished")
+
+    def save(self, picture: Picture) -> Path:
+        """Writes a finished picture, numbered on from those before, and adds it to the record; returns its path."""
+        path = self.folder / f"{self.count:06d}.png"
+        png.save_picture(path, picture.image, picture.settings, None if self.flags.no_metadata else picture.record)
+        self.add(path, picture.settings, picture.record)
+        return path
+
+    def add(self, path: Path, settings: Settings, made_with: Mapping[str, Any]) -> None:
+        """Notes a finished picture. A full disk is told when the next picture, or the last record, needs it."""
+        self.made_with = made_with
+        if not self.count:
+            self._take_lock()
+            self.unwritten.append(self._head(RUNNING))
+        self.count += 1
+        self.unwritten.append({"file": path.name, "settings": settings.public()})
+        with contextlib.suppress(OSError):
+            self._write_lines()
+            self._write_beside()
+
+    def end(self, status: str) -> None:
+        """Writes run.json, or takes the folder away if it holds no picture; raises Unwritable."""
+        try:
+            if not self.count:
+                with contextlib.suppress(OSError):
+                    self.folder.rmdir()
+                return
+            self.unwritten.append(self._head(status))
+            self._write_lines()
+            finish(self.folder)
+            self._write_beside()
+        finally:
+            self._give_lock_back()
+
+    def _head(self, status: str) -> dict[str, Any]:
+        """Everything of the record but its pictures."""
+        return {
+            "status": status,
+            "started": self.started,
+            "seconds": round(time.monotonic() - self.start, 2),
+            "stages": {name: round(spent, 2) for name, spent in self.engine.stages.items()},
+            "device": str(self.engine.device),
+            "dtype": str(self.engine.dtype).removeprefix("torch."),
+            "arguments": self.given,
+            "flags": self.flags,
+            **self.made_with,
+            "version": __version__,
+            "versions": versions(),
+            "planned": self.total,
+        }
+
+    def _write_lines(self) -> None:
+        while self.unwritten:
+            writing.append_line(self.folder / LINES, self.unwritten[0])
+            self.unwritten.pop(0)
+
+    def _write_beside(self) -> None:
+        for name, value in self.beside.items():
+            if not (self.folder / name).exists():
+                writing.write_json(self.folder / name, value)
+
+    def _take_lock(self) -> None:
+        with contextlib.suppress(OSError, NotImplementedError):  # a file system without locks
+            self.lock.acquire()
+
+    def _give_lock_back(self) -> None:
+        if self.lock.is_locked:
+            give_back(self.lock)
+
+
+def give_back(lock: FileLock) -> None:
+    """Releases a lock and takes its file away."""
+    lock.release()
+    with contextlib.suppress(OSError):
+        Path(lock.lock_file).unlink()
+
+
+def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """The objects of a run.jsonl and their lines; what a kill cut short is left out."""
+    with open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                value = parse_json(line)
+                if isinstance(value, dict):
+                    yield value, line.strip()
+
+
+def finish(folder: Path) -> int:
+    """Makes a folder's run.json of its run.jsonl, which goes; returns how many pictures there are.
+
+    Of the lines that are no pictures, the last one says how the run ended, and the first one alone that it was killed.
+    Raises Unwritable, and KeyError where there is no such line. Pictures are never all in memory.
+    """
+    lines, head, count = folder / LINES, {}, 0
+    for value, _ in read_lines(lines):
+        if "file" in value:
+            count += 1
+        else:
+            head = value
+    if head["status"] == RUNNING:
+        last = lines.stat().st_mtime - datetime.datetime.fromisoformat(head["started"]).timestamp()
+        head |= {"status": "killed", "seconds": round(max(last, 0.0), 2), "stages": {}}  # known at the end only
+    head["planned"] = max(head["planned"], count)
+    start = writing.json_bytes(head, indent=1).removesuffix(b"\n}")
+
+    def write(file: IO[bytes]) -> None:
+        file.write(start + b',\n "pictures": [')
+        between = b"\n  "
+        for value, line in read_lines(lines):
+            if "file" in value:
+                file.write(between + line)
+                between = b",\n  "
+        file.write(b"\n ]\n}\n")
+
+    writing.atomic_write(folder / RUN, write)
+    with contextlib.suppress(OSError):
+        lines.unlink()
+    return count
+
+
+def finish_killed(parent: Path) -> list[str]:
+    """Writes the run.json of every run in the folders of `parent` that was killed; returns a line for each.
+
+    A run that goes on holds its folder's lock and is left alone; so is a record that cannot be read. Raises nothing.
+    """
+    told = []
+    for lines in sorted(parent.glob(f"*/{LINES}")):
+        with contextlib.suppress(Exception):  # whatever a damaged record makes a reader raise
+            if not lines.is_file():  # a pipe would never end
+                continue
+            lock = FileLock(lines.with_name(LOCK), timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                continue
+            try:
+                if lines.exists():  # else its run ended, or another start was first
+                    count = finish(lines.parent)
+                    pictures = f"{count} picture{'s' if count != 1 else ''}"
+                    told.append(f"note: a run in {lines.parent} was killed; its {RUN} is written now, with {pictures}")
+            finally:
+                give_back(lock)
+    return told
