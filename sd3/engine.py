@@ -45,10 +45,11 @@ from sd3.effects import executed_steps
 from sd3.embed_cache import EmbedCache, file_identity
 from sd3.files import ENCODERS, WeightFile
 from sd3.find import TOKENIZER_FILES, Fit, find_encoders, find_tokenizer, models_folder
-from sd3.flags import DEFAULT_SEED, FLAGS, read_values
+from sd3.flags import DEFAULT_SEED, FLAGS, names, read_values
 from sd3.layers import can_pack, replace_linears
 from sd3.memory import explained
-from sd3.mistakes import Missing, Mistake, Where, flag_name, renaming, spell
+from sd3.methods import GUIDANCE
+from sd3.mistakes import Missing, Mistake, Where, flag_name, nearest, renaming, spell
 from sd3.models import SkipLayerConfig, fetch_model, model_path, read_skip_layer
 from sd3.offload import Offload
 from sd3.pixels import VAE_TILE, check_finite, open_images, to_image, unit_pixels
@@ -65,6 +66,9 @@ from sd3.versions import versions
 from sd3.weights import ModelTensors, find_controlnet, find_mmdit, find_vae, has_vae, read_control_kind
 
 TEXTS_AT_ONCE = 256  # encoded prompts that are held in memory: 1.3 MB each at SD3's size
+# The flags that sampling is told by their names, and those of them that the public reference did not have.
+SAMPLED = ("denoise", "controlnet_strength", "cache", *names("picture", group=FLAGS["sampler"].group, field=""))
+SAMPLING_FLAGS = tuple(name for name in SAMPLED if name not in ("denoise", "steps", "cfg", "sampler"))
 CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 
 
@@ -660,11 +664,9 @@ class Engine:
         skip_layer_config: SkipLayerConfig | dict[str, Any] | None = None,
         residual_config: ResidualConfig | None = None,
         *,
-        shift: float | None = None,
-        controlnet_strength: float = 1.0,
-        callback: Callable[[int], Any] | None = None,
+        on_step: sd3_impls.OnStep | None = None,
         hooks: Sequence[ContextHook] = (),
-        cache: float = 0.0,
+        **others: Any,
     ) -> Tensor:
         """Latents (B, 16, h, w) in VAE space, float32.
 
@@ -672,101 +674,64 @@ class Engine:
         conditioning and
         neg_cond: (text tokens (1 or B, T, X), pooled (1 or B, Y)), neg_cond unused where cfg_scale is 1;
         controlnet_cond: latents of the control image in model space; denoise: part of the schedule that runs;
-        hooks: see the text tokens entering every block, after residual streaming; cache: see `mmditx.Reuse`, rows
-        then run one by one.
+        on_step: see `sd3_impls.OnStep`; hooks: see the text tokens entering every block, after residual streaming;
+        others: further flags of sampling (`SAMPLING_FLAGS`); with a `cache`, rows run one by one. Raises Mistake, and
+        StopSampling where `on_step` returns False.
         """
+        given = {"steps": steps, "cfg": cfg_scale, "sampler": sampler, "denoise": denoise} | others
+        how = read_sampling({"shift": self.shift} | {n: v for n, v in given.items() if v is not None})
+        how["skip_layer"] = read_skip_layer_config(skip_layer_config)
+        how["residual"] = read_residual(residual_config)
         seeds = read_row_seeds(seed)
         if not isinstance(latent, Tensor) or latent.ndim != 4:
             raise Mistake("latent", "", "must be a tensor (B, channels, height, width)")
         if len(seeds) != latent.shape[0]:
             raise Mistake("seed", "", f"{len(seeds)} given for {latent.shape[0]} rows of the latent; give one for each")
-        read = read_values(
-            {
-                "steps": steps, "cfg": cfg_scale, "sampler": sampler, "denoise": denoise, "shift": shift,
-                "controlnet_strength": controlnet_strength, "cache": cache,
-            }
-        )  # fmt: skip
-        for name in ("steps", "cfg"):
-            if name not in read:
-                raise Mistake(name, "", "is missing")
-        steps, cfg_scale, shift, cache = read["steps"], read["cfg"], read.get("shift"), read.get("cache", 0.0)
-        sampler, denoise = read.get("sampler", "dpmpp_2m"), read.get("denoise", 1.0)
-        controlnet_strength = read.get("controlnet_strength", 1.0)
         if controlnet_cond is not None and self.controlnet_part is None:
             raise Mistake("controlnet_cond", "", "no ControlNet is loaded; load one with `controlnet_ckpt`")
-        if cfg_scale != 1 and neg_cond is None:
-            raise Mistake("cfg", f"{cfg_scale:g}", "needs neg_cond, the other half; a cfg of 1 goes without")
-        if cache and len(seeds) > 1:
-            return self._one_by_one(
-                latent,
-                seeds,
-                conditioning,
-                neg_cond,
-                controlnet_cond,
-                steps=steps,
-                cfg_scale=cfg_scale,
-                sampler=sampler,
-                denoise=denoise,
-                skip_layer_config=skip_layer_config,
-                residual_config=residual_config,
-                shift=shift,
-                controlnet_strength=controlnet_strength,
-                callback=callback,
-                hooks=hooks,
-                cache=cache,
-            )
-        stream = self.residual_stream(read_residual(residual_config))
-        model = self.get_mmdit()
-        sigmas = sd3_impls.flow_schedule(steps, self.shift if shift is None else shift)
-        sigmas = sd3_impls.img2img_sigmas(sigmas, steps, denoise)
-        denoiser = sd3_impls.Denoiser(
-            model,
-            self._rows(conditioning, len(seeds)),
-            None if cfg_scale == 1 or neg_cond is None else self._rows(neg_cond, len(seeds)),
-            cfg_scale,
-            steps=steps,
-            skip_layer=read_skip_layer_config(skip_layer_config),
-            controlnet=self.get_controlnet() if controlnet_cond is not None else None,
-            control=controlnet_cond,
-            control_strength=controlnet_strength,
-            hooks=[*([stream] if stream else []), *hooks],
-            steps_run=len(sigmas) - 1,
-            cache=cache,
-        )
-        latent = latent.to(self.device)
-        return sd3_impls.latent_out(sd3_impls.guided_sampling(denoiser, sampler, latent, seeds, sigmas, callback))
+        if how["cfg"] == 1:
+            neg_cond = None
+        elif neg_cond is None:
+            raise Mistake("cfg", f"{how['cfg']:g}", "needs neg_cond, the other half; a cfg of 1 goes without")
+        if not how["cache"]:
+            return self._sample_rows(latent, seeds, conditioning, neg_cond, controlnet_cond, how, hooks, on_step)
+        rows = []
+        for i, one in enumerate(seeds):
+            start, *rest = (_row(part, i) for part in (latent, conditioning, neg_cond, controlnet_cond))
+            rows.append(self._sample_rows(start, [one], *rest, how, hooks, on_step))
+        return torch.cat(rows)
 
-    def _one_by_one(
+    def _sample_rows(
         self,
         latent: Tensor,
         seeds: Sequence[int],
-        conditioning: tuple[Tensor, Tensor],
+        cond: tuple[Tensor, Tensor],
         neg_cond: tuple[Tensor, Tensor] | None,
         control: Tensor | None,
-        **options: Any,
+        how: Mapping[str, Any],
+        hooks: Sequence[ContextHook],
+        on_step: sd3_impls.OnStep | None,
     ) -> Tensor:
-        """`do_sampling` row by row; what has one row serves for all."""
-
-        def row(tensor: Tensor, i: int) -> Tensor:
-            return tensor[i : i + 1] if tensor.shape[0] > 1 else tensor
-
-        def text(cond: tuple[Tensor, Tensor] | None, i: int) -> tuple[Tensor, Tensor] | None:
-            return None if cond is None else (row(cond[0], i), row(cond[1], i))
-
-        out = []
-        for i, seed in enumerate(seeds):
-            own = None if control is None else row(control, i)
-            out.append(
-                self.do_sampling(
-                    latent[i : i + 1],
-                    [seed],
-                    text(conditioning, i),
-                    text(neg_cond, i),
-                    controlnet_cond=own,
-                    **options,
-                )
-            )
-        return torch.cat(out)
+        """As `do_sampling`, of values that were read: `how`, by setting."""
+        stream = self.residual_stream(how["residual"])
+        model = self.get_mmdit()
+        schedule = sd3_impls.schedule(how["scheduler"], how["steps"], how["shift"])
+        denoiser = sd3_impls.Denoiser(
+            model,
+            self._rows(cond, len(seeds)),
+            None if neg_cond is None else self._rows(neg_cond, len(seeds)),
+            sd3_impls.img2img_sigmas(schedule, how["denoise"]),
+            make_guidance(how),
+            self.get_controlnet() if control is not None else None,
+            control,
+            how["controlnet_strength"],
+            hooks=[*([stream] if stream else []), *hooks],
+            cache=how["cache"],
+            on_step=on_step,
+            planned=len(schedule) - 1,
+        )
+        latent = latent.to(self.device)
+        return sd3_impls.latent_out(sd3_impls.guided_sampling(denoiser, how["sampler"], latent, seeds))
 
     def residual_stream(self, config: ResidualConfig) -> ResidualStream | None:
         """The stream of a configuration, checked against this model, or None where nothing is mixed; raises Mistake."""
@@ -812,9 +777,10 @@ class Engine:
         return shared and len(lengths) == 1
 
     def make(
-        self, pictures: Sequence[Settings], pad_batch: bool = False
+        self, pictures: Sequence[Settings], pad_batch: bool = False, on_step: sd3_impls.OnStep | None = None
     ) -> Iterator[tuple[int, Settings, Image.Image]]:
-        """Makes every picture; yields (number, settings, image) as each is done.
+        """Makes every picture; yields (number, settings, image) as each is done. Where on_step (see `do_sampling`)
+        returns False, there are no more.
 
         The settings' batch_size is then the number of rows that ran at once. pad_batch: fills a partial batch up to
         batch_size, so that a picture does not depend, in its last bits, on how many were made with it.
@@ -825,19 +791,21 @@ class Engine:
             self.check_settings(s)
         images = open_images(pictures)
         texts = lambda batch: [text for _, s in batch for text in self.texts(s)]  # noqa: E731
-        for group in in_groups(self.batches(pictures), texts, TEXTS_AT_ONCE):
-            self.encode_only([text for batch in group for text in texts(batch)], TEXTS_AT_ONCE)
-            self.get_mmdit()
-            self.get_controlnet()
-            for batch in group:
-                numbers, settings = zip(*batch, strict=True)
-                more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
-                what = f"picture {numbers[0] + 1}/{len(pictures)}{more}"
-                for number, made in zip(numbers, self.make_batch(settings, images, what, pad_batch), strict=True):
-                    if isinstance(made[1], Mistake):
-                        with self.unchanged():  # weights that another program overwrites become NaN, too
-                            raise made[1]
-                    yield number, *made
+        with contextlib.suppress(sd3_impls.StopSampling):
+            for group in in_groups(self.batches(pictures), texts, TEXTS_AT_ONCE):
+                self.encode_only([text for batch in group for text in texts(batch)], TEXTS_AT_ONCE)
+                self.get_mmdit()
+                self.get_controlnet()
+                for batch in group:
+                    numbers, settings = zip(*batch, strict=True)
+                    more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
+                    what = f"picture {numbers[0] + 1}/{len(pictures)}{more}"
+                    pictures_of = self.make_batch(settings, images, what, pad_batch, on_step)
+                    for number, made in zip(numbers, pictures_of, strict=True):
+                        if isinstance(made[1], Mistake):
+                            with self.unchanged():  # weights that another program overwrites become NaN, too
+                                raise made[1]
+                        yield number, *made
 
     def encode_only(self, wanted: Sequence[tuple[str, int]], most: int) -> None:
         """As `encode`; where more than `most` texts would be held then, drops those that are not wanted."""
@@ -857,15 +825,16 @@ class Engine:
         images: Mapping[tuple, Image.Image] | None = None,
         what: str = "",
         pad_batch: bool = False,
+        on_step: sd3_impls.OnStep | None = None,
     ) -> Iterator[tuple[Settings, Image.Image | Mistake]]:
         """The pictures of one batch (see `batches`); in place of one that turned NaN or infinite its error.
 
-        images: see `sample`; pad_batch: see `make`.
+        images: see `sample`; pad_batch: see `make`; on_step: see `do_sampling`.
         """
         rows = batch[0].batch_size if pad_batch else len(batch)
         turn = "a smaller --width or --height" if rows == 1 else "a smaller --batch_size, --width or --height"
         with explained("sampling", turn):
-            latents = self.sample([*batch, *[batch[-1]] * (rows - len(batch))], images, what)
+            latents = self.sample([*batch, *[batch[-1]] * (rows - len(batch))], images, what, on_step=on_step)
         self.get_vae()
         for s, latent in zip(batch, latents[: len(batch)], strict=True):
             s = dataclasses.replace(s, batch_size=rows)
@@ -899,10 +868,12 @@ class Engine:
         images: Mapping[tuple, Image.Image] | None = None,
         what: str = "",
         hooks: Sequence[ContextHook] = (),
+        on_step: sd3_impls.OnStep | None = None,
     ) -> Tensor:
         """Latents (B, 16, h, w) in VAE space of pictures that can share a run (see `batches`).
 
-        images: opened ones by (flag, path, width, height); what: the progress bar's name; hooks: see `do_sampling`.
+        images: opened ones by (flag, path, width, height); what: the progress bar's name; hooks and on_step: see
+        `do_sampling`.
         """
         images = images or {}
         s = batch[0]
@@ -920,6 +891,11 @@ class Engine:
             image = images["controlnet_cond_image", s.controlnet_cond_image, s.width, s.height]
             control = sd3_impls.latent_in(self.vae_encode(image, seeds, True, s.vae_tile))
         bar = tqdm(total=executed_steps(s), desc=what, unit="step", disable=self.quiet, leave=False)
+
+        def tick(*state: Any) -> bool | None:
+            bar.update()
+            return on_step(*state) if on_step else None
+
         with bar, self.timed("sampling"):
             return self.do_sampling(
                 start,
@@ -933,11 +909,9 @@ class Engine:
                 denoise,
                 s.skip_layer,
                 s.residual,
-                shift=s.shift,
-                controlnet_strength=s.controlnet_strength,
-                callback=lambda step: bar.update(),
+                on_step=tick,
                 hooks=hooks,
-                cache=s.cache,
+                **{name: getattr(s, name) for name in SAMPLING_FLAGS},
             )
 
     def plan(
@@ -1015,6 +989,31 @@ def in_groups(
 
 def _short(prompt: str) -> str:
     return prompt if len(prompt) <= 40 else prompt[:37] + "..."
+
+
+def read_sampling(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of sampling by name, read, those not given at their defaults. Raises Mistake, and TypeError for a name
+    that is none of them.
+    """
+    if unknown := [name for name in given if name not in SAMPLED]:
+        raise TypeError(f"do_sampling() has no parameter {unknown[0]}{nearest(unknown[0], SAMPLED)}")
+    read = read_values(given)
+    for name in ("steps", "cfg"):
+        if name not in read:
+            raise Mistake(name, "", "is missing")
+    return {name: FLAGS[name].default for name in SAMPLED} | read
+
+
+def make_guidance(values: Mapping[str, Any]) -> list[sd3_impls.Guidance]:
+    """All methods of guidance, in the order in which they act, for settings by name."""
+    return [getattr(sd3_impls, row.name)(*(values[n] for n in row.settings)) for row in GUIDANCE.values()]
+
+
+def _row(part: Any, i: int) -> Any:
+    """Row i of a tensor, or of each tensor of a tuple; what has one row serves for all."""
+    if isinstance(part, tuple):
+        return tuple(_row(one, i) for one in part)
+    return part if part is None or part.shape[0] == 1 else part[i : i + 1]
 
 
 def read_skip_layer_config(config: SkipLayerConfig | Mapping[str, Any] | None) -> SkipLayerConfig | None:
