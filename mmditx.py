@@ -580,12 +580,12 @@ def anchored_mix(context: Tensor, origin: Tensor, weight: float | Tensor) -> Ten
 class ModelCall:
     """One call of the network, as a hook sees it beforehand.
 
-    step: which of `steps`, from 0; sigma in [0, 1]; cond and uncond: the batch rows of either half of guidance, as
-    slices with both ends, possibly empty; text: an object that is the same as long as the text is, None where that is
-    unknown; skip_layers: blocks that do not run.
+    step: which of `steps`, from 0 (a fraction: between two); sigma in [0, 1]; cond and uncond: the batch rows of either
+    half of guidance, as slices with both ends, possibly empty; text: an object that is the same as long as the text is,
+    None where that is unknown; skip_layers: blocks that do not run.
     """
 
-    step: int
+    step: float
     steps: int
     sigma: float
     cond: slice
@@ -595,7 +595,7 @@ class ModelCall:
 
     @classmethod
     def of_rows(
-        cls, step: int, steps: int, sigma: float, rows: int, first: str, halves: bool, **others: Any
+        cls, step: float, steps: int, sigma: float, rows: int, first: str, halves: bool, **others: Any
     ) -> ModelCall:
         """A call with `rows` rows: all of branch `first` (cond or uncond), or with `halves` both, that one first."""
         middle = rows // 2 if halves else rows
@@ -651,7 +651,7 @@ class ResidualStream:
         mode: str = "add",
         schedule: str = "constant",
         branch: str = "both",
-        acts: Callable[[int, int], bool] = lambda step, steps: True,
+        acts: Callable[[float, int], bool] = lambda step, steps: True,
         rotations: Rotations | None = None,
     ):
         """origin: the block whose text tokens are kept; weights: by target; mode: add, anchored or aligned, which needs

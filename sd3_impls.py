@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +18,12 @@ from mmditx import TIMESTEPS, ContextHook, MMDiT, ModelCall, Reuse, Text, effect
 
 LATENT_SHIFT = 0.0609
 LATENT_SCALE = 1.5305
-# (x, sigma (B,)) -> denoised, both (B, C, h, w)
-DenoiseFn = Callable[..., Tensor]
+# denoise(x, sigma) -> the denoised picture, both (B, C, h, w): what a sampler calls, as often as it likes
+Denoise = Callable[[Tensor, float], Tensor]
+# noise(sigma, following) -> fresh standard normal noise like x, for a step between two levels
+Noise = Callable[[float, float], Tensor]
+# on_step(step, x, sigma, denoised): x (B, C, h, w) at the level sigma, and what it is denoised to; False stops the run
+OnStep = Callable[[int, Tensor, float, Tensor], "bool | None"]
 
 
 def latent_in(latent: Tensor) -> Tensor:
@@ -35,7 +41,10 @@ def flow_sigma(t: Tensor | float, shift: float) -> Tensor | float:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def flow_schedule(steps: int, shift: float) -> Tensor:
+# ---- schedules: a function `sigmas_NAME` each -----------------------------------------------------
+
+
+def sigmas_normal(steps: int, shift: float) -> Tensor:
     """The `steps` + 1 sigmas of a run, float32 on the CPU, from sigma(1) down to 0.
 
     Timesteps are spaced evenly between the shifted ends and shifted once more, as in the public reference.
@@ -45,24 +54,62 @@ def flow_schedule(steps: int, shift: float) -> Tensor:
     return torch.cat([sigmas, torch.zeros(1)])
 
 
-def img2img_sigmas(sigmas: Tensor, steps: int, denoise: float) -> Tensor:
-    """The part of a schedule of `steps` that an image-to-image run of strength `denoise` in [0, 1] executes."""
-    return sigmas[int(steps * (1 - denoise)) :]
+flow_schedule = sigmas_normal  # its name in scripts
 
 
-def seeded_noise(seed: int, shape: Sequence[int], stream: str = "") -> Tensor:
-    """Standard normal float32 on the CPU, so that a seed means the same on every device.
+def schedule(name: str, steps: int, shift: float) -> Tensor:
+    """The sigmas of `sigmas_NAME`, neighbours that are one number once: as many steps run as there are sigmas but 0."""
+    return globals()[f"sigmas_{name}"](steps, shift).unique_consecutive()
+
+
+def img2img_sigmas(sigmas: Tensor, denoise: float) -> Tensor:
+    """The part of a schedule that an image-to-image run of strength `denoise` in [0, 1] executes."""
+    return sigmas[int((len(sigmas) - 1) * (1 - denoise)) :]
+
+
+def place_in(levels: Sequence[float], sigma: float) -> float:
+    """Where sigma lies in a falling schedule: i at levels[i], a fraction between two of them, 0 above the first."""
+    i = min(bisect.bisect_left(levels, -sigma, key=lambda level: -level), len(levels) - 1)
+    if i == 0 or levels[i] == sigma:
+        return i
+    above, below = levels[i - 1], levels[i]
+    return i - 1 + (above - sigma) / (above - below)
+
+
+# ---- noise ---------------------------------------------------------------------------------------
+
+
+def seeded_generator(seed: int, stream: str = "") -> torch.Generator:
+    """A generator on the CPU, so that a seed means the same on every device.
 
     `stream` names an independent series of the same seed; the start noise is the one without a name.
     """
     if stream:
         seed = int.from_bytes(hashlib.sha256(f"{stream}:{seed}".encode()).digest()[:7], "big")
-    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def seeded_noise(seed: int, shape: Sequence[int], stream: str = "") -> Tensor:
+    """Standard normal float32 on the CPU, the first of a `seeded_generator`."""
+    return torch.randn(tuple(shape), generator=seeded_generator(seed, stream), dtype=torch.float32)
 
 
 def start_noise(seeds: Sequence[int], shape: Sequence[int], stream: str = "") -> Tensor:
     """One (1, C, h, w) draw per seed, stacked: (len(seeds), C, h, w)."""
     return torch.cat([seeded_noise(seed, (1, *shape[1:]), stream) for seed in seeds])
+
+
+def step_noise(seeds: Sequence[int], like: Tensor) -> Noise:
+    """The noise that samplers add in their steps, shaped as `like` (len(seeds), C, h, w) and on its device: each row is
+    the next draw of its own seed's stream, so that a picture does not depend on its batch.
+    """
+    generators = [seeded_generator(seed, "step noise") for seed in seeds]
+
+    def noise(sigma: float, following: float) -> Tensor:
+        rows = [torch.randn((1, *like.shape[1:]), generator=g, dtype=torch.float32) for g in generators]
+        return torch.cat(rows).to(like.device)
+
+    return noise
 
 
 @dataclass(frozen=True)
@@ -83,58 +130,135 @@ def stack_halves(first: Conditioning, second: Conditioning) -> Conditioning:
     return Conditioning(torch.cat([first.context, second.context]), torch.cat([first.pooled, second.pooled]))
 
 
+# ---- guidance: a class each -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One evaluation of the network: with which text, without which blocks, with the ControlNet or not."""
+
+    text: str = "cond"  # or uncond
+    skip_layers: tuple[int, ...] = ()
+    control: bool = True
+
+
+COND, UNCOND = Pass(), Pass("uncond")
+
+
+class Place(NamedTuple):
+    """Where in a run the network is called: `step` of `steps` that run, from 0, a fraction between two levels of the
+    schedule; planned: the steps of the whole schedule, of which an image-to-image run executes the end.
+    """
+
+    step: float
+    steps: int
+    planned: int
+    sigma: float
+
+
+class Guidance(Protocol):
+    """A method of guidance. Several act one after the other, each on what the one before it made."""
+
+    def passes(self, at: Place) -> tuple[Pass, ...]:
+        """The passes that it needs beside the conditional one, which always runs."""
+
+    def combine(self, at: Place, x: Tensor, denoised: Mapping[Pass, Tensor], guided: Tensor) -> Tensor:
+        """The guided picture; denoised: x - sigma v of each pass; guided: that of the methods before it, at first that
+        of the conditional pass; all (B, C, h, w) float32.
+        """
+
+
+class ClassifierFreeGuidance:
+    """uncond + scale (cond - uncond), Ho and Salimans 2022, arXiv 2207.12598; a scale of 1 is the conditional pass."""
+
+    def __init__(self, scale: float):
+        self.scale = scale
+
+    def passes(self, at: Place) -> tuple[Pass, ...]:
+        return () if self.scale == 1 else (UNCOND,)
+
+    def combine(self, at: Place, x: Tensor, denoised: Mapping[Pass, Tensor], guided: Tensor) -> Tensor:
+        if not self.passes(at):
+            return guided
+        return denoised[UNCOND] + self.scale * (denoised[COND] - denoised[UNCOND])
+
+
 class SkipLayers(Protocol):
-    """Skip-layer guidance: `scale` (cond - cond without `layers`) is added in the steps in which it acts."""
+    """When skip-layer guidance acts, on which blocks and how much."""
 
     scale: float
     layers: Sequence[int]
 
-    def acts(self, step: int, steps: int) -> bool:
+    def acts(self, step: float, steps: int) -> bool:
         """Whether it acts in `step` (from 0) of a schedule of `steps`."""
 
 
-class Denoiser:
-    """denoised(x, sigma) by the MMDiT under classifier-free guidance, skip-layer guidance and a ControlNet.
+class SkipLayerGuidance:
+    """Adds scale (cond - cond without some blocks), as the public reference does for SD3.5 Medium; None: off."""
 
-    One per run of a sampler: it counts its calls, which decide when skip-layer guidance acts.
-    """
+    def __init__(self, config: SkipLayers | None):
+        self.config = config
+        self.without = Pass(skip_layers=tuple(config.layers), control=False) if config else COND
+
+    def passes(self, at: Place) -> tuple[Pass, ...]:
+        acts = self.config is not None and self.config.acts(at.step, at.planned)
+        return (self.without,) if acts else ()
+
+    def combine(self, at: Place, x: Tensor, denoised: Mapping[Pass, Tensor], guided: Tensor) -> Tensor:
+        if not self.passes(at):
+            return guided
+        return guided + self.config.scale * (denoised[COND] - denoised[self.without])
+
+
+# ---- the network as the function that samplers call ----------------------------------------------
+
+
+class StopSampling(Exception):
+    """`on_step` said that the run is not to go on."""
+
+
+class Denoiser:
+    """denoised(x, sigma) by the MMDiT under guidance and a ControlNet, for one run of a sampler."""
 
     def __init__(
         self,
         model: MMDiT,
         cond: Conditioning,
         neg_cond: Conditioning | None,
-        cfg: float,
-        steps: int = 0,
-        skip_layer: SkipLayers | None = None,
+        sigmas: Tensor,
+        guidance: Sequence[Guidance] = (),
         controlnet: ControlNet | None = None,
         control: Tensor | None = None,
         control_strength: float = 1.0,
         hooks: Sequence[ContextHook] = (),
-        steps_run: int | None = None,
         cache: float = 0.0,
+        on_step: OnStep | None = None,
+        planned: int | None = None,
     ):
-        """steps: the full number, for skip-layer guidance; control: latent of the control image in model space;
-        neg_cond: None when cfg is 1 (the unconditional half is skipped); hooks: called before every block, those with
-        a `begin` get every model call first; steps_run: how many steps run (None: `steps`); cache: threshold of
-        `mmditx.Reuse`, 0 for none.
+        """neg_cond: None where no guidance needs it; sigmas: the schedule of the run, in which the step of a call is
+        found by its sigma; control: latent of the control image in model space; hooks: called before every block, those
+        with a `begin` get every model call first; cache: threshold of `mmditx.Reuse`, 0 for none; on_step: see
+        `OnStep`; planned: see `Place`, None for as many steps as run.
         """
         self.model = model
-        self.cond = cond
-        self.text = cond if neg_cond is None else stack_halves(cond, neg_cond)
-        self.cfg = cfg
+        self.cond, self.neg_cond = cond, neg_cond
         self.guided = neg_cond is not None
-        self.steps = steps
-        self.skip_layer = skip_layer
+        self.text = cond if neg_cond is None else stack_halves(cond, neg_cond)
+        self.sigmas, self.levels = sigmas, sigmas.tolist()
+        self.guidance = guidance
         self.controlnet = controlnet
         self.control = control
         self.control_strength = control_strength
         self.hooks = hooks
-        self.steps_run = steps_run or steps or 1
-        self.step = 0
+        self.steps_run = max(len(self.levels) - 1, 1)
+        self.planned = planned or self.steps_run
+        self.step: float = 0  # of the call that runs
         self.cache = cache
         self.reuse: dict[tuple, Reuse] = {}  # by kind of call
         self._embedded: list[tuple[Conditioning, Text]] = []
+        self.on_step = on_step
+        self._last: tuple[int, Tensor, float, Tensor] | None = None  # call at a level, not reported yet
+        self._reported = math.inf  # the level reported last
 
     def embedded(self, text: Conditioning) -> Text:
         """A text, embedded by the network once for all steps."""
@@ -156,95 +280,134 @@ class Denoiser:
             controls = self.controlnet(self.model, x, t, text.pooled, latent, self.control_strength)
         halves = self.guided and text is self.text
         rows = x.shape[0]
-        call = ModelCall.of_rows(self.step, self.steps_run, sigma, rows, "cond", halves, text=text, skip_layers=skip)
+        first = "uncond" if text is self.neg_cond else "cond"
+        call = ModelCall.of_rows(self.step, self.steps_run, sigma, rows, first, halves, text=text, skip_layers=skip)
         hook, reuse = hook_for(self.hooks, call), None
         if self.cache:
             reuse = self.reuse.setdefault((control, tuple(skip)), Reuse(self.cache))
             reuse.expect(effects(self.hooks))
         return self.model.velocity(x, t, self.embedded(text), controls, skip, hook, reuse).float()
 
-    def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """denoised = x - sigma v, guided; x (B, C, h, w) float32, sigma a number or (B,) of one value."""
-        sigma = sigma if isinstance(sigma, float) else float(sigma.reshape(-1)[0])
-        if self.guided:
-            v_cond, v_neg = self.velocity(torch.cat([x, x]), sigma, self.text, True, ()).chunk(2)
-            cond, uncond = x - sigma * v_cond, x - sigma * v_neg
-            denoised = uncond + self.cfg * (cond - uncond)
-        else:
-            denoised = cond = x - sigma * self.velocity(x, sigma, self.cond, True, ())
-        slg = self.skip_layer
-        if slg is not None and slg.acts(self.step, self.steps):
-            without = x - sigma * self.velocity(x, sigma, self.cond, False, slg.layers)
-            denoised = denoised + slg.scale * (cond - without)
-        self.step += 1
+    def run_passes(self, x: Tensor, sigma: float, passes: Collection[Pass]) -> dict[Pass, Tensor]:
+        """denoised = x - sigma v of each pass; both halves of guidance run as one batch."""
+        if not self.guided and any(one.text == "uncond" for one in passes):
+            raise ValueError("guidance needs neg_cond, the text of the unconditional pass")
+        denoised: dict[Pass, Tensor] = {}
+        if UNCOND in passes:
+            halves = self.velocity(torch.cat([x, x]), sigma, self.text, True, ()).chunk(2)
+            denoised = {one: x - sigma * v for one, v in zip((COND, UNCOND), halves, strict=True)}
+        for one in passes:
+            if one not in denoised:
+                text = self.neg_cond if one.text == "uncond" else self.cond
+                denoised[one] = x - sigma * self.velocity(x, sigma, text, one.control, one.skip_layers)
         return denoised
 
+    def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
+        """The guided picture; x (B, C, h, w) float32, sigma a number or (B,) of one value."""
+        sigma = sigma if isinstance(sigma, float) else float(sigma.reshape(-1)[0])
+        self._report(sigma)
+        self.step = place_in(self.levels, sigma)
+        at = Place(self.step, self.steps_run, self.planned, sigma)
+        passes = dict.fromkeys([COND, *(one for method in self.guidance for one in method.passes(at))])
+        denoised = self.run_passes(x, sigma, passes)
+        guided = denoised[COND]
+        for method in self.guidance:
+            guided = method.combine(at, x, denoised, guided)
+        if self.on_step is not None and isinstance(self.step, int) and sigma < self._reported:
+            self._last = self.step, x, sigma, guided
+        return guided
 
-def _call(model: DenoiseFn, x: Tensor, sigma: float, extra_args: dict | None) -> Tensor:
-    if isinstance(model, Denoiser):  # takes a number: nothing waits for the device
-        return model(x, sigma)
-    return model(x, torch.full((x.shape[0],), sigma, dtype=x.dtype, device=x.device), **(extra_args or {}))
+    def _report(self, sigma: float) -> None:
+        """Hands `on_step` the last call at a level, once a call below it is due: samplers may call several times at one
+        level, and between levels. Raises StopSampling.
+        """
+        if self._last is not None and self._last[2] > sigma:
+            state, self._last, self._reported = self._last, None, self._last[2]
+            if self.on_step(*state) is False:
+                raise StopSampling
+
+    def finish(self) -> None:
+        """Reports the last step, when the sampler is through. Raises StopSampling."""
+        self._report(0.0)
+
+
+# ---- samplers: a function `sample_NAME` each ------------------------------------------------------
+
+
+def _denoise(model: Callable[..., Tensor], extra_args: dict | None) -> Denoise:
+    """The model of a script, called with x, sigma (B,) and extra_args as the public reference calls it, as a `Denoise`;
+    a `Denoiser` takes the number itself, so that nothing waits for the device.
+    """
+    if isinstance(model, Denoiser):
+        return model
+    return lambda x, sigma: model(x, x.new_full((x.shape[0],), sigma), **(extra_args or {}))
 
 
 @torch.no_grad()
 def sample_euler(
-    model: DenoiseFn, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback: Callable | None = None
+    model: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    noise: Noise | None = None,
+    *,
+    extra_args: dict | None = None,
 ) -> Tensor:
-    """Euler steps along the probability flow (Karras et al. 2022, algorithm 2 without noise).
+    """Euler steps along the probability flow (Karras et al. 2022, arXiv 2206.00364, algorithm 2 without noise).
 
-    x: (B, C, h, w) at sigmas[0]; sigmas: (n + 1,), falling; model(x, sigma (B,), **extra_args) -> denoised;
-    callback(step) after each step. Returns x at the last sigma.
+    x: (B, C, h, w) at sigmas[0]; sigmas: (n + 1,), falling; model(x, sigma (B,), **extra_args) -> denoised; noise is
+    not used. Returns x at the last sigma.
     """
-    levels = sigmas.tolist()
-    for i, (sigma, following) in enumerate(itertools.pairwise(levels)):
-        denoised = _call(model, x, sigma, extra_args)
+    denoise = _denoise(model, extra_args)
+    for sigma, following in itertools.pairwise(sigmas.tolist()):
+        denoised = denoise(x, sigma)
         x = x + (x - denoised) * ((following - sigma) / sigma)
-        if callback is not None:
-            callback(i)
     return x
 
 
 @torch.no_grad()
 def sample_dpmpp_2m(
-    model: DenoiseFn, x: Tensor, sigmas: Tensor, extra_args: dict | None = None, callback: Callable | None = None
+    model: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    noise: Noise | None = None,
+    *,
+    extra_args: dict | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M), Lu et al. 2022, arXiv 2211.01095, with lambda = -ln sigma; arguments as `sample_euler`."""
+    denoise = _denoise(model, extra_args)
     levels = sigmas.double()
     lambdas = -levels.log()
     previous, h_previous = None, None
     for i in range(len(levels) - 1):
         sigma, following = levels[i].item(), levels[i + 1].item()
-        denoised = _call(model, x, sigma, extra_args)
+        denoised = denoise(x, sigma)
         h = (lambdas[i + 1] - lambdas[i]).item()
         target = denoised
         if previous is not None and following > 0:
             weight = h / (2 * h_previous)  # 1 / (2 r), r = previous h / h
             target = (1 + weight) * denoised - weight * previous
         x = (following / sigma) * x - torch.expm1(torch.tensor(-h, dtype=torch.float64)).item() * target
-        if h:  # 0 where two neighbouring sigmas are one number in float32: nothing moved
+        if h:  # 0 where a script's neighbouring sigmas are one number: nothing moved
             previous, h_previous = denoised, h
-        if callback is not None:
-            callback(i)
     return x
 
 
-SAMPLERS = {"euler": sample_euler, "dpmpp_2m": sample_dpmpp_2m}
+def find_sampler(name: str) -> Callable[..., Tensor]:
+    """The function `sample_NAME`."""
+    return globals()[f"sample_{name}"]
 
 
-def guided_sampling(
-    denoiser: Denoiser,
-    sampler: str,
-    latent: Tensor,
-    seeds: Sequence[int],
-    sigmas: Tensor,
-    callback: Callable | None = None,
-) -> Tensor:
-    """Runs a sampler from `latent` (B, C, h, w, model space; zeros for text to image) and the seeds' noise.
+def guided_sampling(denoiser: Denoiser, sampler: str, latent: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Runs a sampler over the denoiser's schedule, from `latent` (B, C, h, w, model space; zeros for text to image) and
+    the seeds' noise.
 
-    Start: x = sigma_0 noise + (1 - sigma_0) latent. Returns the latent in model space, float32.
+    Start: x = sigma_0 noise + (1 - sigma_0) latent. Returns the latent in model space, float32. Raises StopSampling
+    where `on_step` says so.
     """
     latent = latent.float()
-    first = sigmas[0].item()
+    first = denoiser.levels[0]
     noise = start_noise(seeds, latent.shape).to(latent.device)
     x = first * noise + (1 - first) * latent
-    return SAMPLERS[sampler](denoiser, x, sigmas, callback=callback)
+    x = find_sampler(sampler)(denoiser, x, denoiser.sigmas, step_noise(seeds, latent))
+    denoiser.finish()
+    return x

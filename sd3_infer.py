@@ -140,7 +140,8 @@ class SD3Inferencer:
         latent: start (B, 16, h, w) in model space, zeros for text to image; seed: one per row (a number for one row);
         conditioning and neg_cond: (text tokens (1 or B, T, X), pooled (1 or B, Y)), neg_cond unused where cfg_scale is
         1; controlnet_cond: latents of the control image in model space; denoise: part of the schedule that runs; hooks
-        and on_step: see `Engine.sample_latent`; others: further flags of sampling: shift, controlnet_strength, cache.
+        and on_step: see `Network.sample`; others: further flags of sampling (`SAMPLING`). Raises Mistake, and
+        StopSampling where on_step returns False.
         """
         check_parameters("do_sampling", others, SAMPLING)
         seeds = read_row_seeds(seed)
@@ -152,7 +153,7 @@ class SD3Inferencer:
         given |= {"shift": self.shift} | {name: value for name, value in others.items() if value is not None}
         given |= {"skip_layer": read_skip_layer_config(skip_layer_config)}
         given |= residual_settings(read_residual(residual_config))
-        settings = Settings(prompt="", **self.engine.loaded_settings() | given)
+        settings = Settings(prompt="", model=str(self.engine.model_file.path), **given)
         if controlnet_cond is not None and self.engine.network.control is None:
             raise Mistake("controlnet_cond", "", "no ControlNet is loaded; load one with `controlnet_ckpt`")
         if settings.cfg == 1:
@@ -160,9 +161,9 @@ class SD3Inferencer:
         elif neg_cond is None:
             raise Mistake("cfg", f"{settings.cfg:g}", "needs neg_cond, the other half; a cfg of 1 goes without")
         texts = conditioning, neg_cond
-        return self.engine.sample_latent(
-            settings, latent, seeds, *texts, controlnet_cond, settings.denoise, hooks, on_step
-        )
+        with self.engine.owned():
+            sample = self.engine.network.sample
+            return sample(settings, latent, seeds, *texts, controlnet_cond, settings.denoise, hooks, on_step)
 
     # -- decoding --
 
@@ -231,7 +232,8 @@ class SD3Inferencer:
         return [path for _, path in make_pictures(making, made_with, save)]
 
 
-SAMPLING = ("shift", "controlnet_strength", "cache")  # flags that `do_sampling` takes by their names
+# Flags that `do_sampling` takes by their names, beside those that it has under the reference's.
+SAMPLING = ("shift", "controlnet_strength", "cache", *names("picture", group=FLAGS["sampler"].group, field=""))
 
 
 def check_parameters(function: str, given: Iterable[str], names: Iterable[str]) -> None:

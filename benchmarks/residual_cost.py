@@ -30,7 +30,7 @@ from sd3.engine import Engine
 from sd3.residual import ResidualConfig, residual_stream
 from sd3.rotations import Rotations
 from sd3.settings import Setup
-from sd3_impls import Conditioning, Denoiser, seeded_noise
+from sd3_impls import ClassifierFreeGuidance, Conditioning, Denoiser, seeded_noise
 
 TOKENS = 154
 TARGETS = tuple(range(2, 23))
@@ -92,6 +92,7 @@ def main(rounds: int = 7, size: int = 512, dtype: str = "bfloat16", folder: str 
         texts = [
             Conditioning(draw(i, 1, TOKENS, config.context_width), draw(9 + i, 1, config.pooled_width)) for i in (0, 1)
         ]
+        sigmas = torch.tensor([1.0, 0.7, 0.0])
         x = seeded_noise(5, (1, config.latent_channels, size // 8, size // 8))
 
         def stepper(setting: ResidualConfig, clock: dict[str, Timed], name: str) -> Callable[[], object]:
@@ -99,7 +100,7 @@ def main(rounds: int = 7, size: int = 512, dtype: str = "bfloat16", folder: str 
             stream = residual_stream(setting, rotations[setting.origin])
             if stream is not None:
                 clock[name] = Timed(stream)
-            denoiser = Denoiser(model, *texts, 5.0, 10_000, hooks=[clock.get(name)])
+            denoiser = Denoiser(model, *texts, sigmas, [ClassifierFreeGuidance(5.0)], hooks=[clock.get(name)])
             return lambda: denoiser(x, 0.7)
 
         clock: dict[str, Timed] = {}

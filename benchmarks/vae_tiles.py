@@ -26,7 +26,9 @@ from random_weights import write_random
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import sd3.weights
+from sd3.engine import Engine
 from sd3.files import WeightFile
+from sd3.settings import Setup
 from sd3.vae import OVERLAP, VAE, VAEConfig, pieces
 from sd3.weights import on_meta
 

@@ -4,7 +4,7 @@ defaults, and a line that says why (empty: nothing to say). Needs no torch.
 
 from __future__ import annotations
 
-import struct
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,26 +12,27 @@ Effect = tuple[Sequence[str], str]
 Rule = Callable[[Any], Effect]  # of `Settings`, whose fields come from the table that names these rules
 
 
+@functools.lru_cache(maxsize=1024)
+def _levels(scheduler: str, steps: int, shift: float, denoise: float = 1.0) -> tuple[float, ...]:
+    """The sigmas of a run, 0 at the end."""
+    from sd3_impls import img2img_sigmas, schedule  # imports torch, which checking flags does without
+
+    return tuple(img2img_sigmas(schedule(scheduler, steps, shift), denoise).tolist())
+
+
+def executed_levels(s: Any) -> tuple[float, ...]:
+    """The sigmas that a run goes through: all, or with an initial image the part that `denoise` leaves."""
+    return _levels(s.scheduler, s.steps, s.shift, s.denoise if s.init_image else 1.0)
+
+
 def executed_steps(s: Any) -> int:
-    """How many sampling steps run: all, or with an initial image the part that `denoise` leaves."""
-    return s.steps - skipped_steps(s.steps, s.denoise if s.init_image else 1.0)
+    """How many sampling steps run."""
+    return len(executed_levels(s)) - 1
 
 
-def skipped_steps(steps: int, denoise: float) -> int:
-    """How many steps of a schedule an image-to-image run of strength `denoise` in [0, 1] leaves out at its start."""
-    return int(steps * (1 - denoise))
-
-
-def starts_from_noise(steps: int, denoise: float, shift: float) -> bool:
-    """Whether an image-to-image run begins at sigma 1 exactly: the initial image then weighs nothing.
-
-    Follows `sd3_impls.flow_schedule` in its float32 arithmetic: for some shifts its first sigma is not quite 1.
-    """
-    if skipped_steps(steps, denoise):
-        return False
-    single = lambda x: struct.unpack("f", struct.pack("f", x))[0]  # noqa: E731
-    t = single(single(1000.0 * (shift / (1 + (shift - 1)))) / 1000.0)
-    return single(single(single(shift) * t) / single(1 + single(single(shift - 1) * t))) == 1.0
+def planned_steps(s: Any) -> int:
+    """How many steps the whole schedule has: fewer than asked for where a noise level would come twice."""
+    return len(_levels(s.scheduler, s.steps, s.shift)) - 1
 
 
 def guidance(s: Any) -> Effect:
@@ -45,7 +46,7 @@ def initial_image(s: Any) -> Effect:
     """`denoise` without an initial image, and an initial image that only noise is left of."""
     if s.init_image is None:
         return ("denoise",), "`denoise` has no effect without `init_image`"
-    if starts_from_noise(s.steps, s.denoise, s.shift):
+    if executed_levels(s)[0] == 1:
         why = f"`denoise` {s.denoise:g} at {s.steps} steps starts from pure noise, so `init_image` has no effect"
         return ("init_image", "denoise"), why
     if executed_steps(s) == 0:
@@ -63,14 +64,23 @@ def control(s: Any) -> Effect:
     return fields, "`controlnet_strength` has no effect without `controlnet_cond_image`"
 
 
+def schedule(s: Any) -> Effect:
+    """A schedule with fewer noise levels than steps."""
+    if (steps := planned_steps(s)) == s.steps:
+        return (), ""
+    return (), f"{steps} steps run instead of {s.steps}: `scheduler` {s.scheduler} has no more noise levels"
+
+
 def skip_layer(s: Any) -> Effect:
     """Skip-layer guidance of scale 0, or in whose window no step lies."""
     config = s.skip_layer
-    if config is None or (config.scale != 0 and any(config.acts(i, s.steps) for i in range(executed_steps(s)))):
+    if config is None or (
+        config.scale != 0 and any(config.acts(i, planned_steps(s)) for i in range(executed_steps(s)))
+    ):
         return (), ""
     if config.scale == 0:
         return ("skip_layer",), "skip-layer guidance has no effect at scale 0"
-    window = f"between {config.start:g} and {config.end:g} of {s.steps} steps"
+    window = f"between {config.start:g} and {config.end:g} of {planned_steps(s)} steps"
     return ("skip_layer",), f"skip-layer guidance has no effect: it acts {window}, and no step lies there"
 
 
@@ -106,6 +116,20 @@ def step_cache(s: Any) -> Effect:
 def tiles(s: Any) -> Effect:
     """A tile as large as the image."""
     return (("vae_tile",) if s.vae_tile >= max(s.width, s.height) else (), "")
+
+
+def guided_steps(s: Any) -> range:
+    """The steps in which an unconditional pass runs."""
+    return range(0 if s.cfg == 1 else executed_steps(s))
+
+
+def only_guided(field: str) -> Rule:
+    """The rule of a field that has no effect where no pass runs but the conditional one."""
+
+    def rule(s: Any) -> Effect:
+        return ((), "") if guided_steps(s) or s.skip_layer else ((field,), f"`{field}` has no effect without guidance")
+
+    return rule
 
 
 def only_with(field: str, needed: str) -> Rule:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import sd3_impls
-from mmditx import ContextHook, ResidualStream
+from mmditx import ContextHook
 from sd3.device import choose_device
 from sd3.effects import executed_steps
 from sd3.embed_cache import describe_files
@@ -26,15 +26,12 @@ from sd3.models import fetch_model, model_path
 from sd3.network import Network
 from sd3.pixels import Pixels, check_finite, open_images, to_image
 from sd3.planning import usual_settings
-from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, residual_stream
-from sd3.rotations import Rotations, read_rotations
+from sd3.residual import RESIDUAL_FLAGS
 from sd3.settings import Flags, Settings, Setup
 from sd3.telling import SILENT, Reporter, Terminal
-from sd3.text import TextEncoders, in_groups
-from sd3.unchanged import stamp
+from sd3.text import Text, TextEncoders, in_groups
 from sd3.weights import ModelTensors
 
-Texts = tuple[Tensor, Tensor]  # text tokens (1 or B, T, X) and pooled text (1 or B, Y)
 Opened = Mapping[tuple, Image.Image]  # pictures that settings name, see `open_images`
 
 
@@ -70,7 +67,6 @@ class Engine:
         self.config, self.dtype = self.network.config, self.network.dtype
         self.pixels = Pixels(setup.vae, self.model_file, self.network, self.loader)
         self._text = self._open_text() if load_tokenizers else None
-        self._rotations: tuple[tuple, Rotations] | None = None  # those used last, with what they were read for
         self._damage: str | None = None  # see `damage`
         self._owner = threading.RLock()
 
@@ -174,7 +170,7 @@ class Engine:
             if size > cell * self.config.grid:
                 raise Mistake(field, size, f"is beyond this model's position grid; at most {cell * self.config.grid}")
         with renaming(RESIDUAL_FLAGS):
-            self.residual_stream(s.residual)
+            self.network.residual_stream(s.residual)
         if s.skip_layer and max(s.skip_layer.layers) >= self.config.depth:
             why = f"needs layers {s.skip_layer.layers}, this model has {self.config.depth}"
             raise Mistake("skip_layer_cfg", "", why)
@@ -185,27 +181,13 @@ class Engine:
                 why = "no ControlNet is loaded that could read it; load one with `controlnet_ckpt`"
                 raise Mistake("controlnet_cond_image", s.controlnet_cond_image, why)
 
-    def residual_stream(self, config: ResidualConfig) -> ResidualStream | None:
-        """The stream of a configuration, checked against this model, or None where nothing is mixed; raises Mistake."""
-        config.check(self.config.depth)
-        return residual_stream(config, self._rotations_for(config))
-
-    def _rotations_for(self, config: ResidualConfig) -> Rotations | None:
-        """The rotations that a configuration needs, read and checked once; None where it needs none."""
-        if not config.aligned:
-            return None
-        config.check_rotations()
-        key = (config.rotations, config.origin, config.targets, stamp(config.rotations))
-        if self._rotations is None or self._rotations[0] != key:
-            self._rotations = (key, read_rotations(config.rotations, config, self.config.width))
-        return self._rotations[1]
-
     # -- pictures --
 
     def make(
-        self, pictures: Sequence[Settings], pad_batch: bool = False
+        self, pictures: Sequence[Settings], pad_batch: bool = False, on_step: sd3_impls.OnStep | None = None
     ) -> Iterator[tuple[int, Settings, Image.Image]]:
-        """Makes every picture; yields (number, settings, image) as each is done.
+        """Makes every picture; yields (number, settings, image) as each is done. Where `on_step`, which hears of every
+        step, returns False, there are no more.
 
         The settings' batch_size is then the number of rows that ran at once. pad_batch: fills a partial batch up to
         batch_size, so that a picture does not depend, in its last bits, on how many were made with it.
@@ -224,11 +206,16 @@ class Engine:
                 numbers, settings = zip(*batch, strict=True)
                 more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
                 what = f"picture {numbers[0] + 1}/{len(pictures)}{more}"
-                for number, made in zip(numbers, self.make_batch(settings, images, what, pad_batch), strict=True):
-                    if isinstance(made[1], Mistake):
-                        with self.files.watch():  # weights that another program overwrites become NaN, too
-                            raise made[1]
-                    yield number, *made
+                try:
+                    for number, made in zip(
+                        numbers, self.make_batch(settings, images, what, pad_batch, on_step), strict=True
+                    ):
+                        if isinstance(made[1], Mistake):
+                            with self.files.watch():  # weights that another program overwrites become NaN, too
+                                raise made[1]
+                        yield number, *made
+                except sd3_impls.StopSampling:
+                    return
 
     def load(self) -> None:
         """Loads the weights of the network and the autoencoder, where they are not in memory yet."""
@@ -256,16 +243,21 @@ class Engine:
         return shared and len(lengths) == 1
 
     def make_batch(
-        self, batch: Sequence[Settings], images: Opened | None = None, what: str = "", pad_batch: bool = False
+        self,
+        batch: Sequence[Settings],
+        images: Opened | None = None,
+        what: str = "",
+        pad_batch: bool = False,
+        on_step: sd3_impls.OnStep | None = None,
     ) -> Iterator[tuple[Settings, Image.Image | Mistake]]:
         """The pictures of one batch (see `batches`); in place of one that turned NaN or infinite its error.
 
-        images: see `sample`; pad_batch: see `make`.
+        images, what: see `sample`; pad_batch, on_step: see `make`. Raises StopSampling where on_step returns False.
         """
         rows = batch[0].batch_size if pad_batch else len(batch)
         turn = "a smaller --width or --height" if rows == 1 else "a smaller --batch_size, --width or --height"
         with explained("sampling", turn):
-            latents = self.sample([*batch, *[batch[-1]] * (rows - len(batch))], images, what)
+            latents = self.sample([*batch, *[batch[-1]] * (rows - len(batch))], images, what, on_step=on_step)
         for s, latent in zip(batch, latents[: len(batch)], strict=True):
             s = dataclasses.replace(s, batch_size=rows)
             try:
@@ -291,104 +283,40 @@ class Engine:
         images: Opened | None = None,
         what: str = "",
         hooks: Sequence[ContextHook] = (),
+        on_step: sd3_impls.OnStep | None = None,
     ) -> Tensor:
         """Latents (B, 16, h, w) in VAE space of pictures that can share a run (see `batches`).
 
-        images: opened ones by (flag, path, width, height); what: the progress bar's name; hooks: see `denoise`.
+        images: opened ones by (flag, path, width, height); what: the progress bar's name; hooks and on_step: see
+        `Network.sample`.
         """
-        with self.owned():
-            return self._sample(batch, images or {}, what, hooks)
-
-    def _sample(self, batch: Sequence[Settings], images: Opened, what: str, hooks: Sequence[ContextHook]) -> Tensor:
-        s, seeds = batch[0], [b.seed for b in batch]
-        length = self.text.pair_length(s.prompt, s.negative_prompt)
-        conds = [self.text.get_cond(b.prompt, length) for b in batch]
-        cond = tuple(torch.cat(parts) for parts in zip(*conds, strict=True))
-        uncond = None if s.cfg == 1 else self.text.get_cond(s.negative_prompt, length)
-        cell = self.pixels.config.downscale
+        images, s, seeds = images or {}, batch[0], [b.seed for b in batch]
+        cell, control, network = self.pixels.config.downscale, None, self.network
         start = torch.zeros(len(batch), self.config.latent_channels, s.height // cell, s.width // cell)
-        control = None
-        if s.init_image:
-            image = images["init_image", s.init_image, s.width, s.height]
-            start = sd3_impls.latent_in(self.pixels.encode(image, seeds, s.vae_tile))
-        if s.controlnet_cond_image:
-            image = images["controlnet_cond_image", s.controlnet_cond_image, s.width, s.height]
-            control = sd3_impls.latent_in(self.pixels.encode(image, seeds, s.vae_tile, self.network.control))
-        with self.tell.progress(executed_steps(s), what, "step") as update, self.stages.timed("sampling"):
-            strength = s.denoise if s.init_image else 1.0
-            return self.sample_latent(s, start, seeds, cond, uncond, control, strength, hooks, lambda step: update(1))
-
-    @torch.no_grad()
-    def sample_latent(
-        self,
-        s: Settings,
-        start: Tensor,
-        seeds: Sequence[int],
-        cond: Texts,
-        uncond: Texts | None = None,
-        control: Tensor | None = None,
-        denoise: float = 1.0,
-        hooks: Sequence[ContextHook] = (),
-        on_step: Any = None,
-    ) -> Tensor:
-        """Latents (B, 16, h, w) in VAE space, float32, sampled as settings say; their prompt, seed, size and pictures
-        are not used. With a step cache, rows run one by one.
-
-        start: (B, 16, h, w) in model space, zeros for text to image; seeds: one per row; uncond: None where no pass
-        needs it; control: latents of the control image in model space; denoise: the part of the schedule that runs;
-        hooks: see the text tokens entering every block, after residual streaming.
-        """
-        if s.cache and len(seeds) > 1:
-            rows = []
-            for i, seed in enumerate(seeds):
-                own = (_row(part, i) for part in (cond, uncond, control))
-                rows.append(self.sample_latent(s, _row(start, i), [seed], *own, denoise, hooks, on_step))
-            return torch.cat(rows)
         with self.owned():
-            return self._sample_latent(s, start, seeds, cond, uncond, control, denoise, hooks, on_step)
+            cond, uncond = self._encoded(batch)
+            if s.init_image:
+                image = images["init_image", s.init_image, s.width, s.height]
+                start = sd3_impls.latent_in(self.pixels.encode(image, seeds, s.vae_tile))
+            if s.controlnet_cond_image:
+                image = images["controlnet_cond_image", s.controlnet_cond_image, s.width, s.height]
+                control = sd3_impls.latent_in(self.pixels.encode(image, seeds, s.vae_tile, network.control))
+            with self.tell.progress(executed_steps(s), what, "step") as update, self.stages.timed("sampling"):
 
-    def _sample_latent(
-        self,
-        s: Settings,
-        start: Tensor,
-        seeds: Sequence[int],
-        cond: Texts,
-        uncond: Texts | None,
-        control: Tensor | None,
-        denoise: float,
-        hooks: Sequence[ContextHook],
-        on_step: Any,
-    ) -> Tensor:
-        stream = self.residual_stream(s.residual)
-        sigmas = sd3_impls.flow_schedule(s.steps, s.shift)
-        sigmas = sd3_impls.img2img_sigmas(sigmas, s.steps, denoise)
-        denoiser = sd3_impls.Denoiser(
-            self.network.mmdit,
-            self._texts_of(cond, len(seeds)),
-            None if s.cfg == 1 or uncond is None else self._texts_of(uncond, len(seeds)),
-            s.cfg,
-            steps=s.steps,
-            skip_layer=s.skip_layer,
-            controlnet=self.network.controlnet if control is not None else None,
-            control=control,
-            control_strength=s.controlnet_strength,
-            hooks=[*([stream] if stream else []), *hooks],
-            steps_run=len(sigmas) - 1,
-            cache=s.cache,
-        )
-        start = start.to(self.device)
-        return sd3_impls.latent_out(sd3_impls.guided_sampling(denoiser, s.sampler, start, seeds, sigmas, on_step))
+                def tick(*state: Any) -> bool | None:
+                    update(1)
+                    return on_step(*state) if on_step else None
 
-    def _texts_of(self, texts: Texts, rows: int) -> sd3_impls.Conditioning:
-        context, pooled = (t.to(self.device, self.dtype) for t in texts)
-        return sd3_impls.Conditioning(context.expand(rows, -1, -1), pooled.expand(rows, -1))
+                denoise = s.denoise if s.init_image else 1.0
+                return network.sample(s, start, seeds, cond, uncond, control, denoise, hooks, tick)
 
-
-def _row(part: Any, i: int) -> Any:
-    """Row i of a tensor, or of each tensor of a tuple; what has one row serves for all."""
-    if isinstance(part, tuple):
-        return tuple(_row(one, i) for one in part)
-    return part if part is None or part.shape[0] == 1 else part[i : i + 1]
+    def _encoded(self, batch: Sequence[Settings]) -> tuple[Text, Text | None]:
+        """The encoded prompts of a batch, and the negative one where a pass needs it."""
+        negative = batch[0].negative_prompt
+        length = self.text.pair_length(batch[0].prompt, negative)
+        conds = [self.text.get_cond(s.prompt, length) for s in batch]
+        cond = tuple(torch.cat(parts) for parts in zip(*conds, strict=True))
+        return cond, None if batch[0].cfg == 1 else self.text.get_cond(negative, length)
 
 
 def load_for(flags: Flags) -> Engine:

@@ -13,6 +13,7 @@ from typing import Any
 
 from sd3 import effects
 from sd3.effects import Rule
+from sd3.methods import SAMPLERS, SCHEDULES
 from sd3.mistakes import Mistake, display, nearest
 from sd3.models import DEFAULT_SIZE, OTHER_MODEL
 from sd3.readers import (
@@ -44,7 +45,6 @@ from sd3.readers import (
 DEFAULT_SEED = 23
 DEFAULT_DENOISE = 0.8
 SEED_TYPES = ("fixed", "rand", "roll")
-SAMPLERS = ("euler", "dpmpp_2m")
 RESIDUAL_MODES = ("add", "anchored", "aligned")
 RESIDUAL_BRANCHES = ("both", "cond", "uncond")
 MOST_PICTURES = 100_000  # of a run, and of a sweep's grid
@@ -120,8 +120,11 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
             matters=effects.control),
 ),
 "sampling": (
-    picture("sampler", choice(*SAMPLERS), OTHER_MODEL.sampler, "how to step from noise to image", usual="the model's",
-            always=True, also="probe"),
+    picture("sampler", choice(*SAMPLERS), OTHER_MODEL.sampler,
+            f"how to step from noise to image: {', '.join(SAMPLERS)}", usual="the model's", always=True, also="probe"),
+    picture("scheduler", choice(*SCHEDULES), "normal",
+            f"how the noise levels of the steps are spaced: {', '.join(SCHEDULES)}", matters=effects.schedule,
+            also="probe"),
     picture("steps", whole(1, 10_000), OTHER_MODEL.steps, "sampling steps", usual="the model's", always=True,
             also="probe"),
     picture("cfg", number(0.0, 100.0), OTHER_MODEL.cfg, "scale of classifier-free guidance; 1 turns it off",

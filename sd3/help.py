@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 
 from sd3.flags import FLAGS, GROUPS, Flag
+from sd3.methods import GUIDANCE, SAMPLERS, SCHEDULES
 from sd3.mistakes import flag_name, spell
 
 WIDTH = 110
@@ -51,7 +52,21 @@ def markdown() -> str:
             f"| `--{row.name}` | {_about(row)} | {row.read.range()} | {_default(row, '{}')} | {', '.join(_uses(row))} |"
             for row in rows
         ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_methods()]) + "\n"
+
+
+def _methods() -> Iterator[str]:
+    """Tables of the samplers, schedules and methods of guidance."""
+    yield from ("", "## Samplers", "", "| `--sampler` | elsewhere | what |", "| --- | --- | --- |")
+    for row in SAMPLERS.values():
+        noise = "; adds noise of its own in every step" if row.noise else ""
+        yield f"| `{row.name}` | {row.title} | {row.help}{noise} |"
+    yield from ("", "## Schedules", "", "| `--scheduler` | elsewhere | what |", "| --- | --- | --- |")
+    yield from (f"| `{row.name}` | {row.title} | {row.help} |" for row in SCHEDULES.values())
+    yield from ("", "## Guidance", "", "In the order in which it acts.", "", "| what | flags |", "| --- | --- |")
+    stored = {row.stored: name for name, row in FLAGS.items()}
+    for row in GUIDANCE.values():
+        yield f"| {row.help} | {', '.join(f'`--{stored[name]}`' for name in row.settings)} |"
 
 
 def _by_group() -> Iterator[tuple[str, list[Flag]]]:

@@ -45,7 +45,7 @@ class SkipLayerConfig:
         for name, value in read.items():
             object.__setattr__(self, name, value)
 
-    def acts(self, step: int, steps: int) -> bool:
+    def acts(self, step: float, steps: int) -> bool:
         """Whether it acts in `step` (from 0) of a schedule of `steps`."""
         return self.start * steps < step < self.end * steps
 

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Sequence
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+import sd3_impls
 from dit_embedder import ControlNet, ControlNetConfig
-from mmditx import MMDiT, MMDiTConfig
+from mmditx import ContextHook, MMDiT, MMDiTConfig, ResidualStream
 from sd3.device import choose_dtype
 from sd3.files import WeightFile
 from sd3.layers import can_pack, replace_linears
 from sd3.loading import Loader
+from sd3.methods import GUIDANCE
 from sd3.mistakes import Mistake
 from sd3.offload import Offload
-from sd3.settings import Setup
+from sd3.residual import ResidualConfig, residual_stream
+from sd3.rotations import Rotations, read_rotations
+from sd3.settings import Settings, Setup
+from sd3.text import Text
+from sd3.unchanged import stamp
 from sd3.weights import ModelTensors, check_part, find_controlnet, find_mmdit, on_meta, read_control_kind
 
 
@@ -31,6 +40,7 @@ class Network:
         self.control = ControlPart(path, self.config, loader) if path else None
         self._mmdit: MMDiT | None = None
         self._controlnet: ControlNet | None = None
+        self._rotations: tuple[tuple, Rotations] | None = None  # those used last, with what they were read for
 
     @property
     def mmdit(self) -> MMDiT:
@@ -58,6 +68,75 @@ class Network:
         """Whether the MMDiT's weights are in memory."""
         return self._mmdit is not None
 
+    # -- what it is run with --
+
+    def residual_stream(self, config: ResidualConfig) -> ResidualStream | None:
+        """The stream of a configuration, checked against this model, or None where nothing is mixed; raises Mistake."""
+        config.check(self.config.depth)
+        return residual_stream(config, self._rotations_for(config))
+
+    def _rotations_for(self, config: ResidualConfig) -> Rotations | None:
+        """The rotations that a configuration needs, read and checked once; None where it needs none."""
+        if not config.aligned:
+            return None
+        config.check_rotations()
+        key = (config.rotations, config.origin, config.targets, stamp(config.rotations))
+        if self._rotations is None or self._rotations[0] != key:
+            self._rotations = (key, read_rotations(config.rotations, config, self.config.width))
+        return self._rotations[1]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        s: Settings,
+        start: Tensor,
+        seeds: Sequence[int],
+        cond: Text,
+        uncond: Text | None = None,
+        control: Tensor | None = None,
+        denoise: float = 1.0,
+        hooks: Sequence[ContextHook] = (),
+        on_step: sd3_impls.OnStep | None = None,
+    ) -> Tensor:
+        """Latents (B, 16, h, w) in VAE space, float32, sampled as settings say; their prompt, seed, size and pictures
+        are not used. With a step cache, rows run one by one.
+
+        start: (B, 16, h, w) in model space, zeros for text to image; seeds: one per row; cond and uncond: (text tokens
+        (1 or B, T, X), pooled (1 or B, Y)), uncond None where no pass needs it; control: latents of the control image
+        in model space; denoise: the part of the schedule that runs; hooks: see the text tokens entering every block,
+        after residual streaming. Raises StopSampling where on_step returns False.
+        """
+        if s.cache and len(seeds) > 1:
+            rows = []
+            for i, seed in enumerate(seeds):
+                own = (row_of(part, i) for part in (cond, uncond, control))
+                rows.append(self.sample(s, row_of(start, i), [seed], *own, denoise, hooks, on_step))
+            return torch.cat(rows)
+        stream = self.residual_stream(s.residual)
+        schedule = sd3_impls.schedule(s.scheduler, s.steps, s.shift)
+        denoiser = sd3_impls.Denoiser(
+            self.mmdit,
+            self._conditioning(cond, len(seeds)),
+            None if uncond is None else self._conditioning(uncond, len(seeds)),
+            sd3_impls.img2img_sigmas(schedule, denoise),
+            make_guidance(s),
+            self.controlnet if control is not None else None,
+            control,
+            s.controlnet_strength,
+            hooks=[*([stream] if stream else []), *hooks],
+            cache=s.cache,
+            on_step=on_step,
+            planned=len(schedule) - 1,
+        )
+        start = start.to(self.device)
+        return sd3_impls.latent_out(sd3_impls.guided_sampling(denoiser, s.sampler, start, seeds))
+
+    def _conditioning(self, text: Text, rows: int) -> sd3_impls.Conditioning:
+        context, pooled = (t.to(self.device, self.dtype) for t in text)
+        return sd3_impls.Conditioning(context.expand(rows, -1, -1), pooled.expand(rows, -1))
+
+    # -- loading --
+
     def _load_mmdit(self) -> MMDiT:
         model = on_meta(lambda: MMDiT(self.config))
         if self.setup.weights != "full":
@@ -78,6 +157,18 @@ class Network:
         if self.setup.compile:
             model.compile_blocks()
         return model
+
+
+def make_guidance(s: Settings) -> list[sd3_impls.Guidance]:
+    """All methods of guidance, in the order in which they act, as settings say."""
+    return [getattr(sd3_impls, row.name)(*(getattr(s, name) for name in row.settings)) for row in GUIDANCE.values()]
+
+
+def row_of(part: Any, i: int) -> Any:
+    """Row i of a tensor, or of each tensor of a tuple; what has one row serves for all."""
+    if isinstance(part, tuple):
+        return tuple(row_of(one, i) for one in part)
+    return part if part is None or part.shape[0] == 1 else part[i : i + 1]
 
 
 class ControlPart:

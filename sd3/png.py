@@ -13,13 +13,15 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from sd3.effects import executed_steps, planned_steps
+from sd3.flags import FLAGS, names
+from sd3.methods import SAMPLERS, SCHEDULES
 from sd3.mistakes import Mistake, Where
 from sd3.reading import check_file, parse_json, reading
 from sd3.settings import Settings, base_name
 from sd3.versions import NAME, __version__, versions
 from sd3.writing import atomic_write
 
-A1111_SAMPLERS = {"euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
 SETTINGS_CHUNK = "sd3_residual"  # the PNG text chunk with the full settings as JSON
 
 
@@ -34,7 +36,7 @@ def parameters(settings: Settings, model_hash: str, software: Mapping[str, str])
     model = base_name(settings.model) or ""
     pairs: dict[str, Any] = {
         "Steps": settings.steps,
-        "Sampler": A1111_SAMPLERS[settings.sampler],
+        "Sampler": SAMPLERS[settings.sampler].title,
         "CFG scale": settings.cfg,
         "Seed": settings.seed,
         "Size": f"{settings.width}x{settings.height}",
@@ -42,6 +44,11 @@ def parameters(settings: Settings, model_hash: str, software: Mapping[str, str])
         "Model": model.removesuffix(".safetensors"),
         "Shift": settings.shift,
     }
+    for name in names("picture", group=FLAGS["sampler"].group, always=False):
+        if (value := getattr(settings, name)) != FLAGS[name].default:
+            known = {"scheduler": ("Schedule type", SCHEDULES[settings.scheduler].title)}
+            label, text = known.get(name, (name.replace("_", " ").capitalize(), value))
+            pairs[label] = text
     if settings.vae:
         pairs["VAE"] = base_name(settings.vae)
     if settings.init_image:
@@ -87,6 +94,8 @@ def encode_picture(image: Image.Image, settings: Settings, made_with: Mapping[st
     if made_with is not None:
         software = versions()
         record = {"settings": settings.public(), **made_with, "version": __version__, "versions": software}
+        if planned_steps(settings) != settings.steps:
+            record["steps_run"] = executed_steps(settings)
         info.add_text("parameters", parameters(settings, made_with.get("model_sha256", ""), software))
         info.add_text(SETTINGS_CHUNK, json.dumps(record, ensure_ascii=False))
     buffer = io.BytesIO()

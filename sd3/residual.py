@@ -94,7 +94,7 @@ class ResidualConfig:
         """Whether rotations are used."""
         return self.active and self.mode == "aligned"
 
-    def acts(self, step: int, steps: int) -> bool:
+    def acts(self, step: float, steps: int) -> bool:
         """Whether `step` (from 0) of the `steps` that run lies in the window: start <= step / steps < end."""
         place = step + 1e-9  # 0.7 * 10 is a little more than 7
         return self.start * steps <= place < self.end * steps

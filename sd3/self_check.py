@@ -75,7 +75,7 @@ def results(engine: Engine) -> dict[str, tuple[Callable[[], Tensor], int]]:
 
     def sample(control: Tensor | None = None, **values: Any) -> Tensor:
         texts = [engine.text.get_cond(text, length) for text in (PROMPT, "")]
-        return engine.sample_latent(Settings(**plain | values), start, [SEED], *texts, control)
+        return engine.network.sample(Settings(**plain | values), start, [SEED], *texts, control)
 
     def control() -> Tensor:
         latent = latent_in(engine.pixels.encode(picture(), [SEED], control=engine.network.control))

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import sd3_impls
 from sd3.device import choose_device, choose_dtype
+from sd3.methods import SAMPLERS, SCHEDULES
 from sd3.models import SkipLayerConfig
 from sd3.pixels import unit_pixels
 from sd3.residual import ResidualConfig
@@ -44,7 +45,12 @@ ADD = ResidualConfig(0, (1, 2), (0.5, 0.5))
 
 
 def whole_path(
-    engine: SD3Inferencer, controlled: bool, sampler: str, skip: tuple[int, ...] = (1,), residual: ResidualConfig = ADD
+    engine: SD3Inferencer,
+    controlled: bool,
+    sampler: str,
+    skip: tuple[int, ...] = (1,),
+    residual: ResidualConfig = ADD,
+    **others: object,
 ) -> torch.Tensor:
     """Encode text and images, sample with every kind of guidance, decode: (1, 3, H, W) on the engine's device."""
     image = Image.new("RGB", (64, 48))
@@ -63,11 +69,12 @@ def whole_path(
         denoise=0.8,
         skip_layer_config=SkipLayerConfig(2.5, 0.0, 0.9, skip, cfg=4.0),
         residual_config=residual,
+        **others,
     )
     return engine.engine.pixels.decode(out)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("control", ["", "control_8b", "control_2b"])
 def test_nothing_is_misplaced(small_model, control, sampler, monkeypatch):
     # the kind of a control image is a number in the file, read on the CPU; encoders and VAE run for real
@@ -77,6 +84,13 @@ def test_nothing_is_misplaced(small_model, control, sampler, monkeypatch):
         pixels = whole_path(engine, bool(control), sampler)
     assert pixels.device.type == "meta"
     assert pixels.shape == (1, 3, 48, 64)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULES)
+def test_schedules_and_guidance_are_where_the_model_is(small_model, scheduler):
+    engine = engine_on_meta(small_model)
+    with OneDevice():
+        assert whole_path(engine, False, "euler", scheduler=scheduler).device.type == "meta"
 
 
 @pytest.mark.parametrize("branch", ["both", "cond", "uncond"])

@@ -17,7 +17,7 @@ from sd3.pixels import check_finite, to_image
 from sd3.planning import plan_pictures
 from sd3.residual import ResidualConfig
 from sd3.settings import Flags, picture_seeds
-from sd3_impls import Conditioning, Denoiser
+from sd3_impls import ClassifierFreeGuidance, Conditioning, Denoiser, SkipLayerGuidance
 from sd3_infer import SD3Inferencer
 
 SIZE = {"width": 64, "height": 48}
@@ -159,20 +159,21 @@ def test_guidance_runs_what_it_must_and_no_more():
     slg = SkipLayerConfig(2.0, 0.1, 0.5, (3,), cfg=4.0)
     sigmas = sd3_impls.flow_schedule(10, 3.0)
     model = Recorder()
-    sd3_impls.sample_euler(Denoiser(model, *text, 4.0, 10, slg), torch.zeros(1, 16, 2, 2), sigmas)
+    guidance = [ClassifierFreeGuidance(4.0), SkipLayerGuidance(slg)]
+    sd3_impls.sample_euler(Denoiser(model, *text, sigmas, guidance), torch.zeros(1, 16, 2, 2), sigmas)
     assert len(model.calls) == 13
     steps_with_skip = [i for i, c in enumerate(model.calls) if c[1]]
     assert [model.calls[i][2] for i in steps_with_skip] == pytest.approx([1000 * sigmas[i].item() for i in (2, 3, 4)])
     assert {c[0] for c in model.calls if c[1]} == {1}
     alone = Recorder()
-    sd3_impls.sample_euler(Denoiser(alone, text[0], None, 1.0), torch.zeros(1, 16, 2, 2), sigmas)
+    sd3_impls.sample_euler(Denoiser(alone, text[0], None, sigmas), torch.zeros(1, 16, 2, 2), sigmas)
     assert {c[0] for c in alone.calls} == {1}
 
 
 def test_halves_of_different_length_are_refused():
     a, b = (Conditioning(torch.zeros(1, n, 8), torch.zeros(1, 6)) for n in (5, 6))
     with pytest.raises(ValueError, match="5 and 6 text tokens"):
-        Denoiser(Recorder(), a, b, 4.0)
+        Denoiser(Recorder(), a, b, sd3_impls.flow_schedule(4, 3.0))
 
 
 def test_cfg_one_equals_guidance_by_one(small_engine):

@@ -25,7 +25,7 @@ import sd3.png
 import sd3.serve
 import sd3.sweep.command
 import sd3_infer
-from sd3.effects import executed_steps, starts_from_noise
+from sd3.effects import executed_levels, executed_steps
 from sd3.mistakes import flag_name, spell
 from sd3.models import SkipLayerConfig
 from sd3.planning import plan_pictures
@@ -144,7 +144,8 @@ SHIFTS = st.floats(0.001, 1000) | st.integers(1, 100_000).map(lambda n: n / 100)
 def test_where_noise_is_all_there_is(shift, steps, denoise):
     skipped = int(steps * (1 - denoise))
     wanted = skipped == 0 and flow_schedule(steps, shift)[0].item() == 1.0
-    assert starts_from_noise(steps, denoise, shift) == wanted
+    s = Settings(prompt="a", model="m", init_image="i", steps=steps, denoise=denoise, shift=shift)
+    assert (executed_levels(s)[0] == 1) == wanted
 
 
 @given(

@@ -37,7 +37,10 @@ PROMPTS = [
     "a red circle", "a star", "two green squares", "a blue square on a white background", "an orange triangle",
     "a pink star and a cyan circle", "four yellow circles", "a purple star left of a red square",
 ]  # fmt: skip
-VALUES = {"steps": 3, "cfg": 4.0, "shift": 3.0, "sampler": "euler", "width": 64, "height": 48, "batch_size": 2}
+VALUES = {
+    "sampler": "euler", "scheduler": "normal", "steps": 3, "cfg": 4.0, "shift": 3.0, "width": 64, "height": 48,
+    "batch_size": 2,
+}  # fmt: skip
 
 
 def tensor(*shape: int, seed: int) -> torch.Tensor:

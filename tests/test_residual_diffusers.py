@@ -12,7 +12,7 @@ from helpers import mmdit_config, randomise, relative
 from mmditx import MMDiT
 from sd3.residual import ResidualConfig, residual_stream
 from sd3.rotations import Rotations
-from sd3_impls import Conditioning, Denoiser, flow_schedule, guided_sampling, start_noise
+from sd3_impls import ClassifierFreeGuidance, Conditioning, Denoiser, flow_schedule, guided_sampling, start_noise
 
 pytest.importorskip("diffusers")
 
@@ -78,8 +78,9 @@ def ours(config: ResidualConfig, rotations: Rotations | None = None, cfg: float 
     """The same by our own pipeline."""
     hooks = [residual_stream(config, rotations)]
     neg_cond = None if cfg == 1 else Conditioning(*NEGATIVE)
-    denoiser = Denoiser(OURS, Conditioning(*TEXT), neg_cond, cfg, STEPS, hooks=hooks)
-    return guided_sampling(denoiser, "euler", torch.zeros(1, 16, 8, 6), [5], flow_schedule(STEPS, SHIFT))
+    guidance = [ClassifierFreeGuidance(cfg)]
+    denoiser = Denoiser(OURS, Conditioning(*TEXT), neg_cond, flow_schedule(STEPS, SHIFT), guidance, hooks=hooks)
+    return guided_sampling(denoiser, "euler", torch.zeros(1, 16, 8, 6), [5])
 
 
 CASES = {

@@ -20,7 +20,7 @@ from sd3.models import SkipLayerConfig
 from sd3.residual import ResidualConfig, residual_stream
 from sd3.rotations import Rotations, orthogonality, read_rotations
 from sd3.versions import __version__
-from sd3_impls import Conditioning, Denoiser, flow_schedule, sample_euler
+from sd3_impls import ClassifierFreeGuidance, Conditioning, Denoiser, SkipLayerGuidance, flow_schedule, sample_euler
 
 DEPTH, WIDTH = 6, 64
 MODEL = randomise(MMDiT(mmdit_config(depth=DEPTH, width=WIDTH, mlp_width=64, dual_layers=frozenset({0}))), 5)
@@ -132,8 +132,10 @@ def run(config: ResidualConfig, cfg: float = 4.0, steps: int = 5, slg: SkipLayer
     cond, neg_cond = two_rows(20)
     seen = Seen()
     hooks = [residual_stream(config, rotations), seen]
-    denoiser = Denoiser(MODEL, cond, None if cfg == 1 else neg_cond, cfg, steps, slg, hooks=hooks)
-    final = sample_euler(denoiser, tensor(1, 16, 8, 6, seed=3), flow_schedule(steps, 3.0))
+    guidance = [ClassifierFreeGuidance(cfg), SkipLayerGuidance(slg)]
+    sigmas = flow_schedule(steps, 3.0)
+    denoiser = Denoiser(MODEL, cond, None if cfg == 1 else neg_cond, sigmas, guidance, hooks=hooks)
+    final = sample_euler(denoiser, tensor(1, 16, 8, 6, seed=3), sigmas)
     return seen.passes, final
 
 

@@ -177,7 +177,7 @@ def test_whatever_the_engine_raises_is_an_answer(server, monkeypatch, error, tol
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr(server.engine, "do_sampling", fails)
+    monkeypatch.setattr(server.engine.network, "sample", fails)
     answer = server.answer(GOOD)
     assert (answer["ok"], told in answer["error"]) == (False, True), answer
     monkeypatch.undo()
@@ -185,7 +185,7 @@ def test_whatever_the_engine_raises_is_an_answer(server, monkeypatch, error, tol
 
 
 def test_what_was_made_before_a_request_failed_is_named(server, monkeypatch):
-    real, count = server.engine.do_sampling, []
+    real, count = server.engine.network.sample, []
 
     def third_fails(*arguments, **options):
         count.append(1)
@@ -193,7 +193,7 @@ def test_what_was_made_before_a_request_failed_is_named(server, monkeypatch):
             raise RuntimeError("the third")
         return real(*arguments, **options)
 
-    monkeypatch.setattr(server.engine, "do_sampling", third_fails)
+    monkeypatch.setattr(server.engine.network, "sample", third_fails)
     answer = server.answer('{"prompt": "red", "num_images": 4, "seed": 7, "id": "x"}')
     assert (answer["ok"], answer["seeds"], answer["id"]) == (False, [7, 8], "x")
     assert all(Path(f).exists() for f in answer["files"])

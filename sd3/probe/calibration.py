@@ -21,7 +21,7 @@ from sd3.probe.state import State, identity, save_tensors
 from sd3.readers import SEED_LIMIT
 from sd3.residual import ResidualConfig
 from sd3.rotations import orthogonality
-from sd3_impls import flow_schedule
+from sd3_impls import schedule
 
 LONGEST_OUT = 200  # bytes of a rotation file's name; the names of its state and of its temporary file are longer
 
@@ -81,7 +81,8 @@ def _plan_sums(
     config.check(engine.config.depth)
     engine.check_settings(plan_pictures(engine, [prompts[0].prompt], [0], **values).pictures[0])
     sums = Calibration(config.origin, config.targets, flags["buckets"], engine.config.width)
-    reached = {sums.bucket(sigma) for sigma in flow_schedule(values["steps"], values["shift"]).tolist()[:-1]}
+    sigmas = schedule(values["scheduler"], values["steps"], values["shift"]).tolist()
+    reached = {sums.bucket(sigma) for sigma in sigmas[:-1]}
     if empty := sorted(set(range(sums.buckets)) - reached):
         why = f"no step falls into bucket {empty[0]}; take fewer, or more `steps`"
         raise Mistake("buckets", sums.buckets, why)

@@ -25,7 +25,7 @@ from sd3.readers import SEED_LIMIT
 from sd3.residual import ResidualConfig
 from sd3.settings import Flags
 from sd3.versions import versions
-from sd3_impls import flow_schedule
+from sd3_impls import schedule
 
 RIDGE = 1e-2  # regularisation of the linear probes, as a share of the features' mean variance
 FOLDS = 5
@@ -137,9 +137,10 @@ class Measurement:
         self.origin = flags["origin"]
         if self.origin >= self.depth:
             raise Mistake("origin", self.origin, f"this model has {self.depth} joint blocks: 0 to {self.depth - 1}")
-        sigmas = flow_schedule(values["steps"], values["shift"]).tolist()
-        count = min(flags["timesteps"], values["steps"])
-        places = torch.linspace(0, values["steps"] - 1, count).round().int().tolist() if count > 1 else [0]
+        sigmas = schedule(values["scheduler"], values["steps"], values["shift"]).tolist()
+        steps = len(sigmas) - 1
+        count = min(flags["timesteps"], steps)
+        places = torch.linspace(0, steps - 1, count).round().int().tolist() if count > 1 else [0]
         self.steps = {step: m for m, step in enumerate(places)}
         self.sigmas = [sigmas[step] for step in places]
         draw = random.Random(flags.get("seed", 0))

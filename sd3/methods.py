@@ -1,0 +1,64 @@
+"""The samplers, schedules and methods of guidance that can be asked for: one row each. What a row names is a function
+or a class of `sd3_impls`, found by its name. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How to step from noise to an image: `sd3_impls.sample_NAME`."""
+
+    name: str
+    title: str  # what A1111 and its kin call it, in the text of a PNG
+    help: str
+    noise: bool = False  # whether it adds noise in its steps, from a stream of the seed of its own
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the noise levels of the steps are spaced: `sd3_impls.sigmas_NAME`."""
+
+    name: str
+    title: str  # as a sampler's
+    help: str
+
+
+@dataclass(frozen=True)
+class GuidanceMethod:
+    """A method of guidance: the class `sd3_impls.NAME`, made with the values of some settings in this order."""
+
+    name: str
+    settings: tuple[str, ...]
+    help: str
+
+
+SAMPLERS = {
+    row.name: row
+    for row in (
+        Sampler("euler", "Euler", "first order, one model call a step"),
+        Sampler("dpmpp_2m", "DPM++ 2M", "second order from the step before, one model call a step"),
+    )
+}
+
+SCHEDULES = {
+    row.name: row
+    for row in (
+        Schedule("normal", "Normal", "the public reference's: timesteps evenly spaced, shifted at both ends and again"),
+    )
+}
+
+# In the order in which they act.
+GUIDANCE = {
+    row.name: row
+    for row in (
+        GuidanceMethod(
+            "ClassifierFreeGuidance", ("cfg",), "classifier-free guidance: away from the unconditional pass"
+        ),
+        GuidanceMethod(
+            "SkipLayerGuidance", ("skip_layer",), "skip-layer guidance: away from a pass without some blocks"
+        ),
+    )
+}

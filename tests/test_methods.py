@@ -1,0 +1,242 @@
+"""Samplers, schedules and guidance: check numbers, the step that a call belongs to, what is reported, bad input."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sd3_impls
+from sd3.methods import GUIDANCE, SAMPLERS, SCHEDULES
+from sd3.models import SkipLayerConfig
+from sd3.residual import ResidualConfig
+from sd3_impls import (
+    ClassifierFreeGuidance,
+    Conditioning,
+    Denoiser,
+    SkipLayerGuidance,
+    StopSampling,
+    find_sampler,
+    guided_sampling,
+    place_in,
+    schedule,
+    seeded_noise,
+    step_noise,
+)
+
+CHECKED = torch.tensor([1, 0.8, 0.55, 0.3, 0.1, 0], dtype=torch.float64)
+ones = lambda sigma, following: torch.ones(1, dtype=torch.float64)  # noqa: E731
+
+
+def closed_form(x, sigma):
+    """The denoised picture that the check numbers were computed with."""
+    return (0.3 + 0.5 * torch.sin(2 * x)) * (1 - sigma) + 0.1 * sigma
+
+
+# ---- samplers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("euler", 0.64742455), ("dpmpp_2m", 0.70528484)])
+def test_a_sampler_gives_its_check_number(name, wanted):
+    x = torch.tensor([0.7], dtype=torch.float64)
+    assert find_sampler(name)(closed_form, x, CHECKED, ones).item() == pytest.approx(wanted, abs=1e-8)
+
+
+def test_every_row_has_its_function_or_class_and_the_other_way_round():
+    functions = {name for name, value in vars(sd3_impls).items() if inspect.isfunction(value)}
+    assert {name for name in functions if name.startswith("sample_")} == {f"sample_{name}" for name in SAMPLERS}
+    assert {name for name in functions if name.startswith("sigmas_")} == {f"sigmas_{name}" for name in SCHEDULES}
+    classes = {name for name, value in vars(sd3_impls).items() if inspect.isclass(value) and hasattr(value, "combine")}
+    assert classes - {"Guidance"} == set(GUIDANCE)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_sampler_draws_noise_as_its_row_says(name):
+    drawn = []
+    x = torch.tensor([0.7], dtype=torch.float64)
+    find_sampler(name)(closed_form, x, CHECKED, lambda *at: drawn.append(at) or torch.ones(1, dtype=torch.float64))
+    assert bool(drawn) == SAMPLERS[name].noise
+    assert all(sigma > following > 0 for sigma, following in drawn)
+
+
+@pytest.mark.parametrize("name", ["euler", "dpmpp_2m"])
+def test_scripts_call_a_sampler_as_the_reference_does(name):
+    seen = []
+
+    def model(x, sigma, **extra):
+        seen.append((sigma.shape, sigma.dtype, extra))
+        return 0.5 * x
+
+    find_sampler(name)(model, torch.ones(2, 1, 1, 1), CHECKED.float(), extra_args={"scale": 3})
+    assert seen == [((2,), torch.float32, {"scale": 3})] * 5
+
+
+def test_step_noise_is_a_stream_of_its_own_per_seed_and_does_not_depend_on_the_batch():
+    like = torch.zeros(3, 16, 4, 6)
+    noise = step_noise([5, 6, 7], like)
+    draws = [noise(1.0, 0.5), noise(0.5, 0.2)]
+    for row, seed in enumerate([5, 6, 7]):
+        alone = step_noise([seed], like[:1])
+        assert all(torch.equal(draw[row : row + 1], alone(1.0, 0.5)) for draw in draws)
+    start = seeded_noise(5, (1, 16, 4, 6))
+    for one, other in itertools.combinations([start, draws[0][:1], draws[0][1:2], draws[1][:1]], 2):
+        assert abs(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) < 0.2
+
+
+# ---- the step that a call belongs to -------------------------------------------------------------
+
+
+@given(st.sampled_from(list(SCHEDULES)), st.integers(1, 60), st.floats(0.1, 20), st.floats(0, 1))
+def test_the_place_in_a_schedule(name, steps, shift, part):
+    levels = schedule(name, steps, shift).tolist()
+    assert [place_in(levels, sigma) for sigma in levels] == list(range(len(levels)))
+    for i, (sigma, following) in enumerate(itertools.pairwise(levels)):
+        assert place_in(levels, sigma + part * (following - sigma)) == pytest.approx(i + part, abs=1e-3 / steps + 1e-6)
+    assert place_in(levels, levels[0] + part) == 0
+
+
+class Toy(torch.nn.Module):
+    """Stands in for an MMDiT: a velocity that depends on the latent, sigma and the text; `skip` makes another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.x_embedder = torch.nn.Module()
+        self.x_embedder.proj = torch.nn.Conv2d(1, 1, 1)
+        self.calls = []  # sigma, rows, skipped
+
+    def embed_text(self, pooled, context):
+        return context
+
+    def velocity(self, x, t, context, controls=(), skip=(), hook=None, reuse=None):
+        sigma = t[0].item() / 1000
+        self.calls.append((sigma, x.shape[0], tuple(skip)))
+        return torch.tanh(x + context.mean(dim=(1, 2)).view(-1, 1, 1, 1)) * (1 + sigma) + (0.3 if skip else 0)
+
+
+class Seen:
+    """A hook that notes the calls of the network."""
+
+    def __init__(self):
+        self.calls = []
+
+    def begin(self, at):
+        self.calls.append(at)
+
+
+def text(value: float, rows: int = 1) -> Conditioning:
+    return Conditioning(torch.full((rows, 2, 3), value), torch.zeros(rows, 4))
+
+
+def denoiser(sigmas: torch.Tensor, guidance=None, **options) -> Denoiser:
+    guidance = [ClassifierFreeGuidance(3.0)] if guidance is None else guidance
+    return Denoiser(Toy(), text(0.5), text(-0.2), sigmas, guidance, **options)
+
+
+def run(sampler: str, sigmas: torch.Tensor, guidance=None, seeds=(3,), **options):
+    """The final latent, and the network's calls as a hook saw them."""
+    seen = Seen()
+    one = denoiser(sigmas, guidance, hooks=[seen], **options)
+    return guided_sampling(one, sampler, torch.zeros(len(seeds), 1, 2, 2), seeds), seen.calls
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULES)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_window_of_half_the_steps_ends_at_the_same_sigma(sampler, scheduler):
+    sigmas = schedule(scheduler, 8, 3.0)
+    window = ResidualConfig(0, (1,), end=0.5)
+    _, calls = run(sampler, sigmas)
+    inside = [at.sigma for at in calls if window.acts(at.step, at.steps)]
+    assert min(inside) == sigmas[3].item()
+    assert all(window.acts(at.step, at.steps) == (at.sigma > sigmas[4].item()) for at in calls)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_skip_layer_guidance_acts_by_sigma(sampler):
+    """Its window is of the whole schedule, its steps are counted from the first that runs, as in the reference."""
+    sigmas = schedule("normal", 10, 3.0)
+    guidance = [ClassifierFreeGuidance(3.0), SkipLayerGuidance(SkipLayerConfig(2.0, 0.1, 0.5, (3,), 3.0))]
+    _, calls = run(sampler, sigmas[2:], guidance, planned=10)
+    assert {at.sigma for at in calls if at.skip_layers} == {s.item() for s in sigmas[4:7]}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_step_is_reported_once_with_its_state(sampler):
+    sigmas, steps = schedule("normal", 6, 3.0), []
+    one = denoiser(sigmas, on_step=lambda *state: steps.append((*state, len(one.model.calls))))
+    end = guided_sampling(one, sampler, torch.zeros(1, 1, 2, 2), [3])
+    assert [(step, sigma) for step, _, sigma, _, _ in steps] == list(enumerate(sigmas.tolist()[:-1]))
+    assert torch.equal(steps[0][1], seeded_noise(3, (1, 1, 2, 2)))
+    again = denoiser(sigmas)
+    for _, x, sigma, denoised, calls in steps:
+        assert torch.equal(again(x, sigma), denoised)
+        assert all(called[0] == pytest.approx(sigma) or called[0] > sigma for called in one.model.calls[:calls])
+    assert torch.allclose(steps[-1][3], end, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("last", [0, 2, 5])
+def test_a_run_stops_where_on_step_says_so(sampler, last):
+    sigmas, steps = schedule("normal", 6, 3.0), []
+    one = denoiser(sigmas, on_step=lambda step, *_: steps.append(step) or step < last)
+    with pytest.raises(StopSampling):
+        guided_sampling(one, sampler, torch.zeros(1, 1, 2, 2), [3])
+    assert steps == list(range(last + 1))
+    assert min(called[0] for called in one.model.calls) == pytest.approx(sigmas[last].item())
+
+
+def test_no_more_pictures_where_on_step_says_so(small_engine):
+    settings = small_engine.plan(["a star"] * 3, [1, 2, 3], width=64, height=48, steps=3, cfg=1.0)
+    steps = []
+    made = small_engine.make(settings, on_step=lambda step, *_: steps.append(step) or len(steps) < 5)
+    assert [number for number, *_ in made] == [0]
+    assert steps == [0, 1, 2, 0, 1]
+
+
+# ---- schedules -----------------------------------------------------------------------------------
+
+OF_SIX = {"normal": (1, 0.92334, 0.81892, 0.66833, 0.43223, 0.00893)}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_gives_its_check_numbers(name):
+    assert schedule(name, 6, 3.0).tolist() == pytest.approx((*OF_SIX[name], 0), abs=6e-6)
+
+
+@given(st.sampled_from(list(SCHEDULES)), st.integers(1, 3000), st.floats(0.001, 1000))
+def test_a_schedule_falls_to_zero_and_has_no_equal_neighbours(name, steps, shift):
+    sigmas = schedule(name, steps, shift)
+    assert sigmas.dtype == torch.float32
+    assert 1.001 > sigmas[0] > 0 == sigmas[-1]
+    assert (sigmas.diff() < 0).all()
+    assert 2 <= len(sigmas) <= steps + 1
+
+
+# ---- guidance ------------------------------------------------------------------------------------
+
+C, U = torch.tensor([[1.0, 2, 3, 4]]).double(), torch.tensor([[0.5, 1.5, -1, 2]]).double()
+
+
+def guide(guidance, step: float = 0, steps: int = 10, passes=None) -> torch.Tensor:
+    """The guided velocity of c and u at sigma 1 from x 0, where a denoised picture is -v."""
+    at = sd3_impls.Place(step, steps, steps, 1.0)
+    asked = {sd3_impls.COND, *(one for method in guidance for one in method.passes(at))}
+    denoised = {one: -(C if one.text == "cond" else U) for one in asked}
+    guided = denoised[sd3_impls.COND]
+    for method in guidance:
+        guided = method.combine(at, torch.zeros_like(C), denoised, guided)
+    return -guided
+
+
+def test_classifier_free_guidance_gives_its_check_number():
+    assert guide([ClassifierFreeGuidance(4.0)]).tolist() == [[2.5, 3.5, 15, 10]]
+    assert torch.equal(guide([ClassifierFreeGuidance(1.0)]), C)
+
+
+def test_guidance_without_the_text_that_it_needs_is_refused():
+    one = Denoiser(Toy(), text(0.5), None, schedule("normal", 4, 3.0), [ClassifierFreeGuidance(3.0)])
+    with pytest.raises(ValueError, match="needs neg_cond"):
+        one(torch.zeros(1, 1, 2, 2), 1.0)
