@@ -51,10 +51,10 @@ def test_every_tensor_comes_out_as_ours(layout):
 def test_the_same_picture_as_from_one_file(layout, one_file):
     latents = []
     for path in (layout, one_file):
-        engine = SD3Inferencer().load(str(path), device="cpu", dtype="float32", shift=2.5)
+        engine = SD3Inferencer().load(str(path), device="cpu", dtype="float32")
         engine.tell.quiet = True
         (settings,) = plan_pictures(
-            engine.engine, ["a red circle"], [3], width=64, height=48, steps=3, cfg=4.0, sampler="euler"
+            engine.engine, ["a red circle"], [3], shift=2.5, width=64, height=48, steps=3, cfg=4.0, sampler="euler"
         ).pictures
         ((_, _, image),) = engine.engine.make([settings])
         latents.append(engine.engine.sample([settings]))

@@ -40,20 +40,22 @@ def make(engine: SD3Inferencer, prompts: list[str], seeds: list[int], **values) 
 def test_encoders_are_opened_once_and_the_mmdit_stays(small_model, monkeypatch):
     engine = fresh(small_model)
     assert engine.engine.text.opened == 0
-    assert engine.mmdit is None
+    assert not engine.engine.network.loaded
     asked = []
     assert set(engine.engine.text.encoders) == {"clip_l", "clip_g", "t5xxl"}
     original = engine.engine.text._run_clip
-    monkeypatch.setattr(engine.text, "_run_clip", lambda r, prompts: asked.append(prompts) or original(r, prompts))
+    monkeypatch.setattr(
+        engine.engine.text, "_run_clip", lambda r, prompts: asked.append(prompts) or original(r, prompts)
+    )
     make(engine, ["a star", "a circle", "a star"], [1, 2, 3, 4, 5, 6])
     assert engine.engine.text.opened == 3
     assert asked == [["a star", "", "a circle"]] * 2  # each distinct prompt once
-    first = engine.mmdit
+    first = engine.engine.network.mmdit
     make(engine, ["a circle"], [7])
     assert engine.engine.text.opened == 3  # a known prompt opens nothing
     make(engine, ["a square"], [7])
     assert engine.engine.text.opened == 6
-    assert engine.mmdit is first
+    assert engine.engine.network.mmdit is first
     assert all(p.is_meta for e in engine.engine.text.encoders.values() for p in e.model.parameters())  # no layer stays
 
 

@@ -25,6 +25,7 @@ import sd3.weights
 import sd3_infer
 from sd3.engine import Engine
 from sd3.memory import OutOfMemory, explained, out_of_memory
+from sd3.network import Network
 from sd3.record import RunRecord
 from sd3.settings import Flags, Settings
 from sd3.streams import MOST_SAID
@@ -68,14 +69,14 @@ def test_memory_that_ran_out_is_known(error, known):
 @pytest.mark.parametrize(
     ("owner", "place", "more", "told"),
     [
-        (Engine, "do_sampling", (), "out of memory while sampling; try a smaller --width or --height"),
+        (Network, "sample", (), "out of memory while sampling; try a smaller --width or --height"),
         (
-            Engine,
-            "do_sampling",
+            Network,
+            "sample",
             ("--num_images", 2, "--batch_size", 2),
             "try a smaller --batch_size, --width or --height",
         ),
-        (Engine, "vae_decode", (), "out of memory while decoding; try a smaller --vae_tile"),
+        (Engine, "decode", (), "out of memory while decoding; try a smaller --vae_tile"),
         (TextEncoders, "_run_clip", (), "out of memory while encoding prompts; try --text_encoder_device cpu"),
     ],
 )
@@ -101,14 +102,14 @@ def test_weights_that_do_not_fit_name_other_flags(tmp_path, monkeypatch, capsys)
 
 
 def test_a_sweep_goes_on_without_what_did_not_fit(tmp_path, monkeypatch, capsys):
-    real = SD3Inferencer.do_sampling
+    real = Network.sample
 
-    def wide_fails(self, latent, *arguments, **options):
-        if latent.shape[-1] > 4:
+    def wide_fails(self, settings, start, *arguments, **options):
+        if start.shape[-1] > 4:
             raise RuntimeError(CPU)
-        return real(self, latent, *arguments, **options)
+        return real(self, settings, start, *arguments, **options)
 
-    monkeypatch.setattr(Engine, "do_sampling", wide_fails)
+    monkeypatch.setattr(Network, "sample", wide_fails)
     flags = [flag if flag != "32" else "32;64" for flag in SMALL[:8]] + SMALL[8:]
     assert sd3.sweep.command.main([*flags, "--out", str(tmp_path / "o"), "--prompt", "red", "--seed", "0-1"]) == 1
     error = capsys.readouterr().err
@@ -211,7 +212,7 @@ def test_the_first_of_very_many_prompts_does_not_wait_for_the_last(tmp_path, mon
 
 def test_encoded_prompts_are_dropped_when_there_are_many(small_model):
     """1,000 prompts, each encoded once: never more than `most` are held, the last used among them."""
-    text = SD3Inferencer().load(str(small_model), device="cpu", dtype="float32").text
+    text = SD3Inferencer().load(str(small_model), device="cpu", dtype="float32").engine.text
     text.most = 50
     wanted = [(f"a red circle {i}", 16) for i in range(1000)]
     first = text.get_cond(*wanted[0])
@@ -253,7 +254,7 @@ def test_a_long_record_is_written_once_and_not_again_with_every_picture(small_en
 
     monkeypatch.setattr(sd3.writing, "atomic_write", counted)
     monkeypatch.setattr(sd3.writing, "append_line", appended)
-    record = RunRecord(tmp_path, Flags(), [], 0, small_engine)
+    record = RunRecord(tmp_path, Flags(), [], 0, small_engine.engine)
     with record.kept():
         for number in range(10_000):
             record.add(tmp_path / f"{number:06d}.png", Settings("a", "m", seed=number), {"model_sha256": "x"})

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import sd3_impls
 from sd3.methods import GUIDANCE, SAMPLERS, SCHEDULES
 from sd3.models import SkipLayerConfig
+from sd3.planning import plan_pictures
 from sd3.residual import ResidualConfig
 from sd3_impls import (
     ClassifierFreeGuidance,
@@ -189,9 +190,10 @@ def test_a_run_stops_where_on_step_says_so(sampler, last):
 
 
 def test_no_more_pictures_where_on_step_says_so(small_engine):
-    settings = small_engine.plan(["a star"] * 3, [1, 2, 3], width=64, height=48, steps=3, cfg=1.0)
+    engine = small_engine.engine
+    plan = plan_pictures(engine, ["a star"] * 3, [1, 2, 3], width=64, height=48, steps=3, cfg=1.0)
     steps = []
-    made = small_engine.make(settings, on_step=lambda step, *_: steps.append(step) or len(steps) < 5)
+    made = engine.make(plan.pictures, on_step=lambda step, *_: steps.append(step) or len(steps) < 5)
     assert [number for number, *_ in made] == [0]
     assert steps == [0, 1, 2, 0, 1]
 

@@ -123,13 +123,13 @@ def test_a_measurement_equals_direct_computing(small_engine, monkeypatch, group)
     monkeypatch.setattr(sd3.probe.running, "GROUP", group)
     prompts = [Labelled(p) for p in PROMPTS]
     flags = {"origin": 1, "timesteps": 2, "kept_prompts": 5, "kept_tokens": 40, "neighbours": 3, "seed": 2}
-    measurement = Measurement(small_engine, prompts, VALUES, flags)
-    run_prompts(small_engine, measurement.jobs(), VALUES, measurement.collector, "measuring")
+    measurement = Measurement(small_engine.engine, prompts, VALUES, flags)
+    run_prompts(small_engine.engine, measurement.jobs(), VALUES, measurement.collector, "measuring")
     jobs = measurement.jobs()
     assert [j[1] for j in jobs[:8]] == PROMPTS
     assert len(jobs) == 13
     assert len({seed for _, _, seed in jobs}) == 13
-    states = everything(small_engine, jobs, VALUES, range(4))
+    states = everything(small_engine.engine, jobs, VALUES, range(4))
     rows = measurement.rows()
     assert [(r["step"], r["block"]) for r in rows] == [(s, b) for s in (0, 2) for b in range(4)]
     for row in rows:
@@ -168,7 +168,7 @@ def test_masks_leave_padding_out(small_engine):
 def test_a_probe_changes_nothing(small_engine):
     (picture,) = plan_pictures(small_engine.engine, ["a star"], [1], **VALUES).pictures
     plain = small_engine.engine.sample([picture])
-    states = everything(small_engine, [(0, "a star", 1)], VALUES, [0, 3])
+    states = everything(small_engine.engine, [(0, "a star", 1)], VALUES, [0, 3])
     assert set(states) == {(step, layer) for step in range(3) for layer in (0, 3)}
     assert torch.equal(small_engine.engine.sample([picture]), plain)
 

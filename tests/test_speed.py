@@ -60,14 +60,14 @@ def test_a_cached_prompt_opens_no_encoder_and_makes_the_same_picture(small_model
     made = picture(first)[1]
     again = fresh(small_model, embed_cache=str(tmp_path / "cache"))
     assert picture(again)[1] == made
-    assert (first.text.opened, again.text.opened) == (3, 0)
+    assert (first.engine.text.opened, again.engine.text.opened) == (3, 0)
     picture(again, "a circle")
-    assert again.text.opened == 3
+    assert again.engine.text.opened == 3
     for path in (tmp_path / "cache").iterdir():
         path.write_bytes(path.read_bytes()[:-7])  # cut short
     damaged = fresh(small_model, embed_cache=str(tmp_path / "cache"))
     assert picture(damaged)[1] == made
-    assert damaged.text.opened == 3
+    assert damaged.engine.text.opened == 3
 
 
 def test_the_cache_tells_files_and_ways_apart(tmp_path):
@@ -204,7 +204,7 @@ def test_tiles_are_chosen_by_size_and_recorded(small_model, monkeypatch):
 
     engine = fresh(small_model)
     assert engine.engine.pixels.tile_for(64, 48) == 0
-    monkeypatch.setattr(sd3.engine, "device_memory", lambda device: 10**9)
+    monkeypatch.setattr(sd3.pixels, "device_memory", lambda device: 10**9)
     assert engine.engine.pixels.tile_for(2048, 2048) == sd3.pixels.VAE_TILE
     assert "vae_tile" not in Settings("a", "m").public()
     assert Settings("a", "m", vae_tile=512).public()["vae_tile"] == 512
