@@ -40,7 +40,7 @@ def closed_form(x, sigma):
 # ---- samplers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("euler", 0.64742455), ("dpmpp_2m", 0.70528484)])
+@pytest.mark.parametrize(("name", "wanted"), [("euler", 0.64742455), ("heun", 0.71656892), ("dpmpp_2m", 0.70528484)])
 def test_a_sampler_gives_its_check_number(name, wanted):
     x = torch.tensor([0.7], dtype=torch.float64)
     assert find_sampler(name)(closed_form, x, CHECKED, ones).item() == pytest.approx(wanted, abs=1e-8)
