@@ -54,6 +54,15 @@ def sigmas_normal(steps: int, shift: float) -> Tensor:
     return torch.cat([sigmas, torch.zeros(1)])
 
 
+def sigmas_simple(steps: int, shift: float) -> Tensor:
+    """Every 1000/steps-th of the model's thousand levels from the top, shifted once, as ComfyUI's schedule of the name;
+    shapes as `sigmas_normal`.
+    """
+    levels = flow_sigma(torch.arange(1, TIMESTEPS + 1) / TIMESTEPS, shift)
+    places = [TIMESTEPS - 1 - i * TIMESTEPS // steps for i in range(steps)]
+    return torch.cat([levels[places], torch.zeros(1)])
+
+
 flow_schedule = sigmas_normal  # its name in scripts
 
 

@@ -48,6 +48,7 @@ SCHEDULES = {
     row.name: row
     for row in (
         Schedule("normal", "Normal", "the public reference's: timesteps evenly spaced, shifted at both ends and again"),
+        Schedule("simple", "Simple", "timesteps evenly spaced from the top, shifted once; usual for SD3 in ComfyUI"),
     )
 }
 

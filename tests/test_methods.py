@@ -198,7 +198,10 @@ def test_no_more_pictures_where_on_step_says_so(small_engine):
 
 # ---- schedules -----------------------------------------------------------------------------------
 
-OF_SIX = {"normal": (1, 0.92334, 0.81892, 0.66833, 0.43223, 0.00893)}
+OF_SIX = {
+    "normal": (1, 0.92334, 0.81892, 0.66833, 0.43223, 0.00893),
+    "simple": (1, 0.93778, 0.85733, 0.75, 0.60072, 0.37556),
+}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
