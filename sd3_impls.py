@@ -219,6 +219,26 @@ class SkipLayerGuidance:
         return guided + self.config.scale * (denoised[COND] - denoised[self.without])
 
 
+class GuidanceRescale:
+    """Gives each picture's guided velocity v a share of the conditional one's deviation: share std(cond) / std(v) v +
+    (1 - share) v, Lin et al. 2023, arXiv 2305.08891, section 3.4; a share of 0 is off.
+    """
+
+    def __init__(self, share: float):
+        self.share = share
+
+    def passes(self, at: Place) -> tuple[Pass, ...]:
+        return ()
+
+    def combine(self, at: Place, x: Tensor, denoised: Mapping[Pass, Tensor], guided: Tensor) -> Tensor:
+        if self.share == 0 or guided is denoised[COND]:
+            return guided
+        v_cond, v = x - denoised[COND], x - guided  # both times sigma
+        ratio = v_cond.flatten(1).std(1) / v.flatten(1).std(1)
+        factor = self.share * ratio + 1 - self.share
+        return x - factor.view(-1, *[1] * (x.ndim - 1)) * v
+
+
 # ---- the network as the function that samplers call ----------------------------------------------
 
 

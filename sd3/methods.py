@@ -62,5 +62,8 @@ GUIDANCE = {
         GuidanceMethod(
             "SkipLayerGuidance", ("skip_layer",), "skip-layer guidance: away from a pass without some blocks"
         ),
+        GuidanceMethod(
+            "GuidanceRescale", ("guidance_rescale",), "rescaling: the deviation of the conditional velocity"
+        ),
     )
 }

@@ -18,6 +18,7 @@ from sd3_impls import (
     ClassifierFreeGuidance,
     Conditioning,
     Denoiser,
+    GuidanceRescale,
     SkipLayerGuidance,
     StopSampling,
     find_sampler,
@@ -237,6 +238,14 @@ def guide(guidance, step: float = 0, steps: int = 10, passes=None) -> torch.Tens
 def test_classifier_free_guidance_gives_its_check_number():
     assert guide([ClassifierFreeGuidance(4.0)]).tolist() == [[2.5, 3.5, 15, 10]]
     assert torch.equal(guide([ClassifierFreeGuidance(1.0)]), C)
+
+
+def test_the_rescale_gives_its_check_number():
+    got = guide([ClassifierFreeGuidance(4.0), GuidanceRescale(0.7)])
+    assert got[0].tolist() == pytest.approx([1.135104, 1.589146, 6.810624, 4.540416], abs=1e-6)
+    assert guide([ClassifierFreeGuidance(4.0), GuidanceRescale(1.0)]).std().item() == pytest.approx(C.std().item())
+    assert torch.equal(guide([ClassifierFreeGuidance(4.0), GuidanceRescale(0.0)]), guide([ClassifierFreeGuidance(4.0)]))
+    assert torch.equal(guide([ClassifierFreeGuidance(1.0), GuidanceRescale(0.7)]), C)
 
 
 def test_guidance_without_the_text_that_it_needs_is_refused():
