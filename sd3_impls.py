@@ -436,6 +436,22 @@ def sample_heun(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Te
     return x
 
 
+@torch.no_grad()
+def sample_euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 1.0) -> Tensor:
+    """Euler steps to below each level and fresh noise up to it, in the form for flows: what adds noise also shrinks the
+    signal (ComfyUI's and diffusers' RF rule). eta: how far below, 0 for Euler; x and sigmas as `sample_heun`.
+    """
+    for sigma, following in itertools.pairwise(sigmas.tolist()):
+        denoised = denoise(x, sigma)
+        if following == 0:
+            return denoised
+        down = following * (1 + (following / sigma - 1) * eta)
+        x = (down / sigma) * x + (1 - down / sigma) * denoised
+        shrink = (1 - following) / (1 - down)
+        x = shrink * x + math.sqrt(max(following**2 - (down * shrink) ** 2, 0.0)) * noise(sigma, following)
+    return x
+
+
 def find_sampler(name: str) -> Callable[..., Tensor]:
     """The function `sample_NAME`."""
     return globals()[f"sample_{name}"]

@@ -39,6 +39,7 @@ SAMPLERS = {
     row.name: row
     for row in (
         Sampler("euler", "Euler", "first order, one model call a step"),
+        Sampler("euler_ancestral", "Euler a", "first order, one model call a step", noise=True),
         Sampler("heun", "Heun", "second order, two model calls a step"),
         Sampler("dpmpp_2m", "DPM++ 2M", "second order from the step before, one model call a step"),
     )

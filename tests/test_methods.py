@@ -41,10 +41,19 @@ def closed_form(x, sigma):
 # ---- samplers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("euler", 0.64742455), ("heun", 0.71656892), ("dpmpp_2m", 0.70528484)])
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("euler", 0.64742455), ("heun", 0.71656892), ("euler_ancestral", 0.71534093), ("dpmpp_2m", 0.70528484)],
+)
 def test_a_sampler_gives_its_check_number(name, wanted):
     x = torch.tensor([0.7], dtype=torch.float64)
     assert find_sampler(name)(closed_form, x, CHECKED, ones).item() == pytest.approx(wanted, abs=1e-8)
+
+
+def test_euler_ancestral_is_euler_at_eta_0():
+    x = torch.tensor([0.7], dtype=torch.float64)
+    got = sd3_impls.sample_euler_ancestral(closed_form, x, CHECKED, ones, eta=0.0)
+    assert got.item() == pytest.approx(0.64742455, abs=1e-8)
 
 
 def test_every_row_has_its_function_or_class_and_the_other_way_round():
