@@ -50,6 +50,7 @@ SCHEDULES = {
     for row in (
         Schedule("normal", "Normal", "the public reference's: timesteps evenly spaced, shifted at both ends and again"),
         Schedule("simple", "Simple", "timesteps evenly spaced from the top, shifted once; usual for SD3 in ComfyUI"),
+        Schedule("beta", "Beta", "dense at both ends: quantiles of a Beta(0.6, 0.6) distribution, shifted once"),
     )
 }
 
