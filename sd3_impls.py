@@ -54,6 +54,53 @@ def sigmas_normal(steps: int, shift: float) -> Tensor:
     return torch.cat([sigmas, torch.zeros(1)])
 
 
+def sigmas_simple(steps: int, shift: float) -> Tensor:
+    """Every 1000/steps-th of the model's thousand levels from the top, shifted once, as ComfyUI's schedule of the name;
+    shapes as `sigmas_normal`.
+    """
+    levels = flow_sigma(torch.arange(1, TIMESTEPS + 1) / TIMESTEPS, shift)
+    places = [TIMESTEPS - 1 - i * TIMESTEPS // steps for i in range(steps)]
+    return torch.cat([levels[places], torch.zeros(1)])
+
+
+def sigmas_beta(steps: int, shift: float) -> Tensor:
+    """Levels that lie densely at both ends: the model's thousand, shifted once, at the quantiles of a Beta(0.6, 0.6)
+    distribution (Lee et al. 2024, arXiv 2407.12173), as ComfyUI's schedule of this name; shapes as `sigmas_normal`.
+    """
+    levels = flow_sigma(torch.arange(1, TIMESTEPS + 1) / TIMESTEPS, shift)
+    places = [round(beta_quantile(1 - i / steps, 0.6, 0.6) * (TIMESTEPS - 1)) for i in range(steps)]
+    return torch.cat([levels[places], torch.zeros(1)])
+
+
+def beta_probability(x: float, a: float, b: float) -> float:
+    """How probable a value of at most x in [0, 1] is in a Beta(a, b) distribution: the regularised incomplete beta
+    function, by its power series (Abramowitz and Stegun, 26.5.4), which converges fast below 0.5.
+    """
+    if x > 0.5:
+        return 1 - beta_probability(1 - x, b, a)
+    total, factor, n = 0.0, 1.0, 0
+    while abs(factor) > 1e-17:
+        total += factor / (a + n)
+        n += 1
+        factor *= (n - b) / n * x
+    return x**a * total * math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
+
+
+def beta_quantile(p: float, a: float, b: float) -> float:
+    """The x in [0, 1] with `beta_probability` p: Newton's steps, halving where they leave the interval that is left."""
+    scale = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
+    low, high, x = 0.0, 1.0, 0.5
+    while low < x < high:
+        error = beta_probability(x, a, b) - p
+        low, high = (low, x) if error > 0 else (x, high)
+        step = x - error / (scale * x ** (a - 1) * (1 - x) ** (b - 1))
+        following = step if low < step < high else (low + high) / 2
+        if abs(following - x) <= 1e-15:
+            return following
+        x = following
+    return x
+
+
 flow_schedule = sigmas_normal  # its name in scripts
 
 
@@ -208,6 +255,26 @@ class SkipLayerGuidance:
         if not self.passes(at):
             return guided
         return guided + self.config.scale * (denoised[COND] - denoised[self.without])
+
+
+class GuidanceRescale:
+    """Gives each picture's guided velocity v a share of the conditional one's deviation: share std(cond) / std(v) v +
+    (1 - share) v, Lin et al. 2023, arXiv 2305.08891, section 3.4; a share of 0 is off.
+    """
+
+    def __init__(self, share: float):
+        self.share = share
+
+    def passes(self, at: Place) -> tuple[Pass, ...]:
+        return ()
+
+    def combine(self, at: Place, x: Tensor, denoised: Mapping[Pass, Tensor], guided: Tensor) -> Tensor:
+        if self.share == 0 or guided is denoised[COND]:
+            return guided
+        v_cond, v = x - denoised[COND], x - guided  # both times sigma
+        ratio = v_cond.flatten(1).std(1) / v.flatten(1).std(1)
+        factor = self.share * ratio + 1 - self.share
+        return x - factor.view(-1, *[1] * (x.ndim - 1)) * v
 
 
 # ---- the network as the function that samplers call ----------------------------------------------
@@ -389,6 +456,37 @@ def sample_dpmpp_2m(
         x = (following / sigma) * x - torch.expm1(torch.tensor(-h, dtype=torch.float64)).item() * target
         if h:  # 0 where a script's neighbouring sigmas are one number: nothing moved
             previous, h_previous = denoised, h
+    return x
+
+
+@torch.no_grad()
+def sample_heun(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Tensor:
+    """Heun's second-order steps (Karras et al. 2022, arXiv 2206.00364, algorithm 2 without noise): two calls a step,
+    one in the last. x: (B, C, h, w) at sigmas[0]; sigmas: (n + 1,), falling. Returns x at the last sigma.
+    """
+    for sigma, following in itertools.pairwise(sigmas.tolist()):
+        slope = (x - denoise(x, sigma)) / sigma
+        end = x + (following - sigma) * slope
+        if following > 0:
+            slope = (slope + (end - denoise(end, following)) / following) / 2
+            end = x + (following - sigma) * slope
+        x = end
+    return x
+
+
+@torch.no_grad()
+def sample_euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 1.0) -> Tensor:
+    """Euler steps to below each level and fresh noise up to it, in the form for flows: what adds noise also shrinks the
+    signal (ComfyUI's and diffusers' RF rule). eta: how far below, 0 for Euler; x and sigmas as `sample_heun`.
+    """
+    for sigma, following in itertools.pairwise(sigmas.tolist()):
+        denoised = denoise(x, sigma)
+        if following == 0:
+            return denoised
+        down = following * (1 + (following / sigma - 1) * eta)
+        x = (down / sigma) * x + (1 - down / sigma) * denoised
+        shrink = (1 - following) / (1 - down)
+        x = shrink * x + math.sqrt(max(following**2 - (down * shrink) ** 2, 0.0)) * noise(sigma, following)
     return x
 
 

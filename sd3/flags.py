@@ -133,6 +133,9 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
             also="probe"),
     picture("skip_layer_cfg", SWITCH, False, "skip-layer guidance, with SD3.5 Medium's settings", field="skip_layer",
             always=True, matters=effects.skip_layer),
+    picture("guidance_rescale", number(0.0, 1.0), 0.0,
+            "share of the conditional velocity's deviation that the guided one gets, against overexposure; 0: off",
+            matters=effects.only_guided("guidance_rescale"), also="probe"),
 ),
 "residual text streaming": (
     picture("residual_origin_layer", LAYER, 0, "block whose incoming text tokens are kept", usual="0", always=True,

@@ -39,6 +39,8 @@ SAMPLERS = {
     row.name: row
     for row in (
         Sampler("euler", "Euler", "first order, one model call a step"),
+        Sampler("euler_ancestral", "Euler a", "first order, one model call a step", noise=True),
+        Sampler("heun", "Heun", "second order, two model calls a step"),
         Sampler("dpmpp_2m", "DPM++ 2M", "second order from the step before, one model call a step"),
     )
 }
@@ -47,6 +49,8 @@ SCHEDULES = {
     row.name: row
     for row in (
         Schedule("normal", "Normal", "the public reference's: timesteps evenly spaced, shifted at both ends and again"),
+        Schedule("simple", "Simple", "timesteps evenly spaced from the top, shifted once; usual for SD3 in ComfyUI"),
+        Schedule("beta", "Beta", "dense at both ends: quantiles of a Beta(0.6, 0.6) distribution, shifted once"),
     )
 }
 
@@ -59,6 +63,9 @@ GUIDANCE = {
         ),
         GuidanceMethod(
             "SkipLayerGuidance", ("skip_layer",), "skip-layer guidance: away from a pass without some blocks"
+        ),
+        GuidanceMethod(
+            "GuidanceRescale", ("guidance_rescale",), "rescaling: the deviation of the conditional velocity"
         ),
     )
 }

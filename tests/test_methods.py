@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 import inspect
+import io
 import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import sd3_impls
+from sd3 import png
+from sd3.effects import executed_steps
 from sd3.methods import GUIDANCE, SAMPLERS, SCHEDULES
 from sd3.models import SkipLayerConfig
 from sd3.planning import plan_pictures
+from sd3.replay import Replay
 from sd3.residual import ResidualConfig
+from sd3.settings import Settings, effective
 from sd3_impls import (
     ClassifierFreeGuidance,
     Conditioning,
     Denoiser,
+    GuidanceRescale,
     SkipLayerGuidance,
     StopSampling,
     find_sampler,
@@ -41,10 +53,19 @@ def closed_form(x, sigma):
 # ---- samplers ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("euler", 0.64742455), ("dpmpp_2m", 0.70528484)])
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("euler", 0.64742455), ("heun", 0.71656892), ("euler_ancestral", 0.71534093), ("dpmpp_2m", 0.70528484)],
+)
 def test_a_sampler_gives_its_check_number(name, wanted):
     x = torch.tensor([0.7], dtype=torch.float64)
     assert find_sampler(name)(closed_form, x, CHECKED, ones).item() == pytest.approx(wanted, abs=1e-8)
+
+
+def test_euler_ancestral_is_euler_at_eta_0():
+    x = torch.tensor([0.7], dtype=torch.float64)
+    got = sd3_impls.sample_euler_ancestral(closed_form, x, CHECKED, ones, eta=0.0)
+    assert got.item() == pytest.approx(0.64742455, abs=1e-8)
 
 
 def test_every_row_has_its_function_or_class_and_the_other_way_round():
@@ -92,6 +113,7 @@ def test_step_noise_is_a_stream_of_its_own_per_seed_and_does_not_depend_on_the_b
 
 
 @given(st.sampled_from(list(SCHEDULES)), st.integers(1, 60), st.floats(0.1, 20), st.floats(0, 1))
+@hypothesis_settings(deadline=None)
 def test_the_place_in_a_schedule(name, steps, shift, part):
     levels = schedule(name, steps, shift).tolist()
     assert [place_in(levels, sigma) for sigma in levels] == list(range(len(levels)))
@@ -200,7 +222,11 @@ def test_no_more_pictures_where_on_step_says_so(small_engine):
 
 # ---- schedules -----------------------------------------------------------------------------------
 
-OF_SIX = {"normal": (1, 0.92334, 0.81892, 0.66833, 0.43223, 0.00893)}
+OF_SIX = {
+    "normal": (1, 0.92334, 0.81892, 0.66833, 0.43223, 0.00893),
+    "simple": (1, 0.93778, 0.85733, 0.75, 0.60072, 0.37556),
+    "beta": (1, 0.96771, 0.88776, 0.75075, 0.53351, 0.23311),
+}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -209,12 +235,45 @@ def test_a_schedule_gives_its_check_numbers(name):
 
 
 @given(st.sampled_from(list(SCHEDULES)), st.integers(1, 3000), st.floats(0.001, 1000))
+@hypothesis_settings(deadline=None)
 def test_a_schedule_falls_to_zero_and_has_no_equal_neighbours(name, steps, shift):
     sigmas = schedule(name, steps, shift)
     assert sigmas.dtype == torch.float32
     assert 1.001 > sigmas[0] > 0 == sigmas[-1]
     assert (sigmas.diff() < 0).all()
     assert 2 <= len(sigmas) <= steps + 1
+
+
+@given(st.floats(1e-9, 1), st.sampled_from([(0.6, 0.6), (0.5, 0.7), (2.5, 0.6)]))
+@hypothesis_settings(deadline=None)
+def test_beta_quantiles_are_those_of_scipy(p, parameters):
+    stats = pytest.importorskip("scipy.stats")
+    assert sd3_impls.beta_quantile(p, *parameters) == pytest.approx(stats.beta.ppf(p, *parameters), abs=1e-12)
+    assert sd3_impls.beta_probability(p, *parameters) == pytest.approx(stats.beta.cdf(p, *parameters), abs=1e-12)
+
+
+@pytest.mark.parametrize("steps", [5, 28, 150, 1500])
+def test_the_beta_schedule_is_that_of_scipy_without_repeats(steps):
+    stats = pytest.importorskip("scipy.stats")
+    places = np.rint(stats.beta.ppf(1 - np.arange(steps) / steps, 0.6, 0.6) * 999).astype(int)
+    levels = sd3_impls.flow_sigma(torch.arange(1, 1001) / 1000, 3.0)
+    wanted = [levels[place].item() for place in dict.fromkeys(places.tolist())]
+    assert schedule("beta", steps, 3.0).tolist() == [*wanted, 0.0]
+
+
+def test_a_schedule_with_fewer_levels_than_steps_is_told_and_recorded():
+    s = Settings(prompt="a", model="m", scheduler="beta", steps=200)
+    ran = len(schedule("beta", 200, s.shift)) - 1
+    assert ran == executed_steps(s) < 200
+    assert effective(s) == (s, [f"note: {ran} steps run instead of 200: `scheduler` beta has no more noise levels"])
+    image = Image.new("RGB", (8, 8))
+    texts = [Image.open(io.BytesIO(png.encode_picture(image, one, {}))).text for one in (s, replace(s, steps=20))]
+    records = [json.loads(text[png.SETTINGS_CHUNK]) for text in texts]
+    assert [record.get("steps_run") for record in records] == [ran, None]
+    assert "Steps: 200, Sampler: DPM++ 2M" in texts[0]["parameters"]
+    assert "Schedule type: Beta" in texts[0]["parameters"]
+    again = Replay(Path("x.png"), records[0], {"model": "m"})
+    assert (again.settings(), again.flags({})["scheduler"]) == (s, "beta")
 
 
 # ---- guidance ------------------------------------------------------------------------------------
@@ -236,6 +295,14 @@ def guide(guidance, step: float = 0, steps: int = 10, passes=None) -> torch.Tens
 def test_classifier_free_guidance_gives_its_check_number():
     assert guide([ClassifierFreeGuidance(4.0)]).tolist() == [[2.5, 3.5, 15, 10]]
     assert torch.equal(guide([ClassifierFreeGuidance(1.0)]), C)
+
+
+def test_the_rescale_gives_its_check_number():
+    got = guide([ClassifierFreeGuidance(4.0), GuidanceRescale(0.7)])
+    assert got[0].tolist() == pytest.approx([1.135104, 1.589146, 6.810624, 4.540416], abs=1e-6)
+    assert guide([ClassifierFreeGuidance(4.0), GuidanceRescale(1.0)]).std().item() == pytest.approx(C.std().item())
+    assert torch.equal(guide([ClassifierFreeGuidance(4.0), GuidanceRescale(0.0)]), guide([ClassifierFreeGuidance(4.0)]))
+    assert torch.equal(guide([ClassifierFreeGuidance(1.0), GuidanceRescale(0.7)]), C)
 
 
 def test_guidance_without_the_text_that_it_needs_is_refused():
