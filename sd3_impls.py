@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dit_embedder import ControlNet
-from mmditx import TIMESTEPS, ContextHook, MMDiT, ModelCall, Reuse, Text, effects, hook_for
+from dit_embedder import ControlNet, spread
+from mmditx import TIMESTEPS, ContextHook, MMDiT, ModelCall, Reuse, Stream, Streams, Text, run_blocks
 
 LATENT_SHIFT = 0.0609
 LATENT_SCALE = 1.5305
@@ -110,14 +110,14 @@ class Denoiser:
         controlnet: ControlNet | None = None,
         control: Tensor | None = None,
         control_strength: float = 1.0,
-        hooks: Sequence[ContextHook] = (),
+        hooks: Sequence[Stream | ContextHook | None] = (),
         steps_run: int | None = None,
         cache: float = 0.0,
     ):
         """steps: the full number, for skip-layer guidance; control: latent of the control image in model space;
-        neg_cond: None when cfg is 1 (the unconditional half is skipped); hooks: called before every block, those with
-        a `begin` get every model call first; steps_run: how many steps run (None: `steps`); cache: threshold of
-        `mmditx.Reuse`, 0 for none.
+        neg_cond: None when cfg is 1 (the unconditional half is skipped); hooks: streams (see `mmditx.Stream`) or
+        functions (i, context) -> what enters block i; steps_run: how many steps run (None: `steps`); cache: threshold
+        of `mmditx.Reuse`, 0 for none.
         """
         self.model = model
         self.cond = cond
@@ -129,39 +129,39 @@ class Denoiser:
         self.controlnet = controlnet
         self.control = control
         self.control_strength = control_strength
-        self.hooks = hooks
+        self.streams = Streams(hooks)
         self.steps_run = steps_run or steps or 1
         self.step = 0
         self.cache = cache
         self.reuse: dict[tuple, Reuse] = {}  # by kind of call
-        self._embedded: list[tuple[Conditioning, Text]] = []
+        self.text_embedded = self.cond_embedded = model.embed_text(self.text.pooled, self.text.context)
+        if self.guided:
+            self.cond_embedded = model.embed_text(cond.pooled, cond.context)
 
     def embedded(self, text: Conditioning) -> Text:
-        """A text, embedded by the network once for all steps."""
-        for source, embedded in self._embedded:
-            if source is text:
-                return embedded
-        self._embedded.append((text, self.model.embed_text(text.pooled, text.context)))
-        return self._embedded[-1][1]
+        """A text, as the network embedded it once for all steps."""
+        return self.text_embedded if text is self.text else self.cond_embedded
 
     def velocity(self, x: Tensor, sigma: float, text: Conditioning, control: bool, skip: Sequence[int]) -> Tensor:
         """The network's velocity, float32; x (B, C, h, w) float32, one sigma for all rows."""
         x = x.to(self.model.x_embedder.proj.weight.dtype)
         t = torch.full((x.shape[0],), TIMESTEPS * sigma, dtype=torch.float32, device=x.device)
-        controls: Sequence[Tensor] = ()
+        controls = None
         if control and self.controlnet is not None and self.control is not None:
             latent = self.control.to(x)
             if latent.shape[0] > 1:
                 latent = latent.repeat(x.shape[0] // latent.shape[0], 1, 1, 1)
-            controls = self.controlnet(self.model, x, t, text.pooled, latent, self.control_strength)
+            states = self.controlnet(self.model, x, t, text.pooled, latent, self.control_strength)
+            controls = spread(states, self.model.config.depth)
         halves = self.guided and text is self.text
         rows = x.shape[0]
-        call = ModelCall.of_rows(self.step, self.steps_run, sigma, rows, "cond", halves, text=text, skip_layers=skip)
-        hook, reuse = hook_for(self.hooks, call), None
-        if self.cache:
-            reuse = self.reuse.setdefault((control, tuple(skip)), Reuse(self.cache))
-            reuse.expect(effects(self.hooks))
-        return self.model.velocity(x, t, self.embedded(text), controls, skip, hook, reuse).float()
+        embedded = self.embedded(text)
+        call = ModelCall.of_rows(
+            self.step, self.steps_run, sigma, rows, "cond", halves, text=embedded, skip_layers=skip
+        )
+        stream = self.streams if self.streams.begin(call) else None
+        run = self.reuse.setdefault((control, tuple(skip)), Reuse(self.cache)).run if self.cache else run_blocks
+        return self.model.velocity(x, t, embedded, controls, skip, stream, run).float()
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """denoised = x - sigma v, guided; x (B, C, h, w) float32, sigma a number or (B,) of one value."""

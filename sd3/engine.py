@@ -573,10 +573,8 @@ class Engine:
             model = on_meta(lambda: MMDiT(self.config))
             if self.setup.weights != "full":
                 replace_linears(model.joint_blocks, self.setup.weights)
-            elif not self.setup.offload:
-                model.join_modulations(self.device, self.dtype)
-                if can_pack(self.device, self.dtype):
-                    replace_linears(model.joint_blocks, "packed")
+            elif not self.setup.offload and can_pack(self.device, self.dtype):
+                replace_linears(model.joint_blocks, "packed")
             if self.setup.offload:
                 self._load(self.mmdit_part, model, "MMDiT", torch.device("cpu"), self.dtype)
                 model.offload = Offload(model.joint_blocks, self.device)
