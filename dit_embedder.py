@@ -7,9 +7,9 @@ positions, takes the base model's embedded pooled text, and every block gets the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmditx import MMDiT, MMDiTConfig, PatchEmbed, StreamBlock, TimestepEmbedder, VectorEmbedder
@@ -88,7 +88,7 @@ class ControlNet(nn.Module):
     def forward(
         self, base: MMDiT, x: Tensor, t: Tensor, y: Tensor, control: Tensor, strength: float = 1.0
     ) -> list[Tensor]:
-        """One state (B, L, D) per block.
+        """One state (B, L, D) per block of its own, see `spread`.
 
         base: the MMDiT that the states are added to; x: noisy latent (B, C, h, w); t: timesteps (B,) in [0, 1000];
         y: raw pooled text (B, Y); control: latent of the control image in model space (1 or B, C, h, w); strength:
@@ -97,12 +97,16 @@ class ControlNet(nn.Module):
         tokens = base.embed_image(x) if self.chained else self.pos_embed(x)
         tokens = tokens + self.pos_embed_input(control)
         c = self.t_embedder(t) + self.y_embedder(y if self.chained else base.y_embedder(y))
-        active = F.silu(c)
         states, out = [], tokens
         for block, project in zip(self.transformer_blocks, self.controlnet_blocks, strict=True):
-            out = block(out if self.chained else tokens, active)
+            out = block(out if self.chained else tokens, c)
             states.append(project(out) * strength)
         return states
+
+
+def spread(states: Sequence[Tensor], depth: int) -> list[Tensor]:
+    """A ControlNet's states, one per block of a model of `depth`: each serves for a run of neighbouring blocks."""
+    return [states[i * len(states) // depth] for i in range(depth)]
 
 
 def control_pixels(image: Tensor, chained: bool, kind: str) -> Tensor:

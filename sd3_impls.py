@@ -13,8 +13,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dit_embedder import ControlNet
-from mmditx import TIMESTEPS, ContextHook, MMDiT, ModelCall, Reuse, Text, effects, hook_for
+from dit_embedder import ControlNet, spread
+from mmditx import TIMESTEPS, ContextHook, MMDiT, ModelCall, Reuse, Stream, Streams, run_blocks
 
 LATENT_SHIFT = 0.0609
 LATENT_SCALE = 1.5305
@@ -297,76 +297,69 @@ class Denoiser:
         controlnet: ControlNet | None = None,
         control: Tensor | None = None,
         control_strength: float = 1.0,
-        hooks: Sequence[ContextHook] = (),
+        streams: Sequence[Stream | ContextHook | None] = (),
         cache: float = 0.0,
         on_step: OnStep | None = None,
         planned: int | None = None,
     ):
         """neg_cond: None where no guidance needs it; sigmas: the schedule of the run, in which the step of a call is
-        found by its sigma; control: latent of the control image in model space; hooks: called before every block, those
-        with a `begin` get every model call first; cache: threshold of `mmditx.Reuse`, 0 for none; on_step: see
+        found by its sigma; control: latent of the control image in model space; streams: see `mmditx.Stream`, or
+        functions (i, context) -> what enters block i; cache: threshold of `mmditx.Reuse`, 0 for none; on_step: see
         `OnStep`; planned: see `Place`, None for as many steps as run.
         """
         self.model = model
-        self.cond, self.neg_cond = cond, neg_cond
-        self.guided = neg_cond is not None
-        self.text = cond if neg_cond is None else stack_halves(cond, neg_cond)
+        self.texts = {"cond": cond}
+        if neg_cond is not None:
+            self.texts |= {"uncond": neg_cond, "both": stack_halves(cond, neg_cond)}
+        self.embedded = {name: model.embed_text(text.pooled, text.context) for name, text in self.texts.items()}
         self.sigmas, self.levels = sigmas, sigmas.tolist()
         self.guidance = guidance
         self.controlnet = controlnet
         self.control = control
         self.control_strength = control_strength
-        self.hooks = hooks
+        self.streams = Streams(streams)
         self.steps_run = max(len(self.levels) - 1, 1)
         self.planned = planned or self.steps_run
         self.step: float = 0  # of the call that runs
         self.cache = cache
         self.reuse: dict[tuple, Reuse] = {}  # by kind of call
-        self._embedded: list[tuple[Conditioning, Text]] = []
         self.on_step = on_step
         self._last: tuple[int, Tensor, float, Tensor] | None = None  # call at a level, not reported yet
         self._reported = math.inf  # the level reported last
 
-    def embedded(self, text: Conditioning) -> Text:
-        """A text, embedded by the network once for all steps."""
-        for source, embedded in self._embedded:
-            if source is text:
-                return embedded
-        self._embedded.append((text, self.model.embed_text(text.pooled, text.context)))
-        return self._embedded[-1][1]
-
-    def velocity(self, x: Tensor, sigma: float, text: Conditioning, control: bool, skip: Sequence[int]) -> Tensor:
-        """The network's velocity, float32; x (B, C, h, w) float32, one sigma for all rows."""
+    def velocity(self, x: Tensor, sigma: float, text: str, control: bool, skip: Sequence[int]) -> Tensor:
+        """The network's velocity, float32; x (B, C, h, w) float32, one sigma for all rows; text: `cond`, `uncond`, or
+        `both`, whose rows are those of cond and then those of uncond.
+        """
         x = x.to(self.model.x_embedder.proj.weight.dtype)
         t = torch.full((x.shape[0],), TIMESTEPS * sigma, dtype=torch.float32, device=x.device)
-        controls: Sequence[Tensor] = ()
+        controls = None
         if control and self.controlnet is not None and self.control is not None:
             latent = self.control.to(x)
             if latent.shape[0] > 1:
                 latent = latent.repeat(x.shape[0] // latent.shape[0], 1, 1, 1)
-            controls = self.controlnet(self.model, x, t, text.pooled, latent, self.control_strength)
-        halves = self.guided and text is self.text
-        rows = x.shape[0]
-        first = "uncond" if text is self.neg_cond else "cond"
-        call = ModelCall.of_rows(self.step, self.steps_run, sigma, rows, first, halves, text=text, skip_layers=skip)
-        hook, reuse = hook_for(self.hooks, call), None
+            states = self.controlnet(self.model, x, t, self.texts[text].pooled, latent, self.control_strength)
+            controls = spread(states, self.model.config.depth)
+        first, embedded = "uncond" if text == "uncond" else "cond", self.embedded[text]
+        halves, given = text == "both", {"text": embedded, "skip_layers": skip}
+        call = ModelCall.of_rows(self.step, self.steps_run, sigma, x.shape[0], first, halves, **given)
+        stream = self.streams if self.streams.begin(call) else None
+        run = run_blocks
         if self.cache:
-            reuse = self.reuse.setdefault((control, tuple(skip)), Reuse(self.cache))
-            reuse.expect(effects(self.hooks))
-        return self.model.velocity(x, t, self.embedded(text), controls, skip, hook, reuse).float()
+            run = self.reuse.setdefault((text, control, tuple(skip)), Reuse(self.cache)).run
+        return self.model.velocity(x, t, embedded, controls, skip, stream, run).float()
 
     def run_passes(self, x: Tensor, sigma: float, passes: Collection[Pass]) -> dict[Pass, Tensor]:
         """denoised = x - sigma v of each pass; both halves of guidance run as one batch."""
-        if not self.guided and any(one.text == "uncond" for one in passes):
+        if "uncond" not in self.texts and any(one.text == "uncond" for one in passes):
             raise ValueError("guidance needs neg_cond, the text of the unconditional pass")
         denoised: dict[Pass, Tensor] = {}
         if UNCOND in passes:
-            halves = self.velocity(torch.cat([x, x]), sigma, self.text, True, ()).chunk(2)
+            halves = self.velocity(torch.cat([x, x]), sigma, "both", True, ()).chunk(2)
             denoised = {one: x - sigma * v for one, v in zip((COND, UNCOND), halves, strict=True)}
         for one in passes:
             if one not in denoised:
-                text = self.neg_cond if one.text == "uncond" else self.cond
-                denoised[one] = x - sigma * self.velocity(x, sigma, text, one.control, one.skip_layers)
+                denoised[one] = x - sigma * self.velocity(x, sigma, one.text, one.control, one.skip_layers)
         return denoised
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:

@@ -131,7 +131,7 @@ class SD3Inferencer:
         skip_layer_config: SkipLayerConfig | Mapping[str, Any] | None = None,
         residual_config: ResidualConfig | None = None,
         *,
-        hooks: Sequence[Any] = (),
+        streams: Sequence[Any] = (),
         on_step: Any = None,
         **others: Any,
     ) -> Tensor:
@@ -139,7 +139,7 @@ class SD3Inferencer:
 
         latent: start (B, 16, h, w) in model space, zeros for text to image; seed: one per row (a number for one row);
         conditioning and neg_cond: (text tokens (1 or B, T, X), pooled (1 or B, Y)), neg_cond unused where cfg_scale is
-        1; controlnet_cond: latents of the control image in model space; denoise: part of the schedule that runs; hooks
+        1; controlnet_cond: latents of the control image in model space; denoise: part of the schedule that runs; streams
         and on_step: see `Network.sample`; others: further flags of sampling (`SAMPLING`). Raises Mistake, and
         StopSampling where on_step returns False.
         """
@@ -163,7 +163,7 @@ class SD3Inferencer:
         texts = conditioning, neg_cond
         with self.engine.owned():
             sample = self.engine.network.sample
-            return sample(settings, latent, seeds, *texts, controlnet_cond, settings.denoise, hooks, on_step)
+            return sample(settings, latent, seeds, *texts, controlnet_cond, settings.denoise, streams, on_step)
 
     # -- decoding --
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mmditx import ModelCall, ResidualStream
+from mmditx import ModelCall, ResidualStream, Stream
 from sd3.engine import Engine
 from sd3.residual import ResidualConfig, residual_stream
 from sd3.rotations import Rotations
@@ -45,21 +45,21 @@ SETTINGS = {
 }
 
 
-class Timed:
+class Timed(Stream):
     """A stream that adds up the time spent in it."""
 
     def __init__(self, stream: ResidualStream):
         self.stream, self.spent = stream, 0.0
 
-    def begin(self, at: ModelCall) -> Timed:
+    def begin(self, at: ModelCall) -> bool:
         """Passes it on."""
-        self.stream.begin(at)
-        return self
+        return self.stream.begin(at)
 
-    def __call__(self, i: int, context: torch.Tensor) -> torch.Tensor:
+    def mix(self, i: int, context: torch.Tensor) -> torch.Tensor:
         """Passes it on, and looks at the clock."""
         start = time.perf_counter()
-        context = self.stream(i, context)
+        self.stream.keep(i, context)
+        context = self.stream.mix(i, context)
         self.spent += time.perf_counter() - start
         return context
 
@@ -100,7 +100,7 @@ def main(rounds: int = 7, size: int = 512, dtype: str = "bfloat16", folder: str 
             stream = residual_stream(setting, rotations[setting.origin])
             if stream is not None:
                 clock[name] = Timed(stream)
-            denoiser = Denoiser(model, *texts, sigmas, [ClassifierFreeGuidance(5.0)], hooks=[clock.get(name)])
+            denoiser = Denoiser(model, *texts, sigmas, [ClassifierFreeGuidance(5.0)], streams=[clock.get(name)])
             return lambda: denoiser(x, 0.7)
 
         clock: dict[str, Timed] = {}

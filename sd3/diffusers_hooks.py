@@ -126,8 +126,7 @@ class _Shared:
         self.arguments = _parameters(transformer)
         self.call = _CallName()
         self.timed = config.schedule != "constant" or bool(stream.rotations is not None and stream.rotations.edges)
-        self.texts: list[tuple[Tensor, int]] = []
-        self.active: Any = None
+        self.active = False  # in the running call
         self.next = 0
 
     @property
@@ -140,22 +139,19 @@ class _Shared:
         """Reads a call off the transformer's arguments."""
         given = dict(zip(self.arguments, args, strict=False)) | kwargs
         step, steps = self._step()
-        if step == 0:
-            self.stream.forget()
-            self.texts.clear()
         sigma = self._sigma(given["timestep"]) if self.timed else 1.0
         first, halves = self._branches(given) if self.config.branch != "both" else ("cond", False)
         rows = given["hidden_states"].shape[0]
-        text = self._text(given.get(TEXT)) if self.scheduler is not None else None
-        self.active = self.stream.begin(ModelCall.of_rows(step, steps, sigma, rows, first, halves, text=text))
+        self.active = self.stream.begin(ModelCall.of_rows(step, steps, sigma, rows, first, halves))
         self.next = self.config.origin
 
     @torch.compiler.disable
     def mix(self, i: int, context: Tensor) -> Tensor:
         """The text tokens that enter block i, mixed for it and for the blocks that were skipped before it."""
-        if self.active is not None:
+        if self.active:
             for layer in range(self.next, i + 1):
-                context = self.active(layer, context)
+                self.stream.keep(layer, context)
+                context = self.stream.mix(layer, context)
             self.next = i + 1
         return context
 
@@ -187,17 +183,6 @@ class _Shared:
             why = "cannot tell the halves of guidance apart: no pipeline that says whether it is guided, and no "
             raise Mistake("branch", self.config.branch, f"{why}cache_context around the call")
         return ("uncond", True) if guided or name else ("cond", False)  # diffusers puts the unconditional half first
-
-    def _text(self, text: Any) -> Any:
-        """An object that stays the same until the text is another one, or was changed in place."""
-        if not isinstance(text, Tensor):
-            return None
-        version = 0 if text.is_inference() else text._version
-        for entry in self.texts:
-            if entry[0] is text and entry[1] == version:
-                return entry
-        self.texts = [*self.texts[-3:], (text, version)]
-        return self.texts[-1]
 
 
 class _CallHook(ModelHook):

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import sd3_impls
-from mmditx import ContextHook
+from mmditx import ContextHook, Stream
 from sd3.device import choose_device
 from sd3.effects import executed_steps
 from sd3.embed_cache import describe_files
@@ -282,12 +282,12 @@ class Engine:
         batch: Sequence[Settings],
         images: Opened | None = None,
         what: str = "",
-        hooks: Sequence[ContextHook] = (),
+        streams: Sequence[Stream | ContextHook] = (),
         on_step: sd3_impls.OnStep | None = None,
     ) -> Tensor:
         """Latents (B, 16, h, w) in VAE space of pictures that can share a run (see `batches`).
 
-        images: opened ones by (flag, path, width, height); what: the progress bar's name; hooks and on_step: see
+        images: opened ones by (flag, path, width, height); what: the progress bar's name; streams and on_step: see
         `Network.sample`.
         """
         images, s, seeds = images or {}, batch[0], [b.seed for b in batch]
@@ -308,7 +308,7 @@ class Engine:
                     return on_step(*state) if on_step else None
 
                 denoise = s.denoise if s.init_image else 1.0
-                return network.sample(s, start, seeds, cond, uncond, control, denoise, hooks, tick)
+                return network.sample(s, start, seeds, cond, uncond, control, denoise, streams, tick)
 
     def _encoded(self, batch: Sequence[Settings]) -> tuple[Text, Text | None]:
         """The encoded prompts of a batch, and the negative one where a pass needs it."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import sd3_impls
 from dit_embedder import ControlNet, ControlNetConfig
-from mmditx import ContextHook, MMDiT, MMDiTConfig, ResidualStream
+from mmditx import ContextHook, MMDiT, MMDiTConfig, ResidualStream, Stream
 from sd3.device import choose_dtype
 from sd3.files import WeightFile
 from sd3.layers import can_pack, replace_linears
@@ -95,7 +95,7 @@ class Network:
         uncond: Text | None = None,
         control: Tensor | None = None,
         denoise: float = 1.0,
-        hooks: Sequence[ContextHook] = (),
+        streams: Sequence[Stream | ContextHook] = (),
         on_step: sd3_impls.OnStep | None = None,
     ) -> Tensor:
         """Latents (B, 16, h, w) in VAE space, float32, sampled as settings say; their prompt, seed, size and pictures
@@ -103,14 +103,14 @@ class Network:
 
         start: (B, 16, h, w) in model space, zeros for text to image; seeds: one per row; cond and uncond: (text tokens
         (1 or B, T, X), pooled (1 or B, Y)), uncond None where no pass needs it; control: latents of the control image
-        in model space; denoise: the part of the schedule that runs; hooks: see the text tokens entering every block,
+        in model space; denoise: the part of the schedule that runs; streams: see the text tokens entering every block,
         after residual streaming. Raises StopSampling where on_step returns False.
         """
         if s.cache and len(seeds) > 1:
             rows = []
             for i, seed in enumerate(seeds):
                 own = (row_of(part, i) for part in (cond, uncond, control))
-                rows.append(self.sample(s, row_of(start, i), [seed], *own, denoise, hooks, on_step))
+                rows.append(self.sample(s, row_of(start, i), [seed], *own, denoise, streams, on_step))
             return torch.cat(rows)
         stream = self.residual_stream(s.residual)
         schedule = sd3_impls.schedule(s.scheduler, s.steps, s.shift)
@@ -123,7 +123,7 @@ class Network:
             self.controlnet if control is not None else None,
             control,
             s.controlnet_strength,
-            hooks=[*([stream] if stream else []), *hooks],
+            streams=[stream, *streams],
             cache=s.cache,
             on_step=on_step,
             planned=len(schedule) - 1,
@@ -141,10 +141,8 @@ class Network:
         model = on_meta(lambda: MMDiT(self.config))
         if self.setup.weights != "full":
             replace_linears(model.joint_blocks, self.setup.weights)
-        elif not self.setup.offload:
-            model.join_modulations(self.device, self.dtype)
-            if can_pack(self.device, self.dtype):
-                replace_linears(model.joint_blocks, "packed")
+        elif not self.setup.offload and can_pack(self.device, self.dtype):
+            replace_linears(model.joint_blocks, "packed")
         if self.setup.offload:
             self.loader.load(self.part, model, "MMDiT", torch.device("cpu"), self.dtype)
             model.offload = Offload(model.joint_blocks, self.device)

@@ -5,7 +5,7 @@ On a CUDA device copies run on a stream of their own, from pinned memory. Elsewh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ class Offload:
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device):
         """The blocks' weights must be on the CPU; they are pinned for a CUDA device."""
+        self.blocks = list(blocks)
         self.device = torch.device(device)
         self.streams = self.device.type == "cuda"
         self.places: list[list[tuple[dict, str]]] = []  # where each block's parameters and buffers are
         self.host: list[list[Tensor]] = []
-        for block in blocks:
+        for block in self.blocks:
             owners = [owned for module in block.modules() for owned in (module._parameters, module._buffers)]
             places = [(owned, name) for owned in owners for name, tensor in owned.items() if tensor is not None]
             self.places.append(places)
@@ -38,11 +39,16 @@ class Offload:
             copies = [t.to(self.device, non_blocking=True) for t in self.host[i]]
             return copies, self.copies.record_event()
 
-    def run(self, order: Sequence[int]) -> Iterator[int]:
-        """Yields the numbers of the blocks in `order`, each while its weights are on the device."""
-        order = list(order)
-        following = self._start_copy(order[0]) if order else None
-        for place, i in enumerate(order):
+    def bring(self, skip: Collection[int] = ()) -> Iterator[nn.Module]:
+        """The blocks in order, each with its weights on the device until the next is asked for; those of `skip`, which
+        do not run, without.
+        """
+        copied = map(self._start_copy, [i for i in range(len(self.blocks)) if i not in skip])  # started when asked for
+        following = next(copied, None)
+        for i, block in enumerate(self.blocks):
+            if i in skip:
+                yield block
+                continue
             (copies, ready), following = following, None
             if ready is not None:
                 current = torch.accelerator.current_stream(self.device)
@@ -50,10 +56,9 @@ class Offload:
                 for t in copies:
                     t.record_stream(current)  # its memory is not reused before this stream is done with it
             self._place(i, copies)
-            if place + 1 < len(order):
-                following = self._start_copy(order[place + 1])
+            following = next(copied, None)
             try:
-                yield i
+                yield block
             finally:
                 self._place(i, self.host[i])
                 del copies

@@ -15,7 +15,7 @@ import torch
 from helpers import relative
 from safetensors.torch import load_file
 
-from dit_embedder import ControlNet, ControlNetConfig
+from dit_embedder import ControlNet, ControlNetConfig, spread
 from mmditx import MMDiT, MMDiTConfig
 from other_impls import CLIP, T5, CLIPConfig, T5Config
 from sd3.files import MMDIT_PREFIX, VAE_PREFIX, WeightFile
@@ -103,11 +103,11 @@ def test_mmdit(name, key):
     g, model = golden(name), mmdit(f"{name}.weights.safetensors")
     options = {}
     if key == "control":
-        options["controls"] = list(g["controls"])
+        options["controls"] = spread(list(g["controls"]), model.config.depth)
     if key.endswith("skip"):
         options["skip_layers"] = [1]
     if key.startswith("residual_"):
-        options["hook"] = residual_stream(RESIDUAL[key.split("_")[1]])
+        options["stream"] = residual_stream(RESIDUAL[key.split("_")[1]])
     got = model(g["x"], g["t"], g["y"], g["context"], **options)
     assert relative(got, g[key]) < MODULE
 
@@ -128,7 +128,7 @@ def test_reinjection(key):
     model = build(find_mmdit(WeightFile(file)), MMDiT, MMDiTConfig.from_shapes)
     stream = residual_stream(REINJECTION[key], Rotations(1, (2, 3), g["rotations"][None]))
     text = (g["pooled_projections"], g["encoder_hidden_states"])
-    got = model(g["hidden_states"], g["timestep"], *text, hook=stream)
+    got = model(g["hidden_states"], g["timestep"], *text, stream=stream)
     assert relative(got, g[key]) < MODULE
 
 
@@ -169,7 +169,7 @@ def test_controlnet(kind):
     assert net.chained == (kind == "8b")
     states = net(base, g["x"], 1000 * g["sigma"], g["y"], g["cond"])
     assert relative(torch.stack(states), g["hidden_states"]) < MODULE
-    got = base(g["x"], 1000 * g["sigma"], g["y"], g["context"], controls=states)
+    got = base(g["x"], 1000 * g["sigma"], g["y"], g["context"], controls=spread(states, base.config.depth))
     assert relative(got, g["out"]) < MODULE
 
 
@@ -236,7 +236,7 @@ def test_pipeline(key):
         assert len(sigmas) == 6
     model = mmdit(f"{name}.weights.safetensors")
     guidance = [ClassifierFreeGuidance(4.5), SkipLayerGuidance(slg)]
-    denoiser = Denoiser(model, cond, neg_cond, sigmas, guidance, hooks=[stream], planned=steps)
+    denoiser = Denoiser(model, cond, neg_cond, sigmas, guidance, streams=[stream], planned=steps)
     got = latent_out(guided_sampling(denoiser, sampler, latent, [23]))
     assert relative(got, g[key]) < RUN
 

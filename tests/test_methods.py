@@ -162,7 +162,7 @@ def denoiser(sigmas: torch.Tensor, guidance=None, **options) -> Denoiser:
 def run(sampler: str, sigmas: torch.Tensor, guidance=None, seeds=(3,), **options):
     """The final latent, and the network's calls as a hook saw them."""
     seen = Seen()
-    one = denoiser(sigmas, guidance, hooks=[seen], **options)
+    one = denoiser(sigmas, guidance, streams=[seen], **options)
     return guided_sampling(one, sampler, torch.zeros(len(seeds), 1, 2, 2), seeds), seen.calls
 
 

@@ -27,7 +27,7 @@ def by_definition(origin: int, mix: dict[int, float], skip: frozenset[int] = fro
     """The definition, written down block by block: C_i <- C_i + w_i * C_o right before block i."""
     x, t, y, context = INPUTS
     tokens, c = MODEL.embed_image(x), MODEL.t_embedder(t) + MODEL.y_embedder(y)
-    context, active = MODEL.context_embedder(context), torch.nn.functional.silu(c)
+    context = MODEL.context_embedder(context)
     kept = None
     for i in range(DEPTH):
         if i == origin:
@@ -35,9 +35,8 @@ def by_definition(origin: int, mix: dict[int, float], skip: frozenset[int] = fro
         if i in mix:
             context = context + mix[i] * kept
         if i not in skip:
-            block = MODEL.joint_blocks[i]
-            context, tokens = block(context, tokens, block.modulation(active))
-    return MODEL.unpatchify(MODEL.final_layer(tokens, active), x.shape[2], x.shape[3])
+            context, tokens = MODEL.joint_blocks[i](context, tokens, c)
+    return MODEL.unpatchify(MODEL.final_layer(tokens, c), x.shape[2], x.shape[3])
 
 
 @st.composite
@@ -57,18 +56,18 @@ def test_equals_the_definition(mix):
     at_origin = dict(zip(targets, weights, strict=True)).get(origin, 0.0)
     assume(abs(1 + at_origin) > 0.05)  # C_o - C_o leaves only rounding, which the next norm blows up
     stream = residual_stream(build_residual_config(origin, targets, weights))
-    got = MODEL(*INPUTS, skip_layers=skip, hook=stream)
+    got = MODEL(*INPUTS, skip_layers=skip, stream=stream)
     wanted = by_definition(origin, dict(zip(targets, weights, strict=True)), skip)
     assert relative(got, wanted) < 1e-5
-    again = MODEL(*INPUTS, skip_layers=skip, hook=stream)  # a stream serves every step of a picture
+    again = MODEL(*INPUTS, skip_layers=skip, stream=stream)  # a stream serves every step of a picture
     assert torch.equal(got, again)
 
 
 @torch.no_grad()
 def test_it_changes_the_result_and_in_the_given_direction():
     plain = MODEL(*INPUTS)
-    one = MODEL(*INPUTS, hook=residual_stream(build_residual_config(0, [3], [0.8])))
-    other = MODEL(*INPUTS, hook=residual_stream(build_residual_config(0, [3], [-0.8])))
+    one = MODEL(*INPUTS, stream=residual_stream(build_residual_config(0, [3], [0.8])))
+    other = MODEL(*INPUTS, stream=residual_stream(build_residual_config(0, [3], [-0.8])))
     assert not torch.allclose(plain, one, atol=1e-4)
     assert not torch.allclose(one, other, atol=1e-4)
 
@@ -79,7 +78,7 @@ def test_it_changes_the_result_and_in_the_given_direction():
 def test_no_targets_means_off_bit_for_bit(origin, targets, weights):
     config = build_residual_config(origin, targets, weights)
     assert config is None
-    assert torch.equal(MODEL(*INPUTS), MODEL(*INPUTS, hook=residual_stream(config)))
+    assert torch.equal(MODEL(*INPUTS), MODEL(*INPUTS, stream=residual_stream(config)))
 
 
 SHAPES = [

@@ -164,7 +164,7 @@ def velocity(model, **others) -> torch.Tensor:
 @torch.no_grad()
 def by_ours(config: ResidualConfig, rotations: Rotations | None = None, skip=()) -> torch.Tensor:
     x, context, y, t = INPUTS.values()
-    return OURS(x, t, y, context, skip_layers=skip, hook=residual_stream(config, rotations))
+    return OURS(x, t, y, context, skip_layers=skip, stream=residual_stream(config, rotations))
 
 
 @pytest.mark.parametrize("skip", [(0,), (1, 2), (2, 3)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import mmditx
-from mmditx import MMDiT, ModelCall, ResidualStream, schedule_factor
+from mmditx import MMDiT, ModelCall, ResidualStream, Stream, schedule_factor
 from sd3.mistakes import Mistake, flag_name
 from sd3.models import SkipLayerConfig
 from sd3.residual import ResidualConfig, residual_stream
@@ -38,6 +39,12 @@ def rotations_for(config: ResidualConfig, edges: tuple[float, ...] = ()) -> Rota
     return Rotations(
         config.origin, config.targets, orthogonal(len(edges) + 1, len(config.targets), WIDTH, WIDTH), edges
     )
+
+
+def enter(stream: Stream, i: int, context: torch.Tensor) -> torch.Tensor:
+    """What enters block i, as `run_blocks` asks for it."""
+    stream.keep(i, context)
+    return stream.mix(i, context)
 
 
 def mixed_by_definition(context, origin, weight, turn=None):
@@ -68,8 +75,8 @@ def test_mixing_equals_the_definition(mode, origin, weight, scale, seed):
     rotations = rotations_for(config)
     stream = residual_stream(config, rotations)
     kept, context = 3 * tensor(2, 3, WIDTH, seed=seed) + 1, scale * tensor(2, 3, WIDTH, seed=seed + 1)
-    assert stream(origin, kept) is kept
-    got = stream(target, context)
+    assert enter(stream, origin, kept) is kept
+    got = enter(stream, target, context)
     turn = rotations.matrices[0, 0] if mode == "aligned" else None
     assert relative(got, mixed_by_definition(context, kept, weight, turn)) < 1e-5
 
@@ -77,8 +84,8 @@ def test_mixing_equals_the_definition(mode, origin, weight, scale, seed):
 def test_a_constant_token_does_not_turn_nan():
     config = ResidualConfig(0, (1,), (0.5,), mode="anchored")
     stream = residual_stream(config)
-    stream(0, torch.full((1, 2, WIDTH), 3.0))
-    assert torch.isfinite(stream(1, torch.zeros(1, 2, WIDTH))).all()
+    enter(stream, 0, torch.full((1, 2, WIDTH), 3.0))
+    assert torch.isfinite(enter(stream, 1, torch.zeros(1, 2, WIDTH))).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -88,11 +95,11 @@ def test_half_precision_stays_near(mode, dtype):
     rotations = rotations_for(config)
     kept, context = tensor(2, 5, WIDTH, seed=1), 300 * tensor(2, 5, WIDTH, seed=2)
     exact, half = (residual_stream(config, rotations) for _ in range(2))
-    exact(0, kept)
-    half(0, kept.to(dtype))
-    got = half(1, context.to(dtype))
+    enter(exact, 0, kept)
+    enter(half, 0, kept.to(dtype))
+    got = enter(half, 1, context.to(dtype))
     assert got.dtype == dtype
-    assert relative(got, exact(1, context)) < 0.01
+    assert relative(got, enter(exact, 1, context)) < 0.01
 
 
 # ---- when and where ------------------------------------------------------------------------------
@@ -112,21 +119,22 @@ def two_rows(seed: int) -> tuple[Conditioning, Conditioning]:
     return tuple(Conditioning(tensor(1, 9, 160, seed=seed + i), tensor(1, 128, seed=seed + 9 + i)) for i in (0, 1))
 
 
-class Seen:
-    """A hook that notes the text tokens entering every block of every pass."""
+class Seen(Stream):
+    """A probe that notes the text tokens entering every block of every pass."""
 
     def __init__(self):
         self.passes = []
 
     def begin(self, at: ModelCall):
         self.passes.append((at, {}))
-        return self
+        return True
 
-    def __call__(self, i, context):
+    def mix(self, i, context):
         self.passes[-1][1][i] = context.clone()
         return context
 
 
+@torch.no_grad()
 def run(config: ResidualConfig, cfg: float = 4.0, steps: int = 5, slg: SkipLayerConfig | None = None, rotations=None):
     """(pass, {block: tokens}) of every pass of a run."""
     cond, neg_cond = two_rows(20)
@@ -134,7 +142,7 @@ def run(config: ResidualConfig, cfg: float = 4.0, steps: int = 5, slg: SkipLayer
     hooks = [residual_stream(config, rotations), seen]
     guidance = [ClassifierFreeGuidance(cfg), SkipLayerGuidance(slg)]
     sigmas = flow_schedule(steps, 3.0)
-    denoiser = Denoiser(MODEL, cond, None if cfg == 1 else neg_cond, sigmas, guidance, hooks=hooks)
+    denoiser = Denoiser(MODEL, cond, None if cfg == 1 else neg_cond, sigmas, guidance, streams=hooks)
     final = sample_euler(denoiser, tensor(1, 16, 8, 6, seed=3), sigmas)
     return seen.passes, final
 
@@ -184,7 +192,7 @@ def test_windows_that_meet_leave_no_step_out_and_none_twice(steps):
         streams = [residual_stream(ResidualConfig(0, (1,), start=start, end=middle))]
         streams += [residual_stream(ResidualConfig(0, (1,), start=middle))] if middle < 1 else []
         passes = [ModelCall.of_rows(i, steps, 0.5, 1, "cond", False) for i in range(steps)]
-        on = [[stream.begin(at) is not None for at in passes] for stream in streams]
+        on = [[stream.begin(at) for at in passes] for stream in streams]
         first = round(start * steps)
         assert on[0] == [i == first for i in range(steps)]
         assert len(on) == 1 or on[1] == [i > first for i in range(steps)]
@@ -221,7 +229,8 @@ def test_an_origin_that_is_text_alone_is_prepared_once_per_text(monkeypatch, ori
     monkeypatch.setattr(mmditx, "standardise", lambda x, real=mmditx.standardise: calls.append(1) or real(x))
     _, final = run(config, slg=SKIP_FIRST, rotations=rotations)
     assert len(calls) == times
-    monkeypatch.setattr(ResidualStream, "_prepared_of_text", lambda self: {})
+    begin = ResidualStream.begin
+    monkeypatch.setattr(ResidualStream, "begin", lambda self, at: begin(self, dataclasses.replace(at, text=None)))
     assert torch.equal(run(config, slg=SKIP_FIRST, rotations=rotations)[1], final)
 
 

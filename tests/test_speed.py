@@ -127,10 +127,21 @@ def test_compiled_blocks_do_what_the_others_do(mode, branch):
     compiled = randomise(MMDiT(CONFIG), 5)
     compiled.compile_blocks(backend="eager")
     config = ResidualConfig(0, (1, 3), (0.4, 0.7), mode, branch=branch) if mode else None
-    hooks = [residual_stream(config) for _ in range(2)]
-    for hook in filter(None, hooks):
-        hook.begin(ModelCall.of_rows(0, 4, 0.7, 2, "cond", True))
-    assert relative(compiled(*INPUTS, hook=hooks[0]), MODEL(*INPUTS, hook=hooks[1])) < 1e-5
+    streams = [residual_stream(config) for _ in range(2)]
+    for stream in filter(None, streams):
+        stream.begin(ModelCall.of_rows(0, 4, 0.7, 2, "cond", True))
+    assert relative(compiled(*INPUTS, stream=streams[0]), MODEL(*INPUTS, stream=streams[1])) < 1e-5
+
+
+@torch.no_grad()
+def test_blocks_are_compiled_once_per_kind():
+    torch.compiler.reset()
+    graphs = []
+    compiled = randomise(MMDiT(mmdit_config(depth=7, dual_layers=frozenset({0, 1}))), 5)
+    compiled.compile_blocks(backend=lambda graph, example: graphs.append(graph) or graph.forward, fullgraph=True)
+    compiled(*INPUTS)
+    compiled(*INPUTS, stream=residual_stream(ResidualConfig(0, (1, 3))))
+    assert len(graphs) == 4  # dual, plain, last; block 0 has one of its own: its text is a view
 
 
 @pytest.mark.slow
@@ -146,14 +157,14 @@ def test_reuse_of_what_the_blocks_added():
     x, t, y, context = INPUTS
     text = MODEL.embed_text(y, context)
     reuse = Reuse(0.05)
-    first = MODEL.velocity(x, t, text, reuse=reuse)
+    first = MODEL.velocity(x, t, text, run=reuse.run)
     assert torch.equal(first, MODEL(*INPUTS))
-    assert relative(MODEL.velocity(x, t, text, reuse=reuse), first) < 1e-5  # the same step again
+    assert relative(MODEL.velocity(x, t, text, run=reuse.run), first) < 1e-5  # the same step again
     assert reuse.reused == 1
-    other = MODEL.velocity(x + 3 * torch.randn(x.shape, generator=DRAW), t, text, reuse=reuse)
+    other = MODEL.velocity(x + 3 * torch.randn(x.shape, generator=DRAW), t, text, run=reuse.run)
     assert reuse.reused == 1  # too far: computed
     assert relative(other, first) > 0.1
-    wider = MODEL.velocity(x[..., :4], t, text, reuse=reuse)  # another size is never near
+    wider = MODEL.velocity(x[..., :4], t, text, run=reuse.run)  # another size is never near
     assert torch.equal(wider, MODEL(x[..., :4], t, y, context))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from mmditx import ModelCall
+from mmditx import ModelCall, Stream
 from sd3.engine import Engine, load_for
 from sd3.flags import names
 from sd3.mistakes import Mistake
@@ -56,8 +56,8 @@ def load(flags: Mapping[str, Any]) -> tuple[Engine, dict[str, Any]]:
     return engine, {name: value for name, value in read.for_image().items() if value is not None} | values
 
 
-class Collector:
-    """A hook that hands over the text tokens of a model call: conditional rows, without padding."""
+class Collector(Stream):
+    """A probe that hands over the text tokens of a model call: conditional rows, without padding."""
 
     def __init__(
         self,
@@ -72,12 +72,12 @@ class Collector:
         self.masks, self.wanted, self.use = masks, wanted, use
         self.layers, self.last = frozenset(layers), max(layers)
 
-    def begin(self, at: ModelCall) -> Collector | None:
-        """Prepares for a model call; None for skip-layer calls, and steps that are not wanted."""
+    def begin(self, at: ModelCall) -> bool:
+        """Prepares for a model call; False for skip-layer calls, and steps that are not wanted."""
         self.at, self.states = at, {}
-        return None if at.skip_layers or not self.wanted(at) else self
+        return not at.skip_layers and self.wanted(at)
 
-    def __call__(self, i: int, context: Tensor) -> Tensor:
+    def mix(self, i: int, context: Tensor) -> Tensor:
         """context (B, T, D) enters block i; it is returned unchanged."""
         if i in self.layers:
             rows = context[self.at.cond]
@@ -116,7 +116,7 @@ def run_prompts(
                 places, settings = zip(*batch, strict=True)
                 masks = [engine.text.text_mask(s.prompt, lengths[place]) for place, s in batch]
                 collector = collect([group[place][0] for place in places], masks)
-                engine.sample(settings, what=what, hooks=[collector])
+                engine.sample(settings, what=what, streams=[collector])
                 engine.files.check()  # what is measured is of the files that were opened
                 count += len(batch)
                 bar.update(len(batch))
