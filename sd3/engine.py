@@ -40,7 +40,15 @@ from other_impls import (
     table_rows,
     weighted_segments,
 )
-from sd3.device import choose_device, choose_dtype, device_memory, device_record, encoder_dtype
+from sd3.device import (
+    choose_device,
+    choose_dtype,
+    choose_threads,
+    computing_on,
+    device_memory,
+    device_record,
+    encoder_dtype,
+)
 from sd3.effects import executed_steps
 from sd3.embed_cache import EmbedCache, file_identity
 from sd3.files import ENCODERS, WeightFile
@@ -96,6 +104,17 @@ def _whole(load: Callable[..., Engine]) -> Callable[..., Engine]:
         except BaseException:
             engine._forget()
             raise
+
+    return wrapped
+
+
+def _on_threads(work: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets a method compute on the engine's own number of threads, whatever the process or another engine has."""
+
+    @functools.wraps(work)
+    def wrapped(engine: Engine, *args: Any, **values: Any) -> Any:
+        with computing_on(engine.threads):
+            return work(engine, *args, **values)
 
     return wrapped
 
@@ -189,7 +208,10 @@ class Engine:
             self.folders.append(Path("models"))
         self.mmdit_part = find_mmdit(self.model_file)
         self.config: MMDiTConfig = self.mmdit_part.config(MMDiTConfig.from_shapes, "an SD3 or SD3.5 model")
-        self._check(self.mmdit_part, lambda: MMDiT(self.config))
+        network = self._check(self.mmdit_part, lambda: MMDiT(self.config))
+        self.threads = choose_threads(setup.threads, sum(p.numel() for p in network.parameters()))
+        if self.threads > (os.cpu_count() or self.threads):
+            self.say(spell(f"note: `threads` {self.threads}: this machine has {os.cpu_count()}", self.spelling))
         self.dtype = choose_dtype(setup.dtype, self.device, self.mmdit_part.dtype_name())
         self._open_vae(vae)
         self.controlnet_part = self._open_controlnet(controlnet_ckpt) if controlnet_ckpt else None
@@ -212,12 +234,15 @@ class Engine:
         return WeightFile(path, flag)
 
     @staticmethod
-    def _check(part: ModelTensors, make: Callable[[], nn.Module]) -> None:
-        """Raises Mistake where a part of a file does not fit the module of its sizes, or holds nothing."""
+    def _check(part: ModelTensors, make: Callable[[], nn.Module]) -> nn.Module:
+        """The module of a part's sizes, without storage; raises Mistake where the file does not fit it, or holds
+        nothing.
+        """
         with reading(part.file.where, "has sizes of no model"):
             model = on_meta(make)
         part.check(model)
         part.check_filled(some_may_be_empty=isinstance(model, ControlNet))
+        return model
 
     def _open_vae(self, path: str | None) -> None:
         file = self._open("vae", path) if path else self.model_file
@@ -319,7 +344,7 @@ class Engine:
         dtype, positions, config = encoder_dtype(self.dtype), self.positions, self.config
         how = {
             "dtype": str(dtype),
-            "device": [self.encoder_device.type, device_record(self.encoder_device)],
+            "device": [self.encoder_device.type, device_record(self.encoder_device, self.threads)],
             "no_t5": self.setup.no_t5,
             "prefixes": {role: part.prefix for role, part in self.encoder_parts.items()},
             "widths": [config.pooled_width, config.context_width, positions],
@@ -405,6 +430,7 @@ class Engine:
         self._cond.clear()
 
     @torch.no_grad()
+    @_on_threads
     def encode(self, wanted: Sequence[tuple[str, int]]) -> None:
         """Encodes every (prompt, T5 length) not known yet, each once and alone, so that no prompt's tokens depend on
         its neighbours. Each encoder is read, used for all and dropped before the next.
@@ -529,6 +555,7 @@ class Engine:
             self._resident[role, place] = layer
         return layer
 
+    @_on_threads
     def _load(
         self, part: ModelTensors, model: nn.Module, what: str, device: torch.device, dtype: torch.dtype
     ) -> nn.Module:
@@ -599,6 +626,7 @@ class Engine:
         return self.controlnet
 
     @torch.no_grad()
+    @_on_threads
     def vae_encode(
         self, image: Image.Image, seed: int | Sequence[int] = DEFAULT_SEED, control: bool = False, tile: int = 0
     ) -> Tensor:
@@ -625,6 +653,7 @@ class Engine:
         return vae.sample(mean.float(), logvar.float(), noise.to(self.device))
 
     @torch.no_grad()
+    @_on_threads
     def decode_pixels(self, latent: Tensor, tile: int = 0) -> Tensor:
         """Pixels (B, 3, H, W), about [-1, 1], of latents in VAE space, one at a time; tile: see `vae_encode`."""
         vae = self.get_vae()
@@ -646,6 +675,7 @@ class Engine:
     # -- sampling --
 
     @torch.no_grad()
+    @_on_threads
     def do_sampling(
         self,
         latent: Tensor,
