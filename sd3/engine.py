@@ -550,7 +550,7 @@ class Engine:
         if (role, place) in self._resident:
             return self._resident[role, place]
         layer = on_meta(make)
-        ModelTensors(part.file, part.prefix + stem).load_into(layer, self.encoder_device, dtype)
+        part.load_into(layer, self.encoder_device, dtype, stem=stem)
         if self.setup.t5_resident:
             self._resident[role, place] = layer
         return layer

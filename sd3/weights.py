@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from other_impls import count_layers
 from sd3.diffusers_names import BLOCK, RENAMES, StoredAs, diffusers_mmdit, diffusers_vae
-from sd3.files import FLOATS, MMDIT_PREFIX, TRANSFORMER, VAE_PREFIX, WeightFile
+from sd3.files import MMDIT_PREFIX, TRANSFORMER, VAE_PREFIX, WeightFile, open_tensors, readable_dtypes
 from sd3.headers import Entry
 from sd3.mistakes import Mistake, Where, verbatim
 from sd3.reading import Note, reading
@@ -120,8 +119,8 @@ class ModelTensors:
                 if self.shapes[name] != wanted[name]
             ],
             "without a number in them": [self.full_name(name) for name in present if 0 in wanted[name]],
-            f"of a dtype that is not read ({', '.join(FLOATS[:6])} are)": [
-                f"{e.name} is {e.dtype}" for e in pieces if e.dtype not in FLOATS
+            f"of a dtype that is not read ({', '.join(readable_dtypes())} are)": [
+                f"{e.name} is {e.dtype}" for e in pieces if e.dtype not in readable_dtypes()
             ],
             "scales that are not read": [line for e in pieces for line in self._wrong_scales(e)],
         }
@@ -140,7 +139,7 @@ class ModelTensors:
     def _wrong_scales(self, entry: Entry) -> Iterator[str]:
         rows = entry.shape[0] if entry.shape else 1
         for scale in self._scales(entry):
-            if scale.dtype not in FLOATS:
+            if scale.dtype not in readable_dtypes():
                 yield f"{scale.name} is {scale.dtype}"
             elif math.prod(scale.shape) != 1 and scale.shape not in ((rows,), (rows, 1)):
                 yield f"{scale.name} has {_shape_text(scale.shape)}, needs a single number or {rows}"
@@ -181,7 +180,7 @@ class ModelTensors:
             )
 
     def not_finite(self) -> str:
-        """The name of the first tensor that holds NaN or infinity, or ``; reads all of them."""
+        """The name of the first tensor in the file that holds NaN or infinity, or ``; reads all of them."""
         for name, tensor in self.read(list(self.shapes), "cpu", None):
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 return self.full_name(name)
@@ -190,28 +189,28 @@ class ModelTensors:
     # -- loading --
 
     def read(self, names: list[str], device: Any, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors on `device` in `dtype` (None: as stored), in the file's order.
+        """The named tensors on `device` in `dtype` (None: as stored; float32 where scaled), in the file's order.
 
-        Memory-mapped: a tensor that keeps its dtype on the CPU is a view of the mapping. Every `CHUNK` bytes the
-        mapping is renewed, so that pages already converted are freed. Scales stored beside a weight are applied.
+        A tensor that keeps its dtype on the CPU is a view of the file, where its format maps it into memory. Every
+        `CHUNK` bytes the file is opened anew, so that pages already converted are freed.
         """
 
         def place(name: str) -> tuple[str, int]:
             first = self.entries(name)[0]
-            return str(first.path), first.offset
+            return str(first.path), first.place
 
         ordered = sorted(names, key=place)
         while ordered:
             total = 0
             with contextlib.ExitStack() as stack:
-                opened: dict[Path, Any] = {}
+                opened: dict[Path, Callable[[Entry], Tensor]] = {}
 
                 def load(entry: Entry, opened=opened, stack=stack) -> Tensor:
-                    with reading(Where(self.file.field, entry.path), "cannot be read"):
+                    where = Where(self.file.field, entry.path)
+                    with reading(where, "cannot be read"):
                         if entry.path not in opened:
-                            file = safe_open(entry.path, framework="pt", device="cpu")
-                            opened[entry.path] = stack.enter_context(file)
-                        return opened[entry.path].get_tensor(entry.name)
+                            opened[entry.path] = stack.enter_context(open_tensors(where, entry.path))
+                        return opened[entry.path](entry)
 
                 while ordered and total < CHUNK:
                     name, pieces = ordered.pop(0), []
@@ -229,16 +228,15 @@ class ModelTensors:
         device: Any,
         dtype: torch.dtype,
         progress: Callable[[int], None] | None = None,
-        names: list[str] | None = None,
+        stem: str = "",
     ) -> nn.Module:
         """Gives `model` (built on the meta device) its weights, one tensor at a time; `progress` counts bytes.
 
         Parameters that have memory already are filled. Layers with a `store` method (packed, 8-bit) store the weight
-        themselves.
+        themselves. stem: where `model` is a part of this model, what our names have before its own.
         """
-        names = list(model.state_dict()) if names is None else names
-        for name, tensor in self.read(names, device, dtype):
-            owner, _, leaf = name.rpartition(".")
+        for name, tensor in self.read([stem + name for name in model.state_dict()], device, dtype):
+            owner, _, leaf = name.removeprefix(stem).rpartition(".")
             module = model.get_submodule(owner)
             if hasattr(module, "store"):
                 module.store(leaf, tensor)
@@ -349,7 +347,7 @@ def read_control_kind(tensors: ModelTensors) -> str:
     if shape is None:
         return ""
     (entry,) = tensors.entries("control_type")
-    if shape not in ((), (1,)) or (entry.dtype not in FLOATS and entry.dtype[0] not in "IU"):
+    if shape not in ((), (1,)) or (entry.dtype not in readable_dtypes() and entry.dtype[0] not in "IU"):
         raise Mistake(*tensors.file.where, f"its control_type is no number: {entry.dtype} {list(shape)}")
     ((_, value),) = tensors.read(["control_type"], "cpu", None)
     return CONTROL_TYPES.get(value.item(), "")
