@@ -59,12 +59,13 @@ from sd3.memory import explained
 from sd3.mistakes import Missing, Mistake, Where, flag_name, renaming, spell
 from sd3.models import SkipLayerConfig, fetch_model, model_path, read_skip_layer
 from sd3.offload import Offload
+from sd3.patches import patched
 from sd3.pixels import VAE_TILE, check_finite, open_images, to_image, unit_pixels
 from sd3.readers import read_list, read_text, read_tile
 from sd3.reading import reading
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, residual_stream
 from sd3.rotations import Rotations, read_rotations
-from sd3.settings import Flags, Settings, Setup, effective, resolve
+from sd3.settings import FILE_SETTINGS, Flags, Settings, Setup, effective, resolve
 from sd3.streams import Once
 from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.unchanged import Stamp, Unchanged, stamp
@@ -73,6 +74,7 @@ from sd3.versions import versions
 from sd3.weights import ModelTensors, find_controlnet, find_mmdit, find_vae, has_vae, read_control_kind
 
 TEXTS_AT_ONCE = 256  # encoded prompts that are held in memory: 1.3 MB each at SD3's size
+LOADED_FILES = tuple(name for name in FILE_SETTINGS if FLAGS[name].scope == "load" and name != "model")
 CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 
 
@@ -197,7 +199,7 @@ class Engine:
         """
         self.setup = setup
         model, vae, controlnet_ckpt = model_path(setup.model), setup.vae, setup.controlnet_ckpt
-        early = {Path(path): stamp(path) for path in (model, vae, controlnet_ckpt) if path}
+        early = {Path(path): stamp(path) for path in (model, *(getattr(setup, n) for n in LOADED_FILES)) if path}
         self.device = choose_device(setup.device)
         same = setup.text_encoder_device == "auto"
         self.encoder_device = self.device if same else choose_device(setup.text_encoder_device, "text_encoder_device")
@@ -218,6 +220,8 @@ class Engine:
         self.embed_cache = None
         if load_tokenizers:
             self._open_encoders({role: getattr(setup, role) for role in ENCODERS})
+        self._patch()
+        if load_tokenizers:
             self.embed_cache = self._open_embed_cache(setup.embed_cache) if setup.embed_cache else None
         self.files = self._opened(early, load_tokenizers)
         self.defaults, _ = resolve(Flags(model=model, shift=shift), self.model_file.metadata, self.large_controlnet)
@@ -267,6 +271,15 @@ class Engine:
         self._check(part, lambda: ControlNet(config, self.controlnet_chained))
         read_control_kind(part)
         return part
+
+    def _patch(self) -> None:
+        """Adds the changes of weights that flags ask for, before any weights load."""
+        encoders = self.__dict__.get("encoder_parts", {})
+        parts = {"mmdit": self.mmdit_part, "vae": self.vae_part, "controlnet": self.controlnet_part, **encoders}
+        parts = patched({name: part for name, part in parts.items() if part is not None}, self.setup)
+        self.mmdit_part, self.vae_part = parts["mmdit"], parts["vae"]
+        self.controlnet_part = parts.get("controlnet")
+        encoders.update({role: parts[role] for role in encoders})
 
     @property
     def large_controlnet(self) -> bool:
@@ -334,6 +347,9 @@ class Engine:
             for path in sorted({e.path for e in part.file.entries.values()} if part else ()):
                 if flag == "model" or path not in own:
                     files.add(Where(flag, path), path, early.get(path))
+        for flag in LOADED_FILES:
+            if flag not in parts and (path := getattr(self.setup, flag)):
+                files.add(Where(flag, path), path, early.get(Path(path)))
         for role, paths in self.text_files().items() if text else ():
             for path in sorted(paths - own):
                 files.add(Where("", f"{role} {path}"), path)
@@ -350,6 +366,8 @@ class Engine:
             "widths": [config.pooled_width, config.context_width, positions],
             "versions": {n: v for n, v in versions().items() if n in ("torch", "tokenizers")},
         }
+        if any(part.patches for part in self.encoder_parts.values()):  # else keys are those of earlier versions
+            how["patches"] = {role: [p.identity for p in part.patches] for role, part in self.encoder_parts.items()}
 
         def fits(length: int, context: Tensor, pooled: Tensor) -> bool:
             shapes = (1, positions + length, config.context_width), (1, config.pooled_width)

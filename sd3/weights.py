@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,29 @@ MOST_SAMPLED = 64  # tensors of a model
 
 
 @dataclass(frozen=True)
+class Patch:
+    """Changes of one model's weights, made while they load, such as a LoRA's.
+
+    changes: by our name, from the tensor in float32 to a new one of its shape (the argument may be a view of the file);
+    identity: differs between patches that change weights differently, such as a file's hash with a strength.
+    """
+
+    changes: Mapping[str, Callable[[Tensor], Tensor]]
+    identity: str
+
+
+@dataclass(frozen=True)
 class ModelTensors:
     """The tensors of one model in a file, under our names.
 
     prefix: what the file puts before every name of this model; layout: those of our names that the file stores under
-    another name, joined or transposed.
+    another name, joined or transposed; patches: applied in order.
     """
 
     file: WeightFile
     prefix: str = ""
     layout: dict[str, StoredAs] = field(default_factory=dict)
+    patches: tuple[Patch, ...] = ()
 
     # -- names and headers --
 
@@ -181,7 +194,7 @@ class ModelTensors:
 
     def not_finite(self) -> str:
         """The name of the first tensor in the file that holds NaN or infinity, or ``; reads all of them."""
-        for name, tensor in self.read(list(self.shapes), "cpu", None):
+        for name, tensor in replace(self, patches=()).read(list(self.shapes), "cpu", None):
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 return self.full_name(name)
         return ""
@@ -189,10 +202,12 @@ class ModelTensors:
     # -- loading --
 
     def read(self, names: list[str], device: Any, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors on `device` in `dtype` (None: as stored; float32 where scaled), in the file's order.
+        """The named tensors on `device` in `dtype` (None: as stored; float32 where scaled or patched), in the file's
+        order. Every tensor of every model passes here: stored, named, scaled, patched.
 
         A tensor that keeps its dtype on the CPU is a view of the file, where its format maps it into memory. Every
-        `CHUNK` bytes the file is opened anew, so that pages already converted are freed.
+        `CHUNK` bytes the file is opened anew, so that pages already converted are freed. A patched tensor is rounded
+        once, after its patches.
         """
 
         def place(name: str) -> tuple[str, int]:
@@ -214,13 +229,18 @@ class ModelTensors:
 
                 while ordered and total < CHUNK:
                     name, pieces = ordered.pop(0), []
+                    changes = [patch.changes[name] for patch in self.patches if name in patch.changes]
+                    exact = torch.float32 if changes else dtype
                     for entry in self.entries(name):
                         tensor = load(entry)
                         total += tensor.nbytes
-                        pieces.append(_convert(tensor, [load(s) for s in self._scales(entry)], device, dtype))
+                        pieces.append(_convert(tensor, [load(s) for s in self._scales(entry)], device, exact))
                         del tensor
-                    yield name, self.storage(name).build(pieces)
-                    del pieces
+                    whole = self.storage(name).build(pieces)
+                    for change in changes:
+                        whole = change(whole)
+                    yield name, whole.to(dtype) if changes and dtype else whole
+                    del pieces, whole
 
     def load_into(
         self,

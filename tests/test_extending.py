@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -98,6 +99,38 @@ def test_one_row_is_all_that_a_flag_or_a_model_needs():
 
 def test_the_page_of_flags_is_current():
     assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == sd3.help.markdown()
+
+
+NUDGED = """
+import json
+from sd3 import flags
+from sd3.readers import OPTIONAL_FILE
+
+flags.FLAGS["nudge"] = flags.load("nudge", OPTIONAL_FILE, None, "what is added to weights", group="sampling")
+
+import adding_a_patch
+
+print(json.dumps(adding_a_patch.main()))
+"""
+
+
+def test_one_row_of_patches_reaches_every_model_and_every_record(tmp_path):
+    """A picture with patched weights is that of files which hold the sums, bit for bit: the sum is made in float32 and
+    rounded once, before weights are quantised, packed or joined.
+    """
+    folders = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    command = [sys.executable, "-c", NUDGED, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | folders)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout.splitlines()[-1])
+    assert got["parts"] == {p: [True, False] for p in ("mmdit", "vae", "controlnet", "clip_l", "clip_g", "t5xxl")}
+    assert list(got["kinds"].values()) == [True] * 3
+    assert got["record"] == ["all.nudge", True]
+    assert got["replayed"]
+    assert got["cached"] == 4  # two prompts by two sets of weights
+    assert got["swept"] == [0, 2]
+    assert got["help"] == [True, True]
+    assert got["served"].startswith("--nudge: belongs to the whole process")
 
 
 # ---- a file format -------------------------------------------------------------------------------
