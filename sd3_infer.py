@@ -139,8 +139,8 @@ class SD3Inferencer:
 
         latent: start (B, 16, h, w) in model space, zeros for text to image; seed: one per row (a number for one row);
         conditioning and neg_cond: (text tokens (1 or B, T, X), pooled (1 or B, Y)), neg_cond unused where cfg_scale is
-        1; controlnet_cond: latents of the control image in model space; denoise: part of the schedule that runs; streams
-        and on_step: see `Network.sample`; others: further flags of sampling (`SAMPLING`). Raises Mistake, and
+        1; controlnet_cond: latents of the control image in model space; denoise: part of the schedule that runs;
+        streams and on_step: see `Network.sample`; others: further flags of sampling (`SAMPLING`). Raises Mistake, and
         StopSampling where on_step returns False.
         """
         check_parameters("do_sampling", others, SAMPLING)

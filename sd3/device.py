@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import platform
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,32 @@ def choose_dtype(name: str, device: torch.device, stored: str = "F16") -> torch.
     return own.get(stored, torch.bfloat16)
 
 
-def device_record(device: torch.device) -> dict[str, Any]:
+SMALL_MODEL = 100_000_000  # parameters; threads that share a busy core wait for each other longer than they compute
+
+
+def choose_threads(given: int | None, parameters: int) -> int:
+    """How many threads of the CPU compute: the number given, else one for a model of few parameters and as many as
+    this process is set to for a larger one.
+    """
+    return given or (1 if parameters < SMALL_MODEL else torch.get_num_threads())
+
+
+@contextlib.contextmanager
+def computing_on(threads: int) -> Iterator[None]:
+    """Computes on so many threads inside; afterwards the process has its own number back, which may be another
+    engine's or the caller's.
+    """
+    before = torch.get_num_threads()
+    try:
+        if threads != before:
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        if threads != before:
+            torch.set_num_threads(before)
+
+
+def device_record(device: torch.device, threads: int) -> dict[str, Any]:
     """What a device is called, and on a CPU how many threads compute, with which instructions, and what in the
     environment decides that: all of it can change the last bits of a picture.
     """
@@ -63,7 +89,7 @@ def device_record(device: torch.device) -> dict[str, Any]:
     named = re.search(r"model name\s*: (.*)", _cpuinfo())
     return {
         "device": named[1].strip() if named else platform.machine(),
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "environment": environment,
     }

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from sd3.headers import read_header
+from sd3.files import find_format
+from sd3.headers import SAFETENSORS, read_header
 from sd3.mistakes import Unwritable, Where
 from sd3.reading import check_file, reading
 from sd3.weights import SAMPLE
@@ -26,7 +27,7 @@ WHOLE = 64 * 10**6  # bytes up to which a file is hashed whole
 
 
 def file_identity(path: Path) -> list[Any]:
-    """A file's size and a hash of its contents: of a large safetensors file the header and both ends of every tensor
+    """A file's size and a hash of its contents: of a large file of weights the header and both ends of every tensor
     are hashed, of another large file both ends. Name and date do not count: copies share or lose them.
     """
     digest = hashlib.sha256()
@@ -41,8 +42,10 @@ def file_identity(path: Path) -> list[Any]:
             add(0, size)
             return [size, digest.hexdigest()]
         spans = [(0, size)]
-        if path.suffix == ".safetensors":
-            entries = list(read_header(Where("", path), path)[0].values())
+        found = find_format(Where("", path), path)
+        # safetensors under another suffix keep the identity that earlier versions gave them
+        if found is not None and (found is not SAFETENSORS or path.suffix == SAFETENSORS.suffix):
+            entries = list(found.read_header(Where("", path), path)[0].values())
             add(0, min(e.place for e in entries))
             spans = sorted((e.place, e.size) for e in entries)
         for place, length in spans:

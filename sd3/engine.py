@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,23 +16,26 @@ from torch import Tensor
 
 import sd3_impls
 from mmditx import ContextHook, Stream
-from sd3.device import choose_device
+from sd3.device import choose_device, choose_threads, computing_on
 from sd3.effects import executed_steps
 from sd3.embed_cache import describe_files
 from sd3.find import Fit, models_folder
+from sd3.flags import FLAGS
 from sd3.loading import Loader
 from sd3.memory import explained
-from sd3.mistakes import Mistake, flag_name, renaming
+from sd3.mistakes import Mistake, Where, flag_name, renaming
 from sd3.models import fetch_model, model_path
 from sd3.network import Network
+from sd3.patches import patched
 from sd3.pixels import Pixels, check_finite, open_images, to_image
 from sd3.planning import usual_settings
 from sd3.residual import RESIDUAL_FLAGS
-from sd3.settings import Flags, Settings, Setup
+from sd3.settings import FILE_SETTINGS, Flags, Settings, Setup
 from sd3.telling import SILENT, Reporter, Terminal
 from sd3.text import Text, TextEncoders, in_groups
 from sd3.weights import ModelTensors
 
+LOADED_FILES = tuple(name for name in FILE_SETTINGS if FLAGS[name].scope == "load" and name != "model")
 Opened = Mapping[tuple, Image.Image]  # pictures that settings name, see `open_images`
 
 
@@ -66,7 +70,15 @@ class Engine:
         self.network = Network(setup, self.model_file, self.device, self.loader)
         self.config, self.dtype = self.network.config, self.network.dtype
         self.pixels = Pixels(setup.vae, self.model_file, self.network, self.loader)
+        self.threads = choose_threads(setup.threads, self.network.parameters)
+        if self.threads > (cores := os.cpu_count() or self.threads):
+            tell.note(f"note: `threads` {self.threads}: this machine has {cores}")
         self._text = self._open_text() if load_tokenizers else None
+        for field in LOADED_FILES:  # those that no part opened, such as a patch's
+            path = getattr(setup, field)
+            if path and all(where.field != field for where in self.files.stamps):
+                self.files.add(Where(field, path), path)
+        self._patch()
         self._damage: str | None = None  # see `damage`
         self._owner = threading.RLock()
 
@@ -81,18 +93,31 @@ class Engine:
             device=self.device,
             dtype=self.dtype,
             runs_on=self.encoder_device,
+            threads=self.threads,
             files=self.files,
             tell=self.tell,
             stages=self.stages,
         )
 
+    def _patch(self) -> None:
+        """Adds the changes of weights that flags ask for, before any weights load."""
+        parts = patched(self.parts, self.setup)
+        self.network.part, self.pixels.part = parts["mmdit"], parts["vae"]
+        if self.network.control:
+            self.network.control.part = parts["controlnet"]
+        if self._text:
+            self._text.take(parts)
+
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
-        """Around every use of the models. Raises Busy while another thread uses them."""
+        """Around every use of the models: they compute on the engine's own number of threads. Raises Busy while another
+        thread of the process uses them.
+        """
         if not self._owner.acquire(blocking=False):
             raise Busy("this engine is making something for another thread; make one engine per thread, or queue")
         try:
-            yield
+            with computing_on(self.threads):
+                yield
         finally:
             self._owner.release()
 
@@ -108,7 +133,7 @@ class Engine:
     @property
     def parts(self) -> dict[str, ModelTensors]:
         """The models that are used, by role."""
-        parts = {"transformer": self.network.part, "vae": self.pixels.part}
+        parts = {"mmdit": self.network.part, "vae": self.pixels.part}
         if self.network.control:
             parts["controlnet"] = self.network.control.part
         return parts | (self._text.parts if self._text else {})
@@ -144,7 +169,8 @@ class Engine:
         transformer alone, and it is no file that could be looked at as a whole.
         """
         own = {role: p for role, p in self.parts.items() if p.file is self.model_file and self.model_file.folder}
-        return {role: describe_files(sorted(part.paths())) for role, part in own.items()}
+        names = {"mmdit": "transformer"}
+        return {names.get(role, role): describe_files(sorted(part.paths())) for role, part in own.items()}
 
     def damage(self) -> str:
         """A line about the first weight in a file that is NaN or infinite, or ``: then the dtype is to blame. Reads all

@@ -1,18 +1,27 @@
-"""Safetensors files and folders in diffusers' layout: headers, name prefixes, hashes. Needs no torch."""
+"""Files of weights: their formats, folders in diffusers' layout, name prefixes, hashes. Needs no torch."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sd3.headers import Entry, read_header
+from sd3.headers import SAFETENSORS, Entry, Format
 from sd3.mistakes import Missing, Mistake, Where, verbatim
 from sd3.reading import check_file, parse_json, reading
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMATS: list[Format] = [SAFETENSORS]
+START = 72  # bytes of a file by which its format is recognised
 MMDIT_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 ENCODERS = ("clip_l", "clip_g", "t5xxl")
@@ -27,7 +36,6 @@ STEMS = {
     "clip_g": ("text_model.",),
     "t5xxl": ("encoder.block.",),
 }
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
 def file_sha256(*paths: Path) -> str:
@@ -40,8 +48,108 @@ def file_sha256(*paths: Path) -> str:
     return digest.hexdigest()
 
 
+# ---- what a file is ------------------------------------------------------------------------------
+
+
+def find_format(where: Where, path: Path) -> Format | None:
+    """The format of a file, by its first bytes, or None; raises `Missing`, or `Mistake` for what is no file."""
+    check_file(where, path)
+    with reading(where, "cannot be read"), open(path, "rb") as f:
+        start = f.read(START)
+    return next((row for row in FORMATS if row.recognise(start)), None)
+
+
+def recognise(where: Where, path: Path) -> Format:
+    """As `find_format`; raises `Mistake` that says what another file is."""
+    if found := find_format(where, path):
+        return found
+    raise Mistake(*where, f"is not a {' or '.join(row.name for row in FORMATS)} file{_hint(path)}")
+
+
+def read_entries(where: Where, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """The tensors of a file by name, and its metadata.
+
+    where: the field that names the file, and its path. Raises `Missing`, or another `Mistake` for a file that is
+    damaged, holds no tensors or is no file of weights.
+    """
+    return recognise(where, path).read_header(where, path)
+
+
+def open_tensors(where: Where, path: Path) -> AbstractContextManager[Callable[[Entry], Tensor]]:
+    """What reads the tensors of a file, see `Format`; raises as `read_entries` does."""
+    return recognise(where, path).open(path)
+
+
+def readable_dtypes() -> tuple[str, ...]:
+    """The dtypes, in their formats' spelling, that become numbers with a point."""
+    return tuple(dtype for row in FORMATS for dtype in row.floats)
+
+
+def weight_paths(folder: Path, *patterns: str) -> list[Path]:
+    """Files in a folder that may hold weights, by their suffixes; patterns: of the paths before those, such as `*`."""
+    suffixes = {row.suffix for row in FORMATS}
+    return sorted(path for pattern in patterns for suffix in suffixes for path in folder.glob(pattern + suffix))
+
+
+_PICKLED = "pickled checkpoints are not loaded"
+_STARTS: tuple[tuple[bytes, str], ...] = (
+    (b"GGUF", "a GGUF file, which is not supported; take the .safetensors"),
+    (b"GGML", "a GGML file, which is not supported; take the .safetensors"),
+    (b"PK\x03\x04", f"a zip archive, as torch.save writes them; {_PICKLED}"),
+    (b"PK\x05\x06", "an empty zip archive"),
+    (b"\x1f\x8b", "a gzip archive; unpack it"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it"),
+    (b"\xfd7zXZ", "an xz archive; unpack it"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it"),
+    (b"Rar!", "a RAR archive; unpack it"),
+    (b"BZh", "a bzip2 archive; unpack it"),
+    (b"\x89HDF", "an HDF5 file, which is not supported"),
+    (b"\x89PNG", "a picture"),
+    (b"\xff\xd8\xff", "a picture"),
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself; get it with: git lfs pull"),
+)
+
+
+def describe(start: bytes, size: int, end: bytes = b"") -> str:
+    """What kind of file this is, by its first few hundred bytes and its last one; `` for an unknown kind."""
+    if size == 0:
+        return "empty; download it again"
+    for magic, what in _STARTS:
+        if start.startswith(magic):
+            return what
+    if is_pickle(start, end):
+        return f"a pickle; {_PICKLED}"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:64].lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
+        return "a web page, such as a site shows for a refused download; download it again"
+    if text[:1] in (b"{", b"["):
+        return "JSON"
+    return "" if start.strip(b"\0") else "nothing but zeros at its beginning: a download that never filled"
+
+
+def is_pickle(start: bytes, end: bytes = b"") -> bool:
+    """Whether a file is a pickle of protocol 2 or later, or of an older one, which ends with a dot."""
+    if re.match(rb"\x80[\x02-\x0f]", start):
+        return True
+    return end == b"." and bool(re.match(rb"[(\]}][\x00-\x7f]?(q|p\d|d|l|t|i|c)|c[\w.]+\n[\w.]+\n", start))
+
+
+def _hint(path: Path) -> str:
+    """`: it is a ...` for a known kind of file, the size of another small file, else ``."""
+    size, start, end = 0, b"", b""
+    with contextlib.suppress(OSError), open(path, "rb") as f:
+        size, start = os.fstat(f.fileno()).st_size, f.read(512)
+        f.seek(max(size - 1, 0))
+        end = f.read(1)
+    what = describe(start, size, end)
+    return f": it is {what}" if what else f" ({size} bytes)" if size < 512 else ""
+
+
+# ---- files and folders ---------------------------------------------------------------------------
+
+
 class WeightFile:
-    """The headers of a safetensors file, or of a folder in diffusers' layout.
+    """The headers of a file of weights, or of a folder in diffusers' layout.
 
     entries: every tensor by name; those of a folder are named `transformer/...`, `vae/...`, `text_encoder/...` and so
     on; metadata: texts by name.
@@ -50,7 +158,7 @@ class WeightFile:
     def __init__(self, path: str | Path, field: str = "", folder: bool = True):
         """field: the setting that names the file, for mistakes; folder: whether it may be one.
 
-        Raises `Missing`, or another `Mistake` for a file that is damaged or not safetensors.
+        Raises as `read_entries` does.
         """
         self.path = Path(path)
         self.where = Where(field, self.path)
@@ -60,7 +168,7 @@ class WeightFile:
             with reading(self.where):  # a folder inside it may not be readable
                 self.entries, self.metadata = _read_folder(self.path, field)
         else:
-            self.entries, self.metadata = read_header(self.where, self.path)
+            self.entries, self.metadata = read_entries(self.where, self.path)
 
     @cached_property
     def sha256(self) -> str:
@@ -119,7 +227,7 @@ def _read_folder(folder: Path, field: str) -> tuple[dict[str, Entry], dict[str, 
     os.listdir(folder / "")  # else a folder without read permission would look empty
     if not os.path.isdir(folder / "transformer"):
         if any(folder.glob("diffusion_pytorch_model*")) or folder.name in _COMPONENTS:  # one component alone
-            headers = [read_header(Where(field, path), path)[0] for path in weight_files(folder, field)]
+            headers = [read_entries(Where(field, path), path)[0] for path in weight_files(folder, field)]
             return {name: entry for header in headers for name, entry in header.items()}, {}
         why = "is a folder without transformer/; a .safetensors file or a diffusers folder is needed"
         raise Mistake(field, folder, why)
@@ -127,7 +235,7 @@ def _read_folder(folder: Path, field: str) -> tuple[dict[str, Entry], dict[str, 
     for component in _COMPONENTS:
         if (folder / component).is_dir():
             for path in weight_files(folder / component, field):
-                header, _ = read_header(Where(field, path), path)
+                header, _ = read_entries(Where(field, path), path)
                 entries |= {f"{component}/{name}": entry for name, entry in header.items()}
     return entries, _scheduler(folder / "scheduler" / "scheduler_config.json", field)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sd3.diffusers_names import StoredAs
-from sd3.files import ENCODER_FOLDERS, ENCODER_PREFIX, ENCODERS, STEMS, WeightFile
+from sd3.files import ENCODER_FOLDERS, ENCODER_PREFIX, ENCODERS, STEMS, WeightFile, weight_paths
 from sd3.mistakes import Missing, Mistake, verbatim
 from sd3.models import MODELS, model_key
 from sd3.weights import ModelTensors
@@ -39,7 +39,7 @@ def list_models(folder: str) -> str:
         except (Mistake, OSError) as error:
             lines.append(f"  damaged  {error}")
     roles: set[str] = set()  # of the text encoders that were found, by their contents
-    for path in sorted([*place.glob("*.safetensors"), *place.glob("*/*.safetensors")]):
+    for path in weight_paths(place, "*", "*/*"):
         try:
             file = WeightFile(path, folder=False)
             size = path.stat().st_size / 2**20
@@ -49,7 +49,7 @@ def list_models(folder: str) -> str:
         except (Mistake, OSError) as error:
             lines.append(f"  damaged  {error}")
     for name, row in MODELS.items():
-        if not any(s.startswith((name + ".safetensors", f"{name}_incl")) for s in seen):
+        if not any(s.startswith((f"{name}.", f"{name}_incl")) for s in seen):
             file = f"{name}.safetensors"
             lines.append(f"  missing  {file}  hf download {row.hub} {file} --local-dir {place}")
     for role, names in ENCODER_FILES.items():
@@ -190,7 +190,7 @@ def _find_by_contents(
     used = {os.path.realpath(file.path) for file in [model_file, *(encoder.file for encoder in encoders.values())]}
     for folder in folders:
         found: dict[str, ModelTensors] = {}
-        for path in (p for place in _encoder_folders([folder]) for p in sorted(place.glob("*.safetensors"))):
+        for path in (p for place in _encoder_folders([folder]) for p in weight_paths(place, "*")):
             hinted = [r for r in ("clip_l", "clip_g") if r in path.name.lower().replace("-", "_")]
             if path.name in usual_names or os.path.realpath(path) in used or (hinted and role not in hinted):
                 continue

@@ -1,4 +1,6 @@
-"""Reads safetensors headers by the rules of the safetensors library, and names other kinds of files. Needs no torch."""
+"""What a format of weight files is, and the first one: safetensors, its headers read by the rules of the safetensors
+library. Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,19 @@ import contextlib
 import json
 import math
 import os
-import re
-import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
 
 from sd3.mistakes import Mistake, Where, verbatim
-from sd3.reading import check_file, reading
+from sd3.reading import reading
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_HEADER = 100_000_000  # bytes, the limit of the library
 DEEPEST = 125  # levels of lists and objects in an unknown field, the limit of the library
@@ -27,38 +33,64 @@ DTYPE_BITS = {
 FIELDS = ("dtype", "shape", "data_offsets")
 
 
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a file's header. offset: bytes from the first tensor; place: bytes from the start of the file."""
+    """One tensor in a file's header. name: as the header lists it; size, place: bytes that it takes, and bytes before
+    them in the file, whatever a format stores there.
+    """
 
     dtype: str
     shape: tuple[int, ...]
-    offset: int
     path: Path
     name: str
-    size: int = 0
-    place: int = 0
+    size: int
+    place: int
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of weight files: a row of `sd3.files.FORMATS`, which is all that a new one needs.
+
+    `open` gives a function from an entry to its tensor on the CPU, of the entry's shape, for as long as it is open. A
+    format that stores blocks of fewer bits gives float32 made of them. The entry's dtype names the blocks.
+    """
+
+    name: str  # in messages
+    suffix: str  # of files that are looked at in a folder of models; what a file is its contents decide
+    recognise: Callable[[bytes], bool]  # by its first `START` bytes
+    read_header: Callable[[Where, Path], tuple[dict[str, Entry], dict[str, str]]]  # tensors by name, texts by name
+    open: Callable[[Path], AbstractContextManager[Callable[[Entry], Tensor]]]
+    floats: tuple[str, ...]  # dtypes that become numbers with a point
+
+
+def is_safetensors(start: bytes) -> bool:
+    """Whether a file's first bytes are those of a safetensors file: a length and an opening brace."""
+    return len(start) >= 8 and any(start[:8]) and start[8:].lstrip()[:1] in (b"", b"{")
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path) -> Iterator[Callable[[Entry], Tensor]]:
+    """Tensors are views of a memory mapping, which lasts as long as any of them."""
+    with safe_open(path, framework="pt", device="cpu") as file:
+        yield lambda entry: file.get_tensor(entry.name)
 
 
 def read_header(where: Where, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of a safetensors file by name, and its metadata.
 
-    where: the field that names the file, and its path. Raises `Missing`, or another `Mistake` for everything that the
-    library would refuse and for a file without tensors.
+    where: the field that names the file, and its path. Raises `Mistake` for everything that the library would refuse
+    and for a file without tensors.
     """
-    check_file(where, path)
     with reading(where, "cannot be read"), open(path, "rb") as f:
         size = os.fstat(f.fileno()).st_size
-        start = f.read(8)
-        length = int.from_bytes(start, "little")
-        opening = f.read(64)
-        if len(start) < 8 or length == 0 or (opening.strip() and opening.lstrip()[:1] != b"{"):
-            raise Mistake(*where, f"is not a safetensors file{_hint(path)}")
+        length = int.from_bytes(f.read(8), "little")
         if length > MOST_HEADER:
             raise Mistake(*where, f"its header is damaged (it is said to have {length:,} bytes)")
         if 8 + length > size:
             raise Mistake(*where, f"is truncated: its header alone needs {8 + length} bytes, there are {size}")
-        f.seek(8)
         text = f.read(length)
     try:
         metadata, tensors = _parse(text)
@@ -75,7 +107,7 @@ def read_header(where: Where, path: Path) -> tuple[dict[str, Entry], dict[str, s
     if not tensors:
         raise Mistake(*where, "holds no usable tensors")
     return {
-        name: Entry(dtype, shape, first, path, name, last - first, 8 + length + first)
+        name: Entry(dtype, shape, path, name, last - first, 8 + length + first)
         for name, (dtype, shape, (first, last)) in tensors.items()
     }, metadata
 
@@ -210,61 +242,4 @@ def _check_places(tensors: Tensors) -> int:
     return end
 
 
-_PICKLED = "pickled checkpoints are not loaded"
-_STARTS: tuple[tuple[bytes, str], ...] = (
-    (b"GGUF", "a GGUF file, which is not supported; take the .safetensors"),
-    (b"GGML", "a GGML file, which is not supported; take the .safetensors"),
-    (b"PK\x03\x04", f"a zip archive, as torch.save writes them; {_PICKLED}"),
-    (b"PK\x05\x06", "an empty zip archive"),
-    (b"\x1f\x8b", "a gzip archive; unpack it"),
-    (b"7z\xbc\xaf", "a 7z archive; unpack it"),
-    (b"\xfd7zXZ", "an xz archive; unpack it"),
-    (b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it"),
-    (b"Rar!", "a RAR archive; unpack it"),
-    (b"BZh", "a bzip2 archive; unpack it"),
-    (b"\x89HDF", "an HDF5 file, which is not supported"),
-    (b"\x89PNG", "a picture"),
-    (b"\xff\xd8\xff", "a picture"),
-    (b"version https://git-lfs", "a git-lfs pointer, not the file itself; get it with: git lfs pull"),
-)
-
-
-def describe(start: bytes, size: int, end: bytes = b"") -> str:
-    """What kind of file this is, by its first few hundred bytes and its last one; `` for an unknown kind."""
-    if size == 0:
-        return "empty; download it again"
-    for magic, what in _STARTS:
-        if start.startswith(magic):
-            return what
-    if is_pickle(start, end):
-        return f"a pickle; {_PICKLED}"
-    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:64].lower()
-    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
-        return "a web page, such as a site shows for a refused download; download it again"
-    if text[:1] in (b"{", b"["):
-        return "JSON"
-    return "" if start.strip(b"\0") else "nothing but zeros at its beginning: a download that never filled"
-
-
-def is_pickle(start: bytes, end: bytes = b"") -> bool:
-    """Whether a file is a pickle of protocol 2 or later, or of an older one, which ends with a dot."""
-    if re.match(rb"\x80[\x02-\x0f]", start):
-        return True
-    return end == b"." and bool(re.match(rb"[(\]}][\x00-\x7f]?(q|p\d|d|l|t|i|c)|c[\w.]+\n[\w.]+\n", start))
-
-
-def _hint(path: Path) -> str:
-    """`: it is a ...` for a known kind of file, the size of another small file, else ``."""
-    size, start, end = 0, b"", b""
-    with contextlib.suppress(OSError), open(path, "rb") as f:
-        size, start = os.fstat(f.fileno()).st_size, f.read(512)
-        f.seek(max(size - 1, 0))
-        end = f.read(1)
-    what = describe(start, size, end)
-    return f": it is {what}" if what else f" ({size} bytes)" if size < 512 else ""
-
-
-def is_safetensors(start: bytes) -> bool:
-    """Whether a file's first bytes (nine or more) are those of a safetensors file: a length and an opening brace."""
-    (length,) = struct.unpack("<Q", start[:8]) if len(start) >= 8 else (0,)
-    return 0 < length <= MOST_HEADER and start[8:].lstrip().startswith(b"{")
+SAFETENSORS = Format("safetensors", ".safetensors", is_safetensors, read_header, open_safetensors, FLOATS)

@@ -34,7 +34,8 @@ class Network:
         self.setup, self.device, self.loader = setup, device, loader
         self.part = find_mmdit(file)
         self.config: MMDiTConfig = self.part.config(MMDiTConfig.from_shapes, "an SD3 or SD3.5 model")
-        check_part(self.part, lambda: MMDiT(self.config))
+        model = check_part(self.part, lambda: MMDiT(self.config))
+        self.parameters = sum(p.numel() for p in model.parameters())
         self.dtype = choose_dtype(setup.dtype, device, self.part.dtype_name())
         path = setup.controlnet_ckpt
         self.control = ControlPart(path, self.config, loader) if path else None

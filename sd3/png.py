@@ -135,3 +135,10 @@ def read_record(path: str | Path, field: str = "replay") -> dict[str, Any]:
     if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
         raise Mistake(*where, "its settings cannot be read")
     return record
+
+
+def recorded_threads(record: Mapping[str, Any]) -> Any:
+    """How many threads of a CPU made a picture, or else encoded its text, as its record says; None where none did."""
+    hardware = record.get("hardware")
+    hardware = hardware if isinstance(hardware, dict) else {}
+    return hardware.get("threads", hardware.get("text_encoder_threads"))

@@ -105,7 +105,12 @@ class Replay:
         ):
             raw.pop("controlnet_ckpt")  # earlier versions recorded one that was loaded and given no picture
         raw["skip_layer_cfg"] = self.record["settings"].get("skip_layer") is not None
-        return {"vae_tile": 0, "offload": self._offload()} | raw | {"pad_batch": True}
+        return {"vae_tile": 0, "offload": self._offload()} | self._threads() | raw | {"pad_batch": True}
+
+    def _threads(self) -> dict[str, int]:
+        """How many threads of a CPU made the picture, or encoded its text; nothing where none did."""
+        threads = png.recorded_threads(self.record)
+        return {} if threads is None else {"threads": self._read("threads", threads)}
 
     def _offload(self) -> bool:
         """Whether the run's record says so: pictures themselves once did not."""

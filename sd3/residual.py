@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sd3.files import describe
 from sd3.flags import FLAGS
-from sd3.headers import describe
 from sd3.mistakes import Mistake, Where, display, nearest, renaming, verbatim
 from sd3.pickles import is_pickle, plain_value, read_pickle
 from sd3.readers import read_path, read_weights, spread_weights

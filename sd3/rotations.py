@@ -15,7 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mmditx import TIMESTEPS
-from sd3.files import FLOATS, WeightFile
+from sd3.files import WeightFile
+from sd3.headers import FLOATS
 from sd3.mistakes import Mistake, Where, verbatim
 from sd3.pickles import MOST_VALUES, check_tensor, is_pickle, plain_value, read_pickle
 from sd3.readers import read_int, read_layers

@@ -62,9 +62,9 @@ class MadeWith:
         try:
             engine, s = self.engine, self.settings
             paths = {name: getattr(s, name) for name in FILE_SETTINGS if name != "model"}
-            hardware = device_record(engine.device)
+            hardware = device_record(engine.device, engine.threads)
             if engine.encoder_device.type != engine.device.type:
-                beside = device_record(engine.encoder_device)
+                beside = device_record(engine.encoder_device, engine.threads)
                 hardware |= {f"text_encoder_{name}": value for name, value in beside.items()}
             more = {
                 "files": {name: _sha256(Path(path)) for name, path in paths.items() if path},

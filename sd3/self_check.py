@@ -113,7 +113,7 @@ def run(flags: Flags) -> bool:
     given = {"model": str(MODEL), "controlnet_ckpt": str(CONTROLNET), "controlnet_cond_image": "-"}
     rows, engine = check(dataclasses.replace(flags, **given))
     limit = LIMITS[engine.dtype]
-    about = device_record(engine.device)
+    about = device_record(engine.device, engine.threads)
     name = str(engine.dtype).removeprefix("torch.")
     print(f"self check: {about['device']} ({engine.device}), {name}", end="")
     print(f", {about['threads']} threads" if "threads" in about else "")

@@ -46,6 +46,7 @@ class TextEncoders:
         device: torch.device,
         dtype: torch.dtype,
         runs_on: torch.device,
+        threads: int,
         files: Unchanged,
         tell: Reporter = SILENT,
         stages: Stages | None = None,
@@ -56,7 +57,7 @@ class TextEncoders:
 
         Raises Mistake that names the file and what is wrong with it.
         """
-        self.fit, self.device, self.dtype, self.runs_on = fit, device, dtype, runs_on
+        self.fit, self.device, self.dtype, self.runs_on, self.threads = fit, device, dtype, runs_on, threads
         self.unchanged, self.tell, self.stages = files, tell, Stages() if stages is None else stages
         self.most = TEXTS_AT_ONCE
         self._texts: OrderedDict[Key, Text] = OrderedDict()  # last used last
@@ -87,24 +88,36 @@ class TextEncoders:
         for role, paths in self.separate_files.items():
             for path in paths:
                 files.add(Where("", f"{role} {path}"), path)
-        self.embed_cache = self._open_cache(setup.embed_cache) if setup.embed_cache else None
+        self.cache_folder = setup.embed_cache
+        self.embed_cache = self._open_cache()
 
-    def _open_cache(self, folder: str) -> EmbedCache:
+    def take(self, parts: Mapping[str, ModelTensors]) -> None:
+        """Takes other tensors for its encoders, such as patched ones; parts: by role, those of others are left."""
+        for role, encoder in self.encoders.items():
+            self.parts[role] = encoder.part = parts[role]
+        self.embed_cache = self._open_cache()
+
+    def _open_cache(self) -> EmbedCache | None:
+        if not self.cache_folder:
+            return None
         dtype, positions, fit = encoder_dtype(self.dtype), self.positions, self.fit
         how = {
             "dtype": str(dtype),
-            "device": [self.runs_on.type, device_record(self.runs_on)],
+            "device": [self.runs_on.type, device_record(self.runs_on, self.threads)],
             "no_t5": self.t5_tokenizer is None,
             "prefixes": {role: part.prefix for role, part in self.parts.items()},
             "widths": [fit.pooled, fit.context, positions],
             "versions": {n: v for n, v in versions().items() if n in ("torch", "tokenizers")},
         }
 
+        if any(part.patches for part in self.parts.values()):  # else keys are those of earlier versions
+            how["patches"] = {role: [p.identity for p in part.patches] for role, part in self.parts.items()}
+
         def fits(length: int, context: Tensor, pooled: Tensor) -> bool:
             shapes = (1, positions + length, fit.context), (1, fit.pooled)
             return (context.shape, pooled.shape) == shapes and {context.dtype, pooled.dtype} == {dtype}
 
-        return EmbedCache(folder, self.files(), how, fits)
+        return EmbedCache(self.cache_folder, self.files(), how, fits)
 
     def files(self) -> dict[str, set[Path]]:
         """The files that decide how text is encoded, by encoder and tokenizer."""

@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from other_impls import count_layers
 from sd3.diffusers_names import BLOCK, RENAMES, StoredAs, diffusers_mmdit, diffusers_vae
-from sd3.files import FLOATS, MMDIT_PREFIX, TRANSFORMER, VAE_PREFIX, WeightFile
+from sd3.files import MMDIT_PREFIX, TRANSFORMER, VAE_PREFIX, WeightFile, open_tensors, readable_dtypes
 from sd3.headers import Entry
 from sd3.mistakes import Mistake, Where, verbatim
 from sd3.reading import Note, reading
@@ -37,16 +36,29 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
+class Patch:
+    """Changes of one model's weights, made while they load, such as a LoRA's.
+
+    changes: by our name, from the tensor in float32 to a new one of its shape (the argument may be a view of the file);
+    identity: differs between patches that change weights differently, such as a file's hash with a strength.
+    """
+
+    changes: Mapping[str, Callable[[Tensor], Tensor]]
+    identity: str
+
+
+@dataclass(frozen=True)
 class ModelTensors:
     """The tensors of one model in a file, under our names.
 
     prefix: what the file puts before every name of this model; layout: those of our names that the file stores under
-    another name, joined or transposed.
+    another name, joined or transposed; patches: applied in order.
     """
 
     file: WeightFile
     prefix: str = ""
     layout: dict[str, StoredAs] = field(default_factory=dict)
+    patches: tuple[Patch, ...] = ()
 
     # -- names and headers --
 
@@ -125,8 +137,8 @@ class ModelTensors:
                 if self.shapes[name] != wanted[name]
             ],
             "without a number in them": [self.full_name(name) for name in present if 0 in wanted[name]],
-            f"of a dtype that is not read ({', '.join(FLOATS[:6])} are)": [
-                f"{e.name} is {e.dtype}" for e in pieces if e.dtype not in FLOATS
+            f"of a dtype that is not read ({', '.join(readable_dtypes())} are)": [
+                f"{e.name} is {e.dtype}" for e in pieces if e.dtype not in readable_dtypes()
             ],
             "scales that are not read": [line for e in pieces for line in self._wrong_scales(e)],
         }
@@ -145,7 +157,7 @@ class ModelTensors:
     def _wrong_scales(self, entry: Entry) -> Iterator[str]:
         rows = entry.shape[0] if entry.shape else 1
         for scale in self._scales(entry):
-            if scale.dtype not in FLOATS:
+            if scale.dtype not in readable_dtypes():
                 yield f"{scale.name} is {scale.dtype}"
             elif math.prod(scale.shape) != 1 and scale.shape not in ((rows,), (rows, 1)):
                 yield f"{scale.name} has {_shape_text(scale.shape)}, needs a single number or {rows}"
@@ -186,8 +198,8 @@ class ModelTensors:
             )
 
     def not_finite(self) -> str:
-        """The name of the first tensor that holds NaN or infinity, or ``; reads all of them."""
-        for name, tensor in self.read(list(self.shapes), "cpu", None):
+        """The name of the first tensor in the file that holds NaN or infinity, or ``; reads all of them."""
+        for name, tensor in replace(self, patches=()).read(list(self.shapes), "cpu", None):
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 return self.full_name(name)
         return ""
@@ -195,38 +207,45 @@ class ModelTensors:
     # -- loading --
 
     def read(self, names: list[str], device: Any, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors on `device` in `dtype` (None: as stored), in the file's order.
+        """The named tensors on `device` in `dtype` (None: as stored; float32 where scaled or patched), in the file's
+        order. Every tensor of every model passes here: stored, named, scaled, patched.
 
-        Memory-mapped: a tensor that keeps its dtype on the CPU is a view of the mapping. Every `CHUNK` bytes the
-        mapping is renewed, so that pages already converted are freed. Scales stored beside a weight are applied.
+        A tensor that keeps its dtype on the CPU is a view of the file, where its format maps it into memory. Every
+        `CHUNK` bytes the file is opened anew, so that pages already converted are freed. A patched tensor is rounded
+        once, after its patches.
         """
 
         def place(name: str) -> tuple[str, int]:
             first = self.entries(name)[0]
-            return str(first.path), first.offset
+            return str(first.path), first.place
 
         ordered = sorted(names, key=place)
         while ordered:
             total = 0
             with contextlib.ExitStack() as stack:
-                opened: dict[Path, Any] = {}
+                opened: dict[Path, Callable[[Entry], Tensor]] = {}
 
                 def load(entry: Entry, opened=opened, stack=stack) -> Tensor:
-                    with reading(Where(self.file.field, entry.path), "cannot be read"):
+                    where = Where(self.file.field, entry.path)
+                    with reading(where, "cannot be read"):
                         if entry.path not in opened:
-                            file = safe_open(entry.path, framework="pt", device="cpu")
-                            opened[entry.path] = stack.enter_context(file)
-                        return opened[entry.path].get_tensor(entry.name)
+                            opened[entry.path] = stack.enter_context(open_tensors(where, entry.path))
+                        return opened[entry.path](entry)
 
                 while ordered and total < CHUNK:
                     name, pieces = ordered.pop(0), []
+                    changes = [patch.changes[name] for patch in self.patches if name in patch.changes]
+                    exact = torch.float32 if changes else dtype
                     for entry in self.entries(name):
                         tensor = load(entry)
                         total += tensor.nbytes
-                        pieces.append(_convert(tensor, [load(s) for s in self._scales(entry)], device, dtype))
+                        pieces.append(_convert(tensor, [load(s) for s in self._scales(entry)], device, exact))
                         del tensor
-                    yield name, self.storage(name).build(pieces)
-                    del pieces
+                    whole = self.storage(name).build(pieces)
+                    for change in changes:
+                        whole = change(whole)
+                    yield name, whole.to(dtype) if changes and dtype else whole
+                    del pieces, whole
 
     def load_into(
         self,
@@ -234,15 +253,14 @@ class ModelTensors:
         device: Any,
         dtype: torch.dtype,
         progress: Callable[[int], None] | None = None,
-        names: list[str] | None = None,
+        names: Iterable[str] | None = None,
     ) -> nn.Module:
         """Gives `model` (built on the meta device) its weights, one tensor at a time; `progress` counts bytes.
 
         Parameters that have memory already are filled. Layers with a `store` method (packed, 8-bit) store the weight
-        themselves.
+        themselves. names: the tensors to load, None for all.
         """
-        names = list(model.state_dict()) if names is None else names
-        for name, tensor in self.read(names, device, dtype):
+        for name, tensor in self.read(list(model.state_dict() if names is None else names), device, dtype):
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             if hasattr(module, "store"):
@@ -372,7 +390,7 @@ def read_control_kind(tensors: ModelTensors) -> str:
     if shape is None:
         return ""
     (entry,) = tensors.entries("control_type")
-    if shape not in ((), (1,)) or (entry.dtype not in FLOATS and entry.dtype[0] not in "IU"):
+    if shape not in ((), (1,)) or (entry.dtype not in readable_dtypes() and entry.dtype[0] not in "IU"):
         raise Mistake(*tensors.file.where, f"its control_type is no number: {entry.dtype} {list(shape)}")
     ((_, value),) = tensors.read(["control_type"], "cpu", None)
     return CONTROL_TYPES.get(value.item(), "")

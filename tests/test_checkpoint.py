@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 import sd3.weights
 from mmditx import MMDiT, MMDiTConfig
 from other_impls import T5
+from sd3.diffusers_names import StoredAs
 from sd3.files import ENCODER_PREFIX, MMDIT_PREFIX, WeightFile
-from sd3.weights import ModelTensors, on_meta
+from sd3.weights import ModelTensors, Patch, on_meta
 from sd3_infer import SD3Inferencer
 
 
@@ -326,3 +327,29 @@ def test_chunked_reading_gives_every_tensor_once(small_model, monkeypatch):
     assert sorted(got) == sorted(names)
     source = load_file(small_model)
     assert all(torch.equal(got[n], source[MMDIT_PREFIX + n]) for n in names)
+
+
+def test_patches_come_after_scales_and_joining_in_float32_and_are_rounded_once(tmp_path):
+    draw = torch.Generator().manual_seed(2)
+    stored = {
+        "q.weight": torch.randn(4, 8, generator=draw).to(torch.float8_e4m3fn),
+        "q.scale_weight": torch.tensor([3.7]),
+        "k.weight": torch.randn(2, 8, generator=draw).half(),
+        "other.weight": torch.randn(3, 8, generator=draw),
+    }
+    save_file(stored, tmp_path / "m.safetensors")
+    layout = {"qk.weight": StoredAs(("q.weight", "k.weight"), "swap")}
+    added = torch.randn(6, 8, generator=draw) / 300  # below the last bit of many a sum in bfloat16
+    twice = [
+        Patch({"qk.weight": lambda weight: weight + added}, "a"),
+        Patch({"qk.weight": lambda weight: weight * 2}, "b"),
+    ]
+    part = ModelTensors(WeightFile(tmp_path / "m.safetensors"), "", layout, tuple(twice))
+    exact = torch.cat([stored["q.weight"].float() * 3.7, stored["k.weight"].float()])
+    exact = (torch.cat(exact.chunk(2)[::-1]) + added) * 2
+    got = dict(part.read(["qk.weight", "other.weight"], "cpu", torch.bfloat16))
+    assert torch.equal(got["qk.weight"], exact.bfloat16())
+    plain = dict(ModelTensors(part.file, "", layout).read(["qk.weight"], "cpu", torch.bfloat16))["qk.weight"]
+    assert not torch.equal(((plain + added.bfloat16()) * 2), exact.bfloat16())  # what rounding at each step would give
+    assert torch.equal(got["other.weight"], stored["other.weight"].bfloat16())
+    assert part.not_finite() == ""

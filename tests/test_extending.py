@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import os
+import struct
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import sd3.help
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, TOKENIZERS, modules, tensors_of
+from PIL import Image
+from safetensors.torch import save_file
 
-ROOT = Path(__file__).parent.parent
+import sd3.embed_cache
+import sd3.files
+import sd3.help
+import sd3.png
+import sd3_infer
+from sd3.files import ENCODER_PREFIX, VAE_PREFIX
+from sd3.find import list_models
+from sd3.headers import Entry, Format
+from sd3.mistakes import Mistake, Where
+from sd3_infer import SD3Inferencer
 
 ADDED = """
 import json
@@ -25,7 +44,7 @@ models.MODELS["sd9"] = models.Model(steps=9, hub="somebody/sd9")
 
 from pathlib import Path
 
-from sd3 import help, planning, serve, settings
+from sd3 import find, help, planning, serve, settings
 from sd3.probe.command import COMMANDS
 from sd3.replay import Replay
 from sd3.command import read_infer_flags
@@ -55,6 +74,7 @@ print(json.dumps({
     "probe": ["glow" in COMMANDS["measure"], "cfg" in COMMANDS["measure"]],
     "model": planning.resolve(settings.Flags(model="sd9.safetensors"))[0]["steps"],
     "fetch": models.fetch_model("sd9.safetensors"),
+    "listed": "missing  sd9.safetensors  hf download somebody/sd9" in find.list_models("models"),
 }))
 """
 
@@ -74,7 +94,179 @@ def test_one_row_is_all_that_a_flag_or_a_model_needs():
     assert got["served"].startswith("--slim: belongs to the whole process")
     assert got["probe"] == [False, True]
     assert "hf download somebody/sd9" in got["fetch"]
+    assert got["listed"]
 
 
 def test_the_page_of_flags_is_current():
     assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == sd3.help.markdown()
+
+
+NUDGED = """
+import json
+from sd3 import flags
+from sd3.readers import OPTIONAL_FILE
+
+flags.FLAGS["nudge"] = flags.load("nudge", OPTIONAL_FILE, None, "what is added to weights", group="sampling")
+
+import adding_a_patch
+
+print(json.dumps(adding_a_patch.main()))
+"""
+
+
+def test_one_row_of_patches_reaches_every_model_and_every_record(tmp_path):
+    """A picture with patched weights is that of files which hold the sums, bit for bit: the sum is made in float32 and
+    rounded once, before weights are quantised, packed or joined.
+    """
+    folders = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
+    command = [sys.executable, "-c", NUDGED, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | folders)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout.splitlines()[-1])
+    assert got["parts"] == {p: [True, False] for p in ("mmdit", "vae", "controlnet", "clip_l", "clip_g", "t5xxl")}
+    assert list(got["kinds"].values()) == [True] * 3
+    assert got["record"] == ["all.nudge", True]
+    assert got["replayed"]
+    assert got["cached"] == 4  # two prompts by two sets of weights
+    assert got["swept"] == [0, 2]
+    assert got["help"] == [True, True]
+    assert got["served"].startswith("--nudge: belongs to the whole process")
+
+
+# ---- a file format -------------------------------------------------------------------------------
+
+MAGIC = b"TOYFORMAT"
+
+
+def write_toy(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A container of our own: matrices in blocks of 8 bits with a scale a row, all else in float32."""
+    entries, data = {}, b""
+    for name, tensor in tensors.items():
+        blocks, kind = tensor.float().numpy().tobytes(), "F32"
+        if tensor.ndim == 2:
+            scale = tensor.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-9) / 127
+            stored = (tensor.float() / scale).round().to(torch.int8)
+            blocks, kind = scale.numpy().tobytes() + stored.numpy().tobytes(), "TOY_8"
+        entries[name] = [kind, list(tensor.shape), len(data), len(blocks)]
+        data += blocks
+    header = json.dumps({"tensors": entries, "metadata": metadata or {}}).encode()
+    path.write_bytes(MAGIC + struct.pack("<Q", len(header)) + header + data)
+
+
+def read_toy_header(where: Where, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    data = path.read_bytes()
+    first = len(MAGIC) + 8
+    (length,) = struct.unpack("<Q", data[len(MAGIC) : first])
+    header = json.loads(data[first : first + length])
+    start = first + length
+    out = {
+        name: Entry(kind, tuple(shape), path, name, size, start + place)
+        for name, (kind, shape, place, size) in header["tensors"].items()
+    }
+    if any(e.place + e.size > len(data) for e in out.values()):
+        raise Mistake(*where, "is truncated")
+    return out, header["metadata"]
+
+
+@contextlib.contextmanager
+def open_toy(path: Path) -> Iterator[Callable[[Entry], torch.Tensor]]:
+    with open(path, "rb") as f:
+
+        def read(entry: Entry) -> torch.Tensor:
+            f.seek(entry.place)
+            data = bytearray(f.read(entry.size))
+            if entry.dtype == "F32":
+                return torch.frombuffer(data, dtype=torch.float32).reshape(entry.shape)
+            rows = entry.shape[0]
+            scale = torch.frombuffer(data, dtype=torch.float32, count=rows)
+            return torch.frombuffer(data, dtype=torch.int8, offset=4 * rows).reshape(entry.shape) * scale[:, None]
+
+        yield read
+
+
+TOY = Format("toy", ".toy", lambda start: start.startswith(MAGIC), read_toy_header, open_toy, ("F32", "TOY_8"))
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    """A folder with the small model in the toy format, its T5 in a file of its own, and the same numbers as
+    safetensors.
+    """
+    folder = tmp_path_factory.mktemp("toy")
+    for name in ("tokenizer", "tokenizer_3"):
+        (folder / name).symlink_to(TOKENIZERS / name)
+    t5 = ENCODER_PREFIX.format("t5xxl")
+    tensors = tensors_of(modules())
+    model = {name: tensor for name, tensor in tensors.items() if not name.startswith(t5)}
+    encoder = {name.removeprefix(t5): tensor for name, tensor in tensors.items() if name.startswith(t5)}
+    write_toy(folder / "small.toy", model, {"width": "64", "height": "48", "steps": "2"})
+    write_toy(folder / "anything.toy", encoder)
+    (folder / "plain").mkdir()
+    for name in ("tokenizer", "tokenizer_3"):
+        (folder / "plain" / name).symlink_to(TOKENIZERS / name)
+    for name in ("small", "anything"):
+        with open_toy(folder / f"{name}.toy") as read:
+            part = {e.name: read(e) for e in read_toy_header(Where(""), folder / f"{name}.toy")[0].values()}
+        save_file(part, folder / "plain" / f"{name}.safetensors", {"width": "64", "height": "48", "steps": "2"})
+    return folder
+
+
+def test_one_row_of_formats_is_all_that_a_format_needs(toy, tmp_path, monkeypatch, capsys):
+    words = ["--prompt", "a red circle", "--seed", "1", "--device", "cpu", "--dtype", "bfloat16", "--out_dir", tmp_path]
+    assert sd3_infer.main([*map(str, words), "--model", str(toy / "small.toy")]) == 2
+    assert "is not a safetensors file" in capsys.readouterr().err
+    monkeypatch.setattr(sd3.files, "FORMATS", [*sd3.files.FORMATS, TOY])
+    listed = list_models(str(toy))
+    assert "found    small.toy  an SD3-type MMDiT" in listed
+    assert "found    anything.toy  a T5 encoder" in listed
+    made = []
+    for model in (toy / "small.toy", toy / "plain" / "small.safetensors"):
+        assert sd3_infer.main([*map(str, words), "--model", str(model), "--postfix", model.suffix]) == 0
+        (path,) = (p for p in tmp_path.rglob("*.png") if p not in made)
+        made.append(path)
+    pixels = [np.asarray(Image.open(path)) for path in made]
+    assert pixels[0].shape == (48, 64, 3)  # metadata
+    assert np.array_equal(*pixels)
+    record = sd3.png.read_record(made[0])
+    assert record["model_sha256"] == hashlib.sha256((toy / "small.toy").read_bytes()).hexdigest()
+    assert record["encoders"]["t5xxl"]["name"] == "anything.toy"
+    assert (
+        sd3_infer.main(["--replay", str(made[0]), "--out_dir", str(tmp_path / "again"), "--model_folder", str(toy)])
+        == 0
+    )
+    assert "bit for bit" in capsys.readouterr().err
+
+
+def test_a_format_is_recognised_by_contents_and_checked_as_any(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(sd3.files, "FORMATS", [*sd3.files.FORMATS, TOY])
+    (tmp_path / "small.safetensors").write_bytes((toy / "small.toy").read_bytes())  # both under the other's suffix
+    (tmp_path / "t5.toy").write_bytes((toy / "plain" / "anything.safetensors").read_bytes())
+    engine = SD3Inferencer().load(
+        str(tmp_path / "small.safetensors"), t5xxl=str(tmp_path / "t5.toy"), device="cpu", model_folder=str(toy)
+    )
+    assert engine.engine.network.part.dtype_name() == "TOY_8"
+    tensors = tensors_of(modules())
+    short = {n: t for n, t in tensors.items() if not n.endswith("joint_blocks.1.x_block.mlp.fc1.weight")}
+    zeros = {n: torch.zeros_like(t) if n.startswith(VAE_PREFIX) else t for n, t in tensors.items()}
+    for name, part, why in (("short", short, "1 missing"), ("zeros", zeros, "holds nothing but zeros")):
+        write_toy(tmp_path / f"{name}.toy", part)
+        with pytest.raises(Mistake, match=why):
+            SD3Inferencer().load(str(tmp_path / f"{name}.toy"), device="cpu", model_folder=str(toy))
+    (tmp_path / "cut.toy").write_bytes((toy / "small.toy").read_bytes()[:-5])
+    with pytest.raises(Mistake, match="is truncated"):
+        SD3Inferencer().load(str(tmp_path / "cut.toy"), device="cpu", model_folder=str(toy))
+    assert f"damaged  {tmp_path / 'cut.toy'}: is truncated" in list_models(str(tmp_path))
+
+
+def test_a_large_file_of_any_format_is_known_by_every_tensor(toy, tmp_path, monkeypatch):
+    """Its ends alone do not tell two encoders apart, by which cached prompts and a sweep's files are known."""
+    monkeypatch.setattr(sd3.embed_cache, "WHOLE", 1000)
+    monkeypatch.setattr(sd3.files, "FORMATS", [*sd3.files.FORMATS, TOY])
+    path = tmp_path / "other.toy"
+    path.write_bytes((toy / "anything.toy").read_bytes())
+    before = sd3.embed_cache.file_identity(path)
+    entries = sorted(read_toy_header(Where(""), path)[0].values(), key=lambda e: e.place)
+    data = bytearray(path.read_bytes())
+    data[entries[len(entries) // 2].place] ^= 1
+    path.write_bytes(data)
+    assert sd3.embed_cache.file_identity(path) != before

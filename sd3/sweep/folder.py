@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from sd3 import png, sheet, writing
+from sd3.flags import FLAGS
 from sd3.mistakes import Mistake, Unwritable, display, verbatim
 from sd3.settings import digest_of
 from sd3.sweep.journal import LOG, Journal
@@ -130,6 +131,21 @@ class SweepFolder:
             for flag, sha256 in {"model": record.get("model_sha256"), **files}.items():
                 if (name := record["settings"].get(flag)) and sha256:
                     out.setdefault(name, sha256)
+        return out
+
+    def recorded_threads(self, plan: Plan) -> dict[int, int]:
+        """How many threads of a CPU made the pictures of a plan so far, by engine, as the first picture's record says;
+        a folder may have been begun by a version that took another number by itself.
+        """
+        out: dict[int, int] = {}
+        present = self.present()
+        for p in plan.pictures:
+            engine = plan.engine_of[p.variant]
+            if engine in out or p.id not in present or not self._is_intact(p.id):
+                continue
+            with contextlib.suppress(Mistake):  # a record without it, or with what no machine has
+                record = png.read_record(self.picture(p.id), "out")
+                out[engine] = FLAGS["threads"].read("threads", png.recorded_threads(record))
         return out
 
     def save(self, planned: Planned, data: bytes) -> Path:

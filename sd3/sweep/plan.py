@@ -79,6 +79,15 @@ class Plan:
             out.append(p)
         return replace(self, pictures=tuple(out))
 
+    def on_threads(self, recorded: Mapping[int, int]) -> Plan:
+        """The plan with the threads that earlier pictures were made on, by engine, where no flag names others."""
+        given = {e for e, v in zip(self.engine_of, self.variants, strict=True) if "threads" in v.raw}
+        engines = [
+            flags if number in given else replace(flags, threads=recorded.get(number, flags.threads))
+            for number, flags in enumerate(self.engines)
+        ]
+        return replace(self, engines=tuple(engines))
+
     def of(self, variant: int) -> Sequence[Planned]:
         """The pictures of a variant."""
         each = len(self.grid.prompts) * len(self.grid.seeds)
@@ -199,9 +208,9 @@ class _Planner:
 
 
 def resolved(flags: Flags, engine: Engine) -> Flags:
-    """Flags with the devices and the dtype that an engine decided on, so that all workers take the same."""
+    """Flags with what an engine decided on (devices, dtype, threads), so that all workers take the same."""
     devices = {"device": str(engine.device), "text_encoder_device": str(engine.encoder_device)}
-    return replace(flags, dtype=str(engine.dtype).removeprefix("torch."), **devices)
+    return replace(flags, dtype=str(engine.dtype).removeprefix("torch."), threads=engine.threads, **devices)
 
 
 def check_names(settings: Settings, paths: dict[tuple[str, str], str]) -> None:
@@ -230,6 +239,8 @@ def command(settings: Settings, raw: Flags) -> list[str]:
     if not settings.vae_tile:  # the flag's default is auto
         words.append("--vae_tile=off")
     words += [f"--{name}={path}" for name in TEXT_FILES if (path := getattr(raw, name))]
+    if raw.threads is not None:
+        words.append(f"--threads={raw.threads}")
     if settings.skip_layer is not None and settings.skip_layer == model.skip_layer:
         words.append("--skip_layer_cfg")
     if settings.batch_size > 1:

@@ -46,6 +46,7 @@ def run(
         plan, notes = make_plan(grid)
     scorer = make_scorer(flags, grid)
     plan = plan.continued(folder.present())
+    plan = plan.on_threads(folder.recorded_threads(plan))
     folder.check(plan)
     if entries is not None:
         check_sizes(flags["layout"], plan)
