@@ -59,7 +59,7 @@ class Run:
     def __init__(self, place: Path, name: str, prompts: int, side: int, out: Path | None = None):
         """out: the folder of an earlier run, for one into the same."""
         self.out, file = out or place / name, place / f"{name}.txt"
-        file.write_text("".join(f"a red circle left of a blue square, number {i}\n" for i in range(prompts)))
+        file.write_text("".join(f"a red circle left of a blue square {i}\n" for i in range(prompts)))
         words = [sys.executable, __file__, "make", file, self.out, side]
         with open(place / f"{name}.log", "w") as log:
             quiet = {"stdout": subprocess.DEVNULL, "stderr": log}

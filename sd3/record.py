@@ -189,21 +189,28 @@ def finish_killed(parent: Path) -> list[str]:
 
     A run that goes on holds its folder's lock and is left alone; so is a record that cannot be read. Raises nothing.
     """
-    told = []
-    for lines in sorted(parent.glob(f"*/{LINES}")):
-        with contextlib.suppress(Exception):  # whatever a damaged record makes a reader raise
-            if not lines.is_file():  # a pipe would never end
-                continue
-            lock = FileLock(lines.with_name(LOCK), timeout=0)
-            try:
-                lock.acquire()
-            except Timeout:
-                continue
-            try:
-                if lines.exists():  # else its run ended, or another start was first
-                    count = finish(lines.parent)
-                    pictures = f"{count} picture{'s' if count != 1 else ''}"
-                    told.append(f"note: a run in {lines.parent} was killed; its {RUN} is written now, with {pictures}")
-            finally:
-                give_back(lock)
-    return told
+    said = []
+    with contextlib.suppress(OSError):
+        for lines in sorted(parent.glob(f"*/{LINES}")):
+            with contextlib.suppress(Exception):  # whatever a damaged record makes a reader raise
+                said.append(_finish_if_killed(lines))
+    return [line for line in said if line]
+
+
+def _finish_if_killed(lines: Path) -> str:
+    """A line about a run that was killed, once its run.json is written, or ``."""
+    if not lines.is_file():  # a pipe would never end
+        return ""
+    lock = FileLock(lines.with_name(LOCK), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        return ""
+    try:
+        if not lines.exists():  # its run ended, or another start was first
+            return ""
+        count = finish(lines.parent)
+        pictures = f"{count} picture{'s' if count != 1 else ''}"
+        return f"note: a run in {lines.parent} was killed; its {RUN} is written now, with {pictures}"
+    finally:
+        give_back(lock)

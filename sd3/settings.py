@@ -37,7 +37,7 @@ def with_fields(rows: Mapping[str, Flag], default: Callable[[Flag], Any], requir
         for name in order:
             if name not in required:
                 setattr(cls, name, default(rows[name]))
-        return dataclasses.dataclass(frozen=True)(cls)
+        return dataclasses.dataclass(frozen=True, slots=True)(cls)  # slots: a file of prompts makes thousands
 
     return make
 
