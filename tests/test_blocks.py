@@ -51,7 +51,7 @@ def test_a_residual_stream_keeps_what_arrives_whatever_mixes_before_it():
 def test_a_function_may_look_on_or_change_the_text():
     cond = Conditioning(torch.randn(1, 5, 160, generator=DRAW), torch.randn(1, 128, generator=DRAW))
     x = torch.randn(1, 16, 8, 6, generator=DRAW)
-    run = lambda *hooks: Denoiser(MODEL, cond, None, 1.0, streams=hooks)(x, 0.7)  # noqa: E731
+    run = lambda *hooks: Denoiser(MODEL, cond, None, torch.tensor([0.7, 0.0]), streams=hooks)(x, 0.7)  # noqa: E731
     seen = []
     looked_on = run(lambda i, context: seen.append(i) or context)
     assert seen == [0, 1, 2, 3]

@@ -140,14 +140,15 @@ class Toy(torch.nn.Module):
         return torch.tanh(x + context.mean(dim=(1, 2)).view(-1, 1, 1, 1)) * (1 + sigma) + (0.3 if skip else 0)
 
 
-class Seen:
-    """A hook that notes the calls of the network."""
+class Seen(Stream):
+    """Notes the calls of the network."""
 
     def __init__(self):
         self.calls = []
 
     def begin(self, at):
         self.calls.append(at)
+        return False
 
 
 def text(value: float, rows: int = 1) -> Conditioning:

@@ -96,7 +96,7 @@ class Heard(Reporter):
 
 def text_encoders(small_model, **options) -> TextEncoders:
     setup = Setup(model=str(small_model), **{n: options.pop(n) for n in ("no_t5", "t5xxl") if n in options})
-    places = {"device": CPU, "dtype": torch.float32, "runs_on": CPU, "files": Unchanged()}
+    places = {"device": CPU, "dtype": torch.float32, "runs_on": CPU, "threads": 1, "files": Unchanged()}
     fit = options.pop("fit", Fit(128, 160))
     return TextEncoders(setup, WeightFile(small_model), [small_model.parent], fit, **places, **options)
 
