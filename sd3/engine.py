@@ -57,7 +57,7 @@ from sd3.readers import read_list, read_text, read_tile
 from sd3.reading import reading
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig, residual_stream
 from sd3.rotations import Rotations, read_rotations
-from sd3.settings import Flags, Settings, Setup, effective, resolve
+from sd3.settings import Flags, Settings, Setup, check_guidance, effective, resolve
 from sd3.streams import Once
 from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.unchanged import Stamp, Unchanged, stamp
@@ -1001,7 +1001,9 @@ def read_sampling(given: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("steps", "cfg"):
         if name not in read:
             raise Mistake(name, "", "is missing")
-    return {name: FLAGS[name].default for name in SAMPLED} | read
+    values = {name: FLAGS[name].default for name in SAMPLED} | read
+    check_guidance(values["guidance_start"], values["guidance_end"])
+    return values
 
 
 def make_guidance(values: Mapping[str, Any]) -> list[sd3_impls.Guidance]:

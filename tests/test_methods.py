@@ -295,6 +295,24 @@ def test_classifier_free_guidance_gives_its_check_number():
     assert torch.equal(guide([ClassifierFreeGuidance(1.0)]), C)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_outside_its_interval_guidance_is_the_conditional_pass_alone(sampler):
+    sigmas = schedule("normal", 10, 3.0)
+    latent, calls = run(sampler, sigmas, [ClassifierFreeGuidance(3.0, 0.29, 0.7)])
+    both = {at.sigma for at in calls if at.uncond.start != at.uncond.stop}
+    assert both == {sigma.item() for sigma in sigmas[2:7]}  # int(2.9) to int(7.0)
+    assert all(at.cond == slice(0, 1) for at in calls)
+    assert torch.equal(run(sampler, sigmas, [ClassifierFreeGuidance(3.0, 0.0, 1.0)])[0], run(sampler, sigmas)[0])
+    assert torch.equal(run(sampler, sigmas, [ClassifierFreeGuidance(3.0, 0.0, 0.09)])[0], run(sampler, sigmas, [])[0])
+    assert not torch.equal(latent, run(sampler, sigmas)[0])
+
+
+def test_the_interval_gives_its_check_numbers():
+    assert [guide([ClassifierFreeGuidance(4.0, 0.2, 0.5)], step)[0, 2].item() for step in (0, 1.9, 2, 4.9, 5)] == [
+        3.0, 3.0, 15.0, 15.0, 3.0,
+    ]  # fmt: skip
+
+
 def test_the_rescale_gives_its_check_number():
     got = guide([ClassifierFreeGuidance(4.0), GuidanceRescale(0.7)])
     assert got[0].tolist() == pytest.approx([1.135104, 1.589146, 6.810624, 4.540416], abs=1e-6)
