@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import DEMO, relative
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import sd3_impls
+import sd3_infer
 from sd3 import png
 from sd3.effects import executed_steps
 from sd3.methods import GUIDANCE, SAMPLERS, SCHEDULES
@@ -39,6 +41,7 @@ from sd3_impls import (
     seeded_noise,
     step_noise,
 )
+from sd3_infer import SD3Inferencer
 
 CHECKED = torch.tensor([1, 0.8, 0.55, 0.3, 0.1, 0], dtype=torch.float64)
 ones = lambda sigma, following: torch.ones(1, dtype=torch.float64)  # noqa: E731
@@ -216,6 +219,111 @@ def test_no_more_pictures_where_on_step_says_so(small_engine):
     made = small_engine.make(settings, on_step=lambda step, *_: steps.append(step) or len(steps) < 5)
     assert [number for number, *_ in made] == [0]
     assert steps == [0, 1, 2, 0, 1]
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+
+def test_heun_with_a_residual_window_skip_layer_guidance_and_a_controlnet(small_model):
+    """Everything that goes by steps, in one run of a sampler with two calls a step."""
+    net = small_model.parent / "control_8b.safetensors"
+    engine = SD3Inferencer().load(str(small_model), controlnet_ckpt=str(net), device="cpu", dtype="float32")
+    engine.quiet = True
+    length = engine.pair_length("a star", "")
+    texts = [engine.get_cond(prompt, length) for prompt in ("a star", "")]
+    image = Image.effect_noise((64, 48), 60).convert("RGB")
+    control = sd3_impls.latent_in(engine.vae_encode(image, [3], control=True))
+    parts = {
+        "controlnet_cond": control,
+        "skip_layer_config": SkipLayerConfig(2.5, 0.1, 0.5, (2,), cfg=4.0),
+        "residual_config": ResidualConfig(0, (1, 3), "each:0.5", end=0.5),
+    }
+
+    def sample(**parts) -> tuple[torch.Tensor, list]:
+        seen = Seen()
+        return engine.do_sampling(
+            torch.zeros(1, 16, 6, 8), 3, *texts, 6, 4.0, "heun", hooks=[seen], **parts
+        ), seen.calls
+
+    whole, calls = sample(**parts)
+    sigmas = [sigma.item() for sigma in schedule("normal", 6, engine.shift)]
+    both = [at.sigma for at in calls if not at.skip_layers]
+    assert both == [sigmas[0], *itertools.chain(*([s, s] for s in sigmas[1:6]))]
+    assert [at.sigma for at in calls if at.skip_layers] == [s for s in sigmas[1:3] for _ in range(2)]
+    assert {at.sigma for at in calls if parts["residual_config"].acts(at.step, at.steps)} == set(sigmas[:3])
+    assert torch.isfinite(whole).all()
+    for name in parts:
+        without, _ = sample(**{n: part for n, part in parts.items() if n != name})
+        assert relative(without, whole) > 1e-3, name
+
+
+def test_euler_ancestral_in_a_batch_of_four_gives_the_single_pictures(small_engine):
+    sigmas, seeds = schedule("normal", 6, 3.0), [5, 6, 7, 8]
+
+    def toy(seeds: list[int]) -> torch.Tensor:
+        texts = (Conditioning(torch.zeros(len(seeds), 2, 3), torch.zeros(len(seeds), 4)) for _ in range(2))
+        one = Denoiser(Toy(), *texts, sigmas, [ClassifierFreeGuidance(3.0)])
+        return guided_sampling(one, "euler_ancestral", torch.zeros(len(seeds), 16, 6, 8), seeds)
+
+    assert torch.equal(toy(seeds), torch.cat([toy([seed]) for seed in seeds]))
+
+    def pictures(size: int) -> list[np.ndarray]:
+        values = {"width": 64, "height": 48, "steps": 4, "cfg": 3.0, "sampler": "euler_ancestral", "batch_size": size}
+        plan = small_engine.plan(["a star"], seeds, **values)
+        return [np.asarray(image, dtype=int) for *_, image in small_engine.make(plan)]
+
+    together, alone = pictures(4), pictures(1)
+    for one, other in zip(together, alone, strict=True):
+        assert np.abs(one - other).max() <= 1  # the network's last bits depend on its batch
+    assert np.abs(together[0] - together[1]).max() > 1
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--scheduler", "karas"], "error: --scheduler karas: must be one of normal, simple, beta"),
+        (["--sampler", "hein"], "error: --sampler hein: must be one of euler, euler_ancestral, heun, dpmpp_2m; did"),
+        (["--guidance_start", "0.5", "--guidance_end", "0.5"],
+         "error: --guidance_start 0.5: must be below --guidance_end 0.5; no step is left"),
+        (["--guidance_start", "1"], "error: --guidance_start 1: must be below --guidance_end 1; no step is left"),
+        (["--guidance_end", "1.5"], "error: --guidance_end 1.5: must be from 0.0 to 1.0"),
+        (["--guidance_rescale", "-0.1"], "error: --guidance_rescale -0.1: must be from 0.0 to 1.0"),
+        (["--guidance_rescale", "1.01"], "error: --guidance_rescale 1.01: must be from 0.0 to 1.0"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told_in_a_line_before_anything_loads(words, told, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sd3_infer.SD3Inferencer, "open", lambda *_, **__: pytest.fail("a model was opened"))
+    arguments = ["--prompt", "a star", "--model", str(DEMO), "--out_dir", str(tmp_path), *words]
+    assert sd3_infer.main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert error.startswith(told)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"scheduler": "karas"}, "scheduler karas: must be one of"),
+        ({"guidance_start": 0.7, "guidance_end": 0.2}, "guidance_start 0.7: must be below guidance_end 0.2"),
+        ({"guidance_rescale": 2}, "guidance_rescale 2: must be from 0.0 to 1.0"),
+    ],
+)
+def test_bad_values_from_python(small_engine, values, told):
+    text = small_engine.get_cond("a star")
+    with pytest.raises(ValueError, match=told):
+        small_engine.do_sampling(torch.zeros(1, 16, 6, 8), 3, text, text, 4, 3.0, **values)
+    with pytest.raises(ValueError, match=told):
+        small_engine.plan(["a star"], [1], **values)
+
+
+def test_a_parameter_that_sampling_does_not_have(small_engine):
+    text = small_engine.get_cond("a star")
+    with pytest.raises(TypeError, match=r"no parameter schedular; did you mean scheduler\?"):
+        small_engine.do_sampling(torch.zeros(1, 16, 6, 8), 3, text, text, 4, 3.0, schedular="simple")
 
 
 # ---- schedules -----------------------------------------------------------------------------------
