@@ -215,14 +215,25 @@ class Guidance(Protocol):
         """
 
 
-class ClassifierFreeGuidance:
-    """uncond + scale (cond - uncond), Ho and Salimans 2022, arXiv 2207.12598; a scale of 1 is the conditional pass."""
+def guided_interval(start: float, end: float, steps: int) -> range:
+    """The steps that lie between two fractions of those that run: int(start N) <= step < int(end N), as in diffusers'
+    guiders.
+    """
+    return range(int(start * steps), int(end * steps))
 
-    def __init__(self, scale: float):
-        self.scale = scale
+
+class ClassifierFreeGuidance:
+    """uncond + scale (cond - uncond), Ho and Salimans 2022, arXiv 2207.12598; a scale of 1 is the conditional pass, and
+    so is everything outside an interval of steps (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+    """
+
+    def __init__(self, scale: float, start: float = 0.0, end: float = 1.0):
+        """start, end: see `guided_interval`."""
+        self.scale, self.start, self.end = scale, start, end
 
     def passes(self, at: Place) -> tuple[Pass, ...]:
-        return () if self.scale == 1 else (UNCOND,)
+        inside = guided_interval(self.start, self.end, at.steps)
+        return (UNCOND,) if self.scale != 1 and inside.start <= at.step < inside.stop else ()
 
     def combine(self, at: Place, x: Tensor, denoised: Mapping[Pass, Tensor], guided: Tensor) -> Tensor:
         if not self.passes(at):

@@ -37,9 +37,22 @@ def planned_steps(s: Any) -> int:
 
 def guidance(s: Any) -> Effect:
     """The negative prompt, where no unconditional pass runs."""
-    if s.cfg != 1:
+    if s.cfg == 1:
+        return ("negative_prompt",), "`negative_prompt` has no effect at `cfg` 1 (guidance is off)"
+    if executed_steps(s) == 0 or guided_steps(s):
         return (), ""
-    return ("negative_prompt",), "`negative_prompt` has no effect at `cfg` 1 (guidance is off)"
+    interval = f"`guidance_start` {s.guidance_start:g} to `guidance_end` {s.guidance_end:g}"
+    why = f"`cfg` has no effect: {interval} holds none of the {executed_steps(s)} steps"
+    return ("cfg", "negative_prompt"), why
+
+
+def guidance_interval(s: Any) -> Effect:
+    """The interval of guidance without guidance; an end of it that holds all steps on its side."""
+    if s.cfg == 1:
+        return ("guidance_start", "guidance_end"), "`guidance_start` and `guidance_end` have no effect at `cfg` 1"
+    guided = guided_steps(s)
+    idle = (("guidance_start", guided.start == 0), ("guidance_end", guided.stop == executed_steps(s)))
+    return [name for name, whole in idle if whole], ""
 
 
 def initial_image(s: Any) -> Effect:
@@ -98,8 +111,12 @@ def residual(s: Any) -> Effect:
     if not any(acts):
         window = f"`residual_start` {config.start:g} to `residual_end` {config.end:g}"
         return every, f"residual text streaming has no effect: {window} holds none of the {steps} steps"
+    guided = any(acts[i] for i in guided_steps(s))
+    if not guided and config.branch == "uncond":
+        why = "`guidance_start` to `guidance_end` runs no unconditional pass in its steps"
+        return every, f"residual text streaming has no effect: {why}"
     idle = ["residual_start", "residual_end"] if all(acts) else []
-    idle += ["residual_branch"] if s.cfg == 1 else []
+    idle += [] if guided else ["residual_branch"]
     return idle + (["residual_rotations"] if config.mode != "aligned" else []), ""
 
 
@@ -120,7 +137,10 @@ def tiles(s: Any) -> Effect:
 
 def guided_steps(s: Any) -> range:
     """The steps in which an unconditional pass runs."""
-    return range(0 if s.cfg == 1 else executed_steps(s))
+    from sd3_impls import guided_interval
+
+    steps = 0 if s.cfg == 1 else executed_steps(s)
+    return guided_interval(s.guidance_start, s.guidance_end, steps)
 
 
 def only_guided(field: str) -> Rule:

@@ -59,7 +59,9 @@ GUIDANCE = {
     row.name: row
     for row in (
         GuidanceMethod(
-            "ClassifierFreeGuidance", ("cfg",), "classifier-free guidance: away from the unconditional pass"
+            "ClassifierFreeGuidance",
+            ("cfg", "guidance_start", "guidance_end"),
+            "classifier-free guidance: away from the unconditional pass",
         ),
         GuidanceMethod(
             "SkipLayerGuidance", ("skip_layer",), "skip-layer guidance: away from a pass without some blocks"

@@ -60,6 +60,7 @@ class Settings:
         if self.vae_tile is None:
             why = "must be a number here; the size is chosen before a picture is described"
             raise Mistake("vae_tile", "auto", why)
+        check_guidance(self.guidance_start, self.guidance_end)
         if self.residual_target_layers:
             object.__setattr__(self, "residual_weights", self.residual.weights)
         else:
@@ -94,6 +95,12 @@ class Settings:
         files are there.
         """
         return digest_of(self.public())
+
+
+def check_guidance(start: float, end: float) -> None:
+    """Raises Mistake where no part of the steps lies between both ends of the interval of guidance."""
+    if start >= end:
+        raise Mistake("guidance_start", f"{start:g}", f"must be below `guidance_end` {end:g}; no step is left")
 
 
 def base_name(path: str | None) -> str | None:
@@ -180,6 +187,7 @@ class Flags:
             for name in values:
                 if name not in names(also="self_check"):
                     raise Mistake(name, "", "does not go with `self_check`, which runs the shipped model")
+        check_guidance(flags.guidance_start, flags.guidance_end)
         if not flags.residual_config:  # else they are checked together with what the file says
             with renaming(RESIDUAL_FLAGS):
                 ResidualConfig.from_flags(flags.residual()).check_rotations()

@@ -90,7 +90,10 @@ def test_nothing_is_misplaced(small_model, control, sampler, monkeypatch):
 def test_schedules_and_guidance_are_where_the_model_is(small_model, scheduler):
     engine = engine_on_meta(small_model)
     with OneDevice():
-        assert whole_path(engine, False, "euler", scheduler=scheduler, guidance_rescale=0.5).device.type == "meta"
+        assert (
+            whole_path(engine, False, "euler", scheduler=scheduler, guidance_rescale=0.5, guidance_end=0.6).device.type
+            == "meta"
+        )
 
 
 @pytest.mark.parametrize("branch", ["both", "cond", "uncond"])

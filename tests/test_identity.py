@@ -26,6 +26,7 @@ import sd3.serve
 import sd3.sweep.command
 import sd3_infer
 from sd3.effects import executed_levels, executed_steps
+from sd3.methods import SCHEDULES
 from sd3.mistakes import flag_name, spell
 from sd3.models import SkipLayerConfig
 from sd3.planning import plan_pictures
@@ -75,6 +76,24 @@ WITHOUT_EFFECT = {
     ),
     "skip layers at scale 0": ({"skip_layer": SkipLayerConfig(0.0, 0.0, 1.0, (3,), cfg=4.0)}, "at scale 0"),
     "all of a picture made anew": ({"init_image": "photo.png", "denoise": 0.9}, "--init_image has no effect"),
+    "an interval of guidance without guidance": (
+        {"cfg": 1, "guidance_start": 0.5},
+        "--guidance_start and --guidance_end have no effect at --cfg 1",
+    ),
+    "an interval between two steps": (
+        {"guidance_start": 0.3, "guidance_end": 0.45, "negative_prompt": "a star"},
+        "--cfg has no effect: --guidance_start 0.3 to --guidance_end 0.45 holds none of the 4 steps",
+    ),
+    "an interval that holds all steps": ({"guidance_start": 0.2}, ""),
+    "a rescale without guidance": ({"cfg": 1, "guidance_rescale": 0.5}, "--guidance_rescale has no effect"),
+    "the half that does not run any more": (
+        TARGETS | {"guidance_end": 0.5, "residual_start": 0.5, "residual_branch": "uncond"},
+        "--guidance_start to --guidance_end runs no unconditional pass in its steps",
+    ),
+    "the only half that runs any more": (
+        TARGETS | {"guidance_end": 0.5, "residual_start": 0.5, "residual_branch": "cond"},
+        "",
+    ),
     "a cache of one step": ({"cache": 0.2, "steps": 1}, "--cache has no effect"),
     # without a note: these say the same in two ways
     "a tile as large as the picture": ({"vae_tile": 128}, ""),
@@ -113,6 +132,12 @@ def test_a_flag_without_effect_is_at_its_default_is_told_and_changes_nothing(eng
         {"skip_layer": SkipLayerConfig(2.0, 0.01, 0.3, (3,), cfg=4.0)},
         {"cache": 0.2},
         {"offload": True},
+        {"guidance_start": 0.25},
+        {"guidance_end": 0.9},
+        {"guidance_rescale": 0.1},
+        {"scheduler": "simple"},
+        TARGETS | {"guidance_end": 0.75, "residual_start": 0.5, "residual_branch": "cond"},
+        TARGETS | {"guidance_end": 0.75, "residual_start": 0.5, "residual_branch": "uncond"},
     ],
 )
 def test_what_has_an_effect_counts(values):
@@ -169,6 +194,10 @@ def test_where_noise_is_all_there_is(shift, steps, denoise):
                 SkipLayerConfig, st.just(1.0), st.floats(0, 0.4), st.floats(0.41, 1), st.just((3,)), st.just(4.0)
             ),
             "cache": st.sampled_from([0.0, 0.2]),
+            "scheduler": st.sampled_from(list(SCHEDULES)),
+            "guidance_start": st.floats(0, 0.5),
+            "guidance_end": st.floats(0.51, 1),
+            "guidance_rescale": st.sampled_from([0.0, 0.5]),
             "batch_size": st.integers(1, 4),
             "vae_tile": st.sampled_from([0, 128, 256]),
             "offload": st.booleans(),
@@ -209,6 +238,11 @@ EXACT = {
     "int8": ["--weights", "int8", "--batch_size", "4"],
     "tiles": [*TILED, "--batch_size", "4"],
     "dpmpp_2m": ["--sampler", "dpmpp_2m", "--batch_size", "4"],
+    "methods": [
+        *("--sampler", "euler_ancestral", "--scheduler", "beta", "--batch_size", "4"),
+        *("--guidance_start", "0.2", "--guidance_end", "0.7", "--guidance_rescale", "0.5"),
+    ],
+    "heun": ["--sampler", "heun", "--scheduler", "simple", "--batch_size", "4"],
     "all": ["--offload", "--cache", "0.2", "--weights", "int8", *TILED, "--sampler", "dpmpp_2m", "--batch_size", "4"],
 }
 

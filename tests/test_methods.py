@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import DEMO, relative
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import sd3_impls
+import sd3_infer
 from sd3 import png
 from sd3.effects import executed_steps
 from sd3.methods import GUIDANCE, SAMPLERS, SCHEDULES
@@ -40,6 +42,7 @@ from sd3_impls import (
     seeded_noise,
     step_noise,
 )
+from sd3_infer import SD3Inferencer
 
 CHECKED = torch.tensor([1, 0.8, 0.55, 0.3, 0.1, 0], dtype=torch.float64)
 ones = lambda sigma, following: torch.ones(1, dtype=torch.float64)  # noqa: E731
@@ -221,6 +224,111 @@ def test_no_more_pictures_where_on_step_says_so(small_engine):
     assert steps == [0, 1, 2, 0, 1]
 
 
+# ---- whole runs ----------------------------------------------------------------------------------
+
+
+def test_heun_with_a_residual_window_skip_layer_guidance_and_a_controlnet(small_model):
+    """Everything that goes by steps, in one run of a sampler with two calls a step."""
+    net = small_model.parent / "control_8b.safetensors"
+    engine = SD3Inferencer().load(str(small_model), controlnet_ckpt=str(net), device="cpu", dtype="float32")
+    engine.quiet = True
+    length = engine.pair_length("a star", "")
+    texts = [engine.get_cond(prompt, length) for prompt in ("a star", "")]
+    image = Image.effect_noise((64, 48), 60).convert("RGB")
+    control = sd3_impls.latent_in(engine.vae_encode(image, [3], control=True))
+    parts = {
+        "controlnet_cond": control,
+        "skip_layer_config": SkipLayerConfig(2.5, 0.1, 0.5, (2,), cfg=4.0),
+        "residual_config": ResidualConfig(0, (1, 3), "each:0.5", end=0.5),
+    }
+
+    def sample(**parts) -> tuple[torch.Tensor, list]:
+        seen = Seen()
+        return engine.do_sampling(
+            torch.zeros(1, 16, 6, 8), 3, *texts, 6, 4.0, "heun", hooks=[seen], **parts
+        ), seen.calls
+
+    whole, calls = sample(**parts)
+    sigmas = [sigma.item() for sigma in schedule("normal", 6, engine.shift)]
+    both = [at.sigma for at in calls if not at.skip_layers]
+    assert both == [sigmas[0], *itertools.chain(*([s, s] for s in sigmas[1:6]))]
+    assert [at.sigma for at in calls if at.skip_layers] == [s for s in sigmas[1:3] for _ in range(2)]
+    assert {at.sigma for at in calls if parts["residual_config"].acts(at.step, at.steps)} == set(sigmas[:3])
+    assert torch.isfinite(whole).all()
+    for name in parts:
+        without, _ = sample(**{n: part for n, part in parts.items() if n != name})
+        assert relative(without, whole) > 1e-3, name
+
+
+def test_euler_ancestral_in_a_batch_of_four_gives_the_single_pictures(small_engine):
+    sigmas, seeds = schedule("normal", 6, 3.0), [5, 6, 7, 8]
+
+    def toy(seeds: list[int]) -> torch.Tensor:
+        texts = (Conditioning(torch.zeros(len(seeds), 2, 3), torch.zeros(len(seeds), 4)) for _ in range(2))
+        one = Denoiser(Toy(), *texts, sigmas, [ClassifierFreeGuidance(3.0)])
+        return guided_sampling(one, "euler_ancestral", torch.zeros(len(seeds), 16, 6, 8), seeds)
+
+    assert torch.equal(toy(seeds), torch.cat([toy([seed]) for seed in seeds]))
+
+    def pictures(size: int) -> list[np.ndarray]:
+        values = {"width": 64, "height": 48, "steps": 4, "cfg": 3.0, "sampler": "euler_ancestral", "batch_size": size}
+        plan = small_engine.plan(["a star"], seeds, **values)
+        return [np.asarray(image, dtype=int) for *_, image in small_engine.make(plan)]
+
+    together, alone = pictures(4), pictures(1)
+    for one, other in zip(together, alone, strict=True):
+        assert np.abs(one - other).max() <= 1  # the network's last bits depend on its batch
+    assert np.abs(together[0] - together[1]).max() > 1
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--scheduler", "karas"], "error: --scheduler karas: must be one of normal, simple, beta"),
+        (["--sampler", "hein"], "error: --sampler hein: must be one of euler, euler_ancestral, heun, dpmpp_2m; did"),
+        (["--guidance_start", "0.5", "--guidance_end", "0.5"],
+         "error: --guidance_start 0.5: must be below --guidance_end 0.5; no step is left"),
+        (["--guidance_start", "1"], "error: --guidance_start 1: must be below --guidance_end 1; no step is left"),
+        (["--guidance_end", "1.5"], "error: --guidance_end 1.5: must be from 0.0 to 1.0"),
+        (["--guidance_rescale", "-0.1"], "error: --guidance_rescale -0.1: must be from 0.0 to 1.0"),
+        (["--guidance_rescale", "1.01"], "error: --guidance_rescale 1.01: must be from 0.0 to 1.0"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told_in_a_line_before_anything_loads(words, told, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sd3_infer.SD3Inferencer, "open", lambda *_, **__: pytest.fail("a model was opened"))
+    arguments = ["--prompt", "a star", "--model", str(DEMO), "--out_dir", str(tmp_path), *words]
+    assert sd3_infer.main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    assert error.startswith(told)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"scheduler": "karas"}, "scheduler karas: must be one of"),
+        ({"guidance_start": 0.7, "guidance_end": 0.2}, "guidance_start 0.7: must be below guidance_end 0.2"),
+        ({"guidance_rescale": 2}, "guidance_rescale 2: must be from 0.0 to 1.0"),
+    ],
+)
+def test_bad_values_from_python(small_engine, values, told):
+    text = small_engine.get_cond("a star")
+    with pytest.raises(ValueError, match=told):
+        small_engine.do_sampling(torch.zeros(1, 16, 6, 8), 3, text, text, 4, 3.0, **values)
+    with pytest.raises(ValueError, match=told):
+        small_engine.plan(["a star"], [1], **values)
+
+
+def test_a_parameter_that_sampling_does_not_have(small_engine):
+    text = small_engine.get_cond("a star")
+    with pytest.raises(TypeError, match=r"no parameter schedular; did you mean scheduler\?"):
+        small_engine.do_sampling(torch.zeros(1, 16, 6, 8), 3, text, text, 4, 3.0, schedular="simple")
+
+
 # ---- schedules -----------------------------------------------------------------------------------
 
 OF_SIX = {
@@ -296,6 +404,24 @@ def guide(guidance, step: float = 0, steps: int = 10, passes=None) -> torch.Tens
 def test_classifier_free_guidance_gives_its_check_number():
     assert guide([ClassifierFreeGuidance(4.0)]).tolist() == [[2.5, 3.5, 15, 10]]
     assert torch.equal(guide([ClassifierFreeGuidance(1.0)]), C)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_outside_its_interval_guidance_is_the_conditional_pass_alone(sampler):
+    sigmas = schedule("normal", 10, 3.0)
+    latent, calls = run(sampler, sigmas, [ClassifierFreeGuidance(3.0, 0.29, 0.7)])
+    both = {at.sigma for at in calls if at.uncond.start != at.uncond.stop}
+    assert both == {sigma.item() for sigma in sigmas[2:7]}  # int(2.9) to int(7.0)
+    assert all(at.cond == slice(0, 1) for at in calls)
+    assert torch.equal(run(sampler, sigmas, [ClassifierFreeGuidance(3.0, 0.0, 1.0)])[0], run(sampler, sigmas)[0])
+    assert torch.equal(run(sampler, sigmas, [ClassifierFreeGuidance(3.0, 0.0, 0.09)])[0], run(sampler, sigmas, [])[0])
+    assert not torch.equal(latent, run(sampler, sigmas)[0])
+
+
+def test_the_interval_gives_its_check_numbers():
+    assert [guide([ClassifierFreeGuidance(4.0, 0.2, 0.5)], step)[0, 2].item() for step in (0, 1.9, 2, 4.9, 5)] == [
+        3.0, 3.0, 15.0, 15.0, 3.0,
+    ]  # fmt: skip
 
 
 def test_the_rescale_gives_its_check_number():
