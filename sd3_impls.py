@@ -120,8 +120,8 @@ class Denoiser:
         of `mmditx.Reuse`, 0 for none.
         """
         self.model = model
-        self.cond = cond
-        self.text = cond if neg_cond is None else stack_halves(cond, neg_cond)
+        both = cond if neg_cond is None else stack_halves(cond, neg_cond)
+        self.cond, self.text = (model.embed_text(text.pooled, text.context) for text in (cond, both))
         self.cfg = cfg
         self.guided = neg_cond is not None
         self.steps = steps
@@ -134,15 +134,8 @@ class Denoiser:
         self.step = 0
         self.cache = cache
         self.reuse: dict[tuple, Reuse] = {}  # by kind of call
-        self.text_embedded = self.cond_embedded = model.embed_text(self.text.pooled, self.text.context)
-        if self.guided:
-            self.cond_embedded = model.embed_text(cond.pooled, cond.context)
 
-    def embedded(self, text: Conditioning) -> Text:
-        """A text, as the network embedded it once for all steps."""
-        return self.text_embedded if text is self.text else self.cond_embedded
-
-    def velocity(self, x: Tensor, sigma: float, text: Conditioning, control: bool, skip: Sequence[int]) -> Tensor:
+    def velocity(self, x: Tensor, sigma: float, text: Text, control: bool, skip: Sequence[int]) -> Tensor:
         """The network's velocity, float32; x (B, C, h, w) float32, one sigma for all rows."""
         x = x.to(self.model.x_embedder.proj.weight.dtype)
         t = torch.full((x.shape[0],), TIMESTEPS * sigma, dtype=torch.float32, device=x.device)
@@ -151,17 +144,14 @@ class Denoiser:
             latent = self.control.to(x)
             if latent.shape[0] > 1:
                 latent = latent.repeat(x.shape[0] // latent.shape[0], 1, 1, 1)
-            states = self.controlnet(self.model, x, t, text.pooled, latent, self.control_strength)
+            states = self.controlnet(self.model, x, t, text.y, latent, self.control_strength)
             controls = spread(states, self.model.config.depth)
         halves = self.guided and text is self.text
         rows = x.shape[0]
-        embedded = self.embedded(text)
-        call = ModelCall.of_rows(
-            self.step, self.steps_run, sigma, rows, "cond", halves, text=embedded, skip_layers=skip
-        )
+        call = ModelCall.of_rows(self.step, self.steps_run, sigma, rows, "cond", halves, text=text, skip_layers=skip)
         stream = self.streams if self.streams.begin(call) else None
         run = self.reuse.setdefault((control, tuple(skip)), Reuse(self.cache)).run if self.cache else run_blocks
-        return self.model.velocity(x, t, embedded, controls, skip, stream, run).float()
+        return self.model.velocity(x, t, text, controls, skip, stream, run).float()
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
         """denoised = x - sigma v, guided; x (B, C, h, w) float32, sigma a number or (B,) of one value."""
