@@ -212,10 +212,13 @@ class Rotations(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """A text, embedded once for all steps: tokens (B, T, D) and its part of the conditioning (B, D)."""
+    """A text, embedded once for all steps: tokens (B, T, D), its part of the conditioning (B, D), and the pooled text
+    (B, Y) that this was made of, which a ControlNet takes.
+    """
 
     context: Tensor
     pooled: Tensor
+    y: Tensor
     prepared: dict[Stream, dict] = field(default_factory=dict)  # by streams whose origin is the text itself
 
 
@@ -380,10 +383,7 @@ def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """q, k, v of one stream, with optional RMS norm of q and k per head, and the output projection.
-
-    Without the projection (`project`), nothing reads this stream's attention output, so there is no q.
-    """
+    """q, k, v of one stream, with optional RMS norm of q and k per head, and the output projection (`project`)."""
 
     def __init__(self, width: int, qk_norm: bool, project: bool = True):
         super().__init__()
@@ -395,24 +395,12 @@ class SelfAttention(nn.Module):
         if project:
             self.proj = nn.Linear(width, width)
 
-    def heads_of(self, x: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v, each (B, heads, L, 64), of x (B, L, D). Non-contiguous views."""
-        if hasattr(self, "proj"):
-            q, k, v = self._split(self.qkv(x))
-        else:
-            q, (k, v) = None, self._split(self._without_q(x))
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, HEAD_WIDTH)).unbind(2)
         if hasattr(self, "ln_q"):
-            q, k = q if q is None else self.ln_q(q), self.ln_k(k)
-        return tuple(t if t is None else t.transpose(1, 2) for t in (q, k, v))
-
-    def _without_q(self, x: Tensor) -> Tensor:
-        layer, width = self.qkv, self.qkv.in_features
-        if layer.out_features == 2 * width:
-            return layer(x)  # a packed or 8-bit layer, which stores no query rows
-        return F.linear(x, layer.weight[width:], layer.bias[width:])
-
-    def _split(self, x: Tensor) -> Sequence[Tensor]:
-        return x.unflatten(-1, (-1, self.heads, HEAD_WIDTH)).unbind(2)
+            q, k = self.ln_q(q), self.ln_k(k)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(attend(*self.heads_of(x)))
@@ -421,11 +409,6 @@ class SelfAttention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of (B, heads, L, 64) tensors; returns (B, L, D)."""
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-def joined(first: Tensor | None, second: Tensor) -> Tensor:
-    """(B, heads, T, 64) and (B, heads, L, 64) -> (B, heads, T + L, 64), contiguous, which SDPA prefers."""
-    return second.contiguous() if first is None else torch.cat([first, second], dim=2)
 
 
 class StreamBlock(nn.Module):
@@ -452,7 +435,7 @@ class StreamBlock(nn.Module):
         """shift, scale[, gate, and the same for the MLP[, and for the second attention]], each (B, 1, D)."""
         return self.adaLN_modulation(c)[:, None].chunk(self.chunks, dim=-1)
 
-    def before(self, x: Tensor, m: tuple[Tensor, ...]) -> tuple[tuple[Tensor | None, Tensor, Tensor], Tensor | None]:
+    def before(self, x: Tensor, m: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
         """(q, k, v) for the attention, and the output of the second attention where there is one."""
         n = self.norm(x)
         qkv = self.attn.heads_of(modulate(n, m[0], m[1]))
@@ -487,13 +470,11 @@ class JointBlock(nn.Module):
         m_context, m_x = self.context_block.modulation(c), self.x_block.modulation(c)
         qkv_context, _ = self.context_block.before(context, m_context)
         qkv_x, second = self.x_block.before(x, m_x)
-        attended = attend(*(joined(*pair) for pair in zip(qkv_context, qkv_x, strict=True)))
-        if self.last:
-            return None, self.x_block.after(x, m_x, attended, second)  # (B, L, D): there are image queries only
+        attended = attend(*(torch.cat(pair, dim=2) for pair in zip(qkv_context, qkv_x, strict=True)))
         text, image = attended.split([context.shape[1], x.shape[1]], dim=1)
         # image stream first: frees its (larger) activations before the text stream allocates
         x = self.x_block.after(x, m_x, image.contiguous(), second)
-        return self.context_block.after(context, m_context, text.contiguous(), None), x
+        return None if self.last else self.context_block.after(context, m_context, text.contiguous(), None), x
 
 
 class FinalLayer(nn.Module):
@@ -558,7 +539,7 @@ class MMDiT(nn.Module):
 
     def embed_text(self, y: Tensor, context: Tensor) -> Text:
         """The part that depends on the text alone: pooled text (B, Y) and text tokens (B, T, X) -> `Text`."""
-        return Text(self.context_embedder(context), self.y_embedder(y))
+        return Text(self.context_embedder(context), self.y_embedder(y), y)
 
     def forward(
         self,

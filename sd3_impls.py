@@ -319,10 +319,10 @@ class Denoiser:
         `OnStep`; planned: see `Place`, None for as many steps as run.
         """
         self.model = model
-        self.texts = {"cond": cond}
+        texts = {"cond": cond}
         if neg_cond is not None:
-            self.texts |= {"uncond": neg_cond, "both": stack_halves(cond, neg_cond)}
-        self.embedded = {name: model.embed_text(text.pooled, text.context) for name, text in self.texts.items()}
+            texts |= {"uncond": neg_cond, "both": stack_halves(cond, neg_cond)}
+        self.texts = {name: model.embed_text(text.pooled, text.context) for name, text in texts.items()}
         self.sigmas, self.levels = sigmas, sigmas.tolist()
         self.guidance = guidance
         self.controlnet = controlnet
@@ -349,9 +349,9 @@ class Denoiser:
             latent = self.control.to(x)
             if latent.shape[0] > 1:
                 latent = latent.repeat(x.shape[0] // latent.shape[0], 1, 1, 1)
-            states = self.controlnet(self.model, x, t, self.texts[text].pooled, latent, self.control_strength)
+            states = self.controlnet(self.model, x, t, self.texts[text].y, latent, self.control_strength)
             controls = spread(states, self.model.config.depth)
-        first, embedded = "uncond" if text == "uncond" else "cond", self.embedded[text]
+        first, embedded = "uncond" if text == "uncond" else "cond", self.texts[text]
         halves, given = text == "both", {"text": embedded, "skip_layers": skip}
         call = ModelCall.of_rows(self.step, self.steps_run, sigma, x.shape[0], first, halves, **given)
         stream = self.streams if self.streams.begin(call) else None

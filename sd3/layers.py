@@ -21,25 +21,24 @@ FLOAT8_MAX = torch.finfo(FLOAT8).max
 class StoredLinear(nn.Linear, ABC):
     """A linear layer on the meta device that converts its weight when it is loaded, see `store`.
 
-    first_row: rows of the weight before this one are dropped; activation: applied to the product, see `ACTIVATIONS`.
+    activation: applied to the product, see `ACTIVATIONS`.
     """
 
-    def __init__(self, layer: nn.Linear, first_row: int = 0, activation: str = ""):
+    def __init__(self, layer: nn.Linear, activation: str = ""):
         super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        self.first_row, self.activation = first_row, activation
+        self.activation = activation
 
     def store(self, leaf: str, tensor: Tensor) -> None:
         """Stores a loaded `weight` or `bias`, which is on the device and in the dtype of the computation."""
         if leaf == "bias":
-            self.bias = nn.Parameter(tensor[self.first_row :], requires_grad=False)
+            self.bias = nn.Parameter(tensor, requires_grad=False)
             return
-        self.in_features, self.out_features = tensor.shape[1], tensor.shape[0] - self.first_row
         del self.weight
-        self.store_weight(tensor[self.first_row :])
+        self.store_weight(tensor)
 
     @abstractmethod
     def store_weight(self, weight: Tensor) -> None:
-        """Stores the rows that are used, (out, in)."""
+        """Stores a weight (out, in)."""
 
 
 _packed: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
@@ -84,8 +83,8 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 class QuantLinear(StoredLinear):
     """8-bit weights with a scale per row, converted to the computation's dtype for each product."""
 
-    def __init__(self, layer: nn.Linear, first_row: int = 0, activation: str = "", kind: str = "int8"):
-        super().__init__(layer, first_row, activation)
+    def __init__(self, layer: nn.Linear, activation: str = "", kind: str = "int8"):
+        super().__init__(layer, activation)
         self.kind = kind
 
     def store_weight(self, weight: Tensor) -> None:
@@ -127,11 +126,9 @@ def replace_linears(blocks: Iterable[nn.Module], kind: str) -> None:
 
 
 def _stored_linear(owner: nn.Module, name: str, layer: nn.Linear, kind: str) -> StoredLinear:
-    without_query = name == "qkv" and not hasattr(owner, "proj")
-    first_row = layer.in_features if without_query else 0
     activation = ""
     if isinstance(owner, Mlp) and name == "fc1" and owner.activation in FUSED:
         activation, owner.activation = owner.activation, ""
     if kind == "packed":
-        return PackedLinear(layer, first_row, activation)
-    return QuantLinear(layer, first_row, activation, kind)
+        return PackedLinear(layer, activation)
+    return QuantLinear(layer, activation, kind)

@@ -18,8 +18,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import sd3.engine
 import sd3_impls
 import sd3_infer
+from mmditx import Stream
 from sd3 import png
 from sd3.effects import executed_steps
 from sd3.methods import GUIDANCE, SAMPLERS, SCHEDULES
@@ -231,8 +233,8 @@ def test_heun_with_a_residual_window_skip_layer_guidance_and_a_controlnet(small_
     """Everything that goes by steps, in one run of a sampler with two calls a step."""
     net = small_model.parent / "control_8b.safetensors"
     engine = SD3Inferencer().load(str(small_model), controlnet_ckpt=str(net), device="cpu", dtype="float32")
-    engine.quiet = True
-    length = engine.pair_length("a star", "")
+    engine.tell.quiet = True
+    length = engine.engine.text.pair_length("a star", "")
     texts = [engine.get_cond(prompt, length) for prompt in ("a star", "")]
     image = Image.effect_noise((64, 48), 60).convert("RGB")
     control = sd3_impls.latent_in(engine.vae_encode(image, [3], control=True))
@@ -272,8 +274,8 @@ def test_euler_ancestral_in_a_batch_of_four_gives_the_single_pictures(small_engi
 
     def pictures(size: int) -> list[np.ndarray]:
         values = {"width": 64, "height": 48, "steps": 4, "cfg": 3.0, "sampler": "euler_ancestral", "batch_size": size}
-        plan = small_engine.plan(["a star"], seeds, **values)
-        return [np.asarray(image, dtype=int) for *_, image in small_engine.make(plan)]
+        plan = plan_pictures(small_engine.engine, ["a star"], seeds, **values)
+        return [np.asarray(image, dtype=int) for *_, image in small_engine.engine.make(plan.pictures)]
 
     together, alone = pictures(4), pictures(1)
     for one, other in zip(together, alone, strict=True):
@@ -298,7 +300,7 @@ def test_euler_ancestral_in_a_batch_of_four_gives_the_single_pictures(small_engi
     ],
 )  # fmt: skip
 def test_bad_input_is_told_in_a_line_before_anything_loads(words, told, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sd3_infer.SD3Inferencer, "open", lambda *_, **__: pytest.fail("a model was opened"))
+    monkeypatch.setattr(sd3.engine.Engine, "__init__", lambda *_, **__: pytest.fail("a model was opened"))
     arguments = ["--prompt", "a star", "--model", str(DEMO), "--out_dir", str(tmp_path), *words]
     assert sd3_infer.main(arguments) == 2
     error = capsys.readouterr().err.strip()
@@ -320,7 +322,7 @@ def test_bad_values_from_python(small_engine, values, told):
     with pytest.raises(ValueError, match=told):
         small_engine.do_sampling(torch.zeros(1, 16, 6, 8), 3, text, text, 4, 3.0, **values)
     with pytest.raises(ValueError, match=told):
-        small_engine.plan(["a star"], [1], **values)
+        plan_pictures(small_engine.engine, ["a star"], [1], **values)
 
 
 def test_a_parameter_that_sampling_does_not_have(small_engine):

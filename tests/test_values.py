@@ -33,7 +33,7 @@ import sd3.weights
 import sd3.writing
 import sd3_impls
 import sd3_infer
-from mmditx import mixed, schedule_factor
+from mmditx import schedule_factor
 from sd3.command import read_arguments
 from sd3.device import choose_device
 from sd3.engine import NotLoaded
@@ -113,7 +113,7 @@ def test_what_is_within_the_bounds_is_finite_where_it_is_used():
             strength = config.weights[0] * schedule_factor(config.schedule, sigma)
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
                 x = torch.ones(1, 2, 4, dtype=dtype)
-                assert torch.isfinite(mixed(x, 0.5 * x, strength, False)).all()
+                assert torch.isfinite(x.add(0.5 * x, alpha=strength)).all()
     assert (
         Flags.read(TARGETS | {"residual_schedule": "exp:-5", "residual_weights": "0.1"}).residual_schedule == "exp:-5.0"
     )

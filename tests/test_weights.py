@@ -65,7 +65,7 @@ def test_8_bit_weights_are_near(kind, error):
     assert 1e-4 < got < error
     stored = sum(b.nbytes for n, b in stored_model(kind).named_buffers() if n.endswith("stored"))
     blocks = sum(p.numel() for n, p in PLAIN.joint_blocks.named_parameters() if n.endswith("weight") and p.ndim == 2)
-    assert blocks - CONFIG.width**2 == stored  # a byte each; the last block's unused query is left out
+    assert blocks == stored  # a byte each
 
 
 def test_float8_weights_of_a_file_are_kept():
