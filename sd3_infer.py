@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sd3 import png, self_check, streams, writing
 from sd3.device import available_devices, choose_device, choose_dtype
-from sd3.engine import Engine, NotLoaded
+from sd3.engine import Engine, NotLoaded, about
 from sd3.flags import DEFAULT_DENOISE, DEFAULT_SEED, FLAGS, names, read_values
 from sd3.mistakes import Mistake, nearest
 from sd3.models import SkipLayerConfig, read_skip_layer_config
@@ -84,7 +84,7 @@ class SD3Inferencer:
         setup = Setup(**{name: value for name, value in given.items() if value is not None})
         engine = Engine(setup, self.tell, load_tokenizers)
         self.shift = read.get("shift", engine.defaults["shift"])
-        for line in engine.about() if read.get("verbose") else ():
+        for line in about(engine) if read.get("verbose") else ():
             self.tell.say(line)
         self._engine = engine
         return self

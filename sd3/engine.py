@@ -18,7 +18,6 @@ import sd3_impls
 from mmditx import ContextHook, Stream
 from sd3.device import choose_device, choose_threads, computing_on
 from sd3.effects import executed_steps
-from sd3.embed_cache import describe_files
 from sd3.find import Fit, models_folder
 from sd3.flags import FLAGS
 from sd3.loading import Loader
@@ -28,7 +27,7 @@ from sd3.models import fetch_model, model_path
 from sd3.network import Network
 from sd3.patches import patched
 from sd3.pixels import Pixels, check_finite, open_images, to_image
-from sd3.planning import usual_settings
+from sd3.planning import batches, usual_settings
 from sd3.residual import RESIDUAL_FLAGS
 from sd3.settings import FILE_SETTINGS, Flags, Settings, Setup
 from sd3.telling import SILENT, Reporter, Terminal
@@ -155,23 +154,6 @@ class Engine:
             "text_encoder_device": str(self.encoder_device),
         }
 
-    def about(self) -> list[str]:
-        """Lines about what is loaded, for the curious."""
-        where = f"device {self.device}, text encoders on {self.encoder_device}, {self.dtype}"
-        return [f"{self.model_file.path}: {self.config}", where]
-
-    def encoder_files(self) -> dict[str, dict[str, Any]]:
-        """See `TextEncoders.record`."""
-        return self.text.record()
-
-    def component_files(self) -> dict[str, dict[str, Any]]:
-        """As `encoder_files`, of a model that is a folder: each of its components that is used. Its sha256 is of the
-        transformer alone, and it is no file that could be looked at as a whole.
-        """
-        own = {role: p for role, p in self.parts.items() if p.file is self.model_file and self.model_file.folder}
-        names = {"mmdit": "transformer"}
-        return {names.get(role, role): describe_files(sorted(part.paths())) for role, part in own.items()}
-
     def damage(self) -> str:
         """A line about the first weight in a file that is NaN or infinite, or ``: then the dtype is to blame. Reads all
         files, once.
@@ -224,7 +206,7 @@ class Engine:
             self.check_settings(s)
         images = open_images(pictures)
         texts = lambda batch: [text for _, s in batch for text in self.texts(s)]  # noqa: E731
-        for group in in_groups(self.batches(pictures), texts, self.text.most):
+        for group in in_groups(batches(pictures, self.text.pair_length), texts, self.text.most):
             with self.owned():
                 self.text.encode([text for batch in group for text in texts(batch)])
                 _ = self.network.mmdit, self.network.controlnet
@@ -251,22 +233,6 @@ class Engine:
         """What has to be encoded for a picture: (prompt, T5 length), see `TextEncoders.encode`."""
         length = self.text.pair_length(s.prompt, s.negative_prompt)
         return [(s.prompt, length)] + ([(s.negative_prompt, length)] if s.cfg != 1 else [])
-
-    def batches(self, pictures: Sequence[Settings]) -> Iterator[list[tuple[int, Settings]]]:
-        """Pictures with their numbers, in order, in batches that can share a run: same but for prompt and seed."""
-        batch: list[tuple[int, Settings]] = []
-        for item in enumerate(pictures):
-            if batch and (len(batch) >= item[1].batch_size or not self._together(batch[0][1], item[1])):
-                yield batch
-                batch = []
-            batch.append(item)
-        if batch:
-            yield batch
-
-    def _together(self, a: Settings, b: Settings) -> bool:
-        shared = dataclasses.replace(b, prompt=a.prompt, seed=a.seed) == a
-        lengths = {self.text.pair_length(s.prompt, s.negative_prompt) for s in (a, b)}
-        return shared and len(lengths) == 1
 
     def make_batch(
         self,
@@ -349,7 +315,12 @@ def load_for(flags: Flags) -> Engine:
     """An engine with the files, the device and the dtype that flags name, for a command; raises as `Engine` does."""
     tell = Terminal(flag_name)
     engine = Engine(Setup.of(flags), tell)
-    if flags.verbose:
-        for line in engine.about():
-            tell.say(line)
+    for line in about(engine) if flags.verbose else ():
+        tell.say(line)
     return engine
+
+
+def about(engine: Engine) -> list[str]:
+    """Lines about what is loaded."""
+    where = f"device {engine.device}, text encoders on {engine.encoder_device}, {engine.dtype}"
+    return [f"{engine.model_file.path}: {engine.config}", where]

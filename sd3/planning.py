@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,6 +146,24 @@ def residual_settings(config: ResidualConfig) -> dict[str, Any]:
     """A residual configuration as fields of `Settings`; rotations that no mode uses are left out."""
     values = {setting: getattr(config, name) for name, setting in RESIDUAL_FLAGS.items()}
     return values if config.mode == "aligned" else values | {"residual_rotations": None}
+
+
+def batches(pictures: Sequence[Settings], length: Callable[[str, str], int]) -> Iterator[list[tuple[int, Settings]]]:
+    """Pictures with their numbers, in order, in batches that can share a run: same but for prompt and seed.
+
+    length: in T5 tokens, of a prompt and its negative prompt, which pictures of a batch share.
+    """
+    batch: list[tuple[int, Settings]] = []
+    of_batch: tuple[Settings, int] | None = None
+    for number, s in enumerate(pictures):
+        of_picture = dataclasses.replace(s, prompt="", seed=0), length(s.prompt, s.negative_prompt)
+        if batch and (len(batch) >= s.batch_size or of_picture != of_batch):
+            yield batch
+            batch = []
+        batch.append((number, s))
+        of_batch = of_picture
+    if batch:
+        yield batch
 
 
 # ---- notes ---------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from sd3 import streams, writing
 from sd3.device import device_record
+from sd3.embed_cache import describe_files
 from sd3.engine import Engine, load_for
 from sd3.files import file_sha256
 from sd3.find import list_models
@@ -69,7 +70,7 @@ class MadeWith:
             more = {
                 "files": {name: _sha256(Path(path)) for name, path in paths.items() if path},
                 "encoders": engine.text.record(),
-                "components": engine.component_files(),
+                "components": component_files(engine),
                 "hardware": hardware,
             }
             self.value = {"model_sha256": engine.model_file.sha256, **{n: v for n, v in more.items() if v}}
@@ -97,6 +98,16 @@ class MadeWith:
         if self.error is not None:
             raise self.error
         return self.value
+
+
+def component_files(engine: Engine) -> dict[str, dict[str, Any]]:
+    """Name, bytes and identity of each component that is used of a model that is a folder, see `describe_files`. Its
+    sha256 is of the transformer alone, and it is no file that could be looked at as a whole.
+    """
+    folder = engine.model_file
+    own = {role: part for role, part in engine.parts.items() if folder.folder and part.file is folder}
+    names = {"mmdit": "transformer"}
+    return {names.get(role, role): describe_files(sorted(part.paths())) for role, part in own.items()}
 
 
 def make_pictures(

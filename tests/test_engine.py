@@ -14,7 +14,7 @@ from PIL import Image
 import sd3_impls
 from sd3.models import SkipLayerConfig
 from sd3.pixels import check_finite, to_image
-from sd3.planning import plan_pictures
+from sd3.planning import batches, plan_pictures
 from sd3.residual import ResidualConfig
 from sd3.settings import Flags, picture_seeds
 from sd3_impls import ClassifierFreeGuidance, Conditioning, Denoiser, SkipLayerGuidance
@@ -73,7 +73,8 @@ def test_pictures_of_two_lengths_do_not_share_a_batch(small_engine):
     settings = plan_pictures(
         small_engine.engine, ["a", "b", long, "c"], [1, 2, 3, 4], **SIZE, steps=2, batch_size=4
     ).pictures
-    assert [[i for i, _ in b] for b in small_engine.engine.batches(settings)] == [[0, 1], [2], [3]]
+    together = batches(settings, small_engine.engine.text.pair_length)
+    assert [[i for i, _ in b] for b in together] == [[0, 1], [2], [3]]
 
 
 def test_a_batch_gives_the_pictures_of_single_runs(small_engine):

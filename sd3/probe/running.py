@@ -13,7 +13,7 @@ from mmditx import ModelCall, Stream
 from sd3.engine import Engine, load_for
 from sd3.flags import names
 from sd3.mistakes import Mistake
-from sd3.planning import plan_pictures, resolve
+from sd3.planning import batches, plan_pictures, resolve
 from sd3.prompts import read_jsonl, read_prompts
 from sd3.readers import read_path
 from sd3.settings import Flags
@@ -112,7 +112,7 @@ def run_prompts(
                 pair for s, n in zip(plan, lengths, strict=True) for pair in ((s.prompt, n), (s.negative_prompt, n))
             ]
             engine.text.encode(wanted if values["cfg"] != 1 else wanted[::2])
-            for batch in engine.batches(plan):
+            for batch in batches(plan, engine.text.pair_length):
                 places, settings = zip(*batch, strict=True)
                 masks = [engine.text.text_mask(s.prompt, lengths[place]) for place, s in batch]
                 collector = collect([group[place][0] for place in places], masks)

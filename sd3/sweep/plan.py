@@ -50,7 +50,7 @@ class Plan:
     engine_of: tuple[int, ...]  # by variant
     pictures: tuple[Planned, ...]
     # By engine: what encodes text, and the components of a folder, see `TextEncoders.record`
-    # and `Engine.component_files`.
+    # and `run.component_files`.
     encoders: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
 
     def batches(self, wanted: Collection[str]) -> list[Batch]:
@@ -203,7 +203,7 @@ class _Planner:
             tuple(flags for flags, _ in engines),
             tuple(self.engine_of),
             tuple(itertools.chain.from_iterable(self.pictures)),
-            tuple({**engine.text.record(), **engine.component_files()} for _, engine in engines),
+            tuple({**engine.text.record(), **component_files(engine)} for _, engine in engines),
         )
 
 
