@@ -12,6 +12,7 @@ from sd3.engine import Engine, load_for
 from sd3.mistakes import Mistake, flag_name, spell, verbatim
 from sd3.models import model_row
 from sd3.planning import DECIDED_BY_MODEL, plan_for, unknown_words
+from sd3.run import component_files
 from sd3.settings import FILE_SETTINGS, IMAGE_ROWS, TEXT_FILES, Flags, Settings, Setup, earlier_digest
 from sd3.sweep.grid import Grid, Variant
 
