@@ -31,7 +31,7 @@ from sd3.planning import batches, usual_settings
 from sd3.residual import RESIDUAL_FLAGS
 from sd3.settings import FILE_SETTINGS, Flags, Settings, Setup
 from sd3.telling import SILENT, Reporter, Terminal
-from sd3.text import Text, TextEncoders, in_groups
+from sd3.text import Key, Text, TextEncoders, in_groups
 from sd3.weights import ModelTensors
 
 LOADED_FILES = tuple(name for name in FILE_SETTINGS if FLAGS[name].scope == "load" and name != "model")
@@ -207,9 +207,8 @@ class Engine:
         images = open_images(pictures)
         texts = lambda batch: [text for _, s in batch for text in self.texts(s)]  # noqa: E731
         for group in in_groups(batches(pictures, self.text.pair_length), texts, self.text.most):
-            with self.owned():
-                self.text.encode([text for batch in group for text in texts(batch)])
-                _ = self.network.mmdit, self.network.controlnet
+            self.encode([text for batch in group for text in texts(batch)])
+            _ = self.network.mmdit, self.network.controlnet
             for batch in group:
                 numbers, settings = zip(*batch, strict=True)
                 more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
@@ -225,11 +224,16 @@ class Engine:
                 except sd3_impls.StopSampling:
                     return
 
+    def encode(self, texts: Sequence[Key]) -> None:
+        """See `TextEncoders.encode`."""
+        with self.owned():
+            self.text.encode(texts)
+
     def load(self) -> None:
         """Loads the weights of the network and the autoencoder, where they are not in memory yet."""
         _ = self.network.mmdit, self.network.controlnet, self.pixels.vae
 
-    def texts(self, s: Settings) -> list[tuple[str, int]]:
+    def texts(self, s: Settings) -> list[Key]:
         """What has to be encoded for a picture: (prompt, T5 length), see `TextEncoders.encode`."""
         length = self.text.pair_length(s.prompt, s.negative_prompt)
         return [(s.prompt, length)] + ([(s.negative_prompt, length)] if s.cfg != 1 else [])

@@ -98,9 +98,10 @@ def check(flags: Flags) -> tuple[list[Row], Engine]:
     engine = load_for(flags)
     stored, rows = load_file(STORED), []
     for name, (run, steps) in results(engine).items():
-        run()  # loads, compiles, warms up
-        started = time.perf_counter()
-        got = run().float().cpu()  # which waits for the device
+        with engine.owned():
+            run()  # loads, compiles, warms up
+            started = time.perf_counter()
+            got = run().float().cpu()  # which waits for the device
         spent = time.perf_counter() - started
         wanted = stored[name]
         error = ((got - wanted).norm() / wanted.norm()).item() if got.shape == wanted.shape else math.inf

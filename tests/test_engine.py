@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from helpers import relative
 from PIL import Image
 
 import sd3_impls
+from sd3.engine import Busy
 from sd3.models import SkipLayerConfig
 from sd3.pixels import check_finite, to_image
 from sd3.planning import batches, plan_pictures
@@ -260,3 +262,33 @@ def test_bfloat16_and_float16_stay_close_to_float32(small_model, small_engine):
     exact = run(small_engine)
     for dtype, limit in (("bfloat16", 0.1), ("float16", 0.02)):
         assert relative(run(fresh(small_model, dtype=dtype)), exact) < limit
+
+
+def test_a_second_thread_gets_an_error_and_the_first_its_picture(small_engine):
+    engine = small_engine.engine
+    plan = plan_pictures(engine, ["a star"], [1], **SIZE, steps=2, cfg=1.0)
+    ((_, _, alone),) = engine.make(plan.pictures)
+    told = []
+
+    def other() -> None:
+        for use in (
+            lambda: small_engine.get_cond("a circle"),
+            lambda: list(engine.make(plan.pictures)),
+            lambda: small_engine.vae_decode(torch.zeros(1, 16, 4, 4)),
+        ):
+            try:
+                use()
+            except Busy as busy:
+                told.append(str(busy))
+
+    def meanwhile(step, *_) -> None:
+        if step == 0:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+
+    ((_, _, image),) = engine.make(plan.pictures, on_step=meanwhile)
+    assert len(told) == 3
+    assert "another thread" in told[0]
+    assert image.tobytes() == alone.tobytes()
+    assert len(list(engine.make(plan.pictures))) == 1  # it is free again

@@ -111,7 +111,7 @@ def run_prompts(
             wanted = [
                 pair for s, n in zip(plan, lengths, strict=True) for pair in ((s.prompt, n), (s.negative_prompt, n))
             ]
-            engine.text.encode(wanted if values["cfg"] != 1 else wanted[::2])
+            engine.encode(wanted if values["cfg"] != 1 else wanted[::2])
             for batch in batches(plan, engine.text.pair_length):
                 places, settings = zip(*batch, strict=True)
                 masks = [engine.text.text_mask(s.prompt, lengths[place]) for place, s in batch]

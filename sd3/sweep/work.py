@@ -43,7 +43,7 @@ class Maker:
         """Encodes every distinct text of these pictures, each once; drops others where there are many."""
         texts = list(dict.fromkeys(t for s in pictures for t in self.engine.texts(s)))
         start = time.perf_counter()
-        self.engine.text.encode(texts)
+        self.engine.encode(texts)
         self.events.append(
             {
                 "event": "encode",
@@ -56,6 +56,7 @@ class Maker:
     def encoded(self, pictures: Sequence[Settings]) -> dict[Key, Text]:
         """The encoded texts of these pictures, on the CPU."""
         texts = {t for s in pictures for t in self.engine.texts(s)}
+        self.engine.encode(list(texts))
         return {t: tuple(part.cpu() for part in self.engine.text.get_cond(*t)) for t in texts}
 
     def add_texts(self, texts: Mapping[Key, Text]) -> None:
