@@ -213,7 +213,7 @@ class Engine:
         network = self._check(self.mmdit_part, lambda: MMDiT(self.config))
         self.threads = choose_threads(setup.threads, sum(p.numel() for p in network.parameters()))
         if self.threads > (os.cpu_count() or self.threads):
-            self.say(spell(f"note: `threads` {self.threads}: this machine has {os.cpu_count()}", self.spelling))
+            self.say(spell(f"note: `threads` {self.threads}: this machine has {os.cpu_count()} CPUs", self.spelling))
         self.dtype = choose_dtype(setup.dtype, self.device, self.mmdit_part.dtype_name())
         self._open_vae(vae)
         self.controlnet_part = self._open_controlnet(controlnet_ckpt) if controlnet_ckpt else None
