@@ -12,7 +12,7 @@ from sd3 import command, help
 if __name__ == "__main__":
     request = command.begin(command.read_infer_flags, help.text)  # --help and mistakes end here: no torch is needed
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sd3 import png, self_check, streams, writing
+from sd3 import self_check, streams
+from sd3.api import Pipeline
 from sd3.device import available_devices, choose_device, choose_dtype
 from sd3.engine import Engine, NotLoaded, about
 from sd3.flags import DEFAULT_DENOISE, DEFAULT_SEED, FLAGS, names, read_values
-from sd3.mistakes import Mistake, nearest
+from sd3.mistakes import Mistake, check_parameters
 from sd3.models import SkipLayerConfig, read_skip_layer_config
-from sd3.planning import plan_for, residual_settings
-from sd3.prompts import read_texts
+from sd3.planning import residual_settings
 from sd3.readers import read_bool, read_tile
-from sd3.record import Picture
 from sd3.replay import Replay
 from sd3.residual import ResidualConfig, build_residual_config, read_residual
-from sd3.run import MadeWith, make_pictures, run
+from sd3.run import run
 from sd3.serve import serve
 from sd3.settings import Flags, Settings, Setup, read_row_seeds
 from sd3.telling import Terminal
@@ -202,44 +201,24 @@ class SD3Inferencer:
         """
         elsewhere = ("prompt", "cfg", *names("picture", group=FLAGS["residual_weights"].group))  # under other names
         check_parameters("gen_image", others, [name for name in names("picture") if name not in elsewhere])
-        engine, prompts, residual = self.engine, read_texts(prompts), read_residual(residual_config)
-        skip_layer = read_skip_layer_config(skip_layer_config)
-        loaded = engine.loaded_settings()
-        flags = Flags.read(
-            others
-            | {
-                "model": loaded["model"], "shift": others.get("shift", self.shift), "width": width,
-                "height": height, "steps": steps, "cfg": cfg_scale, "sampler": sampler, "seed": seed,
-                "seed_type": seed_type, "out_dir": out_dir, "controlnet_cond_image": controlnet_cond_image,
-                "controlnet_ckpt": loaded["controlnet_ckpt"], "init_image": init_image, "denoise": denoise,
-            }
-        )  # fmt: skip
-        with_metadata = read_bool("with_metadata", with_metadata)
-        plan = plan_for(engine, flags, prompts, flags.seeds(len(prompts)), skip_layer, residual)
-        for note in plan.notes:
-            self.tell.note(note)
-        writing.check_writable(flags.out_dir)
-        folder = Path(flags.out_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-
-        def save(picture: Picture) -> Path:
-            path = folder / f"{picture.number:06d}.png"
-            png.save_picture(path, picture.image, picture.settings, picture.record if with_metadata else None)
-            return path
-
-        made_with = MadeWith(engine, plan.pictures[0], hashed=with_metadata)
-        making = engine.make(plan.pictures, flags.pad_batch)
-        return [path for _, path in make_pictures(making, made_with, save)]
+        given = others | {
+            "width": width, "height": height, "steps": steps, "cfg": cfg_scale, "sampler": sampler, "seed": seed,
+            "seed_type": seed_type, "controlnet_cond_image": controlnet_cond_image, "init_image": init_image,
+            "denoise": denoise,
+        }  # fmt: skip
+        making = Pipeline(self.engine, self.shift).stream(
+            prompts,
+            residual=read_residual(residual_config),
+            skip_layer=read_skip_layer_config(skip_layer_config),
+            metadata=read_bool("with_metadata", with_metadata),
+            out_dir=out_dir,
+            **given,
+        )
+        return [made.path for made in making]
 
 
 # Flags that `do_sampling` takes by their names, beside those that it has under the reference's.
 SAMPLING = ("shift", "controlnet_strength", "cache", *names("picture", group=FLAGS["sampler"].group, field=""))
-
-
-def check_parameters(function: str, given: Iterable[str], names: Iterable[str]) -> None:
-    """Raises TypeError, as Python does, for a parameter that a function does not have."""
-    if unknown := sorted(set(given) - set(names)):
-        raise TypeError(f"{function}() has no parameter {unknown[0]}{nearest(unknown[0], names)}")
 
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -205,24 +205,27 @@ class Engine:
         for s in pictures:
             self.check_settings(s)
         images = open_images(pictures)
+        for batch in self.encoded(pictures):
+            _ = self.network.mmdit, self.network.controlnet
+            numbers, settings = zip(*batch, strict=True)
+            more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
+            what = f"picture {numbers[0] + 1}/{len(pictures)}{more}"
+            try:
+                of_batch = self.make_batch(settings, images, what, pad_batch, on_step)
+                for number, (made, image) in zip(numbers, of_batch, strict=True):
+                    if isinstance(image, Mistake):
+                        with self.files.watch():  # weights that another program overwrites become NaN, too
+                            raise image
+                    yield number, made, image
+            except sd3_impls.StopSampling:
+                return
+
+    def encoded(self, pictures: Sequence[Settings]) -> Iterator[list[tuple[int, Settings]]]:
+        """The batches of pictures (see `batches`), the prompts of each encoded: as many at a time as are kept."""
         texts = lambda batch: [text for _, s in batch for text in self.texts(s)]  # noqa: E731
         for group in in_groups(batches(pictures, self.text.pair_length), texts, self.text.most):
             self.encode([text for batch in group for text in texts(batch)])
-            _ = self.network.mmdit, self.network.controlnet
-            for batch in group:
-                numbers, settings = zip(*batch, strict=True)
-                more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
-                what = f"picture {numbers[0] + 1}/{len(pictures)}{more}"
-                try:
-                    for number, made in zip(
-                        numbers, self.make_batch(settings, images, what, pad_batch, on_step), strict=True
-                    ):
-                        if isinstance(made[1], Mistake):
-                            with self.files.watch():  # weights that another program overwrites become NaN, too
-                                raise made[1]
-                        yield number, *made
-                except sd3_impls.StopSampling:
-                    return
+            yield from group
 
     def encode(self, texts: Sequence[Key]) -> None:
         """See `TextEncoders.encode`."""

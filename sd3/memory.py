@@ -51,8 +51,8 @@ def one_line(error: BaseException, most: int = 300) -> str:
 def explained(doing: str, turn: str) -> Iterator[None]:
     """Turns what torch raises without saying what to do about it into one line.
 
-    turn: the settings to turn down where memory runs out, their names between backquotes. Raises `OutOfMemory`, and Mistake where nothing can be
-    compiled.
+    turn: the settings to turn down where memory runs out, their names between backquotes. Raises `OutOfMemory`, and
+    Mistake where nothing can be compiled.
     """
     try:
         yield
@@ -60,7 +60,8 @@ def explained(doing: str, turn: str) -> Iterator[None]:
         raise
     except Exception as error:
         if out_of_memory(error):
-            raise OutOfMemory(f"out of memory while {doing}; try {turn} ({verbatim(one_line(error))})") from None
+            said = verbatim(one_line(error))
+            raise OutOfMemory(f"out of memory while {doing}; try {turn} ({said})") from None
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             why = lines[0] if lines else type(error).__name__

@@ -137,3 +137,9 @@ def nearest(name: Any, known: Iterable[str]) -> str:
         return ""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def check_parameters(function: str, given: Iterable[str], names: Iterable[str]) -> None:
+    """Raises TypeError, as Python does, for a parameter that a function does not have."""
+    if unknown := sorted(set(given) - set(names)):
+        raise TypeError(f"{function}() has no parameter {unknown[0]}{nearest(unknown[0], names)}")

@@ -1,0 +1,158 @@
+"""The Python interface: `sd3.load` gives a `Pipeline`, which makes images."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sd3 import png, writing
+from sd3.engine import Engine
+from sd3.flags import FLAGS, names, read_values
+from sd3.mistakes import Mistake, check_parameters
+from sd3.models import SkipLayerConfig
+from sd3.pixels import open_images
+from sd3.planning import plan_for
+from sd3.prompts import read_texts
+from sd3.residual import ResidualConfig, read_residual
+from sd3.run import MadeWith, Picture, make_pictures
+from sd3.settings import Flags, Settings, Setup
+from sd3.telling import SILENT, Reporter
+from sd3_impls import OnStep, StopSampling
+
+OUTPUTS = ("pil", "latent")
+
+
+class Made(NamedTuple):
+    """One image, the settings that make it again, and where it was saved."""
+
+    image: Image.Image
+    settings: Settings
+    path: Path | None
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a call made, prompt by prompt."""
+
+    images: list[Image.Image]
+    settings: list[Settings]  # of each
+    paths: list[Path]  # where `out_dir` was given
+    latents: Tensor | None = None  # (N, 16, H/8, W/8) in VAE space, float32, in place of images
+
+
+class Pipeline:
+    """A loaded model. Call it with a prompt, or a list of prompts, and settings under the names of the flags."""
+
+    def __init__(self, engine: Engine, shift: float | None = None):
+        """shift: of images that name none; None: the model's usual one."""
+        self.engine, self.shift = engine, shift
+
+    def __call__(self, prompt: str | Sequence[str], *, output: str = "pil", **options: Any) -> Output:
+        """Makes an image (or `num_images`) of every prompt.
+
+        output: pil, or latent for latents in place of images; options: see `stream`.
+        """
+        if output not in OUTPUTS:
+            raise Mistake("output", output, f"must be {' or '.join(OUTPUTS)}")
+        if output == "latent":
+            return self._sample(prompt, **options)
+        made = list(self.stream(prompt, **options))
+        return Output([m.image for m in made], [m.settings for m in made], [m.path for m in made if m.path])
+
+    def stream(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        out_dir: str | Path | None = None,
+        metadata: bool = True,
+        on_step: OnStep | None = None,
+        residual: ResidualConfig | None = None,
+        skip_layer: SkipLayerConfig | None = None,
+        **settings: Any,
+    ) -> Iterator[Made]:
+        """Makes the images one at a time, for as many as do not fit into memory; what is wrong is said at once.
+
+        out_dir: a folder to save 000000.png and on in, with their settings unless `metadata` is False;
+        on_step(step, x, sigma, denoised) hears of every step: False ends the call with the images that are finished;
+        residual: in place of the residual_* settings; skip_layer: in place of the model's own; settings: seed, steps,
+        cfg, width, residual_target_layers and all other flags of an image (`docs/flags.md`). Those left out are the
+        model's usual ones, and a seed left out is drawn. Raises Mistake before any weights load for what does not fit,
+        TypeError for a setting that does not exist.
+        """
+        flags, pictures = self._plan(prompt, residual, skip_layer, settings)
+        folder = None
+        if out_dir is not None:
+            folder = Path(FLAGS["out_dir"].read("out_dir", out_dir))
+            writing.check_writable(str(folder))
+            folder.mkdir(parents=True, exist_ok=True)
+        made_with = MadeWith(self.engine, pictures[0], hashed=metadata and folder is not None)
+
+        def save(picture: Picture) -> Made:
+            path = folder and folder / f"{picture.number:06d}.png"
+            if path:
+                png.save_picture(path, picture.image, picture.settings, picture.record if metadata else None)
+            return Made(picture.image, picture.settings, path)
+
+        making = self.engine.make(pictures, flags.pad_batch, on_step)
+        return (made for _, made in make_pictures(making, made_with, save))
+
+    def _plan(
+        self,
+        prompt: str | Sequence[str],
+        residual: ResidualConfig | None,
+        skip_layer: SkipLayerConfig | None,
+        settings: dict[str, Any],
+    ) -> tuple[Flags, list[Settings]]:
+        """The flags of a call, and the settings of its images."""
+        check_parameters("Pipeline", settings, [name for name in names("picture") if name != "prompt"])
+        given = [name for name in settings if name.startswith("residual_")]
+        if residual is not None and given:
+            raise Mistake(given[0], settings[given[0]], "is given beside `residual`, which has it already")
+        loaded, prompts = self.engine.loaded_settings(), read_texts(prompt)
+        own = {"model": loaded["model"], "controlnet_ckpt": loaded["controlnet_ckpt"]}
+        flags = Flags.read({"shift": self.shift} | settings | own)
+        seeds = flags.seeds(len(prompts))
+        plan = plan_for(self.engine, flags, prompts, seeds, skip_layer, residual and read_residual(residual))
+        for note in plan.notes:
+            self.engine.tell.note(note)
+        return flags, plan.pictures
+
+    def _sample(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        on_step: OnStep | None = None,
+        residual: ResidualConfig | None = None,
+        skip_layer: SkipLayerConfig | None = None,
+        **settings: Any,
+    ) -> Output:
+        _, pictures = self._plan(prompt, residual, skip_layer, settings)
+        images, latents, made = open_images(pictures), [], []
+        with contextlib.suppress(StopSampling):
+            for batch in self.engine.encoded(pictures):
+                own = [s for _, s in batch]
+                latents.append(self.engine.sample(own, images, on_step=on_step).cpu())
+                made += own
+        return Output([], made, [], torch.cat(latents) if latents else None)
+
+
+def load(model: str | Path = FLAGS["model"].default, *, tell: Reporter = SILENT, **settings: Any) -> Pipeline:
+    """Opens a model: reads headers and checks that all files are there and fit each other; weights are read when they
+    are first needed.
+
+    model: a file, a folder in diffusers layout, or `demo`, the small model that ships. settings: further flags that
+    decide what is loaded (`docs/flags.md`): device, dtype, vae, controlnet_ckpt, weights, ... and `shift`, for images
+    that name none. tell: who hears of notes and progress, such as `sd3.Terminal()`; silent by default. Raises Mistake
+    that names the file and what is wrong with it.
+    """
+    check_parameters("load", settings, ("shift", *names("load")))
+    shift = read_values({"shift": settings.pop("shift", None)}).get("shift")
+    given = {name: value for name, value in settings.items() if value is not None}
+    return Pipeline(Engine(Setup(model=model, **given), tell), shift)

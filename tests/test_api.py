@@ -1,0 +1,140 @@
+"""`sd3.load` and what it returns: images, latents, callbacks, saving, and mistakes that speak of settings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from helpers import DEMO, ROOT
+from PIL import Image
+
+import sd3
+import sd3.png
+from sd3_infer import SD3Inferencer
+
+FEW = {"steps": 2, "width": 64, "height": 64}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> sd3.Pipeline:
+    return sd3.load(DEMO, device="cpu", dtype="float32")
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_the_example_of_the_readme():
+    pipe = sd3.load(str(DEMO))
+    image = pipe("a red circle", seed=5, residual_target_layers="3-7").images[0]
+    assert image.size == (96, 96)
+
+
+def test_images_are_those_of_the_reference_names_and_of_a_config(pipe, tmp_path):
+    flags = {"residual_target_layers": "3-7", "residual_weights": "each:0.2"}
+    out = pipe(["a red circle", "a star"], seed=5, num_images=2, **FEW, **flags)
+    assert [s.seed for s in out.settings] == [5, 6, 5, 6]
+    assert [s.prompt for s in out.settings] == ["a red circle"] * 2 + ["a star"] * 2
+    assert out.paths == []
+    config = sd3.ResidualConfig(targets="3-7", weights="each:0.2")
+    again = pipe(["a red circle", "a star"], seed=5, num_images=2, **FEW, residual=config)
+    assert all(map(same, out.images, again.images))
+    engine = SD3Inferencer().load(DEMO, device="cpu", dtype="float32")
+    paths = engine.gen_image(
+        ["a red circle", "a star"], seed=5, num_images=2, **FEW, residual_config=config, out_dir=tmp_path
+    )
+    assert all(same(Image.open(path), image) for path, image in zip(paths, out.images, strict=True))
+
+
+def test_images_are_saved_only_where_asked(pipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe("a star", seed=1, **FEW)
+    assert list(tmp_path.iterdir()) == []
+    out = pipe("a star", seed=1, **FEW, out_dir="here")
+    assert [path.name for path in out.paths] == ["000000.png"]
+    assert same(Image.open(out.paths[0]), out.images[0])
+    assert sd3.png.read_record(out.paths[0])["settings"]["seed"] == 1
+    bare = pipe("a star", seed=1, **FEW, out_dir="bare", metadata=False).paths[0]
+    assert "sd3_residual" not in Image.open(bare).info
+
+
+def test_latents_are_what_is_decoded(pipe):
+    out = pipe(["a star", "two stars"], seed=1, **FEW, output="latent", batch_size=2)
+    assert out.images == []
+    assert out.latents.shape == (2, 16, 8, 8)
+    images = pipe(["a star", "two stars"], seed=1, **FEW, batch_size=2).images
+    assert all(same(pipe.engine.decode(row[None]), image) for row, image in zip(out.latents, images, strict=True))
+
+
+@pytest.mark.parametrize("output", ["pil", "latent"])
+def test_a_callback_hears_of_every_step_and_may_stop(pipe, output):
+    steps = []
+
+    def on_step(step, x, sigma, denoised):
+        steps.append((step, tuple(x.shape), tuple(denoised.shape)))
+        return len(steps) < 3
+
+    out = pipe(["a star"] * 3, seed=1, **FEW, on_step=on_step, output=output)
+    assert steps == [(s, (1, 16, 8, 8), (1, 16, 8, 8)) for s in (0, 1, 0)]
+    assert len(out.settings) == 1
+
+
+def test_images_come_one_at_a_time(pipe):
+    steps = []
+    made = pipe.stream(["a star", "two stars"], seed=1, **FEW, on_step=lambda step, *_: steps.append(step))
+    assert steps == []
+    assert next(made).settings.prompt == "a star"
+    assert steps == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"steps": 0}, "steps 0: must be"),
+        ({"cfg": "much"}, "cfg much: must be a number"),
+        ({"output": "jpeg"}, "output jpeg: must be pil or latent"),
+        ({"residual_target_layers": "3-70"}, "residual_target_layers 8: no such layer"),
+        ({"residual_start": 0.8, "residual_end": 0.2}, "residual_start 0.8: must be below residual_end"),
+        ({"guidance_start": 0.8, "guidance_end": 0.2}, "guidance_start 0.8: must be below guidance_end"),
+        ({"init_image": "nothing.png"}, "init_image nothing.png: no such file"),
+        ({"residual": sd3.ResidualConfig(), "residual_mode": "add"}, "is given beside residual"),
+        ({"residual": "3-7"}, "must be a ResidualConfig"),
+        ({"width": 100}, "width 100: must be"),
+    ],
+)
+def test_mistakes_speak_of_settings_and_not_of_flags(pipe, values, told):
+    with pytest.raises(sd3.Mistake) as error:
+        pipe("a star", **FEW | values)
+    assert told in str(error.value)
+    assert "--" not in str(error.value)
+
+
+def test_names_that_do_not_exist(pipe):
+    with pytest.raises(TypeError, match="no parameter sede; did you mean seed"):
+        pipe("a star", sede=3)
+    with pytest.raises(TypeError, match="no parameter dtipe; did you mean dtype"):
+        sd3.load(DEMO, dtipe="float32")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        sd3.nothing  # noqa: B018
+
+
+def test_notes_go_to_who_asks_for_them(capsys):
+    class Heard(sd3.Reporter):
+        def __init__(self):
+            self.lines = []
+
+        def note(self, text):
+            self.lines.append(text)
+
+    heard = Heard()
+    pipe = sd3.load(DEMO, device="cpu", tell=heard)
+    pipe("a star", seed=1, **FEW, denoise=0.3)
+    assert heard.lines == ["note: `denoise` has no effect without `init_image`"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, sd3; sd3.Mistake, sd3.__version__; assert not {'torch', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
