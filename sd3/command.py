@@ -188,8 +188,8 @@ def _explain(error: Exception, smaller: str, words: Sequence[str]) -> int:
     if isinstance(error, Mistake):
         return fail(error)
     if out_of_memory(error):
-        told = f"out of memory; try a smaller {smaller} ({one_line(error)})"
-        print(f"error: {error if isinstance(error, OutOfMemory) else told}", file=sys.stderr)
+        why = f"out of memory; try a smaller {smaller} ({one_line(error)})"
+        print(f"error: {error.spelled(flag_name) if isinstance(error, OutOfMemory) else why}", file=sys.stderr)
         return FAILED
     traceback.print_exception(error)
     line = f"error: this is a bug of {NAME} {__version__}; please report it with the lines above and the command:"

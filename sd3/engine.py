@@ -71,7 +71,7 @@ class Engine:
         self.pixels = Pixels(setup.vae, self.model_file, self.network, self.loader)
         self.threads = choose_threads(setup.threads, self.network.parameters)
         if self.threads > (cores := os.cpu_count() or self.threads):
-            tell.note(f"note: `threads` {self.threads}: this machine has {cores}")
+            tell.note(f"note: `threads` {self.threads}: this machine has {cores} CPUs")
         self._text = self._open_text() if load_tokenizers else None
         for field in LOADED_FILES:  # those that no part opened, such as a patch's
             path = getattr(setup, field)
@@ -251,14 +251,14 @@ class Engine:
         images, what: see `sample`; pad_batch, on_step: see `make`. Raises StopSampling where on_step returns False.
         """
         rows = batch[0].batch_size if pad_batch else len(batch)
-        turn = "a smaller --width or --height" if rows == 1 else "a smaller --batch_size, --width or --height"
+        turn = "a smaller `width` or `height`" if rows == 1 else "a smaller `batch_size`, `width` or `height`"
         with explained("sampling", turn):
             latents = self.sample([*batch, *[batch[-1]] * (rows - len(batch))], images, what, on_step=on_step)
         for s, latent in zip(batch, latents[: len(batch)], strict=True):
             s = dataclasses.replace(s, batch_size=rows)
             try:
                 check_finite(latent, "the latent", self.dtype, self.damage)
-                decoding = explained("decoding", "a smaller --vae_tile, --width or --height")
+                decoding = explained("decoding", "a smaller `vae_tile`, `width` or `height`")
                 with self.stages.timed("decoding"), decoding:
                     image = self.decode(latent[None], s.vae_tile)
             except Mistake as mistake:

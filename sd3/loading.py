@@ -43,7 +43,7 @@ class Loader:
     def load(self, part: ModelTensors, model: Model, what: str, device: torch.device, dtype: torch.dtype) -> Model:
         """Gives a module on the meta device its weights. what: its name in messages."""
         size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-        turn = "--weights int8, --dtype bfloat16 or, with a GPU, --offload True"
+        turn = "`weights` int8, `dtype` bfloat16 or, with a GPU, `offload` True"
         bar = self.tell.progress(size, f"loading {what}", "B")
         with (
             self.files.watch(),

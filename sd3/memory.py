@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from sd3.mistakes import Mistake, flag_name, verbatim
+from sd3.mistakes import Mistake, flag_name, spell, verbatim
 
 
 class OutOfMemory(MemoryError):
-    """Memory ran out; the text says while doing what, and which flags to turn down."""
+    """Memory ran out; `why` says while doing what, and which settings to turn down, their names between backquotes."""
+
+    def __init__(self, why: str):
+        super().__init__(why)
+        self.why = why
+
+    def __str__(self) -> str:
+        return spell(self.why)
+
+    def spelled(self, name: Callable[[str], str]) -> str:
+        """The text, every name of a setting spelled by `name`."""
+        return spell(self.why, name)
 
 
 NO_MEMORY = (
@@ -31,7 +42,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 def one_line(error: BaseException, most: int = 300) -> str:
     """What an error says, in one line."""
-    text = error.spelled(flag_name) if isinstance(error, Mistake) else str(error)
+    text = error.spelled(flag_name) if isinstance(error, (Mistake, OutOfMemory)) else str(error)
     text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= most else f"{text[:most]} ..."
 
@@ -40,7 +51,7 @@ def one_line(error: BaseException, most: int = 300) -> str:
 def explained(doing: str, turn: str) -> Iterator[None]:
     """Turns what torch raises without saying what to do about it into one line.
 
-    turn: the flags to turn down where memory runs out. Raises `OutOfMemory`, and Mistake where nothing can be
+    turn: the settings to turn down where memory runs out, their names between backquotes. Raises `OutOfMemory`, and Mistake where nothing can be
     compiled.
     """
     try:
@@ -49,7 +60,7 @@ def explained(doing: str, turn: str) -> Iterator[None]:
         raise
     except Exception as error:
         if out_of_memory(error):
-            raise OutOfMemory(f"out of memory while {doing}; try {turn} ({one_line(error)})") from None
+            raise OutOfMemory(f"out of memory while {doing}; try {turn} ({verbatim(one_line(error))})") from None
         if type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             why = lines[0] if lines else type(error).__name__

@@ -193,7 +193,7 @@ class TextEncoders:
         """
         wanted = dict.fromkeys(wanted)
         self._make_room(wanted)
-        turn = "--text_encoder_device cpu, --no_t5 True, or fewer prompts at a time"
+        turn = "`text_encoder_device` cpu, `no_t5` True, or fewer prompts at a time"
         with self.unchanged.watch(), explained("encoding prompts", turn):
             self._encode([key for key in wanted if key not in self._texts])
 

@@ -83,7 +83,7 @@ def test_threads_that_do_not_fit_are_refused_before_anything_is_read(tmp_path, c
 def test_more_threads_than_cores_are_said(capsys, monkeypatch):
     monkeypatch.setattr(sd3.engine.os, "cpu_count", lambda: 2)
     assert sd3.engine.Engine().open(Setup(model=str(DEMO), device="cpu", threads=3)).threads == 3
-    assert "note: threads 3: this machine has 2" in capsys.readouterr().err
+    assert "note: threads 3: this machine has 2 CPUs" in capsys.readouterr().err
 
 
 def test_the_number_is_no_part_of_a_pictures_identity():
