@@ -156,7 +156,7 @@ def test_another_model_of_the_same_size_and_date_has_its_own(tmp_path, small_mod
     engine(a, tmp_path / "c").get_cond(PROMPT)
     made = engine(b, tmp_path / "c")
     got = made.get_cond(PROMPT)
-    assert made.text.opened == 3
+    assert made.engine.text.opened == 3
     own = SD3Inferencer()
     own.tell.quiet = True
     assert torch.equal(got[0], own.load(str(b), device="cpu", dtype="float32").get_cond(PROMPT)[0])
@@ -168,7 +168,7 @@ def test_a_copy_elsewhere_with_another_date_shares_them(tmp_path, small_model):
     engine(a, tmp_path / "c").get_cond(PROMPT)
     made = engine(b, tmp_path / "c")
     made.get_cond(PROMPT)
-    assert made.text.opened == 0
+    assert made.engine.text.opened == 0
 
 
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"no_t5": True}])
@@ -176,7 +176,7 @@ def test_another_setting_has_its_own(tmp_path, small_model, options):
     engine(small_model, tmp_path / "c").get_cond(PROMPT)
     made = engine(small_model, tmp_path / "c", **options)
     made.get_cond(PROMPT)
-    assert made.text.opened == (2 if "no_t5" in options else 3)
+    assert made.engine.text.opened == (2 if "no_t5" in options else 3)
 
 
 def test_another_tokenizer_has_its_own(tmp_path, small_model):
@@ -189,7 +189,7 @@ def test_another_tokenizer_has_its_own(tmp_path, small_model):
     path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     made = engine(small_model, tmp_path / "c", model_folder=str(tmp_path / "t"))
     made.get_cond(PROMPT)
-    assert made.text.opened == 3
+    assert made.engine.text.opened == 3
 
 
 @pytest.mark.parametrize("size", [100, 5000, 20_000])
@@ -246,4 +246,4 @@ def test_entries_of_earlier_versions_are_unknown_and_are_no_error(tmp_path, smal
     save_file(text, tmp_path / "c" / f"{'0' * 64}.safetensors")
     made = engine(small_model, tmp_path / "c")
     made.get_cond(PROMPT)
-    assert made.text.opened == 3
+    assert made.engine.text.opened == 3

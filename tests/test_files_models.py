@@ -383,7 +383,7 @@ def test_two_that_fit_are_one_line_with_the_flag(tmp_path, whole, capsys, role, 
     assert line.startswith(f"error: --{role}: ")
     assert all(str(tmp_path / f"{name}.safetensors") in line for name in names)
     assert (
-        engine(path, **{role: str(tmp_path / f"{names[1]}.safetensors")}).text.record()[role]["name"]
+        engine(path, **{role: str(tmp_path / f"{names[1]}.safetensors")}).engine.text.record()[role]["name"]
         == f"{names[1]}.safetensors"
     )
 
@@ -393,9 +393,9 @@ def test_a_flag_names_an_encoder_over_the_model_files_own(tmp_path, small_model,
     other = {k: v * 0.5 for k, v in encoder(whole, role).items()}
     save_file(other, tmp_path / "mine.safetensors")
     made = engine(small_model, **{role: str(tmp_path / "mine.safetensors")})
-    told = made.text.record()[role]
+    told = made.engine.text.record()[role]
     assert (told["name"], told["bytes"]) == ("mine.safetensors", (tmp_path / "mine.safetensors").stat().st_size)
-    assert {"clip_l", "clip_g", "t5xxl"} & made.text.record().keys() == {role}
+    assert {"clip_l", "clip_g", "t5xxl"} & made.engine.text.record().keys() == {role}
     assert relative(made.get_cond("a star")[0], small_engine.get_cond("a star")[0]) > 1e-3
     save_file(encoder(whole, role), tmp_path / "same.safetensors")
     same = text(small_model, **{role: str(tmp_path / "same.safetensors")})
@@ -472,7 +472,7 @@ def test_a_controlnet_of_diffusers_gives_its_states(tmp_path, small_model, prefi
         path = tmp_path / "net.safetensors"
         save_file({prefix + k: v.contiguous() for k, v in theirs.state_dict().items()}, path)
     made = engine(small_model, controlnet_ckpt=str(path), load_tokenizers=False)
-    assert made.large_controlnet
+    assert made.engine.network.large_controlnet
     ours, base = made.engine.network.controlnet, made.engine.network.mmdit
     draw = torch.Generator().manual_seed(4)
     x, control = torch.randn(2, 16, 8, 6, generator=draw), torch.randn(2, 16, 8, 6, generator=draw)

@@ -158,10 +158,12 @@ def test_padding_and_truncation_that_a_program_left(small_model, folder, small_e
     made.tell.quiet = True
     made.load(str(small_model), device="cpu", dtype="float32", model_folder=str(folder))
     for prompt in ("a red circle", "a circle " * 9, "x"):
-        assert made.text.clip_tokenizer.tokenize(prompt, 16) == small_engine.engine.text.clip_tokenizer.tokenize(
+        assert made.engine.text.clip_tokenizer.tokenize(prompt, 16) == small_engine.engine.text.clip_tokenizer.tokenize(
             prompt, 16
         )
-        assert made.text.t5_tokenizer.tokenize(prompt, 16) == small_engine.engine.text.t5_tokenizer.tokenize(prompt, 16)
+        assert made.engine.text.t5_tokenizer.tokenize(prompt, 16) == small_engine.engine.text.t5_tokenizer.tokenize(
+            prompt, 16
+        )
 
 
 def test_with_other_weights_the_tokenizer_is_still_checked_against_them(small_model, folder, tmp_path):
