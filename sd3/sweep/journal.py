@@ -42,6 +42,13 @@ class Journal:
         batches = [line for line in self._lines(LOG, is_event) if line["event"] == "batch"]
         return {id: line["seconds"] / len(line["pictures"]) for line in batches for id in line["pictures"]}
 
+    def dates(self) -> tuple[str, str] | None:
+        """When the first and the last batch were made, in ISO 8601; None before the first."""
+        times = [
+            t for line in self._lines(LOG, is_event) if line["event"] == "batch" and is_time(t := line.get("time"))
+        ]
+        return (times[0], times[-1]) if times else None
+
     def _append(self, name: str, value: Any) -> None:
         writing.append_line(self.folder / name, value)
 
@@ -85,6 +92,14 @@ def is_event(line: Any) -> bool:
     pictures, seconds = line.get("pictures"), line.get("seconds")
     named = isinstance(pictures, list) and bool(pictures) and all(isinstance(p, str) for p in pictures)
     return named and _is_number(seconds) and seconds >= 0
+
+
+def is_time(value: Any) -> bool:
+    """Whether a value is a time as `Journal.log` writes it."""
+    try:
+        return isinstance(value, str) and datetime.datetime.fromisoformat(value).tzinfo is not None
+    except ValueError:
+        return False
 
 
 def is_score(line: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The report of a sweep: index.html with data.js beside it, results.csv, scores.csv, scores.md and contact sheets."""
+"""The report of a sweep: index.html and its data.js, results.csv, scores.csv, scores.md and contact sheets."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from typing import Any
 from sd3 import sheet, writing
 from sd3.sweep import scores as scoring
 from sd3.sweep.folder import SweepFolder
+from sd3.sweep.grid import OFF, is_residual
 from sd3.sweep.plan import Plan, Planned, command
+from sd3.sweep.words import setting_words, variant_code, variant_words
 
 PAGE = Path(__file__).with_name("page.html")
 SHEET_ROWS = 40  # rows of a contact sheet, then the next begins
 EVERY = 3.0  # seconds between writes while a sweep runs, at least
 HIDDEN = ("prompt", "seed")
+FACTS = ("model", "steps", "cfg", "sampler")  # settings in the header of the page
 
 
 def cell(value: Any) -> Any:
@@ -43,12 +46,18 @@ class Report:
         self.written = self.cost = 0.0
         first = [plan.of(i)[0].settings for i in range(len(plan.variants))]
         self.settings = [{n: v for n, v in s.named().items() if n not in HIDDEN} for s in first]
-        self.varying = [n for n in self.settings[0] if len({json.dumps(s[n]) for s in self.settings}) > 1]
+        self.choices = [setting_words(s) for s in self.settings]
+        self.varying = [n for n in self.settings[0] if self._varies(n)]
         flags = [plan.engines[plan.engine_of[i]] for i in range(len(plan.variants))]
         self.commands = [" ".join(command(s, f)) for s, f in zip(first, flags, strict=True)]
 
+    def _varies(self, name: str) -> bool:
+        """Whether variants can be told apart by a setting, other than by residual text streaming being off."""
+        off = {OFF} if is_residual(name) else set()
+        return len({c[name] for c in self.choices} - off) > 1
+
     def add(self, picture: Planned) -> None:
-        """Takes a finished picture in."""
+        """Adds a finished image."""
         self.done[picture.id] = self.folder.mean_difference(picture.id)
 
     def write_now_and_then(self) -> None:
@@ -96,21 +105,38 @@ class Report:
             "running": running,
             "planned": len(self.plan.pictures),
             "size": [first.width, first.height],
+            "facts": self.facts(),
+            "dates": self.folder.journal.dates(),
             "prompts": grid.prompts,
             "seeds": [str(s) for s in grid.seeds],  # text: JavaScript's numbers lose digits beyond 2^53
             "varying": self.varying,
             "variants": [
-                {"name": v.name, "baseline": b, "settings": s, "command": c}
-                for v, b, s, c in zip(
-                    self.plan.variants, self.plan.baselines, self.settings, self.commands, strict=True
+                {
+                    "name": variant.name,
+                    "words": words,
+                    "code": variant_code(variant),
+                    "baseline": self.plan.baselines[i],
+                    "settings": self.settings[i],
+                    "choices": {n: self.choices[i][n] for n in self.varying},
+                    "command": self.commands[i],
+                }
+                for i, (variant, words) in enumerate(
+                    zip(self.plan.variants, variant_words(self.plan.variants, self.settings), strict=True)
                 )
             ],
             "score": self.score,
             "rows": [
                 [r.variant, r.kind, r.count, r.mean, r.low, r.high, r.gain, r.gain_low, r.gain_high] for r in self.rows
             ],
+            "best": scoring.best(self.plan, self.rows),
             "pictures": pictures,
         }
+
+    def facts(self) -> list[tuple[str, list[str]]]:
+        """What the header of the page says: names of settings, each with its values over all variants."""
+        facts = [(name, list(dict.fromkeys(c[name] for c in self.choices))) for name in FACTS]
+        sizes = dict.fromkeys(f"{s['width']} × {s['height']}" for s in self.settings)
+        return [*facts, ("size", list(sizes))]
 
     def results(self, scores: Mapping[str, Mapping[str, float]]) -> list[dict[str, Any]]:
         """A line per finished picture."""

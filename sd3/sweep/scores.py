@@ -145,6 +145,18 @@ def spread(values: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
     return float(np.mean(units)), low, high
 
 
+def best(plan: Plan, rows: Sequence[Row]) -> list[tuple[int, str]]:
+    """(variant, kind) of the highest mean of each kind, where its interval lies above its baseline's."""
+    out = []
+    for kind in dict.fromkeys(r.kind for r in rows):
+        of_kind = {r.variant: r for r in rows if r.kind == kind}
+        top = max(of_kind.values(), key=lambda r: r.mean)
+        baseline = of_kind.get(plan.baselines[top.variant])
+        if baseline is not None and top.low > baseline.high:
+            out.append((top.variant, kind))
+    return out
+
+
 def table(plan: Plan, rows: Sequence[Row]) -> str:
     """Markdown: a row per variant, mean and gain on its baseline with intervals."""
     kinds = list(dict.fromkeys(r.kind for r in rows))
