@@ -66,7 +66,7 @@ class Collector(Stream):
         layers: Sequence[int],
         use: Callable[[ModelCall, dict[int, list[Tensor]]], None],
     ):
-        """masks: (T,) of each image, true for tokens that are not padding; wanted: whether to collect from a model call;
+        """masks: (T,) of each image, true except for padding; wanted: whether to collect from a model call;
         layers: blocks whose incoming tokens are passed to use(call, {layer: one (n, D) float32 per image}).
         """
         self.masks, self.wanted, self.use = masks, wanted, use
