@@ -143,7 +143,7 @@ def test_a_long_name_for_rotations_is_refused_before_the_work(tmp_path, capsys):
 def test_a_key_of_a_grid_that_is_there_twice(tmp_path, text, key):
     pytest.importorskip("yaml")
     (tmp_path / "g.yaml").write_text(text)
-    with pytest.raises(ValueError, match=rf"g\.yaml: cannot be read as YAML \({key} is there twice"):
+    with pytest.raises(ValueError, match=rf"g\.yaml: cannot be read as YAML \({key} is listed twice"):
         read_yaml(str(tmp_path / "g.yaml"))
 
 
