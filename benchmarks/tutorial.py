@@ -21,7 +21,8 @@ WORK = Path("tutorial")  # where the commands run
 PRINTED = re.compile(r"```sh\n(.*?)```\n\n```text\n.*?```\n", re.DOTALL)
 IMAGE = re.compile(r"!\[[^\]]*\]\(([\w./]+)\) <!-- ([\w./*]+)(?: top (\d+))? -->")
 SMALL = 100  # pixels; a narrower image is enlarged
-NOISE = re.compile(r"%\||/s\]|^note: ")  # progress bars
+PROGRESS = re.compile(r"%\||/s\]|^looking at")  # progress bars
+ESCAPE = re.compile(r"\x1b\[\w")  # moves of the cursor
 
 
 def printed_by(commands: str) -> str:
@@ -30,8 +31,8 @@ def printed_by(commands: str) -> str:
     done = subprocess.run(["bash", "-ec", joined], capture_output=True, text=True, cwd=WORK, env=environment())
     if done.returncode:
         raise RuntimeError(f"{commands}\n{done.stdout}\n{done.stderr}")
-    lines = [line.rpartition("\r")[2].rstrip() for line in (done.stdout + done.stderr).split("\n")]
-    return "\n".join(line for line in lines if line and not NOISE.search(line))
+    lines = [ESCAPE.sub("", line).rpartition("\r")[2].rstrip() for line in (done.stdout + done.stderr).split("\n")]
+    return "\n".join(line for line in lines if line and not PROGRESS.search(line))
 
 
 def environment() -> dict[str, str]:

@@ -63,9 +63,7 @@ def main(folder: str = "", prompts: int = 10, size: int = 256, steps: int = 1, r
         together = [seconds(str(file)) for _ in range(rounds)]
         served = serve(command, texts)
         spread = statistics.pstdev(apart) / statistics.mean(apart)
-        print(
-            f"\n{prompts} prompts in one process, relative to {prompts} processes (spread between processes: {spread:.0%})"
-        )
+        print(f"\n{prompts} prompts in one process, over {prompts} processes (spread between processes: {spread:.0%})")
         print("| | time |\n| --- | --- |")
         for i, spent in enumerate(together):
             print(f"| one process, run {i + 1} | {spent / sum(apart):.2f} |")
