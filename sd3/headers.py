@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
+
 from sd3.mistakes import Mistake, Where, verbatim
 from sd3.reading import reading
 
@@ -72,8 +74,6 @@ def is_safetensors(start: bytes) -> bool:
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator[Callable[[Entry], Tensor]]:
     """Tensors are views of a memory mapping, which lasts as long as any of them."""
-    from safetensors import safe_open  # here: checking flags does without it
-
     with safe_open(path, framework="pt", device="cpu") as file:
         yield lambda entry: file.get_tensor(entry.name)
 

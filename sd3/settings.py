@@ -54,7 +54,7 @@ class Settings:
         for name, row in IMAGE_ROWS.items():
             value = getattr(self, name)
             if value is None and not row.field and row.default is not None:
-                raise Mistake(name, "", "is missing")
+                raise Mistake(name, "None", "is missing")
             if value is not None and not row.field and value is not row.default:  # 5 equals 5.0
                 object.__setattr__(self, name, row.read(name, value))
         if self.vae_tile is None:
