@@ -11,6 +11,8 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from sd3 import aliases
+
 
 class Where(NamedTuple):
     """A field and its value, as a message names them: `Mistake(*where, why)`."""
@@ -139,7 +141,18 @@ def nearest(name: Any, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def check_parameters(function: str, given: Iterable[str], names: Iterable[str]) -> None:
-    """Raises TypeError, as Python does, for a parameter that a function does not have."""
-    if unknown := sorted(set(given) - set(names)):
-        raise TypeError(f"{function}() has no parameter {unknown[0]}{nearest(unknown[0], names)}")
+def check_parameters(
+    function: str, given: Iterable[str], names: Iterable[str], renamed: Mapping[str, str] | None = None
+) -> None:
+    """Raises TypeError, as Python does, for a parameter that a function does not have.
+
+    renamed: what else it takes that an answer may name: flags under other names, and parameters that are no flags.
+    """
+    names, renamed = set(names), dict(renamed or {})
+    if not (unknown := sorted(set(given) - names)):
+        return
+    name = unknown[0]
+    own = renamed.get(name, name) != name
+    reply = f"is called `{name}` here" if own else aliases.answer(name, names | renamed.keys())
+    reply = f"; {'it ' if reply.startswith('is ') else ''}{reply}" if reply else nearest(name, names)
+    raise TypeError(f"{function}() has no parameter {name}{spell(reply, lambda field: renamed.get(field, field))}")

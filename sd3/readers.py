@@ -330,6 +330,14 @@ def read_optional_path(flag: str, value: Any) -> str | None:
     return None if isinstance(value, str) and value.strip() in ("", "None") else read_path(flag, value)
 
 
+def read_png_path(flag: str, value: Any) -> str | None:
+    """The path of a PNG file to write; an empty one and `None` mean none. Raises Mistake."""
+    path = read_optional_path(flag, value)
+    if path is not None and not path.lower().endswith(".png"):
+        raise Mistake(flag, path, "must end in .png")
+    return path
+
+
 def read_postfix(flag: str, value: Any) -> str:
     """The end of a folder's name: a text of at most 100 bytes; raises Mistake."""
     text = read_text(flag, value)
@@ -403,6 +411,7 @@ FILLED = Reader("text", read_filled)
 POSTFIX = Reader("text", read_postfix)
 FILE = Reader("file", read_path)
 FOLDER = Reader("folder", read_path)
+PNG_FILE = Reader("file", read_png_path)
 OPTIONAL_FILE = Reader("file", read_optional_path)
 OPTIONAL_FOLDER = Reader("folder", read_optional_path)
 DEVICE = Reader("device", read_device, choices=("auto", "cpu", "cuda", "cuda:N", "mps"))

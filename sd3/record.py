@@ -34,6 +34,28 @@ class Picture(NamedTuple):
     record: Mapping[str, Any]
 
 
+class SingleFile:
+    """Saves one image as a file of a given name, without a folder and without a run record."""
+
+    def __init__(self, path: Path, no_metadata: bool):
+        self.path, self.no_metadata, self.count = path, no_metadata, 0
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Around the making of the image, as `RunRecord.kept`; there is no record to write."""
+        yield
+
+    def save(self, picture: Picture) -> Path:
+        """Writes the image and the folder that it lies in; returns its path. Raises Unwritable."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise writing.cannot_write(self.path, error) from None
+        png.save_picture(self.path, picture.image, picture.settings, None if self.no_metadata else picture.record)
+        self.count += 1
+        return self.path
+
+
 class RunRecord:
     """A run's pictures and their record: `run.jsonl` grows by a line a picture, below a first line with all the rest.
     In the end, or by the next start after a kill (see `finish_killed`), `run.json` has everything and the lines go.

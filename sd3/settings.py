@@ -194,7 +194,9 @@ class Flags:
         if flags.controlnet_cond_image and not flags.controlnet_ckpt:
             raise Mistake("controlnet_cond_image", "", "needs `controlnet_ckpt`, the ControlNet that reads it")
         if flags.controlnet_ckpt and not flags.controlnet_cond_image:
-            raise Mistake("controlnet_ckpt", "", "needs `controlnet_cond_image`, the picture that guides it")
+            raise Mistake("controlnet_ckpt", "", "needs `controlnet_cond_image`, the image that guides it")
+        if flags.out:
+            _check_out(flags, values)
         return flags
 
     def seeds(self, prompts: int) -> list[int]:
@@ -221,6 +223,19 @@ class Flags:
             for n, row in IMAGE_ROWS.items()
             if row.scope == "picture" and not row.field and n not in own
         }
+
+
+def _check_out(flags: Flags, values: Mapping[str, Any]) -> None:
+    """Raises Mistake where the file for one image contradicts another flag, or is one that the image is made from."""
+    for name in ("out_dir", "postfix"):
+        if values.get(name) is not None:
+            raise Mistake("out", flags.out, f"does not go with `{name}`: it names a file, and no folder is made")
+    if flags.serve_stdin:
+        raise Mistake("out", flags.out, "does not go with `serve_stdin`, which makes images until its input ends")
+    for name in (*FILE_SETTINGS, "residual_config", "replay"):
+        path = getattr(flags, name)
+        if path and os.path.exists(path) and os.path.exists(flags.out) and os.path.samefile(path, flags.out):
+            raise Mistake("out", flags.out, f"is the file of `{name}`, which would be lost; name another file")
 
 
 def picture_seeds(seed: int, seed_type: str, prompts: int, num_images: int) -> list[int]:

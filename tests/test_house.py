@@ -225,7 +225,7 @@ def test_one_loop_makes_and_saves():
             around = [n for n in ast.walk(module.tree) if isinstance(n, loops) and call in ast.walk(n)]
             assert not around, place(module, call.lineno)
             places.setdefault(module.name, []).append(call)
-    assert set(places) == {"sd3.png", "sd3.record", "sd3.sweep.work", "sd3_infer"}
+    assert set(places) == {"sd3.png", "sd3.record", "sd3.sweep.work", "sd3.api"}
     assert {m.name for m in PROJECT if calls(m, "make_pictures")} == {"sd3.run", "sd3.serve", *places} - {
         "sd3.png",
         "sd3.record",

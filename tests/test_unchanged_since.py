@@ -304,7 +304,10 @@ GROUPS: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
 # Settings that come to the same as others of their group. All the rest differ from each other.
 EQUAL = {("picture", "no residual"): "nothing more", ("residual", "off"): "weights of 0"}
 # Flags that decide nothing of a picture, and those that the other tests here are about.
-NO_SETTINGS = {"compile", "list_models", "no_metadata", "out_dir", "postfix", "replay", "self_check", "serve_stdin"}
+NO_SETTINGS = {
+    "compile", "info", "list_models", "no_metadata", "out", "out_dir", "postfix", "replay", "self_check", "serve_stdin",
+    "settings",
+}  # fmt: skip
 
 
 # ---- comparing -----------------------------------------------------------------------------------
