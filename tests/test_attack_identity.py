@@ -237,7 +237,7 @@ def test_an_earlier_cache_over_a_moving_stream_says_what_is_other_now(tmp_path, 
     (path,) = run(tmp_path / "a", *BASE, "--prompt", "red", "--seed", 1, "--cache", 0.3, *residual)
     assert "not as it was" not in replayed(path, tmp_path / "b", capsys)
     rewrite(path, lambda r: r.update(hardware={n: r["hardware"][n] for n in ("device", "threads")}))
-    assert "which steps --cache reuses" in replayed(path, tmp_path / "c", capsys)
+    assert "which steps the cache reuses" in replayed(path, tmp_path / "c", capsys)
 
 
 def test_a_control_net_that_was_given_no_picture(tmp_path, capsys):
