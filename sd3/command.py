@@ -78,8 +78,8 @@ def answer_early(
             return 0, None
         try:
             request = read(words)
-            if (told := answer(request)) is not None:
-                print(told)
+            if (reply := answer(request)) is not None:
+                print(reply)
                 return 0, None
             return None, request
         except Exception as error:

@@ -50,7 +50,7 @@ def _read(raw: Mapping[str, Any], of_run: bool) -> dict[str, Any]:
                 continue
             raise Mistake(name, "", "does not belong in a file of settings")
         read = FLAGS[name].read(name, value)
-        if not (of_run and read == FLAGS[name].given):
+        if not (of_run and read == FLAGS[name].unset):
             out[name] = read
     return out
 

@@ -83,13 +83,13 @@ class Flag:
     group: str = ""
 
     @property
-    def stored(self) -> str:
-        """Its name among an image's settings."""
+    def setting(self) -> str:
+        """The name of its field in an image's settings."""
         return self.field or self.name
 
     @property
-    def given(self) -> Any:
-        """The value of a flag that is not given."""
+    def unset(self) -> Any:
+        """The value where the flag is not given; None where something else decides it."""
         return None if self.usual else self.default
 
 

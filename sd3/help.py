@@ -80,9 +80,9 @@ def _methods() -> Iterator[str]:
     yield from ("", "## Schedules", "", "| `--scheduler` | elsewhere | what |", "| --- | --- | --- |")
     yield from (f"| `{row.name}` | {row.title} | {row.help} |" for row in SCHEDULES.values())
     yield from ("", "## Guidance", "", "In the order in which they act.", "", "| what | flags |", "| --- | --- |")
-    stored = {row.stored: name for name, row in FLAGS.items()}
+    flags = {row.setting: name for name, row in FLAGS.items()}
     for row in GUIDANCE.values():
-        yield f"| {row.help} | {', '.join(f'`--{stored[name]}`' for name in row.settings)} |"
+        yield f"| {row.help} | {', '.join(f'`--{flags[name]}`' for name in row.settings)} |"
 
 
 def _by_group() -> Iterator[tuple[str, list[Flag]]]:

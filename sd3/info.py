@@ -105,10 +105,10 @@ def _skip_layer(settings: Mapping[str, Any]) -> list[str]:
     """The flag of skip-layer guidance, where the recorded one is the model's own."""
     values = settings.get("skip_layer")
     try:
-        own = isinstance(values, dict) and read_skip_layer(values) == model_row(str(settings.get("model"))).skip_layer
+        usual = isinstance(values, dict) and read_skip_layer(values) == model_row(str(settings.get("model"))).skip_layer
     except Mistake:
-        own = False
-    return ["--skip_layer_cfg"] if own else []
+        usual = False
+    return ["--skip_layer_cfg"] if usual else []
 
 
 def as_word(value: Any) -> str:

@@ -152,7 +152,7 @@ def check_parameters(
     if not (unknown := sorted(set(given) - names)):
         return
     name = unknown[0]
-    own = renamed.get(name, name) != name
-    reply = f"is called `{name}` here" if own else aliases.answer(name, names | renamed.keys())
+    other_name = renamed.get(name, name) != name
+    reply = f"is called `{name}` here" if other_name else aliases.answer(name, names | renamed.keys())
     reply = f"; {'it ' if reply.startswith('is ') else ''}{reply}" if reply else nearest(name, names)
     raise TypeError(f"{function}() has no parameter {name}{spell(reply, lambda field: renamed.get(field, field))}")

@@ -41,8 +41,8 @@ class SingleFile:
         self.path, self.no_metadata, self.count = path, no_metadata, 0
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Around the making of the image, as `RunRecord.kept`; there is no record to write."""
+    def recording(self) -> Iterator[None]:
+        """Around the making of the image, as `RunRecord.recording`; there is no record to write."""
         yield
 
     def save(self, picture: Picture) -> Path:
@@ -73,7 +73,7 @@ class RunRecord:
         self.lock = FileLock(folder / LOCK, timeout=0)  # released by the system when the process is killed
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         """Around the making of the images: writes the record at the end, also after an error or a stop. Removes a
         folder without images.
         """

@@ -45,8 +45,8 @@ class Replay:
         """
         path = FLAGS["replay"].read("replay", given["replay"])
         record = png.read_record(path)
-        known = {f.name for f in dataclasses.fields(Settings)}
-        if unknown := sorted(set(record["settings"]) - known):
+        fields = {field.name for field in dataclasses.fields(Settings)}
+        if unknown := sorted(set(record["settings"]) - fields):
             names = display(", ".join(unknown))
             raise Mistake("replay", path, f"was made by another version; unknown here: {names}")
         if missing := [name for name in ("prompt", "model") if record["settings"].get(name) is None]:
@@ -196,7 +196,7 @@ class Replay:
         """Settings of the new image that differ from the recorded ones, without those that had no effect."""
         recorded = self.settings()
         had_effect = dataclasses.replace(effective(recorded)[0], batch_size=recorded.batch_size)  # has one with a cache
-        now, then = (json.loads(json.dumps(s.named())) for s in (effective(settings)[0], had_effect))
+        now, then = (json.loads(json.dumps(s.by_file_names())) for s in (effective(settings)[0], had_effect))
         return [f"{n} {then[n]} -> {now[n]}" for n in now if then[n] != now[n]]
 
     def differs(self, made_with: Mapping[str, Any]) -> list[str]:
@@ -211,8 +211,8 @@ class Replay:
         for kind, what in (("encoders", "text encoder {}"), ("components", "the {} in the model's folder")):
             then = _object(self.record.get(kind))
             for name, was in then.items():
-                known, here = _object(was), _object(now.get(kind, {}).get(name))
-                if {n: here.get(n) for n in known} != known:  # earlier records have fewer entries
+                before, here = _object(was), _object(now.get(kind, {}).get(name))
+                if {n: here.get(n) for n in before} != before:  # earlier records have fewer entries
                     out.append(what.format(name))
         then, here = _object(self.record.get("encoders")), now.get("encoders", {})
         for name in ENCODERS if "clip tokenizer" in then else ():  # earlier records have no tokenizers

@@ -105,9 +105,9 @@ def component_files(engine: Engine) -> dict[str, dict[str, Any]]:
     model's own sha256 covers only the transformer.
     """
     folder = engine.model_file
-    own = {role: part for role, part in engine.parts.items() if folder.folder and part.file is folder}
+    components = {role: part for role, part in engine.parts.items() if folder.folder and part.file is folder}
     names = {"mmdit": "transformer"}
-    return {names.get(role, role): describe_files(sorted(part.paths())) for role, part in own.items()}
+    return {names.get(role, role): describe_files(sorted(part.paths())) for role, part in components.items()}
 
 
 def make_pictures(
@@ -160,7 +160,7 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
         record.beside[RESIDUAL_FILE] = residual.as_file(folder)
     made_with = MadeWith(engine, pictures[0], hashed=bool(replay) or not flags.no_metadata)
     try:
-        with record.kept():
+        with record.recording():
             for picture, path in make_pictures(engine.make(pictures, flags.pad_batch), made_with, record.save):
                 tqdm.write(str(path))
                 if replay and picture.number == 0:

@@ -151,7 +151,7 @@ def serve(
     folder = new_folder(flags, "served", engine)
     server = Server(engine, flags, values, folder, words)
     engine.tell.say(f"ready: one JSON object a line, such as {EXAMPLE}; images go to {folder}")
-    with server.record.kept():
+    with server.record.recording():
         for line in lines:
             if line.strip():
                 say(json.dumps(server.answer(line)))

@@ -19,7 +19,7 @@ from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
 
 RANDOM_SEEDS = 100_000  # seed_type rand draws seeds below this
 REQUIRED = ("prompt", "model")  # fields of an image's settings without a default
-IMAGE_ROWS = {row.stored: row for row in FLAGS.values() if row.pixels}
+IMAGE_ROWS = {row.setting: row for row in FLAGS.values() if row.pixels}
 FILE_SETTINGS = tuple(name for name, row in IMAGE_ROWS.items() if row.read.kind == "file")
 # Flags that say where text encoders are. An image does not name them; its record has what was found there.
 TEXT_FILES = tuple(name for name in names("load", pixels=False) if FLAGS[name].group == FLAGS["model"].group)
@@ -87,9 +87,9 @@ class Settings:
         stay valid. Flags without effect are not left out: `effective` sets them to their defaults before.
         """
         rows = IMAGE_ROWS
-        return {n: v for n, v in self.named().items() if rows[n].always or v != rows[n].default}
+        return {n: v for n, v in self.by_file_names().items() if rows[n].always or v != rows[n].default}
 
-    def named(self) -> dict[str, Any]:
+    def by_file_names(self) -> dict[str, Any]:
         """All plain values, files by their names without folders."""
         values = self.asdict()
         return values | {name: base_name(values[name]) for name in FILE_SETTINGS}
@@ -143,7 +143,7 @@ def effective(s: Settings) -> tuple[Settings, list[str]]:
 # ---- what is loaded ------------------------------------------------------------------------------
 
 
-@with_fields({name: FLAGS[name] for name in names("load")}, lambda row: row.given)
+@with_fields({name: FLAGS[name] for name in names("load")}, lambda row: row.unset)
 class Setup:
     """What is loaded and where: the flags that images of one load share."""
 
@@ -151,7 +151,7 @@ class Setup:
         """Replaces every field but torch devices by what its flag's reader returns; raises Mistake."""
         for name in names("load"):
             value, row = getattr(self, name), FLAGS[name]
-            if value is None and row.given is None:
+            if value is None and row.unset is None:
                 continue
             if row.read.kind != "device" or type(value).__module__ != "torch":
                 object.__setattr__(self, name, row.read(name, value))
@@ -169,7 +169,7 @@ class Setup:
 # ---- all flags -----------------------------------------------------------------------------------
 
 
-@with_fields(FLAGS, lambda row: row.given)
+@with_fields(FLAGS, lambda row: row.unset)
 class Flags:
     """The flags of `sd3_infer.py`, read and checked one by one; None means not given."""
 
