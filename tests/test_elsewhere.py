@@ -149,17 +149,26 @@ def test_python_gets_the_same_answers_without_dashes():
         sd3.load(DEMO, torch_dtype="float16")
 
 
-def test_no_message_of_an_exception_has_the_dashes_of_a_flag():
-    """Fields stand between backquotes, and only a command spells them as flags. Commands that a message recommends
-    (`hf download ... --local-dir`) are no flags of this tool.
+# Modules that print what a shell takes: help, and commands that make an image again.
+COMMANDS = (
+    "sd3_infer", "sd3.command", "sd3.flags", "sd3.help", "sd3.info", "sd3.probe.command", "sd3.probe.suggesting",
+    "sd3.sweep.command", "sd3.sweep.plan",
+)  # fmt: skip
+
+
+def test_only_commands_write_flags_with_dashes():
+    """Messages name fields between backquotes, and a command spells them as flags: from Python they have no dashes.
+    `hf download ... --local-dir`, which messages recommend, is another program's.
     """
     found = []
     for path in [*ROOT.glob("*.py"), *(ROOT / "sd3").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            called = isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("Mistake", "Missing", "Unwritable")
-            if called or isinstance(node, ast.Raise):
-                texts = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-                found += [(path.name, t) for t in texts if re.search(r"(?<![\w-])--(?!local-dir)\w", t)]
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        holders = (ast.Module, ast.ClassDef, ast.FunctionDef)
+        docstrings = {ast.get_docstring(n, clean=False) for n in ast.walk(tree) if isinstance(n, holders)}
+        texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        dashes = [t for t in texts if t not in docstrings and re.search(r"(?<![\w-])--(?!local-dir)\w", t)]
+        found += [(name, text) for text in dashes if name not in COMMANDS]
     assert found == []
 
 
@@ -381,6 +390,15 @@ def test_lines_of_a_log(monkeypatch):
         now[0] += 61
         update(3)
     assert shown.getvalue() == ("loading MMDiT 2.00 GB of 4.20 GB ... 61.0 s\nloading MMDiT 4.20 GB ... 62.0 s\n")
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    shown = io.StringIO()
+    shown.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", shown)
+    with sd3.telling.progress(3, "image 1/1") as update:
+        update(3)
+    assert "\rimage 1/1: " in shown.getvalue()
 
 
 @pytest.mark.parametrize("word", ["help", "-help", "--help", "-h"])
