@@ -139,8 +139,8 @@ def test_every_flag_that_a_document_names_exists(path):
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_-]*)", path.read_text(encoding="utf-8")))
     families = {"residual_"}  # "--residual_..." stands for all of them
     assert not named - known_flags() - families
-    if path.name == "README.md":
-        assert set(READERS) <= named | {"model"}
+    if path.name == "flags.md":
+        assert set(READERS) <= named
 
 
 def test_files_that_a_document_names_exist():

@@ -68,7 +68,7 @@ def test_ten_settings_bit_for_bit(files, tmp_path, capsys, number):
         capsys.readouterr()
         (again,) = run(tmp_path / "again", "--replay", path)
         assert again.read_bytes() == path.read_bytes()  # settings and all
-        assert f"replay: the same picture as {path}, bit for bit" in capsys.readouterr().err
+        assert f"replay: the same image as {path}, bit for bit" in capsys.readouterr().err
 
 
 def test_other_flags_replace_single_settings(tmp_path, capsys):
@@ -113,7 +113,7 @@ def test_what_is_not_as_it_was_is_said(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sd3.replay, "versions", lambda: real | {"torch": "9.9"})
     run(tmp_path / "b", "--replay", path)
     told = capsys.readouterr().err
-    assert f"replay: not as it was then: contents of init_image, torch {real['torch']} -> 9.9" in told
+    assert f"replay: different from the record: contents of init_image, torch {real['torch']} -> 9.9" in told
     assert "% of the pixels differ from" in told
 
 

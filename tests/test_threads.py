@@ -107,7 +107,7 @@ def test_replay_takes_the_recorded_number(two, tmp_path, capsys):
     assert "bit for bit" in capsys.readouterr().err
     (other,) = run(tmp_path / "d", "--replay", path, "--threads", 1)
     assert recorded(other) == 1
-    assert "not as it was then: threads 2 -> 1" in capsys.readouterr().err
+    assert "different from the record: threads 2 -> 1" in capsys.readouterr().err
 
 
 def test_a_record_of_text_encoders_on_a_cpu_counts_too_and_nonsense_is_named(tmp_path, capsys):

@@ -27,7 +27,8 @@ ABOUT = {
     "measure": "runs prompts and reports, per block and timestep, how similar the text tokens that enter it are to the "
     "origin's, and how much of the prompt can be recovered from them; writes measure.json, measure.csv and, with "
     "matplotlib, measure.png",
-    "suggest": "proposes an origin and targets from a measurement, and says why",
+    "suggest": "proposes an origin and targets from a measurement, and says why; the measurement needs about 100 "
+    "different prompts for the usual tolerance of 0.05, (0.5 / tolerance)^2 for another",
     "calibrate": "one rotation per target that turns the origin's standardised tokens to the target's, from the text "
     "tokens met while sampling (orthogonal Procrustes); run again after a stop, it goes on",
 }
@@ -40,7 +41,7 @@ OWN = {
         flag("origin", ORIGIN, 0, "block that all others are compared with", usual="0"),
         flag("timesteps", whole(1, 1000), 4, "how many of the steps are measured"),
         flag("kept_prompts", whole(2, 100_000), 256,
-            "prompts kept for retrieval and linear probes; these run twice, with different noise"),
+            "prompts used for retrieval and linear probes; these run twice, with different noise"),
         flag("kept_tokens", whole(16, 1_000_000), 512, "tokens kept for the overlap of nearest neighbours"),
         flag("neighbours", whole(1, 1000), 10, "how many nearest neighbours are compared"),
     ),

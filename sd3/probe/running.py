@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from mmditx import ModelCall, Stream
 from sd3.engine import Engine, load_for
@@ -17,6 +16,7 @@ from sd3.planning import batches, plan_pictures, resolve
 from sd3.prompts import read_jsonl, read_prompts
 from sd3.readers import read_path
 from sd3.settings import Flags
+from sd3.telling import progress
 
 GROUP = 64  # prompts whose encoded text is in memory at once
 
@@ -102,7 +102,7 @@ def run_prompts(
     `done(count)` after each batch. Text is encoded for `GROUP` prompts at a time and then dropped. before: how many
     jobs at the start were done by an earlier run; batches are then those that one run would have had.
     """
-    with tqdm(total=len(jobs), initial=before, desc=what, unit="prompt", disable=engine.tell.quiet) as bar:
+    with progress(len(jobs), what, "prompt", done=before, quiet=engine.tell.quiet, leave=True) as update:
         count = before
         for start in range(before - before % GROUP, len(jobs), GROUP):
             group = jobs[max(start, before) : start + GROUP]
@@ -119,6 +119,6 @@ def run_prompts(
                 engine.sample(settings, what=what, streams=[collector])
                 engine.files.check()  # what is measured is of the files that were opened
                 count += len(batch)
-                bar.update(len(batch))
+                update(len(batch))
                 done(count)
             engine.text.forget()

@@ -42,7 +42,7 @@ class Report:
         self.seconds = self.folder.journal.seconds()
         self.written = self.cost = 0.0
         first = [plan.of(i)[0].settings for i in range(len(plan.variants))]
-        self.settings = [{n: v for n, v in s.named().items() if n not in HIDDEN} for s in first]
+        self.settings = [{n: v for n, v in s.by_file_names().items() if n not in HIDDEN} for s in first]
         self.varying = [n for n in self.settings[0] if len({json.dumps(s[n]) for s in self.settings}) > 1]
         flags = [plan.engines[plan.engine_of[i]] for i in range(len(plan.variants))]
         self.commands = [" ".join(command(s, f)) for s, f in zip(first, flags, strict=True)]

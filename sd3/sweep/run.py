@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from sd3.sweep.cluster import RayWorkers
 from sd3.sweep.folder import SweepFolder
 from sd3.sweep.grid import Grid
@@ -17,6 +15,7 @@ from sd3.sweep.plan import Batch, Plan, Planned, describe, make_plan
 from sd3.sweep.report import Report
 from sd3.sweep.scores import Scorer, clip_scorer, demo_scorer
 from sd3.sweep.work import Done, make_here
+from sd3.telling import progress
 
 Work = Callable[[Plan, Sequence[Batch], Callable[[Batch], None]], Iterator[Done]]
 Say = Callable[[str], Any]
@@ -123,11 +122,10 @@ class Sweep:
         """Makes every picture that is not there. Stopped, it leaves a report of what there is."""
         batches = self._begin()
         try:
-            with tqdm(
-                total=len(self.plan.pictures), initial=len(self.done), unit="picture", desc=str(self.folder.path)
-            ) as bar:
+            total, name = len(self.plan.pictures), str(self.folder.path)
+            with progress(total, name, "image", done=len(self.done), leave=True) as update:
                 for batch in work(self.plan, batches, self._log_begin):
-                    self._take(batch, bar.update)
+                    self._take(batch, update)
         except BaseException:
             count = f"{len(self.done) + self.made} of {len(self.plan.pictures)} pictures"
             self.say(f"stopped: {count} are in {self.folder.path}; run it again to go on")
@@ -155,15 +153,17 @@ class Sweep:
         if earlier := len(folder.present() - ids):
             self.say(f"note: {earlier} pictures of an earlier grid stay in {folder.path}, and are not in this report")
         finished = [p for p in plan.pictures if p.id in self.done]
-        for picture in tqdm(finished, desc="looking at what is there", unit="picture", leave=False):
-            self._finish(picture)
+        with progress(len(finished), "reading finished images", "image") as update:
+            for picture in finished:
+                self._finish(picture)
+                update(1)
         self.report.write(running=bool(batches))
         return batches
 
     def _log_begin(self, batch: Batch) -> None:
         self.folder.journal.log("begin", pictures=[p.id for p in batch.pictures])
 
-    def _take(self, done: Done, progress: Callable[[], Any]) -> None:
+    def _take(self, done: Done, update: Callable[[int], Any]) -> None:
         """Saves the pictures of a batch and notes those that failed."""
         journal = self.folder.journal
         for event in done.events:
@@ -178,7 +178,7 @@ class Sweep:
                 self.made += 1
                 saved.append(picture.id)
                 self._finish(picture)
-            progress()
+            update(1)
         if saved:
             journal.log("batch", pictures=saved, seconds=round(done.seconds, 4))
         if dict(done.hashes).items() - self.hashes.items():
