@@ -279,7 +279,7 @@ def test_a_grid_is_counted_before_it_is_built(tmp_path, monkeypatch, capsys):  #
         ";".join(map(str, range(1, 1001))),
     ]
     error = refused(sd3.sweep.command.main, words, capsys)
-    assert f"this grid has {981 * 981 * 1000:,} pictures; at most 100,000" in error
+    assert f"this grid has {981 * 981 * 1000:,} images; at most 100,000" in error
     axes = {f"residual_{name}": ";".join(f"0.{i:04}" for i in range(900)) for name in ("start", "weights", "end")}
     with pytest.raises(ValueError, match=r"this grid has 729,000,001 pictures"):
         Grid.read({"prompt": "a", "residual_target_layers": "3"} | axes)

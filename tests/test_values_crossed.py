@@ -391,7 +391,7 @@ def test_yaml(planned, tmp_path, monkeypatch):
             with pytest.raises(Told, match="--seed"):
                 door("seed", value)
     for name in [n for n, row in FLAGS.items() if row.sweep]:
-        with pytest.raises(Told, match=f"--{name}: has no place in a sweep"):
+        with pytest.raises(Told, match=f"--{name}: is not allowed in a sweep"):
             door(name, "1")
 
 
