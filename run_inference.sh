@@ -26,7 +26,7 @@ fail() {
   exit 2
 }
 
-if [ $# -lt 1 ] || [ "$1" = "-h" ] || [ "$1" = "--help" ]; then
+if [ $# -lt 1 ] || [ "$1" = "-h" ] || [ "$1" = "--help" ] || [ "$1" = "-help" ] || [ "$1" = "help" ]; then
   usage
   [ $# -ge 1 ] && exit 0 || exit 2
 fi

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import sys
 
-from sd3 import command, help
+from sd3 import command, help, info
 
 if __name__ == "__main__":
-    request = command.begin(command.read_infer_flags, help.text)  # --help and mistakes end here: no torch is needed
+    # --help, --info and mistakes end here, before torch is imported.
+    request = command.begin(command.read_infer_flags, help.text, lambda request: info.answer(request.values))
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -142,7 +143,7 @@ class SD3Inferencer:
         streams and on_step: see `Network.sample`; others: further flags of sampling (`SAMPLING`). Raises Mistake, and
         StopSampling where on_step returns False.
         """
-        check_parameters("do_sampling", others, SAMPLING)
+        check_parameters("do_sampling", others, SAMPLING, {"cfg": "cfg_scale"})
         seeds = read_row_seeds(seed)
         if not isinstance(latent, Tensor) or latent.ndim != 4:
             raise Mistake("latent", "", "must be a tensor (B, channels, height, width)")
@@ -200,7 +201,8 @@ class SD3Inferencer:
         load for settings that do not fit.
         """
         elsewhere = ("prompt", "cfg", *names("picture", group=FLAGS["residual_weights"].group))  # under other names
-        check_parameters("gen_image", others, [name for name in names("picture") if name not in elsewhere])
+        known = [name for name in names("picture") if name not in elsewhere]
+        check_parameters("gen_image", others, known, REFERENCE_NAMES)
         given = others | {
             "width": width, "height": height, "steps": steps, "cfg": cfg_scale, "sampler": sampler, "seed": seed,
             "seed_type": seed_type, "controlnet_cond_image": controlnet_cond_image, "init_image": init_image,
@@ -217,6 +219,8 @@ class SD3Inferencer:
         return [made.path for made in making]
 
 
+# Flags that `gen_image` has under the reference's names, and its folder.
+REFERENCE_NAMES = {"cfg": "cfg_scale", "prompt": "prompts", "out_dir": "out_dir"}
 # Flags that `do_sampling` takes by their names, beside those that it has under the reference's.
 SAMPLING = ("shift", "controlnet_strength", "cache", *names("picture", group=FLAGS["sampler"].group, field=""))
 
@@ -250,7 +254,8 @@ def execute(request: command.Request) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status, see `command.execute`."""
     words = sys.argv[1:] if arguments is None else arguments
-    status, request = command.answer_early(words, command.read_infer_flags, help.text)
+    answer = lambda request: info.answer(request.values)  # noqa: E731
+    status, request = command.answer_early(words, command.read_infer_flags, help.text, answer)
     return execute(request) if status is None else status
 
 

@@ -27,6 +27,7 @@ from sd3.telling import SILENT, Reporter
 from sd3_impls import OnStep, StopSampling
 
 OUTPUTS = ("pil", "latent")
+OPTIONS = ("out_dir", "output")  # parameters of a call that are no settings
 
 
 class Made(NamedTuple):
@@ -111,7 +112,7 @@ class Pipeline:
         settings: dict[str, Any],
     ) -> tuple[Flags, list[Settings]]:
         """The flags of a call, and the settings of its images."""
-        check_parameters("Pipeline", settings, [name for name in names("picture") if name != "prompt"])
+        check_parameters("Pipeline", settings, names("picture"), dict(zip(OPTIONS, OPTIONS, strict=True)))
         given = [name for name in settings if name.startswith("residual_")]
         if residual is not None and given:
             raise Mistake(given[0], settings[given[0]], "is given beside `residual`, which has it already")

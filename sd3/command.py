@@ -1,4 +1,4 @@
-"""What every command line shares: words to values, help, exit statuses, signals, notes. Needs no torch."""
+"""Shared by all command lines: reading flags, help, exit statuses, signals, notes. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 import fire
 
 from sd3 import streams
+from sd3.flag_files import read_flag_file
 from sd3.flags import FLAGS, Flag, check_flag
+from sd3.info import as_word
 from sd3.memory import OutOfMemory, one_line, out_of_memory
 from sd3.mistakes import Mistake, flag_name, spell
 from sd3.reading import Note
@@ -27,20 +29,24 @@ from sd3.versions import NAME, __version__
 
 MISTAKE, FAILED = 2, 1  # exit statuses; shells count signals from 128
 Values = dict[str, Any]
-Read = TypeVar("Read")  # what a command makes of its words
+HELP = ("--help", "-h", "-help", "-?")
+Read = TypeVar("Read")  # a command's flags, as its own `read` returns them
 
 
 class Failed(Exception):
-    """The work was done and went wrong; what about it has been printed."""
+    """The command ran and failed; details were printed."""
 
 
-def begin(read: Callable[[Sequence[str]], Read], help_text: Callable[[], str], bare: bool = True) -> Read:
-    """The words of the process, read: first thing of a program, before torch is imported.
+def begin(
+    read: Callable[[Sequence[str]], Read],
+    help_text: Callable[[], str],
+    answer: Callable[[Read], str | None] = lambda request: None,
+) -> Read:
+    """Reads the words of the process. A program calls it first, before it imports torch.
 
-    Ends the process on --help, --version and a mistake in the words. bare: whether no words at all are fine, else the
-    help is shown.
+    Ends the process on --help, --version, a mistake in the words, and where `answer` returns a text to print.
     """
-    status, request = answer_early(None, read, help_text, bare)
+    status, request = answer_early(None, read, help_text, answer)
     if status is not None:
         sys.exit(status)
     return request
@@ -50,26 +56,32 @@ def answer_early(
     words: Sequence[str] | None,
     read: Callable[[Sequence[str]], Read],
     help_text: Callable[[], str],
+    answer: Callable[[Read], str | None] = lambda request: None,
     bare: bool = True,
 ) -> tuple[int | None, Read | None]:
-    """The exit status where nothing but the words is needed for the answer (else None), and what they say.
+    """The exit status where the words alone decide it (else None), and what `read` made of them.
 
-    words: None for those of the process, which is then a program; torch, which looks once, is asked for large pages:
-    most of the time that loading takes on a CPU is for pages.
+    words: None for those of the process. The process is then a program of its own, and torch is asked, before its
+    import, for large pages: page faults take most of the time of loading on a CPU. answer: the text to print where the
+    request needs no model, else None. bare: whether the command runs without any words; else the help is shown.
     """
     if words is None:
         streams.begin()
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         words = sys.argv[1:]
     with streams.bearing():
-        if {"--help", "-h"} & set(words) or not (words or bare):
+        if set(HELP) & set(words) or list(words[:1]) == ["help"] or not (words or bare):
             print(help_text())
             return (0 if words else MISTAKE), None
         if "--version" in words:
             print(f"{NAME} {__version__}")
             return 0, None
         try:
-            return None, read(words)
+            request = read(words)
+            if (reply := answer(request)) is not None:
+                print(reply)
+                return 0, None
+            return None, request
         except Exception as error:
             return _explain(error, "file", words), None
 
@@ -79,9 +91,8 @@ def read_arguments(
 ) -> dict[str, str]:
     """Flags and their values exactly as typed: `--name value`, `--name=value`, a switch, one word for flag `bare`.
 
-    The word after a flag is its value whatever it looks like (`-0.5`, `-`, `None`), unless it is a flag itself.
-    Raises Mistake for an unknown flag, a missing value and for stray words; the
-    last of equal flags counts.
+    The word after a flag is its value whatever it looks like (`-0.5`, `-`, `None`), unless it is a flag itself. Of a
+    repeated flag the last value counts. Raises Mistake for an unknown flag, a missing value and stray words.
     """
     switches = [name for name, row in flags.items() if row.read.kind == "switch"]
     is_flag = lambda word: word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in flags  # noqa: E731
@@ -113,9 +124,10 @@ def read_arguments(
 
 @dataclass(frozen=True)
 class Request:
-    """The words of `sd3_infer.py`: each flag's value as its row reads it, and the words in one form for records.
+    """The flags of `sd3_infer.py`.
 
-    flags: all of them, checked together; None beside `--replay`, where those of the picture are still to come.
+    values: of the flags that were given, read; words: the same as `--name=value`, for records; flags: all flags,
+    checked together; None with `--replay`, where the image's settings are still to be read.
     """
 
     values: Values
@@ -124,15 +136,27 @@ class Request:
 
 
 def read_infer_flags(words: Sequence[str]) -> Request:
-    """The words of `sd3_infer.py`, read once, each by its flag's reader; raises Mistake."""
-    spelled = [f"--{name}={value}" for name, value in read_arguments(words).items()]
+    """Reads the words of `sd3_infer.py`, each value by its flag's reader; raises Mistake.
+
+    The flags of a file of settings become flags as if they had been typed first: a record names them, not the file.
+    """
+    typed = read_arguments(words)
+    spelled = [f"--{name}={value}" for name, value in typed.items() if name != "settings"]
     values = fire.Fire(_collect, command=spelled, serialize=lambda _: None)
+    if "settings" in typed:
+        path = FLAGS["settings"].read("settings", typed["settings"])
+        of_file = {name: value for name, value in read_flag_file(path).items() if name not in values}
+        spelled = [f"--{name}={as_word(value)}" for name, value in of_file.items()] + spelled
+        values = of_file | values
+    for name in values if "info" in values else ():
+        if name != "info":
+            raise Mistake(name, "", "does not go with `info`, which only prints an image's settings")
     return Request(values, spelled, None if "replay" in values else Flags.of(values))
 
 
 @fire.decorators.SetParseFns(**{name: functools.partial(row.read, name) for name, row in FLAGS.items()})
 def _collect(**values: Any) -> Values:
-    """What fire fills in: flags by name, those that were given."""
+    """The flags that were given, by name; fire calls it."""
     return values
 
 
@@ -142,22 +166,22 @@ _collect.__signature__ = inspect.Signature(
 
 
 def _is_bool(word: str) -> bool:
-    """Whether a word is a switch's value, or several separated by `;`, which a sweep takes."""
+    """Whether a word is the value of a switch, or several values separated by `;`, as in a sweep."""
     values = word.strip().lower().removesuffix(";").split(";")
     return all(value.strip() in ("true", "false", "1", "0", "yes", "no", "on", "off") for value in values)
 
 
 def fail(mistake: Mistake) -> int:
-    """One line on stderr for a mistake of the user's; returns the exit status."""
+    """Prints a user's mistake as one line on stderr; returns the exit status."""
     print(f"error: {' '.join(mistake.spelled(flag_name).split())}", file=sys.stderr)
     return MISTAKE
 
 
 def execute(work: Callable[[], Any], smaller: str, words: Sequence[str] = ()) -> int:
-    """Does a command's work; returns the exit status: 0, 2 for a mistake in flags or files, 1 where memory ran out
-    (`smaller`: the flags to turn down), where the work failed and for a bug, 130 and 143 if stopped.
+    """Runs a command; returns the exit status: 0; 2 for a mistake in flags or files; 1 where memory ran out, the work
+    failed, or for a bug; 130 and 143 where it was stopped.
 
-    words: those of the command, for the report of a bug.
+    smaller: the flags to turn down where memory runs out; words: the command's, for the report of a bug.
     """
     previous = None
     if threading.current_thread() is threading.main_thread():
@@ -166,7 +190,7 @@ def execute(work: Callable[[], Any], smaller: str, words: Sequence[str] = ()) ->
     try:
         with streams.bearing(), warnings.catch_warnings():
             warnings.showwarning = _note_once()
-            warnings.simplefilter("always", Note)  # whatever PYTHONWARNINGS says of warnings
+            warnings.simplefilter("always", Note)  # whatever PYTHONWARNINGS says
             work()
         return 0
     except Failed:
@@ -184,7 +208,7 @@ def execute(work: Callable[[], Any], smaller: str, words: Sequence[str] = ()) ->
 
 
 def _explain(error: Exception, smaller: str, words: Sequence[str]) -> int:
-    """Says what went wrong: a mistake, no memory, or a bug; returns the exit status."""
+    """Prints what went wrong: a mistake, memory that ran out, or a bug; returns the exit status."""
     if isinstance(error, Mistake):
         return fail(error)
     if out_of_memory(error):
@@ -198,7 +222,7 @@ def _explain(error: Exception, smaller: str, words: Sequence[str]) -> int:
 
 
 def program() -> str:
-    """How the program was called: a file, or a package by `python -m`."""
+    """The program as it was called: a file, or `python -m` with a package."""
     path = sys.argv[0]
     if os.path.basename(path) != "__main__.py":
         return os.path.basename(path)
@@ -210,8 +234,8 @@ def _stop(*_: Any) -> None:
 
 
 def _note_once() -> Callable[..., None]:
-    """Shows warnings as notes, each once: files are opened more than once."""
-    from tqdm import tqdm  # here: the help and a mistake in the flags need not wait for it
+    """Prints warnings as notes, each once, although a file is opened several times."""
+    from tqdm import tqdm  # here: --help and mistakes in flags do without it
 
     first = streams.Once()
 

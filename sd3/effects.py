@@ -1,5 +1,5 @@
-"""When a flag has no effect on an image. A rule takes an image's settings and returns the fields to set back to their
-defaults, and a line that says why (empty: nothing to say). Needs no torch.
+"""Rules that find flags without effect on an image. A rule takes an image's settings and returns the fields to set to
+their defaults, and a line that says why (empty where no note is needed). Needs no torch.
 """
 
 from __future__ import annotations
@@ -9,34 +9,34 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 Effect = tuple[Sequence[str], str]
-Rule = Callable[[Any], Effect]  # of `Settings`, whose fields come from the table that names these rules
+Rule = Callable[[Any], Effect]  # takes `Settings`; cannot be imported here, as its fields come from the flag table
 
 
 @functools.lru_cache(maxsize=1024)
 def _levels(scheduler: str, steps: int, shift: float, denoise: float = 1.0) -> tuple[float, ...]:
-    """The sigmas of a run, 0 at the end."""
-    from sd3_impls import img2img_sigmas, schedule  # imports torch, which checking flags does without
+    """The sigmas of a run, with 0 at the end."""
+    from sd3_impls import img2img_sigmas, schedule  # imports torch; checking flags does not need it
 
     return tuple(img2img_sigmas(schedule(scheduler, steps, shift), denoise).tolist())
 
 
 def executed_levels(s: Any) -> tuple[float, ...]:
-    """The sigmas that a run goes through: all, or with an initial image the part that `denoise` leaves."""
+    """The sigmas of the steps that run: all, or with an initial image those that `denoise` selects."""
     return _levels(s.scheduler, s.steps, s.shift, s.denoise if s.init_image else 1.0)
 
 
 def executed_steps(s: Any) -> int:
-    """How many sampling steps run."""
+    """Number of sampling steps that run."""
     return len(executed_levels(s)) - 1
 
 
 def planned_steps(s: Any) -> int:
-    """How many steps the whole schedule has: fewer than asked for where a noise level would come twice."""
+    """Number of steps of the whole schedule: fewer than `steps` where noise levels would repeat."""
     return len(_levels(s.scheduler, s.steps, s.shift)) - 1
 
 
 def guidance(s: Any) -> Effect:
-    """The negative prompt, where no unconditional pass runs."""
+    """The negative prompt has no effect where no unconditional pass runs."""
     if s.cfg == 1:
         return ("negative_prompt",), "`negative_prompt` has no effect at `cfg` 1 (guidance is off)"
     if executed_steps(s) == 0 or guided_steps(s):
@@ -47,7 +47,7 @@ def guidance(s: Any) -> Effect:
 
 
 def guidance_interval(s: Any) -> Effect:
-    """The interval of guidance without guidance; an end of it that holds all steps on its side."""
+    """The guidance interval has no effect without guidance; one of its ends where it excludes no step."""
     if s.cfg == 1:
         return ("guidance_start", "guidance_end"), "`guidance_start` and `guidance_end` have no effect at `cfg` 1"
     guided = guided_steps(s)
@@ -56,19 +56,19 @@ def guidance_interval(s: Any) -> Effect:
 
 
 def initial_image(s: Any) -> Effect:
-    """`denoise` without an initial image, and an initial image that only noise is left of."""
+    """`denoise` has no effect without an initial image; the image has none where sampling starts from pure noise."""
     if s.init_image is None:
         return ("denoise",), "`denoise` has no effect without `init_image`"
     if executed_levels(s)[0] == 1:
         why = f"`denoise` {s.denoise:g} at {s.steps} steps starts from pure noise, so `init_image` has no effect"
         return ("init_image", "denoise"), why
     if executed_steps(s) == 0:
-        return (), f"`denoise` {s.denoise:g} leaves no step to run: the initial picture is only encoded and decoded"
+        return (), f"`denoise` {s.denoise:g} leaves no step to run: the initial image is only encoded and decoded"
     return (), ""
 
 
 def control(s: Any) -> Effect:
-    """A ControlNet and its strength without an image that guides it."""
+    """A ControlNet and its strength have no effect without a control image."""
     if s.controlnet_cond_image:
         return (), ""
     fields = ("controlnet_ckpt", "controlnet_strength")
@@ -78,14 +78,14 @@ def control(s: Any) -> Effect:
 
 
 def schedule(s: Any) -> Effect:
-    """A schedule with fewer noise levels than steps."""
+    """A note where the schedule has fewer noise levels than `steps`; no field is reset."""
     if (steps := planned_steps(s)) == s.steps:
         return (), ""
     return (), f"{steps} steps run instead of {s.steps}: `scheduler` {s.scheduler} has no more noise levels"
 
 
 def skip_layer(s: Any) -> Effect:
-    """Skip-layer guidance of scale 0, or in whose window no step lies."""
+    """Skip-layer guidance has no effect at scale 0 or where no step lies in its window."""
     config = s.skip_layer
     if config is None or (
         config.scale != 0 and any(config.acts(i, planned_steps(s)) for i in range(executed_steps(s)))
@@ -98,7 +98,7 @@ def skip_layer(s: Any) -> Effect:
 
 
 def residual(s: Any) -> Effect:
-    """Residual text streaming that mixes nothing in, and those of its settings that change nothing."""
+    """Residual text streaming has no effect where it mixes nothing in; single settings where they change nothing."""
     config, every = s.residual, [name for name in s.__dataclass_fields__ if name.startswith("residual_")]
     if not config.active:
         return every, ""
@@ -121,17 +121,17 @@ def residual(s: Any) -> Effect:
 
 
 def step_cache(s: Any) -> Effect:
-    """A step cache that has no earlier step; and batches with it: each image decides for itself."""
+    """The step cache has no effect on a single step; `batch_size` has none with a cache, which decides per image."""
     if not s.cache:
         return (), ""
     if executed_steps(s) < 2:
         return ("cache",), "`cache` has no effect: there is no earlier step to reuse"
-    why = f"`batch_size` {s.batch_size} with `cache`: pictures are made one by one, so that each decides for itself"
+    why = f"`batch_size` {s.batch_size} with `cache`: images are made one by one, so that the cache decides for each"
     return ("batch_size",), why
 
 
 def tiles(s: Any) -> Effect:
-    """A tile as large as the image."""
+    """A VAE tile has no effect where it is as large as the image."""
     return (("vae_tile",) if s.vae_tile >= max(s.width, s.height) else (), "")
 
 
@@ -144,7 +144,7 @@ def guided_steps(s: Any) -> range:
 
 
 def only_guided(field: str) -> Rule:
-    """The rule of a field that has no effect where no pass runs but the conditional one."""
+    """The rule of a field that has no effect where only the conditional pass runs."""
 
     def rule(s: Any) -> Effect:
         return ((), "") if guided_steps(s) or s.skip_layer else ((field,), f"`{field}` has no effect without guidance")
@@ -153,7 +153,7 @@ def only_guided(field: str) -> Rule:
 
 
 def only_with(field: str, needed: str) -> Rule:
-    """The rule of a field that has no effect where another one is not given."""
+    """The rule of a field that has no effect unless `needed` is given."""
 
     def rule(s: Any) -> Effect:
         return ((), "") if getattr(s, needed) else ((field,), f"`{field}` has no effect without `{needed}`")

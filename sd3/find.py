@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from sd3.diffusers_names import StoredAs
 from sd3.files import ENCODER_FOLDERS, ENCODER_PREFIX, ENCODERS, STEMS, WeightFile, weight_paths
 from sd3.mistakes import Missing, Mistake, verbatim
-from sd3.models import MODELS, model_key
+from sd3.models import MODELS, model_key, own_models_folder
 from sd3.weights import ModelTensors
 
 
@@ -26,42 +26,73 @@ def models_folder(folder: str) -> Path:
     raise Missing("model_folder", folder, "no such folder")
 
 
-def list_models(folder: str) -> str:
-    """Lists the models, encoders and tokenizers in a folder, and the commands that download what is missing."""
-    place = models_folder(folder)
-    lines, seen = [f"{place}:"], set()
-    for path in sorted(p.parent for p in place.glob("*/transformer") if os.path.isdir(p)):
-        try:
-            file = WeightFile(path)
-            size = sum(p.stat().st_size for p in {e.path for e in file.entries.values()}) / 2**20
-            lines.append(f"  found    {path.relative_to(place)}/  a model in diffusers layout, {size:,.0f} MB")
-            seen.add(f"{model_key(path)}.safetensors")
-        except (Mistake, OSError) as error:
-            lines.append(f"  damaged  {error}")
+def model_folders(given: str | None) -> list[Path]:
+    """The folders to look for models in, each once: `given` (`model_folder`), ./models, and the clone's own models.
+
+    Raises Missing, or Mistake where `given` cannot be read.
+    """
+    folders = [models_folder(given)] if given else []
+    folders += [folder for folder in (Path("models"), own_models_folder()) if os.path.isdir(folder)]
+    once: dict[str, Path] = {}
+    for folder in folders:
+        once.setdefault(os.path.realpath(folder), folder)
+    return list(once.values())
+
+
+def list_models(*folders: str | Path) -> str:
+    """Lists the models, encoders and tokenizers in folders, and the commands that download what is missing into the
+    first of them.
+    """
+    places = [models_folder(str(folder)) for folder in folders]
+    lines: list[str] = []
+    names: set[str] = set()  # of the files that were found
     roles: set[str] = set()  # of the text encoders that were found, by their contents
-    for path in weight_paths(place, "*", "*/*"):
-        try:
-            file = WeightFile(path, folder=False)
-            size = path.stat().st_size / 2**20
-            roles |= list_roles(file)
-            lines.append(f"  found    {path.relative_to(place)}  {file.looks_like()}, {size:,.0f} MB")
-            seen.add(path.name)
-        except (Mistake, OSError) as error:
-            lines.append(f"  damaged  {error}")
+    for place in places:
+        lines.append(f"{place}:")
+        for path in sorted(p.parent for p in place.glob("*/transformer") if os.path.isdir(p)):
+            with _damage_listed(lines):
+                file = WeightFile(path)
+                size = sum(p.stat().st_size for p in {e.path for e in file.entries.values()})
+                lines.append(f"  found    {path.relative_to(place)}/  a model in diffusers layout, {_gigabytes(size)}")
+                names.add(f"{model_key(path)}.safetensors")
+        for path in weight_paths(place, "*", "*/*"):
+            with _damage_listed(lines):
+                file = WeightFile(path, folder=False)
+                roles |= list_roles(file)
+                size = _gigabytes(path.stat().st_size)
+                lines.append(f"  found    {path.relative_to(place)}  {file.looks_like()}, {size}")
+                names.add(path.name)
+    return "\n".join([*lines, *_list_missing(places, names, roles)])
+
+
+@contextlib.contextmanager
+def _damage_listed(lines: list[str]) -> Iterator[None]:
+    """Around reading a file: one that cannot be read becomes a line."""
+    try:
+        yield
+    except (Mistake, OSError) as error:
+        lines.append(f"  damaged  {error}")
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
+def _list_missing(places: list[Path], found: set[str], roles: set[str]) -> Iterator[str]:
+    """Lines about the released models, text encoders and tokenizers: how to get those that are missing."""
     for name, row in MODELS.items():
-        if not any(s.startswith((f"{name}.", f"{name}_incl")) for s in seen):
+        if not any(s.startswith((f"{name}.", f"{name}_incl")) for s in found):
             file = f"{name}.safetensors"
-            lines.append(f"  missing  {file}  hf download {row.hub} {file} --local-dir {place}")
+            yield f"  missing  {file}  hf download {row.hub} {file} --local-dir {places[0]}"
     for role, names in ENCODER_FILES.items():
-        if role not in roles and not seen & set(names):
-            get = fetch_encoder(role, place).removeprefix("get it with: ")
-            lines.append(f"  missing  {role}  {get}")
+        if role not in roles and not found & set(names):
+            get = fetch_encoder(role, places[0]).removeprefix("get it with: ")
+            yield f"  missing  {role}  {get}"
     for kind in TOKENIZER_FOLDERS:
         try:
-            lines.append(f"  found    {kind} tokenizer in {find_tokenizer(kind, [place])}")
+            yield f"  found    {kind} tokenizer in {find_tokenizer(kind, places)}"
         except Missing as error:
-            lines.append(f"  missing  {kind} tokenizer  {str(error).split('get it with: ')[-1]}")
-    return "\n".join(lines)
+            yield f"  missing  {kind} tokenizer  {str(error).split('get it with: ')[-1]}"
 
 
 ENCODER_FILES = {

@@ -1,6 +1,6 @@
-"""The flags: one row each. The command line and its help, `docs/flags.md`, the fields and checks of `Settings` and
-`Setup`, metadata, replay, sweep axes, what serving fixes and what the probe takes are read off this table. Needs no
-torch.
+"""The table of flags, one row each. It defines the command line and its help, `docs/flags.md`, the fields and checks
+of `Settings` and `Setup`, metadata, replay, the axes of a sweep, the flags that a served line may set and those of the
+probe. Names that other programs use are in `aliases.py`. Needs no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sd3 import effects
+from sd3 import aliases, effects
 from sd3.effects import Rule
 from sd3.methods import SAMPLERS, SCHEDULES
 from sd3.mistakes import Mistake, display, nearest
@@ -25,6 +25,7 @@ from sd3.readers import (
     LAYERS,
     OPTIONAL_FILE,
     OPTIONAL_FOLDER,
+    PNG_FILE,
     POSTFIX,
     SCHEDULE,
     SEED_LIMIT,
@@ -49,45 +50,46 @@ RESIDUAL_MODES = ("add", "anchored", "aligned")
 RESIDUAL_BRANCHES = ("both", "cond", "uncond")
 MOST_PICTURES = 100_000  # of a run, and of a sweep's grid
 
-# Groups of flags in the order of the help, each with an example.
+# Groups of flags, each with an example, in the order of the help: the most used first. The rows of the table below have
+# an order of their own, in which the rules of `effects.py` run.
 GROUPS = {
-    "prompt and image": '--prompt "a red circle left of a blue square" --seed 5 --num_images 4 --width 768',
-    "starting from an image, ControlNet": "--init_image sketch.png --denoise 0.6",
+    "prompt and image": '--prompt "a red circle left of a blue square" --seed 5 --num_images 4',
+    "output": "--out fox.png",
+    "model and text encoders": "--model models/sd3.5_medium.safetensors",
     "sampling": "--steps 28 --cfg 4.5 --sampler euler",
     "residual text streaming": "--residual_target_layers 2-22 --residual_weights each:0.1 --residual_mode anchored",
-    "model and text encoders": "--model models/sd3.5_medium.safetensors --t5xxl t5xxl_fp16.safetensors",
+    "starting from an image, ControlNet": "--init_image sketch.png --denoise 0.6",
     "device, memory and speed": "--dtype bfloat16 --weights int8 --offload --batch_size 4",
-    "output": "--out_dir pictures --postfix _test",
     "instead of new images": "--replay outputs/sd3_medium/a_fox/000000.png",
 }
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One row: everything there is to know about a flag."""
+    """One row of the table: the definition of a flag."""
 
     name: str
     read: Reader
-    default: Any  # of an image's settings too, where the flag is part of them
+    default: Any  # also of the field in an image's settings, where there is one
     help: str
-    scope: str  # picture: may differ between images of one load; load: decides what is loaded; run: the rest
+    scope: str  # picture: may differ between images of one load; load: decides what is loaded; run: all others
     pixels: bool = True  # part of an image's identity and of its record
-    usual: str = ""  # what decides a flag that is not given, in words; its value is None until then
-    field: str = ""  # its name among an image's settings, where that is another one (which then keeps another value)
-    always: bool = False  # recorded at its default too, as the first version recorded it; else only other values are
-    matters: Rule | None = None  # when it has no effect and is set back to its default
+    usual: str = ""  # what decides the value where the flag is not given, in words; until then it is None
+    field: str = ""  # its field in an image's settings, where that has another name and holds another value
+    always: bool = False  # recorded at its default too, as the first version did; others only at other values
+    matters: Rule | None = None  # finds out that the flag has no effect; it is then set to its default
     sweep: str = ""  # why a sweep cannot vary it
-    also: str = ""  # what else takes it: probe (all that run a model), measure, self_check
+    also: str = ""  # other commands that take it: probe (all that run a model), measure, self_check
     group: str = ""
 
     @property
-    def stored(self) -> str:
-        """Its name among an image's settings."""
+    def setting(self) -> str:
+        """The name of its field in an image's settings."""
         return self.field or self.name
 
     @property
-    def given(self) -> Any:
-        """The value of a flag that is not given."""
+    def unset(self) -> Any:
+        """The value where the flag is not given; None where something else decides it."""
         return None if self.usual else self.default
 
 
@@ -95,14 +97,15 @@ picture, load, run = (functools.partial(Flag, scope=scope) for scope in ("pictur
 _TABLE: dict[str, tuple[Flag, ...]] = {
 "prompt and image": (
     picture("prompt", TEXT, "cute wallpaper art of a cat",
-            "what the image should show, or a .txt file with one prompt a line", always=True),
-    picture("negative_prompt", TEXT, "", "what the image should not show", always=True, matters=effects.guidance,
+            "what the image shows, or a .txt file with one prompt a line", always=True),
+    picture("negative_prompt", TEXT, "", "what the image does not show", always=True, matters=effects.guidance,
             also="probe"),
-    picture("seed", whole(0, SEED_LIMIT - 1), DEFAULT_SEED, "first seed, for seed_type fixed and roll",
-            usual="23 for fixed and roll", always=True, also="probe"),
+    picture("seed", whole(0, SEED_LIMIT - 1), DEFAULT_SEED, "the first seed; images of one prompt count up from it",
+            usual="drawn; 23 for seed_type fixed and roll", always=True, also="probe"),
     picture("seed_type", choice(*SEED_TYPES), None,
-            "fixed: every prompt starts at the seed; roll: seeds count up; rand: drawn, printed and recorded",
-            pixels=False, usual="fixed where a seed is given, else rand", sweep="name the seeds, such as `seed` 0-3"),
+            "fixed: every prompt starts at `seed`; roll: seeds count up over all images; rand: drawn, printed and "
+            "recorded",
+            pixels=False, usual="fixed with `seed`, else rand", sweep="name the seeds, such as `seed` 0-3"),
     picture("num_images", whole(1, MOST_PICTURES), 1, "images per prompt", pixels=False,
             sweep="name the seeds, such as `seed` 0-3"),
     picture("width", SIZE, DEFAULT_SIZE, "pixels, a multiple of 16", usual="1024, or what the model file names",
@@ -112,125 +115,143 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
 ),
 "starting from an image, ControlNet": (
     picture("init_image", OPTIONAL_FILE, None, "an image to start from", always=True, matters=effects.initial_image),
-    picture("denoise", number(0.0, 1.0), DEFAULT_DENOISE, "how much of the initial image is made anew", always=True,
+    picture("denoise", number(0.0, 1.0), DEFAULT_DENOISE,
+            "how much of the initial image is replaced: 0 keeps it, 1 starts from noise", always=True,
             matters=effects.initial_image),
-    load("controlnet_ckpt", OPTIONAL_FILE, None, "a ControlNet file", always=True, matters=effects.control),
-    picture("controlnet_cond_image", OPTIONAL_FILE, None, "the image that guides the ControlNet", always=True),
-    picture("controlnet_strength", WEIGHT, 1.0, "factor on what the ControlNet adds", always=True,
+    load("controlnet_ckpt", OPTIONAL_FILE, None, "the ControlNet's file", always=True, matters=effects.control),
+    picture("controlnet_cond_image", OPTIONAL_FILE, None,
+            "the image that guides it, prepared for the ControlNet (edges, depth)", always=True),
+    picture("controlnet_strength", WEIGHT, 1.0, "factor on the ControlNet's output", always=True,
             matters=effects.control),
 ),
 "sampling": (
     picture("sampler", choice(*SAMPLERS), OTHER_MODEL.sampler,
-            f"how to step from noise to image: {', '.join(SAMPLERS)}", usual="the model's", always=True, also="probe"),
+            f"the sampler: {', '.join(SAMPLERS)}", usual="the model's", always=True, also="probe"),
     picture("scheduler", choice(*SCHEDULES), "normal",
-            f"how the noise levels of the steps are spaced: {', '.join(SCHEDULES)}", matters=effects.schedule,
+            f"the spacing of the noise levels: {', '.join(SCHEDULES)}", matters=effects.schedule,
             also="probe"),
-    picture("steps", whole(1, 10_000), OTHER_MODEL.steps, "sampling steps", usual="the model's", always=True,
+    picture("steps", whole(1, 10_000), OTHER_MODEL.steps, "number of sampling steps", usual="the model's", always=True,
             also="probe"),
-    picture("cfg", number(0.0, 100.0), OTHER_MODEL.cfg, "scale of classifier-free guidance; 1 turns it off",
-            usual="the model's", always=True, also="probe"),
+    picture("cfg", number(0.0, 100.0), OTHER_MODEL.cfg,
+            "scale of classifier-free guidance (CFG); 1 turns it off and halves the time", usual="the model's",
+            always=True, also="probe"),
     picture("shift", SHIFT, OTHER_MODEL.shift, "shift of the noise schedule", usual="the model's", always=True,
             also="probe"),
-    picture("skip_layer_cfg", SWITCH, False, "skip-layer guidance, with SD3.5 Medium's settings", field="skip_layer",
-            always=True, matters=effects.skip_layer),
+    picture("skip_layer_cfg", SWITCH, False, "skip-layer guidance with the settings published for SD3.5 Medium",
+            field="skip_layer", always=True, matters=effects.skip_layer),
     picture("guidance_start", number(0.0, 1.0), 0.0,
-            "fraction of the steps before classifier-free guidance starts; the conditional pass runs alone there",
+            "fraction of the steps before CFG starts; only the conditional pass runs there",
             matters=effects.guidance_interval, also="probe"),
     picture("guidance_end", number(0.0, 1.0), 1.0,
-            "fraction of the steps after which classifier-free guidance stops; the steps left take half the time",
+            "fraction of the steps after which CFG stops; the steps after it take half the time",
             matters=effects.guidance_interval, also="probe"),
     picture("guidance_rescale", number(0.0, 1.0), 0.0,
-            "share of the conditional velocity's deviation that the guided one gets, against overexposure; 0: off",
+            "0 to 1: how far the guided velocity's standard deviation is brought back to the conditional one's, "
+            "against overexposure; 0 turns it off",
             matters=effects.only_guided("guidance_rescale"), also="probe"),
 ),
 "residual text streaming": (
-    picture("residual_origin_layer", LAYER, 0, "block whose incoming text tokens are kept", usual="0", always=True,
-            matters=effects.residual, also="measure"),
+    picture("residual_origin_layer", LAYER, 0, "the block whose incoming text tokens are streamed", usual="0",
+            always=True, matters=effects.residual, also="measure"),
     picture("residual_target_layers", LAYERS, (),
-            "blocks they are mixed in before, such as 3,5,7 or 2-22 or 2-22:2; none: off", usual="off", always=True,
-            matters=effects.residual, also="measure"),
+            "the blocks in front of which they are mixed in, such as 3,5,7 or 2-22 or 2-22:2; none turns it off",
+            usual="off", always=True, matters=effects.residual, also="measure"),
     picture("residual_weights", WEIGHTS, (),
-            "one weight per target; each:0.1, one for all; or a ramp linear:FIRST:LAST", usual="1.0 each",
-            always=True, matters=effects.residual, also="measure"),
+            "one weight per target, each:W for all targets, or linear:FIRST:LAST for a ramp over them",
+            usual="1.0 each", always=True, matters=effects.residual, also="measure"),
     picture("residual_mode", choice(*RESIDUAL_MODES), "add",
-            "add; anchored (both normalised first); aligned (and the origin rotated)", usual="add", always=True,
-            matters=effects.residual, also="measure"),
-    picture("residual_schedule", SCHEDULE, "constant", "factor on the weights by sigma", usual="constant",
+            "add: weighted sum; anchored: both normalised first; aligned: anchored, with the origin rotated",
+            usual="add", always=True, matters=effects.residual, also="measure"),
+    picture("residual_schedule", SCHEDULE, "constant", "factor on the weights as a function of sigma", usual="constant",
             always=True, matters=effects.residual, also="measure"),
-    picture("residual_start", number(0.0, 1.0), 0.0, "fraction of the steps before it starts", usual="0", always=True,
+    picture("residual_start", number(0.0, 1.0), 0.0, "fraction of the steps before it acts", usual="0", always=True,
             matters=effects.residual, also="measure"),
-    picture("residual_end", number(0.0, 1.0), 1.0, "fraction of the steps after which it stops", usual="1",
+    picture("residual_end", number(0.0, 1.0), 1.0, "fraction of the steps after which it no longer acts", usual="1",
             always=True, matters=effects.residual, also="measure"),
     picture("residual_branch", choice(*RESIDUAL_BRANCHES), "both",
-            "the passes it acts in: both, or only the conditional or the unconditional one", usual="both",
+            "the passes in which it acts: both, cond (conditional) or uncond (unconditional)", usual="both",
             always=True, matters=effects.residual, also="measure"),
     picture("residual_rotations", OPTIONAL_FILE, None,
-            "the rotation file of mode aligned (sd3_probe.py calibrate makes one)", always=True,
+            "the rotation file for mode aligned; sd3_probe.py calibrate makes one", always=True,
             matters=effects.residual, also="measure"),
     picture("residual_config", OPTIONAL_FILE, None,
-            "a file with all of these, such as residual.json in a run's folder; flags replace its fields",
+            "a file with all of these, such as residual.json in a run's folder; flags replace its values",
             pixels=False, also="measure"),
 ),
 "model and text encoders": (
     load("model", FILE, "models/sd3_medium.safetensors",
-         "the .safetensors file with the MMDiT, a folder in diffusers layout, or demo", always=True, also="probe"),
-    load("vae", OPTIONAL_FILE, None, "a VAE file in place of the model's own", always=True, also="probe"),
-    load("model_folder", OPTIONAL_FOLDER, None, "where text encoders and tokenizers are", pixels=False,
-         usual="the model's folder, then models", also="probe"),
-    load("clip_l", OPTIONAL_FILE, None, "the file of the text encoder CLIP-L", pixels=False,
-         usual="in the model file, or found in model_folder", also="probe"),
-    load("clip_g", OPTIONAL_FILE, None, "the file of the text encoder CLIP-G", pixels=False, usual="as clip_l",
+         "a .safetensors file with the MMDiT, a folder in diffusers layout, or demo, the small model that ships",
+         always=True, also="probe"),
+    load("vae", OPTIONAL_FILE, None, "a VAE file, in place of the one in the model file", always=True, also="probe"),
+    load("model_folder", OPTIONAL_FOLDER, None, "the folder with text encoders and tokenizers", pixels=False,
+         usual="the model's folder, then ./models", also="probe"),
+    load("clip_l", OPTIONAL_FILE, None, "the file with text encoder CLIP-L", pixels=False,
+         usual="in the model file, else searched in `model_folder`", also="probe"),
+    load("clip_g", OPTIONAL_FILE, None, "the file with text encoder CLIP-G", pixels=False, usual="as `clip_l`",
          also="probe"),
-    load("t5xxl", OPTIONAL_FILE, None, "the file of the text encoder T5", pixels=False, usual="as clip_l",
+    load("t5xxl", OPTIONAL_FILE, None, "the file with text encoder T5", pixels=False, usual="as `clip_l`",
          also="probe"),
-    load("no_t5", SWITCH, False, "zeros in place of T5's tokens; T5 is not needed then", always=True, also="probe"),
+    load("no_t5", SWITCH, False, "runs without T5: zeros in place of its tokens", always=True, also="probe"),
 ),
 "device, memory and speed": (
-    load("device", DEVICE, "auto", "where the model runs", always=True, also="probe self_check"),
-    load("text_encoder_device", DEVICE, "auto", "where the text encoders run; auto: as device", always=True,
+    load("device", DEVICE, "auto", "the device that the model runs on", always=True, also="probe self_check"),
+    load("text_encoder_device", DEVICE, "auto", "the device that the text encoders run on; auto: as `device`",
+         always=True, also="probe self_check"),
+    load("dtype", DTYPE, "auto", "precision of the model: auto, float32, bfloat16 or float16 (or fp32, bf16, fp16)",
+         always=True, also="probe self_check"),
+    load("weights", STORAGE, "full",
+         "full: as `dtype`; int8 or fp8: the blocks' weights in 8 bits, for GPUs with little memory",
          also="probe self_check"),
-    load("dtype", DTYPE, "auto", "precision of the model (fp32, bf16 and fp16 are taken too)", always=True,
+    load("offload", SWITCH, False, "keeps the blocks in main memory and copies each to the GPU when it runs",
          also="probe self_check"),
-    load("weights", STORAGE, "full", "full (as the dtype says), or the blocks' weights in 8 bits, for small cards",
+    load("threads", whole(1, 1024), None, "number of CPU threads; it changes the last bits of an image",
+         pixels=False, usual="1 for a model under 100 million parameters, else PyTorch's",
          also="probe self_check"),
-    load("offload", SWITCH, False, "keeps the blocks in main memory and brings each to the device for its turn",
-         also="probe self_check"),
-    load("threads", whole(1, 1024), None, "threads that compute on a CPU; they change the last bits of an image",
-         pixels=False, usual="1 for a model under 100 million parameters, else as many as torch takes",
-         also="probe self_check"),
-    load("compile", SWITCH, False, "compiles the MMDiT's blocks: a slower first step, faster later ones",
+    load("compile", SWITCH, False, "compiles the MMDiT's blocks: the first step is slower, later ones are faster",
          also="self_check"),
-    load("t5_resident", SWITCH, False, "keeps the text encoders in memory once they ran", pixels=False,
+    load("t5_resident", SWITCH, False, "keeps the text encoders in memory after they ran", pixels=False,
          also="self_check"),
     load("embed_cache", OPTIONAL_FOLDER, None,
-         "a folder that keeps encoded prompts; a known prompt opens no text encoder", pixels=False, also="probe"),
-    picture("batch_size", whole(1, 1024), 1, "images sampled at once", always=True, matters=effects.step_cache,
-            also="probe"),
+         "a folder for a cache of encoded prompts; a cached prompt loads no text encoder", pixels=False, also="probe"),
+    picture("batch_size", whole(1, 1024), 1, "number of images sampled at once", always=True,
+            matters=effects.step_cache, also="probe"),
     picture("pad_batch", SWITCH, False,
-            "fills a partial batch up, so that no image depends on how many are made with it", pixels=False,
+            "fills up the last batch, so that no bit of an image depends on how many are made with it", pixels=False,
             sweep="batches are always filled up"),
     picture("cache", number(0.0, 1.0), 0.0,
             "step cache: skip blocks 1 to N when block 0's output changed by less than this fraction (try 0.1)",
             matters=effects.step_cache),
-    picture("vae_tile", TILE, 0, "auto, off, or the side in pixels of the tiles that the VAE works on one at a time",
+    picture("vae_tile", TILE, 0, "auto, off, or the side of the VAE's tiles in pixels; smaller tiles take less memory",
             usual="auto", matters=effects.tiles),
 ),
 "output": (
-    run("out_dir", FOLDER, "outputs", "images go to OUT_DIR/<model>/<prompt><postfix>/000000.png", pixels=False,
+    run("out_dir", FOLDER, "outputs",
+        "folder for images: OUT_DIR/<model>/<prompt><postfix>/000000.png, beside run.json", pixels=False,
         sweep="use `out`"),
-    run("postfix", POSTFIX, None, "end of the folder's name", pixels=False, usual="date and time", sweep="use `out`"),
-    run("no_metadata", SWITCH, False, "images carry no settings", pixels=False,
-        sweep="finished pictures are known by their settings"),
-    run("verbose", SWITCH, False, "says more", pixels=False, sweep="log.jsonl has it all", also="self_check"),
+    run("postfix", POSTFIX, None, "the end of that folder's name", pixels=False, usual="date and time",
+        sweep="use `out`"),
+    run("out", PNG_FILE, None,
+        "a .png file for one image, in place of the folders; no run.json is written, and an existing file is replaced",
+        pixels=False, sweep="the sweep's own `out` is its folder"),
+    run("no_metadata", SWITCH, False, "saves images without their settings", pixels=False,
+        sweep="finished images are recognised by their settings"),
+    run("settings", FILE, None,
+        'a JSON file of flags such as {"steps": 28}, or a run.json; flags on the command line replace its values',
+        pixels=False, sweep="settings of a sweep go into the file of `grid`"),
+    run("verbose", SWITCH, False, "prints more about the model and the time of each stage", pixels=False,
+        sweep="see log.jsonl", also="self_check"),
 ),
 "instead of new images": (
-    run("replay", FILE, None, "regenerates an image from its metadata; other flags override", pixels=False,
-        sweep="that is for sd3_infer.py"),
-    run("serve_stdin", SWITCH, False, "loads once, then makes images for every line of JSON that it reads",
+    run("replay", FILE, None, "makes an image again from its metadata; other flags replace single settings",
         pixels=False, sweep="that is for sd3_infer.py"),
-    run("self_check", SWITCH, False, "runs the small model on this device and compares it with stored results",
+    run("serve_stdin", SWITCH, False, "loads once, then makes images for every line of JSON on stdin",
+        pixels=False, sweep="that is for sd3_infer.py"),
+    run("self_check", SWITCH, False, "runs the small model on this device and compares the results with stored ones",
         pixels=False, sweep="that is for sd3_infer.py", also="self_check"),
-    run("list_models", SWITCH, False, "shows what is in the models folder, what is missing and how to get it",
+    run("info", FILE, None, "prints the settings of an image, and the command that makes it again", pixels=False,
+        sweep="that is for sd3_infer.py"),
+    run("list_models", SWITCH, False,
+        "lists the models in `model_folder`, ./models and the clone, and how to download those that are missing",
         pixels=False, sweep="that is for sd3_infer.py"),
 ),
 }  # fmt: skip
@@ -240,7 +261,7 @@ FLAGS: dict[str, Flag] = {
 
 
 def names(scope: str = "", **wanted: Any) -> tuple[str, ...]:
-    """Flags of a scope, and of rows whose columns are as `wanted`; `also` by a command that takes it."""
+    """Names of the flags of a scope (all if empty) whose columns equal `wanted`; `also`: a command that takes them."""
     return tuple(
         name
         for name, row in FLAGS.items()
@@ -250,8 +271,8 @@ def names(scope: str = "", **wanted: Any) -> tuple[str, ...]:
 
 
 def read_values(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Every value read by its flag's reader, None left out: what is used from then on. Raises Mistake for an unknown
-    flag and for every value out of its range; how they go together is checked elsewhere.
+    """Values read by their flags' readers; those that are None are left out. Raises Mistake for an unknown flag and
+    for a value out of its range. `Flags.of` checks how they go together.
     """
     for name in raw:
         check_flag(name)
@@ -259,6 +280,7 @@ def read_values(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_flag(name: Any, flags: Mapping[str, Any] = FLAGS) -> None:
-    """Raises Mistake with the nearest match where there is no such flag."""
+    """Raises Mistake where there is no such flag, with the flag that another program calls so, or the nearest one."""
     if name not in flags:
-        raise Mistake(display(name), "", f"unknown flag{nearest(name, flags)} (`help` lists all)")
+        why = aliases.answer(name, flags) or f"unknown flag{nearest(name, flags)} (`help` lists all)"
+        raise Mistake(display(name), "", why)

@@ -1,6 +1,5 @@
-"""The help of the command line and `docs/flags.md`, from the flag table: `python -m sd3.help` prints the latter.
-
-Needs no torch.
+"""The help of the command line and `docs/flags.md`, both made from the flag table; `python -m sd3.help` prints the
+latter. Needs no torch.
 """
 
 from __future__ import annotations
@@ -13,26 +12,41 @@ from sd3.methods import GUIDANCE, SAMPLERS, SCHEDULES
 from sd3.mistakes import flag_name, spell
 
 WIDTH = 110
-COLUMN = 28
+COLUMN = 35
+# What stands for a value, by the kind of its reader; a switch needs none.
+PLACEHOLDERS = {
+    "whole": "N", "number": "X", "choice": "NAME", "text": "TEXT", "file": "FILE", "folder": "FOLDER",
+    "layers": "LAYERS", "weights": "WEIGHTS", "size": "PIXELS", "device": "DEVICE",
+}  # fmt: skip
+START = """\
+usage: sd3_infer.py --prompt TEXT [--flag value ...]
+
+Makes images with an SD3 or SD3.5 model, with or without residual text streaming.
+
+  python sd3_infer.py --model demo --prompt "a red circle"          the small model that ships, on any computer
+  python sd3_infer.py --list_models                                 which models are here, how to get the others
+  python sd3_infer.py --model models/sd3.5_medium.safetensors --prompt "a fox in the snow" --seed 5
+
+A setting that is not given is the model's usual one. Images are saved below outputs/, with their settings."""
+END = """\
+--help prints this, --version the version. docs/flags.md has the range of every flag.
+exit status: 0 done, 1 failed, 2 a mistake in flags or files, 130 or 143 stopped"""
 
 
 def text() -> str:
-    """All flags by group, an example for each group."""
-    lines = [
-        "usage: sd3_infer.py [--flag value ...]",
-        "",
-        "Makes images from an SD3 or SD3.5 weight file, with residual text streaming.",
-    ]
+    """All flags by group, each group with an example."""
+    lines = [START]
     for group, rows in _by_group():
-        lines += ["", f"{group}, such as {GROUPS[group]}", *table(rows)]
-    return "\n".join([*lines, "", "--version prints the version; every flag with its range: docs/flags.md"])
+        lines += ["", _heading(group), f"  example: python sd3_infer.py {GROUPS[group]}", *table(rows)]
+    return "\n".join([*lines, "", END])
 
 
 def table(rows: Iterable[Flag]) -> Iterator[str]:
-    """Lines of flags, what they do and their defaults."""
+    """Lines of flags: name, kind of value, help and default."""
     for row in rows:
-        about = textwrap.wrap(f"{spell(row.help, flag_name)}{_default(row, ' ({})')}", WIDTH - COLUMN)
-        yield f"  --{row.name:<{COLUMN - 4}}{about[0]}"
+        about = textwrap.wrap(f"{spell(row.help, flag_name)}{spell(_default(row), flag_name)}", WIDTH - COLUMN)
+        name = f"--{row.name} {PLACEHOLDERS.get(row.read.kind, '')}".rstrip()
+        yield f"  {name:<{COLUMN - 2}}{about[0]}"
         yield from (" " * COLUMN + line for line in about[1:])
 
 
@@ -41,15 +55,17 @@ def markdown() -> str:
     lines = [
         "# Flags",
         "",
-        "Made from the table in `sd3/flags.py` by `python -m sd3.help > docs/flags.md`; a test holds it current.",
-        "`sweep`: whether a sweep can vary it. `probe`: whether `sd3_probe.py` takes it. `load`: it decides what is",
-        "loaded, and a serving process takes it on its command line only.",
+        "Made from the table in `sd3/flags.py` by `python -m sd3.help > docs/flags.md`; a test keeps it current.",
+        "In the last column, `sweep`: a sweep can vary the flag; `probe`: `sd3_probe.py` takes it; `load`: it decides",
+        "what is loaded, so a serving process takes it only on its command line. In Python, `sd3.load` takes those of",
+        "`load`, and a call of its pipeline the others, under the same names.",
     ]
     for group, rows in _by_group():
-        lines += ["", f"## {group[0].upper()}{group[1:]}", "", f"    python sd3_infer.py {GROUPS[group]}", ""]
-        lines += ["| flag | what | range | default | |", "| --- | --- | --- | --- | --- |"]
+        lines += ["", f"## {_heading(group)}", "", f"    python sd3_infer.py {GROUPS[group]}", ""]
+        lines += ["| flag | what it sets | range | default | |", "| --- | --- | --- | --- | --- |"]
         lines += [
-            f"| `--{row.name}` | {_about(row)} | {row.read.range()} | {_default(row, '{}')} | {', '.join(_uses(row))} |"
+            f"| `--{row.name}` | {spell(row.help)} | {row.read.range()} | {spell(_usual(row))} | "
+            f"{', '.join(_uses(row))} |"
             for row in rows
         ]
     return "\n".join([*lines, *_methods()]) + "\n"
@@ -59,14 +75,14 @@ def _methods() -> Iterator[str]:
     """Tables of the samplers, schedules and methods of guidance."""
     yield from ("", "## Samplers", "", "| `--sampler` | elsewhere | what |", "| --- | --- | --- |")
     for row in SAMPLERS.values():
-        noise = "; adds noise of its own in every step" if row.noise else ""
+        noise = "; adds noise in every step" if row.noise else ""
         yield f"| `{row.name}` | {row.title} | {row.help}{noise} |"
     yield from ("", "## Schedules", "", "| `--scheduler` | elsewhere | what |", "| --- | --- | --- |")
     yield from (f"| `{row.name}` | {row.title} | {row.help} |" for row in SCHEDULES.values())
-    yield from ("", "## Guidance", "", "In the order in which it acts.", "", "| what | flags |", "| --- | --- |")
-    stored = {row.stored: name for name, row in FLAGS.items()}
+    yield from ("", "## Guidance", "", "In the order in which they act.", "", "| what | flags |", "| --- | --- |")
+    flags = {row.setting: name for name, row in FLAGS.items()}
     for row in GUIDANCE.values():
-        yield f"| {row.help} | {', '.join(f'`--{stored[name]}`' for name in row.settings)} |"
+        yield f"| {row.help} | {', '.join(f'`--{flags[name]}`' for name in row.settings)} |"
 
 
 def _by_group() -> Iterator[tuple[str, list[Flag]]]:
@@ -74,14 +90,20 @@ def _by_group() -> Iterator[tuple[str, list[Flag]]]:
         yield group, [row for row in FLAGS.values() if row.group == group]
 
 
-def _about(row: Flag) -> str:
-    return spell(row.help)
+def _heading(group: str) -> str:
+    return f"{group[0].upper()}{group[1:]}"
 
 
-def _default(row: Flag, form: str) -> str:
+def _usual(row: Flag) -> str:
+    """The default in words; empty where there is none."""
     if row.usual:
-        return form.format(row.usual)
-    return "" if row.default in (None, False, "") else form.format(row.default)
+        return row.usual
+    return "" if row.default in (None, False, "") else str(row.default)
+
+
+def _default(row: Flag) -> str:
+    usual = _usual(row)
+    return f" ({usual})" if usual == "needed" else f" (default: {usual})" if usual else ""
 
 
 def _uses(row: Flag) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a user did wrong, in one line that names field, value and what would be right. Needs no torch."""
+"""The user's mistakes: one line each, with the field, its value and what would be right. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from sd3 import aliases
+
 
 class Where(NamedTuple):
-    """A field and its value, as a message names them: `Mistake(*where, why)`."""
+    """The field and value that a message starts with: `Mistake(*where, why)`."""
 
     field: str
     value: Any = ""
@@ -23,37 +25,37 @@ class Where(NamedTuple):
 
 
 class Mistake(ValueError):
-    """What a user did wrong. `str` gives `field value: why`; the command line puts dashes before the field.
+    """A mistake of the user's. `str` gives `field value: why`; the command line puts dashes before the field.
 
-    field: a name such as `seed`, perhaps with a part of it (`skip_layer_cfg scale`); empty where the value says enough
-    (a path, a line of a file). value: as the user gave it; an empty text shows nothing. why: what is wrong and what
-    would be right; field names in it stand between backquotes: "needs `vae`".
+    field: a name such as `seed`, perhaps followed by a part of it (`skip_layer_cfg scale`); empty where the value alone
+    is clear (a path, a line of a file). value: as the user gave it; an empty text is not shown. why: what is wrong and
+    what would be right, with field names between backquotes: "needs `vae`".
     """
 
     def __init__(self, field: str, value: Any, why: str):
         super().__init__(field, display(value), why)
 
     field = property(lambda self: self.args[0])
-    value = property(lambda self: self.args[1])  # as text
+    value = property(lambda self: self.args[1])  # text, shortened for display
     why = property(lambda self: self.args[2])
 
     def __str__(self) -> str:
         return self.spelled(lambda name: name)
 
     def spelled(self, name: Callable[[str], str]) -> str:
-        """The line, every field name spelled by `name`."""
+        """The line with every field name spelled by `name`."""
         start = f"{name(self.field) if self.field else ''} {self.value}".strip()
         why = spell(self.why, name)
         return f"{start}: {why}" if start else why
 
     def nested(self) -> str:
-        """The line, for the `why` of another mistake: the field between backquotes."""
+        """The line for use in the `why` of another mistake: with the field between backquotes."""
         field, _, part = self.field.partition(" ")
         start = " ".join(filter(None, [f"`{field}`" if field else "", part, self.value]))
         return f"{start}: {self.why}" if start else self.why
 
     def renamed(self, names: Mapping[str, str]) -> Mistake:
-        """The same mistake with other names for fields, such as a flag's for a keyword's."""
+        """The same mistake with other names of fields, such as a flag's in place of a keyword's."""
         why = re.sub(_BACKQUOTED, lambda m: f"`{names.get(m[1], m[1])}`" if m[1] else m[0], self.why)
         return _rebuilt(type(self), (names.get(self.field, self.field), self.value, why))
 
@@ -63,12 +65,12 @@ class Mistake(ValueError):
 
 def _rebuilt(kind: type[Mistake], args: tuple[str, str, str]) -> Mistake:
     mistake = kind(args[0], "", args[2])
-    mistake.args = args  # the value is text already
+    mistake.args = args  # the value was made text before
     return mistake
 
 
 class Missing(Mistake, FileNotFoundError):
-    """A file or folder that is not there."""
+    """A file or folder that does not exist."""
 
 
 class Unwritable(Mistake, OSError):
@@ -79,12 +81,12 @@ _BACKQUOTED = r"``|`([a-z]\w*)`"
 
 
 def spell(text: str, name: Callable[[str], str] = lambda name: name) -> str:
-    """A text with every field name between backquotes spelled by `name`, without the backquotes."""
+    """A text in which `name` spells every field name between backquotes; the backquotes are removed."""
     return re.sub(_BACKQUOTED, lambda m: name(m[1]) if m[1] else "`", text)
 
 
 def verbatim(text: str) -> str:
-    """A text from a file or a library for use in a `why`: its backquotes stay and mark no field."""
+    """A text from a file or a library, quoted for use in a `why`: its backquotes are kept and mark no field."""
     return text.replace("`", "``")
 
 
@@ -95,7 +97,7 @@ def flag_name(field: str) -> str:
 
 @contextlib.contextmanager
 def renaming(names: Mapping[str, str]) -> Iterator[None]:
-    """Gives mistakes from inside the caller's names of fields."""
+    """Renames the fields of mistakes that are raised inside to the caller's names."""
     try:
         yield
     except Mistake as mistake:
@@ -122,7 +124,7 @@ def display(value: Any) -> str:
 
 
 def plain_scalar(value: Any) -> Any:
-    """What a numpy scalar, or an array or tensor without dimensions, holds as Python's own type; all else as it is."""
+    """The Python value of a numpy scalar, or of an array or tensor without dimensions; anything else unchanged."""
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
         try:
             return value.item()
@@ -132,14 +134,25 @@ def plain_scalar(value: Any) -> Any:
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:
-    """`; did you mean X?` where one of `known` is close, else nothing."""
+    """`; did you mean X?` where one of the `known` names is close, else an empty text."""
     if not isinstance(name, str) or len(name) > 100:
         return ""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def check_parameters(function: str, given: Iterable[str], names: Iterable[str]) -> None:
-    """Raises TypeError, as Python does, for a parameter that a function does not have."""
-    if unknown := sorted(set(given) - set(names)):
-        raise TypeError(f"{function}() has no parameter {unknown[0]}{nearest(unknown[0], names)}")
+def check_parameters(
+    function: str, given: Iterable[str], names: Iterable[str], renamed: Mapping[str, str] | None = None
+) -> None:
+    """Raises TypeError, as Python does, for a parameter that a function does not have.
+
+    renamed: what else it takes that an answer may name: flags under other names, and parameters that are no flags.
+    """
+    names, renamed = set(names), dict(renamed or {})
+    if not (unknown := sorted(set(given) - names)):
+        return
+    name = unknown[0]
+    other_name = renamed.get(name, name) != name
+    reply = f"is called `{name}` here" if other_name else aliases.answer(name, names | renamed.keys())
+    reply = f"; {'it ' if reply.startswith('is ') else ''}{reply}" if reply else nearest(name, names)
+    raise TypeError(f"{function}() has no parameter {name}{spell(reply, lambda field: renamed.get(field, field))}")

@@ -102,6 +102,12 @@ OTHER_MODEL = Model()
 CONTROLNET = Model(steps=60, cfg=3.5, sampler="euler")  # the released SD3.5 Large ControlNets
 
 
+def own_models_folder() -> Path:
+    """The models folder of the clone; of an installed package the folder with the small model that ships."""
+    folder = shipped_folder()
+    return folder.parent if folder.name == SHIPPED else folder
+
+
 def shipped_folder() -> Path:
     """Where the small model that ships is: in a clone `models/demo`, in an installed package beside this file."""
     clone = Path(__file__).parent.parent / "models" / "demo"

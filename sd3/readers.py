@@ -1,4 +1,4 @@
-"""Readers of single values: from what a shell, a file or Python hands over to a checked value. Needs no torch."""
+"""Readers of single values: each turns a value from the shell, a file or Python into a checked one. Needs no torch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SIZE_STEP = 16  # pixels: VAE cell (8) times patch (2)
 SEED_LIMIT = 2**63
 LEAST_TILE = 128  # pixels; smaller tiles would be mostly overlap
 MOST_SIDE = 65_536  # pixels
-SHIFTS = (0.001, 1000.0)  # beyond them neighbouring steps are one number in float32
-WEIGHT_LIMIT = 1000.0  # of weights, exponents and strengths, either way
-LAYER_LIMIT = 10_000  # layers are numbered below this
+SHIFTS = (0.001, 1000.0)  # outside this range neighbouring noise levels are equal in float32
+WEIGHT_LIMIT = 1000.0  # largest absolute value of weights, exponents and strengths
+LAYER_LIMIT = 10_000  # layer numbers are below this
 MOST_ITEMS = 100_000  # of a list
 LONGEST_NAME = 255  # bytes of a file's name
 LONGEST_PATH = 4095  # bytes
-LONGEST_POSTFIX = 100  # bytes; with the longest folder name and a number it stays below LONGEST_NAME
+LONGEST_POSTFIX = 100  # bytes; fits into LONGEST_NAME with the longest folder name and a number
 
 
 def read_int(flag: str, value: Any, low: int | None = None, high: int | None = None) -> int:
@@ -35,7 +35,7 @@ def read_int(flag: str, value: Any, low: int | None = None, high: int | None = N
     number: float = read_float(flag, value, what="a whole number")
     plain = plain_scalar(value)
     if isinstance(plain, int) or (isinstance(plain, str) and re.fullmatch(r"\s*[+-]?\d+\s*", plain)):
-        number = int(plain)  # a float would lose digits
+        number = int(plain)  # a float has too few digits
     if number != int(number):
         raise Mistake(flag, value, "must be a whole number")
     number = int(number)
@@ -56,8 +56,8 @@ def read_float(
     plain = plain_scalar(value)
     if isinstance(plain, bool) or not isinstance(plain, (str, numbers.Real)):
         raise Mistake(flag, value, f"must be {what}")
-    if isinstance(plain, str) and "_" in plain:  # Python reads 3_5 as 35; it is 3-5 with a slip of the finger
-        raise Mistake(flag, value, f"must be {what}; digits go without _ between them")
+    if isinstance(plain, str) and "_" in plain:  # Python reads 3_5 as 35; likely a typo of 3-5
+        raise Mistake(flag, value, f"must be {what}, without _ between digits")
     try:
         number = float(plain)
     except (TypeError, ValueError):
@@ -70,7 +70,7 @@ def read_float(
         raise Mistake(flag, value, f"must be greater than {above:g}")
     if (low is not None and number < low) or (high is not None and number > high):
         raise Mistake(flag, value, f"must be {_range(low, high)}")
-    return number or 0.0  # no negative zero
+    return number or 0.0  # 0.0 for -0.0
 
 
 def _range(low: float | None, high: float | None) -> str:
@@ -90,7 +90,7 @@ def read_shift(flag: str, value: Any) -> float:
 
 
 def read_bool(flag: str, value: Any) -> bool:
-    """True or False from a bool or the usual words; raises Mistake."""
+    """A bool, or one of true, false, 1, 0, yes, no, on, off; raises Mistake."""
     plain = plain_scalar(value)
     if isinstance(plain, bool):
         return plain
@@ -103,7 +103,7 @@ def read_bool(flag: str, value: Any) -> bool:
 
 
 def read_choice(flag: str, value: Any, choices: Sequence[str]) -> str:
-    """One of `choices`, however it is spelt; raises Mistake with the nearest match."""
+    """One of `choices`, in upper or lower case; raises Mistake with the nearest match."""
     name = value.strip().lower() if isinstance(value, str) else ""
     if name not in choices:
         raise Mistake(flag, value, f"must be one of {', '.join(choices)}{nearest(name, choices)}")
@@ -111,7 +111,7 @@ def read_choice(flag: str, value: Any, choices: Sequence[str]) -> str:
 
 
 def read_dtype(flag: str, value: Any) -> str:
-    """auto, float32, bfloat16 or float16, or torch's dtypes of these names; fp32, bf16 and fp16 are taken too."""
+    """auto, float32, bfloat16 or float16; also fp32, bf16, fp16 and torch's dtypes. Raises Mistake."""
     plain = value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else ""
     name = plain.strip().lower().removeprefix("torch.")
     name = DTYPES.get(name, name)
@@ -122,8 +122,8 @@ def read_dtype(flag: str, value: Any) -> str:
 
 
 def read_device(flag: str, value: Any) -> str:
-    """auto, cpu, cuda, cuda:N or mps, or torch's devices of these names (whether it is there is checked when it is
-    used).
+    """auto, cpu, cuda, cuda:N or mps, or a torch device of such a name; raises Mistake. Whether the device exists is
+    checked when it is used.
     """
     plain = value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else ""
     name = plain.strip().lower()
@@ -132,14 +132,13 @@ def read_device(flag: str, value: Any) -> str:
     if match := re.fullmatch(r"cuda:0*([0-9]{1,2})", name):
         return f"cuda:{match[1]}"
     names = (*DEVICES, "cuda:0")
-    told = f"must be auto, cpu, cuda, cuda:N or mps{nearest(name, names)}"
-    raise Mistake(flag, plain or value, f"{told}")
+    raise Mistake(flag, plain or value, f"must be auto, cpu, cuda, cuda:N or mps{nearest(name, names)}")
 
 
 def read_text(flag: str, value: Any) -> str:
     """A text that can be written as UTF-8; raises Mistake.
 
-    Bytes of the command line that are no UTF-8 arrive as lone surrogates, and so does `\\ud800` of a JSON file.
+    Python turns bytes of the command line that are not UTF-8 into lone surrogates, and so `\\ud800` in a JSON file.
     """
     if not isinstance(value, str):
         raise Mistake(flag, value, "must be text")
@@ -153,7 +152,7 @@ def read_text(flag: str, value: Any) -> str:
 
 
 def read_path(flag: str, value: Any) -> str:
-    """A path, `~` at its beginning replaced by the home folder; raises Mistake for what no file can be called."""
+    """A path, with a leading `~` replaced by the home folder; raises Mistake for a name that no file can have."""
     named = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(named, str):
         raise Mistake(flag, value, "must be a path")
@@ -161,7 +160,7 @@ def read_path(flag: str, value: Any) -> str:
         raise Mistake(flag, "", "is empty")
     path = home(read_text(flag, named))
     if "\0" in path:
-        raise Mistake(flag, path, "no path holds a null character")
+        raise Mistake(flag, path, "must not contain a null character")
     longest = max(len(part.encode()) for part in path.split(os.sep))
     if longest > LONGEST_NAME or len(path.encode()) > LONGEST_PATH:
         raise Mistake(flag, path, f"is too long for a path; a name has at most {LONGEST_NAME} bytes")
@@ -169,12 +168,12 @@ def read_path(flag: str, value: Any) -> str:
 
 
 def home(path: str) -> str:
-    """A path with `~` at its beginning replaced by the home folder, as a shell does where it sees it."""
+    """A path with a leading `~` replaced by the home folder; a shell does not do so in `--flag=~/file`."""
     return os.path.expanduser(path)
 
 
 def read_list(flag: str, value: Any) -> list[Any]:
-    """The items of a list in any shape that a shell, fire or Python hands over.
+    """The items of a list in any form that comes from a shell, fire or Python.
 
     `3,5,7`, `3 5 7`, `3, 5 7`, `[3,5,7]`, `(3,5,7)`, `3`, `` and None; tuples, lists, arrays, ints and floats.
     """
@@ -187,7 +186,7 @@ def read_list(flag: str, value: Any) -> list[Any]:
         raise Mistake(flag, value, "must be a list such as 3,5,7")
     elif isinstance(value, Iterable):
         items = []
-        for part in value:  # it may have no end
+        for part in value:  # perhaps endless
             items += _split_list(flag, part) if isinstance(part, str) else [part]
             if len(items) > MOST_ITEMS:
                 break
@@ -203,7 +202,7 @@ def _split_list(flag: str, text: str) -> list[str]:
     if text[:1] + text[-1:] in ("[]", "()"):
         text = text[1:-1]
     if text.strip() and _empty_item(text):
-        text = text.rstrip().removesuffix(",")  # one comma at the end is how Python writes (3,)
+        text = text.rstrip().removesuffix(",")  # Python writes (3,)
         if _empty_item(text):
             raise Mistake(flag, shown, "an item between two commas is empty")
     return [_unquote(item) for item in re.split(r"[,\s]+", text.strip()) if item]
@@ -218,9 +217,9 @@ def _unquote(item: str) -> str:
 
 
 def read_layers(flag: str, value: Any) -> tuple[int, ...]:
-    """Layer numbers, each at least 0, and ranges: `2-22` (both ends count) and `2-22:2` (every second); `none`.
+    """Layer numbers from 0, ranges with both ends such as `2-22`, with a step such as `2-22:2`; or `none`.
 
-    The upper end is checked once the model's depth is known.
+    The upper bound is checked when the model's depth is known.
     """
     if isinstance(value, str) and value.strip().lower() == "none":
         return ()
@@ -233,7 +232,7 @@ def read_layers(flag: str, value: Any) -> tuple[int, ...]:
 
 
 def read_layer(flag: str, value: Any) -> int:
-    """A layer's number; whether a model has it is checked later. Raises Mistake."""
+    """A layer number; whether the model has such a layer is checked later. Raises Mistake."""
     layer = read_int(flag, value, 0)
     if layer >= LAYER_LIMIT:
         raise Mistake(flag, value, f"must be below {LAYER_LIMIT}")
@@ -251,8 +250,8 @@ def _layer_range(flag: str, item: Any) -> Sequence[int]:
 
 
 def read_weights(flag: str, value: Any) -> tuple[float, ...] | str:
-    """Numbers within -1000..1000, one per target; or `each:W`, one for all, or a ramp `linear:FIRST:LAST` over the
-    targets, both in one spelling.
+    """Numbers from -1000 to 1000, one per target; or, normalised, `each:W` for all targets or `linear:FIRST:LAST` for
+    a ramp over them. Raises Mistake.
     """
     items = read_list(flag, value)
     if not any(isinstance(item, str) and ":" in item for item in items):
@@ -266,7 +265,7 @@ def read_weights(flag: str, value: Any) -> tuple[float, ...] | str:
 
 
 def _named_numbers(text: str) -> tuple[str, tuple[float, ...]]:
-    """`linear:0.8:0.2` -> its name and numbers; no numbers where one of them is none."""
+    """The name and the numbers of `linear:0.8:0.2`; no numbers where one cannot be read."""
     name, *texts = str(text).split(":")
     try:
         return name.strip().lower(), tuple(read_float("", text) for text in texts)
@@ -275,10 +274,10 @@ def _named_numbers(text: str) -> tuple[str, tuple[float, ...]]:
 
 
 def spread_weights(weights: Sequence[float] | str, count: int) -> tuple[float, ...]:
-    """One weight for each of `count` targets: none given means 1.0; `each:W` and ramps (as `read_weights` spells them)
-    are filled in.
+    """One weight for each of `count` targets: 1.0 where none is given; `each:W` and ramps, as `read_weights` returns
+    them, are expanded.
 
-    Another number of weights comes back as it is, for the residual settings' check to name.
+    A wrong number of weights is returned unchanged: `ResidualConfig` reports it.
     """
     if isinstance(weights, str):
         name, *ends = weights.split(":")
@@ -290,7 +289,7 @@ def spread_weights(weights: Sequence[float] | str, count: int) -> tuple[float, .
 
 
 def read_schedule(flag: str, value: Any) -> str:
-    """constant, linear, cosine or `exp:ALPHA` with an ALPHA within -1000..1000, in one spelling."""
+    """constant, linear, cosine or `exp:ALPHA`, normalised, with ALPHA from -1000 to 1000; raises Mistake."""
     text = value.strip().lower() if isinstance(value, str) else ""
     name, _, alpha = text.partition(":")
     if name == "exp" and alpha.strip():
@@ -314,7 +313,7 @@ def read_size(flag: str, value: Any) -> int:
 
 
 def read_tile(flag: str, value: Any) -> int | None:
-    """Side of a VAE tile in pixels: a multiple of 16, at least 128; 0 and off: no tiles; auto: None."""
+    """Side of a VAE tile in pixels: a multiple of 16, at least 128; 0 for `off`, None for `auto`. Raises Mistake."""
     plain = plain_scalar(value)
     word = str(plain).strip().lower() if isinstance(plain, str) or (type(plain) is int and plain == 0) else ""
     if word in ("auto", "off", "0"):
@@ -326,8 +325,16 @@ def read_tile(flag: str, value: Any) -> int | None:
 
 
 def read_optional_path(flag: str, value: Any) -> str | None:
-    """A path; an empty one and `None` mean none (shell scripts pass empty variables)."""
+    """A path; None for an empty text and `None`, since shell scripts pass empty variables. Raises Mistake."""
     return None if isinstance(value, str) and value.strip() in ("", "None") else read_path(flag, value)
+
+
+def read_png_path(flag: str, value: Any) -> str | None:
+    """The path of a PNG file to write; None for an empty text and `None`. Raises Mistake."""
+    path = read_optional_path(flag, value)
+    if path is not None and not path.lower().endswith(".png"):
+        raise Mistake(flag, path, "must end in .png")
+    return path
 
 
 def read_postfix(flag: str, value: Any) -> str:
@@ -339,7 +346,7 @@ def read_postfix(flag: str, value: Any) -> str:
 
 
 def read_filled(flag: str, value: Any) -> str:
-    """A text with something in it; raises Mistake."""
+    """A text that is not empty; raises Mistake."""
     if not read_text(flag, value).strip():
         raise Mistake(flag, "", "is empty")
     return read_text(flag, value)
@@ -347,8 +354,8 @@ def read_filled(flag: str, value: Any) -> str:
 
 @dataclass(frozen=True)
 class Reader:
-    """Reads one kind of value: called with a field's name and a value of any type, it returns what is used from then
-    on, or raises Mistake. kind, low, high and choices let a program draw a form and a document print the range.
+    """Reads one kind of value: called with a field's name and a value of any type, it returns the checked value or
+    raises Mistake. kind, low, high and choices are for forms and documents.
     """
 
     kind: str  # switch, whole, number, choice, text, file, folder, layers, weights, size, device
@@ -358,11 +365,11 @@ class Reader:
     choices: tuple[str, ...] = ()
 
     def __call__(self, field: str, value: Any) -> Any:
-        """The value as it is used."""
+        """The checked value; raises Mistake."""
         return self.read(field, value)
 
     def range(self) -> str:
-        """What is allowed, in words; empty where the kind says it."""
+        """The allowed values in words; empty where the kind says enough."""
         words = ", ".join(self.choices)
         if self.low is None:
             return words
@@ -387,7 +394,9 @@ def choice(*choices: str) -> Reader:
 
 
 def read_storage(flag: str, value: Any) -> str:
-    """How the blocks' weights are kept: full, int8 or fp8; a number is meant for another flag."""
+    """How the blocks' weights are stored: full, int8 or fp8; raises Mistake, for a number with the flag it is meant
+    for.
+    """
     try:
         return read_choice(flag, value, STORAGES)
     except Mistake as mistake:
@@ -403,6 +412,7 @@ FILLED = Reader("text", read_filled)
 POSTFIX = Reader("text", read_postfix)
 FILE = Reader("file", read_path)
 FOLDER = Reader("folder", read_path)
+PNG_FILE = Reader("file", read_png_path)
 OPTIONAL_FILE = Reader("file", read_optional_path)
 OPTIONAL_FOLDER = Reader("folder", read_optional_path)
 DEVICE = Reader("device", read_device, choices=("auto", "cpu", "cuda", "cuda:N", "mps"))

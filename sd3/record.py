@@ -1,4 +1,4 @@
-"""The record of a run: `run.jsonl` while pictures are made, `run.json` once it has ended."""
+"""The record of a run: `run.jsonl` while images are made, `run.json` after it ended."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ RUNNING = "running"
 
 
 class Picture(NamedTuple):
-    """A picture that was made: its number among those made together, its settings, its pixels (or why there are none),
-    and the record of what it was made with beside its settings (hashes of files, text encoders, device).
+    """A finished image: its number in the run, its settings, its pixels (or the mistake that left none), and the record
+    of what it was made with beside its settings (hashes of files, text encoders, device).
     """
 
     number: int
@@ -34,46 +34,70 @@ class Picture(NamedTuple):
     record: Mapping[str, Any]
 
 
+class SingleFile:
+    """Saves one image as a file of a given name, without a folder and without a run record."""
+
+    def __init__(self, path: Path, no_metadata: bool):
+        self.path, self.no_metadata, self.count = path, no_metadata, 0
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around the making of the image, as `RunRecord.recording`; there is no record to write."""
+        yield
+
+    def save(self, picture: Picture) -> Path:
+        """Writes the image and the folder that it lies in; returns its path. Raises Unwritable."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise writing.cannot_write(self.path, error) from None
+        png.save_picture(self.path, picture.image, picture.settings, None if self.no_metadata else picture.record)
+        self.count += 1
+        return self.path
+
+
 class RunRecord:
-    """A run's pictures and their record: `run.jsonl` grows by a line a picture, below a first line with all the rest.
-    In the end, or by the next start after a kill (see `finish_killed`), `run.json` has everything and the lines go.
+    """Saves a run's images and keeps their record: `run.jsonl` has a first line about the run, then a line per image.
+    When the run ends, or when the next one starts after a kill (see `finish_killed`), it is turned into `run.json`.
     """
 
     def __init__(self, folder: Path, flags: Flags, given: Sequence[str], total: int, engine: Engine):
-        """total: how many pictures are planned, as far as that is known."""
+        """total: number of planned images, 0 where it is not known; given: the flags as typed."""
         self.folder, self.flags, self.given, self.total, self.engine = folder, flags, list(given), total, engine
         self.count = 0
         self.made_with: Mapping[str, Any] = {}
         self.beside: dict[str, Any] = {}  # further files by name, written with the first picture
-        self.unwritten: list[Any] = []  # lines, while the disk is full
+        self.unwritten: list[Any] = []  # lines that a full disk kept from being written
         self.started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         self.start = time.monotonic()
-        self.lock = FileLock(folder / LOCK, timeout=0)  # the system takes it from a process that is killed
+        self.lock = FileLock(folder / LOCK, timeout=0)  # released by the system when the process is killed
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """Around the making of the pictures: writes the record in the end, however that comes about. A folder that
-        holds no picture goes.
+    def recording(self) -> Iterator[None]:
+        """Around the making of the images: writes the record at the end, also after an error or a stop. Removes a
+        folder without images.
         """
         try:
             yield
         except BaseException as error:
             stopped = isinstance(error, (KeyboardInterrupt, streams.Stopped))
-            with streams.held(), contextlib.suppress(OSError):  # the first error is the one to be told
+            with streams.held(), contextlib.suppress(OSError):  # report the first error
                 self.end("stopped" if stopped else "failed")
             raise
         with streams.held():
             self.end("finished")
 
     def save(self, picture: Picture) -> Path:
-        """Writes a finished picture, numbered on from those before, and adds it to the record; returns its path."""
+        """Writes a finished image under the next number and adds it to the record; returns its path. Raises
+        Unwritable.
+        """
         path = self.folder / f"{self.count:06d}.png"
         png.save_picture(path, picture.image, picture.settings, None if self.flags.no_metadata else picture.record)
         self.add(path, picture.settings, picture.record)
         return path
 
     def add(self, path: Path, settings: Settings, made_with: Mapping[str, Any]) -> None:
-        """Notes a finished picture. A full disk is told when the next picture, or the last record, needs it."""
+        """Adds a finished image to the record. A full disk is reported by the next image, or by `end`."""
         self.made_with = made_with
         if not self.count:
             self._take_lock()
@@ -85,7 +109,7 @@ class RunRecord:
             self._write_beside()
 
     def end(self, status: str) -> None:
-        """Writes run.json, or takes the folder away if it holds no picture; raises Unwritable."""
+        """Writes run.json, or removes the folder if it holds no image; raises Unwritable."""
         try:
             if not self.count:
                 with contextlib.suppress(OSError):
@@ -96,10 +120,10 @@ class RunRecord:
             finish(self.folder)
             self._write_beside()
         finally:
-            self._give_lock_back()
+            self._release_lock()
 
     def _head(self, status: str) -> dict[str, Any]:
-        """Everything of the record but its pictures."""
+        """The record without its images."""
         return {
             "status": status,
             "started": self.started,
@@ -129,20 +153,20 @@ class RunRecord:
         with contextlib.suppress(OSError, NotImplementedError):  # a file system without locks
             self.lock.acquire()
 
-    def _give_lock_back(self) -> None:
+    def _release_lock(self) -> None:
         if self.lock.is_locked:
             give_back(self.lock)
 
 
 def give_back(lock: FileLock) -> None:
-    """Releases a lock and takes its file away."""
+    """Releases a lock and removes its file."""
     lock.release()
     with contextlib.suppress(OSError):
         Path(lock.lock_file).unlink()
 
 
 def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """The objects of a run.jsonl and their lines; what a kill cut short is left out."""
+    """The objects of a run.jsonl and their lines; a line that a kill cut short is left out."""
     with open(path, "rb") as file:
         for line in file:
             with contextlib.suppress(ValueError):
@@ -152,10 +176,10 @@ def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
 
 
 def finish(folder: Path) -> int:
-    """Makes a folder's run.json of its run.jsonl, which goes; returns how many pictures there are.
+    """Turns a folder's run.jsonl into run.json; returns the number of images.
 
-    Of the lines that are no pictures, the last one says how the run ended, and the first one alone that it was killed.
-    Raises Unwritable, and KeyError where there is no such line. Pictures are never all in memory.
+    The last line that is not about an image says how the run ended; where that is the first line, it was killed. Raises
+    Unwritable, and KeyError where there is no such line. Reads one line at a time.
     """
     lines, head, count = folder / LINES, {}, 0
     for value, _ in read_lines(lines):
@@ -165,7 +189,7 @@ def finish(folder: Path) -> int:
             head = value
     if head["status"] == RUNNING:
         last = lines.stat().st_mtime - datetime.datetime.fromisoformat(head["started"]).timestamp()
-        head |= {"status": "killed", "seconds": round(max(last, 0.0), 2), "stages": {}}  # known at the end only
+        head |= {"status": "killed", "seconds": round(max(last, 0.0), 2), "stages": {}}  # written only when a run ends
     head["planned"] = max(head["planned"], count)
     start = writing.json_bytes(head, indent=1).removesuffix(b"\n}")
 
@@ -185,20 +209,20 @@ def finish(folder: Path) -> int:
 
 
 def finish_killed(parent: Path) -> list[str]:
-    """Writes the run.json of every run in the folders of `parent` that was killed; returns a line for each.
+    """Writes run.json for every run in the folders of `parent` that was killed; returns a line for each.
 
-    A run that goes on holds its folder's lock and is left alone; so is a record that cannot be read. Raises nothing.
+    Skips a running run, which holds its folder's lock, and a record that cannot be read. Raises nothing.
     """
-    said = []
+    reports = []
     with contextlib.suppress(OSError):
         for lines in sorted(parent.glob(f"*/{LINES}")):
             with contextlib.suppress(Exception):  # whatever a damaged record makes a reader raise
-                said.append(_finish_if_killed(lines))
-    return [line for line in said if line]
+                reports.append(_finish_if_killed(lines))
+    return [line for line in reports if line]
 
 
 def _finish_if_killed(lines: Path) -> str:
-    """A line about a run that was killed, once its run.json is written, or ``."""
+    """Writes the run.json of a run that was killed and returns a line about it; empty for another run."""
     if not lines.is_file():  # a pipe would never end
         return ""
     lock = FileLock(lines.with_name(LOCK), timeout=0)
@@ -207,10 +231,10 @@ def _finish_if_killed(lines: Path) -> str:
     except Timeout:
         return ""
     try:
-        if not lines.exists():  # its run ended, or another start was first
+        if not lines.exists():  # the run ended, or another process was first
             return ""
         count = finish(lines.parent)
-        pictures = f"{count} picture{'s' if count != 1 else ''}"
-        return f"note: a run in {lines.parent} was killed; its {RUN} is written now, with {pictures}"
+        images = f"{count} image{'s' if count != 1 else ''}"
+        return f"note: a run in {lines.parent} was killed; its {RUN} is written now, with {images}"
     finally:
         give_back(lock)

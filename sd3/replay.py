@@ -1,4 +1,4 @@
-"""`--replay FILE.png`: the settings that a picture carries, as flags again, and what became different since."""
+"""`--replay FILE.png`: turns the settings in an image into flags again, and reports what is different since."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from sd3.settings import FILE_SETTINGS, TEXT_FILES, Settings, base_name, effecti
 from sd3.versions import versions
 
 LISTS = tuple(name for name, row in FLAGS.items() if row.read.kind in ("layers", "weights"))
-DECIDE_INITIAL_PICTURE = {"denoise", "steps", "shift"}  # flags that decide whether one has a say
-# Files beside or above a picture that name its files with their folders; run.jsonl as long as its run goes on.
+DECIDE_INITIAL_IMAGE = {"denoise", "steps", "shift"}  # flags that decide whether an initial image has an effect
+# Files beside or above an image that name its files with their folders; run.jsonl while the run goes on.
 RECORDS = ("run.json", "run.jsonl", "sweep.json")
 
 
 @dataclass(frozen=True)
 class Replay:
-    """A picture's record, and the flags given beside `--replay`, which replace single settings."""
+    """An image's record, and the flags given with `--replay`, which replace single settings."""
 
     path: Path
     record: Mapping[str, Any]
@@ -40,41 +40,43 @@ class Replay:
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Replay:
-        """From raw flags, `replay` among them; raises Mistake where there are no settings."""
+        """From the flags that were given, `replay` among them; raises Missing, or Mistake where the file holds no
+        settings that this version can use.
+        """
         path = FLAGS["replay"].read("replay", given["replay"])
         record = png.read_record(path)
-        known = {f.name for f in dataclasses.fields(Settings)}
-        if unknown := sorted(set(record["settings"]) - known):
+        fields = {field.name for field in dataclasses.fields(Settings)}
+        if unknown := sorted(set(record["settings"]) - fields):
             names = display(", ".join(unknown))
             raise Mistake("replay", path, f"was made by another version; unknown here: {names}")
         if missing := [name for name in ("prompt", "model") if record["settings"].get(name) is None]:
             raise Mistake("replay", path, f"its settings cannot be read: {', '.join(missing)} missing")
         replay = cls(Path(path), record, given)
         replay._flags()
-        replay.settings()  # what is wrong with them is said before anything is loaded
+        replay.settings()  # raises a mistake in them before anything is loaded
         return replay
 
     def flags(self, available: Mapping[str, str]) -> dict[str, Any]:
-        """Raw flags that make the picture again, the given ones in their place.
+        """Flags that make the image again, with those that were given in place of the recorded ones.
 
-        available: devices to take in place of the recorded ones, by flag. Raises Missing for a file that is not
-        found by its name (see `find`), Mistake for a record that holds what no picture can have.
+        available: devices to use in place of the recorded ones, by flag. Raises Missing for a file that is not found
+        by its name (see `find`), Mistake for a recorded value that is out of range.
         """
         raw = self._flags() | dict(available)
         found = {n: self._found(n, raw[n]) for n in FILE_SETTINGS if raw.get(n) is not None and n not in self.given}
         return raw | found | self._text_files() | dict(self.given)
 
     def _found(self, flag: str, name: str) -> str | None:
-        """As `find`; None for a file that is not there and had no effect, as earlier versions recorded them too."""
+        """As `find`; None for a missing file that had no effect: earlier versions recorded those too."""
         try:
             return self.find(flag, name)
         except FileNotFoundError:
-            if getattr(effective(self.settings())[0], flag) is None and not self.given.keys() & DECIDE_INITIAL_PICTURE:
+            if getattr(effective(self.settings())[0], flag) is None and not self.given.keys() & DECIDE_INITIAL_IMAGE:
                 return None
             raise
 
     def _read(self, name: str, value: Any) -> Any:
-        """A recorded value as its flag's reader reads it; raises Mistake naming the picture."""
+        """A recorded value, read by its flag's reader; raises Mistake naming the image."""
         try:
             if name in LISTS and not isinstance(value, list):
                 raise Mistake(name, value, "must be a list")
@@ -83,7 +85,7 @@ class Replay:
             raise Mistake("replay", self.path, f"its settings cannot be read: {mistake.nested()}") from None
 
     def _given(self, name: str) -> Any:
-        """What a flag beside --replay says, read; None where it is not given."""
+        """The value of a flag given with --replay; None where it is not given."""
         value = self.given.get(name)
         return None if value is None else FLAGS[name].read(name, value)
 
@@ -93,31 +95,33 @@ class Replay:
         if "residual_config" in self.given:
             raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
         targets = self._given("residual_target_layers")
-        if not (raw.get("residual_target_layers") if targets is None else targets):  # off: the rest would be in the way
+        if not (
+            raw.get("residual_target_layers") if targets is None else targets
+        ):  # off: the other settings would raise a mistake
             raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
         weights = raw.get("residual_weights")
         if weights and len(set(weights)) == 1:
-            raw["residual_weights"] = f"each:{weights[0]}"  # so that it holds for other targets too
+            raw["residual_weights"] = f"each:{weights[0]}"  # so that it also fits other targets
         if (self._given("residual_mode") or raw.get("residual_mode")) != "aligned":
             raw.pop("residual_rotations", None)
         if raw.get("controlnet_ckpt") and not (
             raw.get("controlnet_cond_image") or self.given.get("controlnet_cond_image")
         ):
-            raw.pop("controlnet_ckpt")  # earlier versions recorded one that was loaded and given no picture
+            raw.pop("controlnet_ckpt")  # earlier versions recorded a ControlNet that was given no image
         raw["skip_layer_cfg"] = self.record["settings"].get("skip_layer") is not None
         return {"vae_tile": 0, "offload": self._offload()} | self._threads() | raw | {"pad_batch": True}
 
     def _threads(self) -> dict[str, int]:
-        """How many threads of a CPU made the picture, or encoded its text; nothing where none did."""
+        """The number of CPU threads that made the image or encoded its text; empty where a GPU did both."""
         threads = png.recorded_threads(self.record)
         return {} if threads is None else {"threads": self._read("threads", threads)}
 
     def _offload(self) -> bool:
-        """Whether the run's record says so: pictures themselves once did not."""
+        """`offload` from the run's record: images of earlier versions do not name it."""
         return any(_object(values.get("flags")).get("offload") is True for values in self._records())
 
     def _text_files(self) -> dict[str, str]:
-        """Where the text encoders lay, as the record of the run says."""
+        """Paths of the text encoders, from the record of the run."""
         out: dict[str, str] = {}
         for values in self._records():
             flags = _object(values.get("flags"))
@@ -128,11 +132,11 @@ class Replay:
         return out
 
     def skip_layer(self) -> SkipLayerConfig | None:
-        """The recorded skip-layer guidance, unless the flag was given again."""
+        """The recorded skip-layer guidance; None where its flag was given."""
         return None if "skip_layer_cfg" in self.given else self._skip_layer()
 
     def settings(self) -> Settings:
-        """The recorded settings."""
+        """The recorded settings; raises Mistake naming the image."""
         recorded = {"offload": self._offload()} | self.record["settings"] | {"skip_layer": self._skip_layer()}
         weights = recorded.get("residual_weights")
         if isinstance(weights, list) and len(weights) == 1:  # earlier versions recorded one number for all
@@ -146,17 +150,18 @@ class Replay:
         values = self.record["settings"].get("skip_layer")
         if values is None:
             return None
-        told = "its skip-layer settings cannot be read"
+        why = "its skip-layer settings cannot be read"
         if not isinstance(values, dict):
-            raise Mistake("replay", self.path, f"{told}: {display(values)}")
+            raise Mistake("replay", self.path, f"{why}: {display(values)}")
         try:
             return read_skip_layer(values)
         except Mistake as mistake:
-            raise Mistake("replay", self.path, f"{told}: {mistake.nested()}") from None
+            raise Mistake("replay", self.path, f"{why}: {mistake.nested()}") from None
 
     def find(self, flag: str, name: str) -> str:
-        """The path of a file that the picture names without its folder: where the record of its run says, beside the
-        picture, here, in `models` (or --model_folder), or with the model that ships.
+        """The path of a file that the image names without its folder. Looks where the record of the run says, beside
+        the image, in the current folder, in `models` (or --model_folder), and beside the model that ships. Raises
+        Missing.
         """
         places = list(dict.fromkeys(self._places(flag, name)))
         for place in places:
@@ -176,7 +181,7 @@ class Replay:
         yield shipped_folder() / name
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        """The records of the run beside the picture, or in the folder above."""
+        """The run's records in the image's folder and the folder above."""
         for folder in (self.path.parent, self.path.parent.parent):
             for record in RECORDS:
                 values: Any = None
@@ -188,14 +193,14 @@ class Replay:
                     yield values
 
     def changed(self, settings: Settings) -> list[str]:
-        """Settings of the picture made now that differ from the recorded ones; not those that had no effect then."""
+        """Settings of the new image that differ from the recorded ones, without those that had no effect."""
         recorded = self.settings()
-        had_effect = dataclasses.replace(effective(recorded)[0], batch_size=recorded.batch_size)  # with a cache it had
-        now, then = (json.loads(json.dumps(s.named())) for s in (effective(settings)[0], had_effect))
+        had_effect = dataclasses.replace(effective(recorded)[0], batch_size=recorded.batch_size)  # has one with a cache
+        now, then = (json.loads(json.dumps(s.by_file_names())) for s in (effective(settings)[0], had_effect))
         return [f"{n} {then[n]} -> {now[n]}" for n in now if then[n] != now[n]]
 
     def differs(self, made_with: Mapping[str, Any]) -> list[str]:
-        """What else differs between then and now: files, versions, the device."""
+        """What else differs between the record and now: files, versions, the device."""
         now = json.loads(json.dumps({**made_with, "versions": versions()}))
         out = []
         if self.record.get("model_sha256") and now.get("model_sha256") != self.record["model_sha256"]:
@@ -206,50 +211,52 @@ class Replay:
         for kind, what in (("encoders", "text encoder {}"), ("components", "the {} in the model's folder")):
             then = _object(self.record.get(kind))
             for name, was in then.items():
-                known, here = _object(was), _object(now.get(kind, {}).get(name))
-                if {n: here.get(n) for n in known} != known:  # earlier records know less of each
+                before, here = _object(was), _object(now.get(kind, {}).get(name))
+                if {n: here.get(n) for n in before} != before:  # earlier records have fewer entries
                     out.append(what.format(name))
         then, here = _object(self.record.get("encoders")), now.get("encoders", {})
-        for name in ENCODERS if "clip tokenizer" in then else ():  # earlier records know less
+        for name in ENCODERS if "clip tokenizer" in then else ():  # earlier records have no tokenizers
             if name in here and name not in then and not (name == "t5xxl" and had_effect.no_t5):
-                out.append(f"text encoder {name}")  # it lay in the model's own file
+                out.append(f"text encoder {name}")  # it was in the model's own file
         if "environment" not in _object(self.record.get("hardware")) and _changing_while_cached(had_effect):
-            out.append("which steps --cache reuses while residual text streaming changes")  # since that is recorded
+            out.append(
+                "which steps the cache reuses while residual text streaming changes"
+            )  # as environment is recorded
         for kind in ("versions", "hardware"):
             then, here = _object(self.record.get(kind)), now.get(kind, {})
             out += [f"{n} {then[n] or 'none'} -> {here.get(n) or 'none'}" for n in then if then[n] != here.get(n)]
         return out
 
     def report(self, image: Image.Image, settings: Settings, made_with: Mapping[str, Any]) -> list[str]:
-        """Lines for the shell: whether `image` is the picture bit for bit, and what is known to differ."""
+        """Lines for the user: whether `image` is the recorded one bit for bit, and what is known to differ."""
         changed, differs = self.changed(settings), self.differs(made_with)
         lines = [f"replay: changed {', '.join(changed)}"] if changed else []
-        lines += [f"replay: not as it was then: {', '.join(differs)}"] if differs else []
-        told = compare(self.path, image)
-        if told and not changed and not differs:
-            told += "; nothing that was recorded differs"
-        return [*lines, f"replay: {told}" if told else f"replay: the same picture as {self.path}, bit for bit"]
+        lines += [f"replay: different from the record: {', '.join(differs)}"] if differs else []
+        difference = compare(self.path, image)
+        if difference and not changed and not differs:
+            difference += "; nothing that was recorded differs"
+        return [*lines, f"replay: {difference or f'the same image as {self.path}, bit for bit'}"]
 
 
 def _changing_while_cached(s: Settings) -> bool:
-    """Whether residual streaming does not act alike in all steps of a run with a cache."""
+    """Whether residual streaming changes from step to step in a run with a cache."""
     window = s.residual_start > 0 or s.residual_end < 1
     return s.cache > 0 and (window or s.residual_schedule != "constant" or s.residual_mode == "aligned")
 
 
 def _object(value: Any) -> dict[str, Any]:
-    """A part of a record, where it is what it should be."""
+    """A part of a record if it is an object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def compare(path: Path, image: Image.Image) -> str:
-    """How a picture differs from the one in a file, or `` where all pixels are equal."""
-    with Image.open(path) as there:
-        then = np.asarray(there.convert("RGB"), dtype=np.int16)
+    """How an image differs from the one in a file; empty where all pixels are equal."""
+    with Image.open(path) as file:
+        then = np.asarray(file.convert("RGB"), dtype=np.int16)
     now = np.asarray(image.convert("RGB"), dtype=np.int16)
     if then.shape != now.shape:
         return f"{path} is {then.shape[1]} x {then.shape[0]}, this one {now.shape[1]} x {now.shape[0]}"
-    apart = np.abs(then - now).max(axis=-1)
-    if not apart.any():
+    difference = np.abs(then - now).max(axis=-1)
+    if not difference.any():
         return ""
-    return f"{(apart > 0).mean():.1%} of the pixels differ from {path}, by at most {apart.max()} of 255"
+    return f"{(difference > 0).mean():.1%} of the pixels differ from {path}, by at most {difference.max()} of 255"

@@ -1,4 +1,4 @@
-"""Residual text streaming as it is asked for: a configuration, its checks and its files. `mmditx` says what it does."""
+"""The configuration of residual text streaming: fields, checks, files. `mmditx` has the method itself."""
 
 from __future__ import annotations
 
@@ -29,11 +29,13 @@ GAIN_LIMIT = 60_000.0  # of a weight times its schedule: float16 ends at 65504
 
 @dataclass(frozen=True)
 class ResidualConfig:
-    """What is mixed where, when and how. No targets means off.
+    """What is mixed where, when and how. Without targets it is off.
 
-    targets and weights: one weight per target (`each:W`, a ramp, or none for 1.0 are spread over them); schedule:
-    factor on all weights by sigma, see `mmditx.schedule_factor`; start, end: the part of a run's steps in which it
-    acts, start <= step / steps < end; branch: both halves of guidance, or one; rotations: a file, for `aligned`.
+    origin: block whose incoming text tokens are streamed; targets: blocks in front of which they are mixed in; weights:
+    one per target (`each:W`, a ramp, or none for 1.0 are expanded); mode: add, anchored or aligned; schedule: factor on
+    all weights as a function of sigma, see `mmditx.schedule_factor`; start, end: fractions of the steps that run, it
+    acts where start <= step / steps < end; branch: the passes in which it acts, both, cond or uncond; rotations: the
+    file for mode aligned.
     """
 
     origin: int = 0
@@ -47,8 +49,8 @@ class ResidualConfig:
     rotations: str | None = None
 
     def __post_init__(self) -> None:
-        """Reads every field and keeps what was read, the weights spread over the targets; raises Mistake for a value
-        out of its range and for anything that contradicts itself.
+        """Replaces every field by what its reader returns and expands the weights; raises Mistake for a value out of
+        range and for fields that contradict each other.
         """
         for name, read in _READ.items():
             if (value := getattr(self, name)) is not None or name != "rotations":
@@ -62,7 +64,7 @@ class ResidualConfig:
 
     @classmethod
     def parse(cls, origin: Any = None, targets: Any = None, weights: Any = None, **others: Any) -> ResidualConfig:
-        """From values of which None means not given; raises Mistake for a name that no field has, too."""
+        """From values where None means not given; raises Mistake, for an unknown name too."""
         values = {"origin": origin, "targets": targets, "weights": weights, **others}
         for name in values:
             if name not in _READ:
@@ -71,8 +73,8 @@ class ResidualConfig:
 
     @classmethod
     def from_flags(cls, given: Mapping[str, Any], path: str | None = None) -> ResidualConfig:
-        """Flags by their names without `residual_` (origin_layer, target_layers, weights, mode, ...), each of which
-        replaces that field of the file `path`. Raises Mistake, which names flags.
+        """From the file `path`, and flags that replace its fields, by their names without `residual_` (origin_layer,
+        target_layers, weights, mode, ...). Raises Mistake, which names flags.
         """
         fields = read_fields(path) if path else {}
         fields |= {_NAMES.get(name, name): value for name, value in given.items()}
@@ -81,26 +83,26 @@ class ResidualConfig:
 
     @classmethod
     def read(cls, path: str | Path) -> ResidualConfig:
-        """From a file of this tool or of the published kind, see `read_fields`."""
+        """From a file, see `read_fields`; raises Missing and Mistake."""
         return cls(**read_fields(path))
 
     @property
     def active(self) -> bool:
-        """Whether there is anything to mix."""
+        """Whether there are targets."""
         return bool(self.targets)
 
     @property
     def aligned(self) -> bool:
-        """Whether rotations are used."""
+        """Whether rotations are needed."""
         return self.active and self.mode == "aligned"
 
     def acts(self, step: float, steps: int) -> bool:
-        """Whether `step` (from 0) of the `steps` that run lies in the window: start <= step / steps < end."""
-        place = step + 1e-9  # 0.7 * 10 is a little more than 7
+        """Whether start <= step / steps < end, for `step` (from 0) of the `steps` that run."""
+        place = step + 1e-9  # against rounding: 0.7 * 10 is a little more than 7
         return self.start * steps <= place < self.end * steps
 
     def check(self, depth: int) -> None:
-        """Raises Mistake for a layer that a model of `depth` joint blocks does not have."""
+        """Raises Mistake for a layer beyond a model's `depth` joint blocks."""
         if not self.active:
             return
         for name, layers in (("origin", (self.origin,)), ("targets", self.targets)):
@@ -110,7 +112,7 @@ class ResidualConfig:
                     raise Mistake(name, layer, why)
 
     def check_rotations(self) -> None:
-        """Raises Mistake where the mode needs a rotation file and none is named."""
+        """Raises Mistake where the mode needs a rotation file and none is given."""
         if self.aligned and self.rotations is None:
             raise Mistake("mode", self.mode, NEEDS_ROTATIONS)
 
@@ -124,8 +126,8 @@ class ResidualConfig:
             seen.add(target)
 
     def _check_weights(self) -> None:
-        """Raises Mistake for another number of weights than of targets, and where a weight times its schedule grows
-        beyond what float16 holds: a negative ALPHA makes it e^-ALPHA times as large.
+        """Raises Mistake for a number of weights other than that of targets, and where a weight times its schedule
+        exceeds the range of float16: a negative ALPHA makes it e^-ALPHA times as large.
         """
         if len(self.weights) != len(self.targets):
             given = f"{len(self.weights)} given for {len(self.targets)} target layers"
@@ -138,8 +140,8 @@ class ResidualConfig:
             raise Mistake("schedule", self.schedule, why)
 
     def as_file(self, folder: str | Path = ".") -> dict[str, Any]:
-        """What a file in `folder` holds, ready for JSON: the fields, a rotation file relative to the folder, and this
-        tool's version, see `read_fields`.
+        """The JSON object for a file in `folder`, as `read_fields` reads it: the fields, the rotation file relative to
+        the folder, and this tool's version.
         """
         values = dataclasses.asdict(self)
         if self.rotations is not None:
@@ -160,16 +162,16 @@ _FLAGS = {"origin": "origin_layer", "targets": "target_layers"}  # field -> flag
 # field -> flag, which is also the field of `Settings`
 RESIDUAL_FLAGS = {f.name: f"residual_{_FLAGS.get(f.name, f.name)}" for f in dataclasses.fields(ResidualConfig)}
 _NAMES = {flag: name for name, flag in _FLAGS.items()}
-_KEYS = _FLAGS | {"weights": "residual_weights"}  # field -> key in a file, as the published ones spell it
+_KEYS = _FLAGS | {"weights": "residual_weights"}  # field -> key in a file, as in the published files
 _READ: dict[str, Callable[[str, Any], Any]] = {name: FLAGS[flag].read for name, flag in RESIDUAL_FLAGS.items()}
 _READ["rotations"] = _read_named_file
 
 
 def read_fields(path: str | Path) -> dict[str, Any]:
-    """Fields of a `ResidualConfig` from a file: JSON with the flags' names less `residual_`, or a published weight
-    file {"residual_weights", "origin_layer", "target_layers"}, JSON or .pth (read with weights_only).
+    """Fields of a `ResidualConfig` from a file: JSON with the flags' names, with or without `residual_`; or a published
+    weight file {"residual_weights", "origin_layer", "target_layers"}, JSON or .pth (read with weights_only).
 
-    In a file that an earlier version of this tool wrote (every key, but no version), one weight holds for all targets.
+    In a file of an earlier version of this tool (all keys but no version), a single weight is meant for all targets.
     Raises Missing, or Mistake that names file and key.
     """
     where = Where("residual_config", path)
@@ -184,7 +186,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         key = str(key).removeprefix("residual_")
         name = _NAMES.get(key, key)
         if name in fields:
-            raise Mistake(*where, f"{key} is there twice, in two spellings")
+            raise Mistake(*where, f"{key} is given twice, in two spellings")
         if name in _READ:
             fields[name] = plain_value(value, where, key)
         elif pickled:
@@ -225,7 +227,7 @@ def _read_json(where: Where, path: str | Path) -> Any:
 def build_residual_config(
     origin_layer: Any = None, target_layers: Any = None, weights: Sequence[Any] | Any = None, **others: Any
 ) -> ResidualConfig | None:
-    """A configuration from values in any shape, or None where no target is given: residual streaming is then off.
+    """A configuration from values in any form, or None where no target is given: residual streaming is then off.
 
     others: mode, schedule, start, end, branch, rotations.
     """
@@ -234,18 +236,18 @@ def build_residual_config(
 
 
 def read_residual(config: ResidualConfig | None) -> ResidualConfig:
-    """A residual configuration given in Python; None is off. Raises Mistake for anything else."""
+    """Checks a configuration from Python; None means off. Raises Mistake for another type."""
     if config is None or isinstance(config, ResidualConfig):
         return config or ResidualConfig()
     raise Mistake("residual_config", config, "must be a ResidualConfig, as build_residual_config makes one")
 
 
 def residual_stream(config: ResidualConfig | None, rotations: Rotations | None = None) -> ResidualStream | None:
-    """The stream of a configuration, or None where there is nothing to mix: the model then runs as without it.
+    """The stream of a configuration, or None where it is off.
 
-    Raises Mistake where the mode is aligned and there are no rotations.
+    Raises Mistake where the mode is aligned and no rotations are given.
     """
-    from mmditx import ResidualStream  # imports torch, which checking settings does without
+    from mmditx import ResidualStream  # imports torch; checking settings does not need it
 
     if config is None or not config.active:
         return None

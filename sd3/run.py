@@ -1,4 +1,4 @@
-"""The loop that makes and saves pictures, what they are made with, and one run of the command line."""
+"""The loop that makes and saves images, the record of what they are made with, and one run of the command line."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from sd3.device import device_record
 from sd3.embed_cache import describe_files
 from sd3.engine import Engine, load_for
 from sd3.files import file_sha256
-from sd3.find import list_models
+from sd3.find import list_models, model_folders
 from sd3.flags import FLAGS
 from sd3.mistakes import Mistake, Where
 from sd3.planning import plan_for, unknown_words
 from sd3.prompts import folder_name, read_prompts
-from sd3.record import Picture, RunRecord, finish_killed
+from sd3.record import Picture, RunRecord, SingleFile, finish_killed
 from sd3.replay import Replay
 from sd3.residual import ResidualConfig
 from sd3.settings import FILE_SETTINGS, Flags, Settings
 from sd3.unchanged import Unchanged
 
 Saved = TypeVar("Saved")
-RESIDUAL_FILE = "residual.json"  # in every run's folder, as --residual_config reads it
+RESIDUAL_FILE = "residual.json"  # in every run's folder, readable by `residual_config`
 
 
 def _sha256(path: Path) -> str:
     return file_sha256(*path.rglob("*.safetensors")) if path.is_dir() else file_sha256(path)
 
 
-# Files that loading does not open: images and rotations.
+# Files that a single image names and that loading does not open: images and rotations.
 FILES_OF_IMAGES = tuple(name for name in FILE_SETTINGS if FLAGS[name].scope == "picture")
 
 
 class MadeWith:
-    """What pictures are made with beside their settings: hashes of the files, text encoders and the device. The
-    hashes are computed while the first picture is made.
+    """What images are made with beside their settings: hashes of the files, text encoders and the device. A thread
+    computes the hashes while the first image is made.
 
-    Made before the files that the settings name are read: one that changes after that is noticed.
+    Create it before the files that the settings name are read, so that a later change is noticed.
     """
 
     def __init__(self, engine: Engine, settings: Settings, hashed: bool = True):
-        """hashed: whether there is to be a record at all; else files are only watched."""
+        """hashed: whether the hashes are needed for a record; else files are only watched."""
         self.engine, self.settings = engine, settings
         self.value: dict[str, Any] = {}
         self.error: BaseException | None = None
@@ -74,40 +74,40 @@ class MadeWith:
                 "hardware": hardware,
             }
             self.value = {"model_sha256": engine.model_file.sha256, **{n: v for n, v in more.items() if v}}
-        except BaseException as error:  # handed to whoever waits
+        except BaseException as error:  # raised by `wait`
             self.error = error
 
     def check(self) -> None:
-        """Raises `Changed` where a file is not what it was when it was opened."""
+        """Raises `Changed` where a file was changed after it was opened."""
         self.engine.files.check()
         self.files.check()
 
     def hashes(self) -> dict[str, str]:
-        """sha256 of the files by the names of their flags, once they are there."""
+        """sha256 of the files by flag; waits until they are computed."""
         if self.thread:
             self.thread.join()
         return {"model": self.value["model_sha256"], **self.value.get("files", {})} if self.value else {}
 
     def wait(self) -> dict[str, Any]:
-        """The record of a picture that is to be kept, once it is there; raises `Changed` as `check` does, and OSError
-        where a file could not be read.
+        """The record for an image that is saved; waits until it is complete. Raises `Changed` as `check` does, and
+        OSError where a file could not be read.
         """
         if self.thread:
             self.thread.join()
-        self.check()  # after the hashes: they are then of what was opened
+        self.check()  # after the hashes, so that they are of the opened files
         if self.error is not None:
             raise self.error
         return self.value
 
 
 def component_files(engine: Engine) -> dict[str, dict[str, Any]]:
-    """Name, bytes and identity of each component that is used of a model that is a folder, see `describe_files`. Its
-    sha256 is of the transformer alone, and it is no file that could be looked at as a whole.
+    """For a model that is a folder: name, size and identity of each component that is used, see `describe_files`. The
+    model's own sha256 covers only the transformer.
     """
     folder = engine.model_file
-    own = {role: part for role, part in engine.parts.items() if folder.folder and part.file is folder}
+    components = {role: part for role, part in engine.parts.items() if folder.folder and part.file is folder}
     names = {"mmdit": "transformer"}
-    return {names.get(role, role): describe_files(sorted(part.paths())) for role, part in own.items()}
+    return {names.get(role, role): describe_files(sorted(part.paths())) for role, part in components.items()}
 
 
 def make_pictures(
@@ -115,12 +115,12 @@ def make_pictures(
     made_with: MadeWith,
     save: Callable[[Picture], Saved],
 ) -> Iterator[tuple[Picture, Saved]]:
-    """Makes pictures and saves each as soon as it is done: the only loop that does both. Yields each with what `save`
-    returned.
+    """Makes images and saves each as soon as it is finished: the only loop that does both. Yields each with the result
+    of `save`.
 
-    pictures: makes one at a time as it is read, see `Engine.make`; save: writes a picture and its record, or hands it
-    on; a stop waits for it. Raises what making and saving raise, and `Changed` where a file is no longer the one that
-    was opened.
+    pictures: an iterator that makes one image at a time, see `Engine.make`; save: writes an image and its record, or
+    passes it on; a stop waits for it. Raises what making and saving raise, and `Changed` where a file was changed after
+    it was opened.
     """
     for number, settings, image in pictures:
         picture = Picture(number, settings, image, made_with.wait())
@@ -130,61 +130,85 @@ def make_pictures(
 
 
 def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -> Path | None:
-    """Does what the flags say; returns the folder of the pictures. Raises Mistake for what is wrong
-    with them before any weights load.
+    """Makes the images that flags ask for; returns their folder, or the file that `out` names. Raises Mistake before
+    any weights load.
 
-    replay: the picture that is made again; the flags then hold its settings.
+    given: the flags as typed, for the record; replay: the image that is made again, whose settings the flags hold.
     """
     if flags.list_models:
-        print(list_models(flags.model_folder or "models"))
+        print(list_models(*model_folders(flags.model_folder)))
         return None
     started = time.monotonic()
     if replay and "prompt" not in replay.given:
         prompts, name = [flags.prompt], folder_name(flags.prompt)
     else:
         prompts, name = read_prompts(flags.prompt)
-    writing.check_writable(flags.out_dir)
+    seeds = flags.seeds(len(prompts))
+    check_out(flags, len(seeds))
     engine = load_for(flags)
     residual = ResidualConfig.from_flags(flags.residual(), flags.residual_config)
     skip_layer = replay.skip_layer() if replay else None
-    plan = plan_for(engine, flags, prompts, flags.seeds(len(prompts)), skip_layer, recorded=replay is not None)
+    plan = plan_for(engine, flags, prompts, seeds, skip_layer, recorded=replay is not None)
     pictures = plan.pictures
     for note in (*plan.notes, *unknown_words(engine.model_file.metadata, [*prompts, flags.negative_prompt])):
         engine.tell.note(note)
-    folder = new_folder(flags, name, engine)
+    record = new_record(flags, name, given, len(pictures), engine)
+    folder = record.path if isinstance(record, SingleFile) else record.folder
     if flags.kind_of_seeds == "rand":
         engine.tell.say(drawn_seeds([s.seed for s in pictures]))
-    record = RunRecord(folder, flags, given, len(pictures), engine)
-    record.beside[RESIDUAL_FILE] = residual.as_file(folder)
+    if isinstance(record, RunRecord):
+        record.beside[RESIDUAL_FILE] = residual.as_file(folder)
     made_with = MadeWith(engine, pictures[0], hashed=bool(replay) or not flags.no_metadata)
     try:
-        with record.kept():
+        with record.recording():
             for picture, path in make_pictures(engine.make(pictures, flags.pad_batch), made_with, record.save):
                 tqdm.write(str(path))
                 if replay and picture.number == 0:
                     for line in replay.report(picture.image, picture.settings, picture.record):
                         engine.tell.say(line)
     except (KeyboardInterrupt, streams.Stopped):
-        engine.tell.say(f"stopped: {record.count} of {len(pictures)} pictures are kept in {folder}")
+        kept = f"images are kept in {folder}" if isinstance(record, RunRecord) else "images are made"
+        engine.tell.say(f"stopped: {record.count} of {len(pictures)} {kept}")
         raise
     seconds = time.monotonic() - started
     if flags.verbose:
         engine.tell.say(", ".join(f"{name} {spent:.1f} s" for name, spent in engine.stages.items()))
     engine.tell.say(
-        f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {seconds:.1f} s, "
-        f"{seconds / len(pictures):.1f} s each, in {folder}"
+        f"{len(pictures)} image{'s' if len(pictures) > 1 else ''} in {seconds:.1f} s, "
+        f"{seconds / len(pictures):.1f} s each: {folder}"
     )
     return folder
 
 
+def check_out(flags: Flags, count: int) -> None:
+    """Raises Mistake where the images of a run cannot be written where the flags say. count: how many there are."""
+    if not flags.out:
+        writing.check_writable(flags.out_dir)
+        return
+    if count != 1:
+        raise Mistake("out", flags.out, f"is for one image, and the flags ask for {count:,}; give `out_dir`")
+    if Path(flags.out).is_dir():
+        raise Mistake("out", flags.out, "is a folder")
+    writing.check_writable(str(Path(flags.out).parent), "out")
+
+
+def new_record(flags: Flags, name: str, given: Sequence[str], total: int, engine: Engine) -> RunRecord | SingleFile:
+    """Where the images of a run go: a new folder with a record, or the one file that `out` names."""
+    if flags.out:
+        return SingleFile(Path(flags.out), flags.no_metadata)
+    return RunRecord(new_folder(flags, name, engine), flags, given, total, engine)
+
+
 def drawn_seeds(seeds: Sequence[int], most: int = 16) -> str:
-    """A line with the seeds that were drawn, the first ones of many."""
+    """A line with the seeds that were drawn; of many, the first `most`."""
     more = f" and {len(seeds) - most} more, in run.json" if len(seeds) > most else ""
     return f"seed{'s' if len(seeds) > 1 else ''} drawn: {', '.join(map(str, seeds[:most]))}{more}"
 
 
 def new_folder(flags: Flags, name: str, engine: Engine) -> Path:
-    """Makes the folder of a run, below that of its model, whose killed runs get their records. Raises Unwritable."""
+    """Makes the folder of a run, in the folder of its model, and completes the records of runs there that were killed.
+    Raises Unwritable.
+    """
     names = [Path(path).name.removesuffix(".safetensors") for path in (flags.model, flags.controlnet_ckpt) if path]
     parent = Path(flags.out_dir) / "_".join(names)
     for line in finish_killed(parent):

@@ -1,4 +1,4 @@
-"""`--serve_stdin`: one load, then a picture for every line of JSON; every line is answered with one.
+"""`--serve_stdin`: loads once, then makes images for every line of JSON, and answers each with a line of JSON.
 
 {"prompt": "a red circle", "seed": 3}  ->  {"ok": true, "files": ["outputs/.../000000.png"], "seeds": [3], ...}
 """
@@ -25,24 +25,24 @@ from sd3.settings import FILE_SETTINGS, Flags, Settings
 from sd3.unchanged import stamp
 
 EXAMPLE = json.dumps({"prompt": "a red circle", "seed": 3})
-LONGEST_LINE = 2**24  # bytes; what is longer is answered without being held in memory
+LONGEST_LINE = 2**24  # bytes; a longer line is refused without being kept in memory
 
 
 class Server:
-    """An engine, the values of flags that a line's own replace, and the folder of the pictures."""
+    """An engine, the flags of its command line, which a line's own flags replace, and the folder of the images."""
 
     def __init__(
         self, engine: Engine, flags: Flags, values: Mapping[str, Any], folder: Path, words: Sequence[str] = ()
     ):
         self.engine, self.values, self.folder = engine, dict(values), folder
         self.record = RunRecord(folder, flags, words, 0, engine)
-        self.notes: list[str] = []  # of the line that is answered
-        self.made_with: dict[tuple, MadeWith] = {}  # by the files that pictures name and when they changed
+        self.notes: list[str] = []  # about the current line
+        self.made_with: dict[tuple, MadeWith] = {}  # one entry, by the files that images name and their time stamps
 
     def answer(self, line: str | bytes) -> dict[str, Any]:
-        """What a line is answered with: files, seeds and seconds, or the error; `id` comes back as it was given.
+        """The answer to a line: files, seeds and seconds, or the error; `id` is returned as given.
 
-        Whatever is in the line, nothing is raised but what stops the process (Ctrl-C, SIGTERM).
+        Raises nothing, whatever the line holds, but what stops the process (Ctrl-C, SIGTERM).
         """
         answer: dict[str, Any] = {"ok": False}
         made: list[tuple[Path, int]] = []
@@ -59,10 +59,10 @@ class Server:
             answer["error"] = one_line(error)
         except Mistake as error:
             answer["error"] = one_line(error, 2000)
-        except Exception as error:  # a line must not end what serves others
-            known = "out of memory; try a smaller width, height or batch_size" if out_of_memory(error) else "failed"
-            answer["error"] = f"{known} ({type(error).__name__}: {one_line(error)})"
-        if made or answer["ok"]:  # of a request that failed half way, what is there is named too
+        except Exception as error:  # one line must not end the service for others
+            what = "out of memory; try a smaller width, height or batch_size" if out_of_memory(error) else "failed"
+            answer["error"] = f"{what} ({type(error).__name__}: {one_line(error)})"
+        if made or answer["ok"]:  # also names what a failed request did make
             answer |= {"files": [str(path) for path, _ in made], "seeds": [seed for _, seed in made]}
             if self.notes:
                 answer["notes"] = self.notes
@@ -71,7 +71,7 @@ class Server:
     def _make(self, wanted: Mapping[str, Any]) -> Iterator[tuple[Path, int]]:
         for name in wanted:
             check_flag(name)
-            if FLAGS[name].scope != "picture":  # it decides what is loaded, or where pictures go
+            if FLAGS[name].scope != "picture":  # it decides what is loaded, or where images go
                 raise Mistake(name, "", "belongs to the whole process; give it on the command line")
         flags = Flags.read({**self.values, **{n: v for n, v in wanted.items() if v is not None}})
         if wanted.get("prompt") is None and "prompt" not in self.values:
@@ -90,19 +90,19 @@ class Server:
         paths = [path for name in FILE_SETTINGS if (path := getattr(settings, name))]
         key = tuple((path, stamp(path)) for path in paths)
         if key not in self.made_with or self.made_with[key].error is not None:
-            self.made_with = {key: MadeWith(self.engine, settings)}  # the last one only: they are seldom others
+            self.made_with = {key: MadeWith(self.engine, settings)}  # one entry: files rarely change
         return self.made_with[key]
 
 
 def read_line(line: str | bytes) -> dict[str, Any]:
-    """The flags of a request; raises Mistake for a line that is none."""
+    """The flags of a request; raises Mistake for a line that is not a JSON object."""
     if len(line) > LONGEST_LINE:
         raise Mistake("", "", f"not a line of JSON: longer than {LONGEST_LINE} bytes")
     try:
         text = line.decode("utf-8-sig") if isinstance(line, bytes) else line
-        wanted = json.loads(text)  # which takes NaN too: its flag then says what is wrong with it
+        wanted = json.loads(text)  # accepts NaN: the flag's reader then says what is wrong
     except UnicodeDecodeError as error:
-        raise Mistake("", "", f"not a line of JSON: byte {error.start + 1} is no UTF-8") from None
+        raise Mistake("", "", f"not a line of JSON: byte {error.start + 1} is not UTF-8") from None
     except RecursionError:
         raise Mistake("", "", "not a line of JSON: it is nested too deeply") from None
     except ValueError as error:
@@ -112,13 +112,13 @@ def read_line(line: str | bytes) -> dict[str, Any]:
     try:
         json.dumps(wanted.get("id"), allow_nan=False)
     except (ValueError, RecursionError):
-        why = "cannot be given back: a number beyond all bounds, or nested too deeply"
+        why = "cannot be returned: a number that is not finite, or nested too deeply"
         raise Mistake("", "id", why) from None
     return wanted
 
 
 def lines_of(stream: Any) -> Iterator[bytes]:
-    """The lines of a binary stream; of one that is too long, its beginning. Raises Mistake where stdin fails."""
+    """The lines of a binary stream; of a line that is too long, its beginning. Raises Mistake where stdin fails."""
     try:
         while line := stream.readline(LONGEST_LINE + 2):
             rest = line
@@ -136,11 +136,11 @@ def serve(
     say: Callable[[str], Any] | None = None,
     words: Sequence[str] = (),
 ) -> Path | None:
-    """Answers every line (of stdin) on stdout, in ASCII, until there is none; empty ones are passed over. Returns the
-    folder of the pictures, if any.
+    """Answers every line of stdin on stdout, in ASCII, until the input ends; skips empty lines. Returns the folder of
+    the images, or None where none was made.
 
-    values: of the flags that were given, which the lines' own replace; words: as typed, for the record. Raises what
-    `load_for` raises, before anything is read.
+    values: of the flags that were given, which a line's own flags replace; words: as typed, for the record. Raises what
+    `load_for` raises, before a line is read.
     """
     lines = lines_of(sys.stdin.buffer) if lines is None else lines
     say = say or (lambda text: print(text, flush=True))
@@ -150,8 +150,8 @@ def serve(
     engine.load()
     folder = new_folder(flags, "served", engine)
     server = Server(engine, flags, values, folder, words)
-    engine.tell.say(f"ready: one JSON object a line, such as {EXAMPLE}; pictures go to {folder}")
-    with server.record.kept():
+    engine.tell.say(f"ready: one JSON object a line, such as {EXAMPLE}; images go to {folder}")
+    with server.record.recording():
         for line in lines:
             if line.strip():
                 say(json.dumps(server.answer(line)))

@@ -1,5 +1,5 @@
-"""What one image is made from, and what is loaded for it: records with the fields and checks of the flag table.
-Needs no torch.
+"""The settings of an image, the setup of what is loaded, and all flags: dataclasses with the fields and checks of the
+flag table. Needs no torch.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from sd3.mistakes import Mistake, renaming
 from sd3.readers import SEED_LIMIT, read_list
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
 
-RANDOM_SEEDS = 100_000  # seed_type rand draws below this
-REQUIRED = ("prompt", "model")  # an image's settings name them
-IMAGE_ROWS = {row.stored: row for row in FLAGS.values() if row.pixels}
+RANDOM_SEEDS = 100_000  # seed_type rand draws seeds below this
+REQUIRED = ("prompt", "model")  # fields of an image's settings without a default
+IMAGE_ROWS = {row.setting: row for row in FLAGS.values() if row.pixels}
 FILE_SETTINGS = tuple(name for name, row in IMAGE_ROWS.items() if row.read.kind == "file")
-# Where text encoders are; images do not name it, their record holds what was found there.
+# Flags that say where text encoders are. An image does not name them; its record has what was found there.
 TEXT_FILES = tuple(name for name in names("load", pixels=False) if FLAGS[name].group == FLAGS["model"].group)
 
 Record = TypeVar("Record")
 
 
 def with_fields(rows: Mapping[str, Flag], default: Callable[[Flag], Any], required: Iterable[str] = ()) -> Callable:
-    """Makes a frozen dataclass of a class: a field for every row, with `default(row)`; those required come first."""
+    """A decorator that makes a frozen dataclass of a class: a field for every row, with default `default(row)`; the
+    required ones come first.
+    """
     required = tuple(required)
 
     def make(cls: type[Record]) -> type[Record]:
@@ -37,7 +39,9 @@ def with_fields(rows: Mapping[str, Flag], default: Callable[[Flag], Any], requir
         for name in order:
             if name not in required:
                 setattr(cls, name, default(rows[name]))
-        return dataclasses.dataclass(frozen=True, slots=True)(cls)  # slots: a file of prompts makes thousands
+        return dataclasses.dataclass(frozen=True, slots=True)(
+            cls
+        )  # slots: a file of prompts makes thousands of objects
 
     return make
 
@@ -50,7 +54,7 @@ class Settings:
     """Everything that decides one image. Files are named as given; their contents are hashed elsewhere."""
 
     def __post_init__(self) -> None:
-        """Reads every field as its flag is read, and keeps what was read; raises Mistake."""
+        """Replaces every field by what its flag's reader returns; raises Mistake."""
         for name, row in IMAGE_ROWS.items():
             value = getattr(self, name)
             if value is None and not row.field and row.default is not None:
@@ -58,7 +62,7 @@ class Settings:
             if value is not None and not row.field and value is not row.default:  # 5 equals 5.0
                 object.__setattr__(self, name, row.read(name, value))
         if self.vae_tile is None:
-            why = "must be a number here; the size is chosen before a picture is described"
+            why = "must be a number; the size of tiles is chosen before settings are made"
             raise Mistake("vae_tile", "auto", why)
         check_guidance(self.guidance_start, self.guidance_end)
         if self.residual_target_layers:
@@ -68,7 +72,7 @@ class Settings:
 
     @property
     def residual(self) -> ResidualConfig:
-        """The residual settings in the form that checks them and that a stream is made from."""
+        """The residual settings as a `ResidualConfig`, which checks them; raises Mistake."""
         with renaming(RESIDUAL_FLAGS):
             return ResidualConfig(**{name: getattr(self, flag) for name, flag in RESIDUAL_FLAGS.items()})
 
@@ -77,54 +81,52 @@ class Settings:
         return dataclasses.asdict(self)
 
     def public(self) -> dict[str, Any]:
-        """Plain values for a record that others may see: files by their names, without folders.
+        """Plain values for a record that is shared: files by their names, without folders.
 
-        Settings that came after the first version are left out at their defaults, so that images made before keep their
-        digests. What has no effect is not seen here: `effective` sets it to its default before an image is made.
+        Fields that the first version did not have are left out at their defaults, so that digests of earlier images
+        stay valid. Flags without effect are not left out: `effective` sets them to their defaults before.
         """
         rows = IMAGE_ROWS
-        return {n: v for n, v in self.named().items() if rows[n].always or v != rows[n].default}
+        return {n: v for n, v in self.by_file_names().items() if rows[n].always or v != rows[n].default}
 
-    def named(self) -> dict[str, Any]:
+    def by_file_names(self) -> dict[str, Any]:
         """All plain values, files by their names without folders."""
         values = self.asdict()
         return values | {name: base_name(values[name]) for name in FILE_SETTINGS}
 
     def digest(self) -> str:
-        """A canonical hash of what decides the image: the same for the same settings on any machine, wherever the
-        files are there.
-        """
+        """A hash of the public settings: equal on every machine, wherever its files are."""
         return digest_of(self.public())
 
 
 def check_guidance(start: float, end: float) -> None:
-    """Raises Mistake where no part of the steps lies between both ends of the interval of guidance."""
+    """Raises Mistake where the guidance interval is empty."""
     if start >= end:
         raise Mistake("guidance_start", f"{start:g}", f"must be below `guidance_end` {end:g}; no step is left")
 
 
 def base_name(path: str | None) -> str | None:
-    """A path without its folders, whichever system wrote it."""
+    """The last part of a path from Windows or POSIX."""
     return None if path is None else os.path.basename(path.replace("\\", "/").rstrip("/"))
 
 
 def digest_of(public: Mapping[str, Any]) -> str:
-    """The digest of settings by their public values, as an image's record holds them."""
+    """The digest of public settings, as an image's record holds them."""
     return hashlib.sha256(json.dumps(public, sort_keys=True).encode()).hexdigest()
 
 
 def earlier_digest(as_given: Settings) -> str:
-    """The digest that images of these settings had in versions that counted every flag as it was given, and did not
-    count `offload`.
+    """The digest of these settings in earlier versions, which counted flags without effect and did not count
+    `offload`.
     """
     return digest_of({n: v for n, v in as_given.public().items() if n != "offload"})
 
 
 def effective(s: Settings) -> tuple[Settings, list[str]]:
-    """Settings in which every flag that has no effect on the image is at its default, and a line for each of them.
+    """Settings with every flag that has no effect on the image set to its default, and notes about them.
 
-    Two flags may be without effect only together with others: the rules run in the order of the table, in which each
-    sees the result of those before it.
+    The rules run in the order of the flag table; each sees the result of those before it, as one flag can leave another
+    without effect.
     """
     notes: list[str] = []
     for rule in dict.fromkeys(row.matters for row in IMAGE_ROWS.values() if row.matters):
@@ -141,60 +143,62 @@ def effective(s: Settings) -> tuple[Settings, list[str]]:
 # ---- what is loaded ------------------------------------------------------------------------------
 
 
-@with_fields({name: FLAGS[name] for name in names("load")}, lambda row: row.given)
+@with_fields({name: FLAGS[name] for name in names("load")}, lambda row: row.unset)
 class Setup:
     """What is loaded and where: the flags that images of one load share."""
 
     def __post_init__(self) -> None:
-        """Reads every field as its flag is read, and keeps what was read; raises Mistake. Devices of torch stay."""
+        """Replaces every field but torch devices by what its flag's reader returns; raises Mistake."""
         for name in names("load"):
             value, row = getattr(self, name), FLAGS[name]
-            if value is None and row.given is None:
+            if value is None and row.unset is None:
                 continue
             if row.read.kind != "device" or type(value).__module__ != "torch":
                 object.__setattr__(self, name, row.read(name, value))
 
     @classmethod
     def of(cls, flags: Flags) -> Setup:
-        """Those of all flags."""
+        """The setup that flags ask for."""
         return cls(**{name: getattr(flags, name) for name in names("load")})
 
     def seen_in_images(self) -> dict[str, Any]:
-        """Those that are part of an image's settings."""
+        """The fields that are also part of an image's settings."""
         return {name: getattr(self, name) for name in names("load", pixels=True)}
 
 
 # ---- all flags -----------------------------------------------------------------------------------
 
 
-@with_fields(FLAGS, lambda row: row.given)
+@with_fields(FLAGS, lambda row: row.unset)
 class Flags:
     """The flags of `sd3_infer.py`, read and checked one by one; None means not given."""
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> Flags:
-        """From raw values as typed (text) or given in Python; None values keep the default.
+        """From text as typed, or values from Python; None keeps the default.
 
-        Raises Mistake for an unknown flag (with the nearest match) and for every value out of its range.
+        Raises Mistake for an unknown flag, a value out of its range, and flags that do not go together.
         """
         return cls.of(read_values(raw))
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Flags:
-        """From values that are read already; raises Mistake for those that do not go together."""
+        """From values that readers returned; raises Mistake for flags that do not go together."""
         flags = cls(**values)
         if flags.self_check:
             for name in values:
                 if name not in names(also="self_check"):
                     raise Mistake(name, "", "does not go with `self_check`, which runs the shipped model")
         check_guidance(flags.guidance_start, flags.guidance_end)
-        if not flags.residual_config:  # else they are checked together with what the file says
+        if not flags.residual_config:  # else they are checked together with the file's values
             with renaming(RESIDUAL_FLAGS):
                 ResidualConfig.from_flags(flags.residual()).check_rotations()
         if flags.controlnet_cond_image and not flags.controlnet_ckpt:
             raise Mistake("controlnet_cond_image", "", "needs `controlnet_ckpt`, the ControlNet that reads it")
         if flags.controlnet_ckpt and not flags.controlnet_cond_image:
-            raise Mistake("controlnet_ckpt", "", "needs `controlnet_cond_image`, the picture that guides it")
+            raise Mistake("controlnet_ckpt", "", "needs `controlnet_cond_image`, the image that guides it")
+        if flags.out:
+            _check_out(flags, values)
         return flags
 
     def seeds(self, prompts: int) -> list[int]:
@@ -204,36 +208,49 @@ class Flags:
 
     @property
     def kind_of_seeds(self) -> str:
-        """The seed_type; without one: fixed where a seed is given, else rand."""
+        """The seed_type; its default is fixed where a seed is given, else rand."""
         return self.seed_type or ("rand" if self.seed is None else "fixed")
 
     def residual(self) -> dict[str, Any]:
-        """The residual flags that were given, by their names without `residual_`; the file's name is not among them."""
+        """The residual flags that were given, but residual_config, by their names without `residual_`."""
         given = {name: getattr(self, name) for name in RESIDUAL_FLAGS.values()}
         return {name.removeprefix("residual_"): value for name, value in given.items() if value is not None}
 
     def for_image(self) -> dict[str, Any]:
-        """Image settings that the flags alone decide; None: the model, the files or the device decide."""
+        """Image settings from the flags; None where the model, its files or the device decide."""
         residual = RESIDUAL_FLAGS.values()
-        own = ("prompt", "seed", *residual)  # each image has its own prompt and seed
+        others = ("prompt", "seed", *residual)  # prompt and seed differ between images
         return {
             n: getattr(self, n)
             for n, row in IMAGE_ROWS.items()
-            if row.scope == "picture" and not row.field and n not in own
+            if row.scope == "picture" and not row.field and n not in others
         }
 
 
-def picture_seeds(seed: int, seed_type: str, prompts: int, num_images: int) -> list[int]:
-    """One seed per image, prompt by prompt; raises Mistake for values out of their ranges.
+def _check_out(flags: Flags, values: Mapping[str, Any]) -> None:
+    """Raises Mistake where the file for one image contradicts another flag, or is one that the image is made from."""
+    for name in ("out_dir", "postfix"):
+        if values.get(name) is not None:
+            raise Mistake("out", flags.out, f"does not go with `{name}`: it names a file, and no folder is made")
+    if flags.serve_stdin:
+        raise Mistake("out", flags.out, "does not go with `serve_stdin`, which makes images until its input ends")
+    for name in (*FILE_SETTINGS, "residual_config", "replay"):
+        path = getattr(flags, name)
+        if path and os.path.exists(path) and os.path.exists(flags.out) and os.path.samefile(path, flags.out):
+            raise Mistake("out", flags.out, f"is the file of `{name}`, which would be lost; name another file")
 
-    fixed: every prompt starts at `seed`, its further images count up; roll: counts up over all images; rand: drawn, no
-    two of them the same.
+
+def picture_seeds(seed: int, seed_type: str, prompts: int, num_images: int) -> list[int]:
+    """One seed per image, prompt by prompt; raises Mistake for values out of range.
+
+    seed_type fixed: every prompt starts at `seed`, and its further images count up; roll: seeds count up over all
+    images; rand: drawn without repeats.
     """
     read = read_values({"seed": seed, "seed_type": seed_type, "num_images": num_images})
     seed, seed_type, num_images = read["seed"], read["seed_type"], read["num_images"]
     count = prompts * num_images
     if count > MOST_PICTURES:
-        why = f"for {prompts:,} prompts these are {count:,} pictures; at most {MOST_PICTURES:,}"
+        why = f"for {prompts:,} prompts these are {count:,} images; at most {MOST_PICTURES:,} are allowed"
         raise Mistake("num_images", num_images, why)
     if seed_type == "rand":
         return random.SystemRandom().sample(range(RANDOM_SEEDS), count)
@@ -243,6 +260,6 @@ def picture_seeds(seed: int, seed_type: str, prompts: int, num_images: int) -> l
 
 
 def read_row_seeds(seed: Any) -> list[int]:
-    """The seeds of a batch's rows, from one for one row or a list; raises Mistake."""
+    """The seeds of a batch's rows, from a single seed or a list; raises Mistake."""
     rows = read_list("seed", seed) if isinstance(seed, Iterable) else [seed]
     return [FLAGS["seed"].read("seed", one) for one in rows]

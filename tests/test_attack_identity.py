@@ -107,7 +107,7 @@ def test_instructions_and_the_environment_are_recorded(tmp_path, capsys, monkeyp
     assert "bit for bit" in replayed(path, tmp_path / "b", capsys)
     monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")
     told = replayed(path, tmp_path / "c", capsys)
-    assert "replay: not as it was then: environment none -> MKL_CBWR=COMPATIBLE" in told
+    assert "replay: different from the record: environment none -> MKL_CBWR=COMPATIBLE" in told
     (other,) = run(tmp_path / "d", *BASE, "--prompt", "red", "--seed", 1)
     monkeypatch.delenv("MKL_CBWR")
     assert "environment MKL_CBWR=COMPATIBLE -> none" in replayed(other, tmp_path / "e", capsys)
@@ -141,7 +141,7 @@ def other_clip(tmp_path_factory) -> Path:
 def test_a_text_encoder_in_place_of_the_models_own_is_told(tmp_path, capsys, other_clip):
     (path,) = run(tmp_path / "a", *BASE, "--prompt", "red", "--seed", 1)
     told = replayed(path, tmp_path / "b", capsys, "--clip_l", other_clip)
-    assert "replay: not as it was then: text encoder clip_l" in told
+    assert "replay: different from the record: text encoder clip_l" in told
     assert "nothing that was recorded differs" not in told
     (back,) = run(tmp_path / "c", *BASE, "--prompt", "red", "--seed", 1, "--clip_l", other_clip)
     assert "bit for bit" in replayed(back, tmp_path / "d", capsys)
@@ -192,7 +192,7 @@ def test_an_earlier_picture_whose_longer_negative_prompt_lengthened_its_text(tmp
     assert settings.negative_prompt == LONG  # as earlier versions made it: at the longer length
     assert settings.digest() == earlier_digest(settings)
     ((_, settings, image),) = engine.engine.make([settings])
-    made_with = sd3.run.MadeWith(engine, settings).wait()
+    made_with = sd3.run.MadeWith(engine.engine, settings).wait()
     sd3.png.save_picture(tmp_path / "then.png", image, settings, made_with)
     told = replayed(tmp_path / "then.png", tmp_path / "now", capsys)
     assert "bit for bit" in told
@@ -237,7 +237,7 @@ def test_an_earlier_cache_over_a_moving_stream_says_what_is_other_now(tmp_path, 
     (path,) = run(tmp_path / "a", *BASE, "--prompt", "red", "--seed", 1, "--cache", 0.3, *residual)
     assert "not as it was" not in replayed(path, tmp_path / "b", capsys)
     rewrite(path, lambda r: r.update(hardware={n: r["hardware"][n] for n in ("device", "threads")}))
-    assert "which steps --cache reuses" in replayed(path, tmp_path / "c", capsys)
+    assert "which steps the cache reuses" in replayed(path, tmp_path / "c", capsys)
 
 
 def test_a_control_net_that_was_given_no_picture(tmp_path, capsys):

@@ -255,7 +255,7 @@ def test_a_long_record_is_written_once_and_not_again_with_every_picture(small_en
     monkeypatch.setattr(sd3.writing, "atomic_write", counted)
     monkeypatch.setattr(sd3.writing, "append_line", appended)
     record = RunRecord(tmp_path, Flags(), [], 0, small_engine.engine)
-    with record.kept():
+    with record.recording():
         for number in range(10_000):
             record.add(tmp_path / f"{number:06d}.png", Settings("a", "m", seed=number), {"model_sha256": "x"})
     run = json.loads((tmp_path / "run.json").read_text())

@@ -111,8 +111,8 @@ def test_any_value_can_be_written(value):
 
 def test_a_run_whose_flags_cannot_be_encoded_has_its_record(small_engine, tmp_path):
     flags = dataclasses.replace(Flags(), postfix="\udcff")
-    record = RunRecord(tmp_path, flags, ["--postfix=\udcff"], 1, small_engine)
-    with record.kept():
+    record = RunRecord(tmp_path, flags, ["--postfix=\udcff"], 1, small_engine.engine)
+    with record.recording():
         record.add(tmp_path / "000000.png", Settings("a", "m"), {"files": {"vae": "\ud800"}})
     run = json.loads((tmp_path / "run.json").read_bytes().decode("utf-8"))
     assert (run["flags"]["postfix"], run["arguments"]) == ("\udcff", ["--postfix=\udcff"])
@@ -155,7 +155,7 @@ def test_the_next_start_writes_what_a_kill_kept(small_engine, tmp_path):
     finished = begun(tmp_path / "whole", small_engine.engine)
     finished.end("finished")
     (line,) = finish_killed(tmp_path)
-    assert line == f"note: a run in {folder} was killed; its run.json is written now, with 5 pictures"
+    assert line == f"note: a run in {folder} was killed; its run.json is written now, with 5 images"
     run = read_run(folder)
     assert (run["status"], run["planned"], run["arguments"]) == ("killed", 9, ["--seed=0"])
     assert run["pictures"] == lines
@@ -225,7 +225,7 @@ def test_each_command_finishes_the_killed_runs_of_its_model(small_engine, tmp_pa
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
     more = ["--serve_stdin"] if serving else ["--prompt", "red"]
     assert sd3_infer.main([*SMALL, "--out_dir", str(tmp_path), *more]) == 0
-    assert f"note: a run in {mine} was killed; its run.json is written now, with 2 pictures" in capsys.readouterr().err
+    assert f"note: a run in {mine} was killed; its run.json is written now, with 2 images" in capsys.readouterr().err
     assert (read_run(mine)["status"], (other / RUN).exists()) == ("killed", False)
 
 

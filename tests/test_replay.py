@@ -34,7 +34,7 @@ def files(tmp_path_factory) -> Path:
     """A photo and two random ControlNets at the shipped model's width, and rotations."""
     folder = tmp_path_factory.mktemp("files")
     Image.effect_noise((120, 90), 90).convert("RGB").save(folder / "photo.png")
-    config = SD3Inferencer().load(str(DEMO), device="cpu").config
+    config = SD3Inferencer().load(str(DEMO), device="cpu").engine.config
     assert config.width == 128
     save_file(controlnet_tensors(config, chained=True), folder / "control_8b.safetensors")
     save_file(controlnet_tensors(config, chained=False), folder / "control_2b.safetensors")
@@ -68,7 +68,7 @@ def test_ten_settings_bit_for_bit(files, tmp_path, capsys, number):
         capsys.readouterr()
         (again,) = run(tmp_path / "again", "--replay", path)
         assert again.read_bytes() == path.read_bytes()  # settings and all
-        assert f"replay: the same picture as {path}, bit for bit" in capsys.readouterr().err
+        assert f"replay: the same image as {path}, bit for bit" in capsys.readouterr().err
 
 
 def test_other_flags_replace_single_settings(tmp_path, capsys):
@@ -113,7 +113,7 @@ def test_what_is_not_as_it_was_is_said(files, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sd3.replay, "versions", lambda: real | {"torch": "9.9"})
     run(tmp_path / "b", "--replay", path)
     told = capsys.readouterr().err
-    assert f"replay: not as it was then: contents of init_image, torch {real['torch']} -> 9.9" in told
+    assert f"replay: different from the record: contents of init_image, torch {real['torch']} -> 9.9" in told
     assert "% of the pixels differ from" in told
 
 

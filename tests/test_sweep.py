@@ -230,10 +230,10 @@ def test_mistakes_as_a_real_process(tmp_path):
 def test_help_names_every_flag(capsys):
     assert sd3.sweep.command.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    readme = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "docs" / "sweep.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "sweep.md").read_text(encoding="utf-8")
     for name in sd3.sweep.command.OWN:
         assert f"--{name}" in shown
-        assert f"--{name}" in readme
+        assert f"--{name}" in page
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def test_an_early_stop_leaves_whole_columns(tmp_path, prompts):
 
 
 def test_a_failure_is_one_line_and_the_rest_goes_on(tmp_path, prompts, monkeypatch, capsys):
-    real = sd3_infer.SD3Inferencer.sample
+    real = sd3.engine.Engine.sample
 
     def sample(self, batch, *more, **others):
         if any(s.seed == 1 for s in batch):
@@ -414,7 +414,7 @@ def test_a_failure_is_one_line_and_the_rest_goes_on(tmp_path, prompts, monkeypat
 
 
 def test_nan_in_one_picture_fails_it_alone(tmp_path, prompts, monkeypatch, capsys):
-    real = sd3_infer.SD3Inferencer.sample
+    real = sd3.engine.Engine.sample
 
     def sample(self, batch, *more, **others):
         latents = real(self, batch, *more, **others)
@@ -540,7 +540,7 @@ def test_settings_that_come_to_the_same_are_made_once(tmp_path, capsys):
 
 
 def test_a_baseline_that_comes_late_is_compared_all_the_same(tmp_path, prompts, monkeypatch):
-    real = sd3_infer.SD3Inferencer.sample
+    real = sd3.engine.Engine.sample
 
     def sample(self, batch, *more, **others):
         if not batch[0].residual_target_layers:

@@ -539,7 +539,7 @@ def test_do_sampling_reads_its_arguments(small_engine):  # reading.md 7, 8, 14
         ({"seed": -1}, "--seed -1"),
         ({"seed": [True]}, "--seed True"),
         ({"steps": 0}, "--steps 0"),
-        ({"steps": None}, "--steps: is missing"),
+        ({"steps": None}, "--steps None: is missing"),
         ({"cfg_scale": math.nan}, "--cfg nan"),
         ({"denoise": 1.5}, "--denoise 1.5"),
         ({"shift": 1e-20}, "--shift 1e-20"),

@@ -57,7 +57,8 @@ ODD = [  # what only Python can hand over
     (), b"3", {1, 2}, object(), 1j, np.nan, np.array([1, 2]), np.array([[1, 2]]), np.bool_(True), torch.ones(2, 2),
     torch.device("cuda:7"), torch.float64, Path(LONG), Path("a\0b"), range(2), lambda: 1, 10**5000,
 ]  # fmt: skip
-STARTS = ("serve_stdin", "self_check", "list_models", "replay")  # flags that do something else than make pictures
+# Flags that do something else than make images, or that name a file of flags.
+STARTS = ("serve_stdin", "self_check", "list_models", "replay", "info", "settings")
 LISTS = ("residual_target_layers", "residual_weights")
 BASE = {"prompt": "a red circle", "model": str(DEMO), "device": "cpu", "steps": "1", "residual_target_layers": "3,5"}
 # Flags whose mistakes are found by what they lead to: tokenizers that are missing from a folder, two flags that do not
@@ -104,7 +105,7 @@ def planned(record) -> Iterator[list[Settings]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sd3.planning, "plan_pictures", noted)
-        patch.setattr(Engine, "make", lambda engine, pictures, pad_batch=False: iter(()))
+        patch.setattr(Engine, "make", lambda engine, pictures, pad_batch=False, on_step=None: iter(()))
         patch.setattr(sd3.engine, "load_for", load_once)
         patch.setattr(sd3.run, "load_for", load_once)
         patch.setattr(sd3.serve, "load_for", load_once)

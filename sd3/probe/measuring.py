@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sd3 import writing
 from sd3.engine import Engine
@@ -194,11 +193,11 @@ class Measurement:
         """One row per measured timestep and block."""
         out = []
         total = len(self.sums) * self.depth
-        with tqdm(total=total, desc="comparing", unit="block", disable=self.engine.tell.quiet, leave=False) as bar:
+        with self.engine.tell.progress(total, "comparing", "block") as update:
             for m in range(len(self.sums)):
                 for block in range(self.depth):
                     out.append(self._row(m, block) | self._probes(self.pooled[m, block]))
-                    bar.update()
+                    update(1)
         return out
 
     def _row(self, m: int, block: int) -> dict[str, Any]:

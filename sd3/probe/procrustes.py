@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mmditx import TIMESTEPS, ModelCall, standardise
+from sd3.telling import progress
 
 
 class Calibration:
@@ -48,12 +48,14 @@ class Calibration:
         """
         out = torch.zeros_like(self.cross)
         pairs = [(b, j) for b in range(self.buckets) for j in range(len(self.targets))]
-        for b, j in tqdm(pairs, desc="solving", unit="rotation", disable=quiet, leave=False):
-            cross = self.cross[b, j].double()
-            if centre:
-                cross -= torch.outer(self.origin_sum[b], self.target_sum[b, j]) / self.tokens[b]
-            u, _, vt = torch.linalg.svd(cross)
-            out[b, j] = u @ vt
+        with progress(len(pairs), "solving", "rotation", quiet=quiet) as update:
+            for b, j in pairs:
+                cross = self.cross[b, j].double()
+                if centre:
+                    cross -= torch.outer(self.origin_sum[b], self.target_sum[b, j]) / self.tokens[b]
+                u, _, vt = torch.linalg.svd(cross)
+                out[b, j] = u @ vt
+                update(1)
         return out
 
     def state(self) -> dict[str, Tensor]:

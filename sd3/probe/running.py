@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from mmditx import ModelCall, Stream
 from sd3.engine import Engine, load_for
@@ -17,6 +16,7 @@ from sd3.planning import batches, plan_pictures, resolve
 from sd3.prompts import read_jsonl, read_prompts
 from sd3.readers import read_path
 from sd3.settings import Flags
+from sd3.telling import progress
 
 GROUP = 64  # prompts whose encoded text is in memory at the same time
 
@@ -66,7 +66,7 @@ class Collector(Stream):
         layers: Sequence[int],
         use: Callable[[ModelCall, dict[int, list[Tensor]]], None],
     ):
-        """masks: (T,) of each image, true except for padding; wanted: whether to collect from a model call;
+        """masks: (T,) of each image, true for tokens that are not padding; wanted: whether a model call counts;
         layers: blocks whose incoming tokens are passed to use(call, {layer: one (n, D) float32 per image}).
         """
         self.masks, self.wanted, self.use = masks, wanted, use
@@ -102,7 +102,7 @@ def run_prompts(
     Calls `done(count)` after each batch. Encodes the text of `GROUP` prompts at a time, then drops it. before: jobs
     that an earlier run finished; the batches are the same as in one uninterrupted run.
     """
-    with tqdm(total=len(jobs), initial=before, desc=what, unit="prompt", disable=engine.tell.quiet) as bar:
+    with progress(len(jobs), what, "prompt", done=before, quiet=engine.tell.quiet, leave=True) as update:
         count = before
         for start in range(before - before % GROUP, len(jobs), GROUP):
             group = jobs[max(start, before) : start + GROUP]
@@ -119,6 +119,6 @@ def run_prompts(
                 engine.sample(settings, what=what, streams=[collector])
                 engine.files.check()  # raises if a file changed since it was opened
                 count += len(batch)
-                bar.update(len(batch))
+                update(len(batch))
                 done(count)
             engine.text.forget()

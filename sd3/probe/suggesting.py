@@ -76,6 +76,22 @@ def suggest(record: Mapping[str, Any], tolerance: float = 0.05) -> tuple[int, li
     return origin, targets, "\n".join(why)
 
 
+def needed_prompts(tolerance: float) -> int:
+    """How many prompts a measurement needs for a tolerance: with n prompts the standard error of retrieval, which is
+    the share of prompts that were recognised, is at most 0.5 / sqrt(n); from here on it is below the tolerance.
+    """
+    return math.ceil((0.5 / tolerance) ** 2 - 1e-9) if tolerance else 0
+
+
+def too_few_prompts(record: Mapping[str, Any], tolerance: float) -> str:
+    """A note where a measurement has fewer prompts than `needed_prompts`; empty otherwise."""
+    count, needed = record.get("kept_prompts"), needed_prompts(tolerance)
+    if type(count) is not int or not 0 < count < needed:
+        return ""
+    error = f"with {count} prompts the standard error of retrieval is up to {0.5 / math.sqrt(count):.2f}"
+    return f"note: {error}; for a tolerance of {tolerance:g}, measure about {needed} prompts or more"
+
+
 def read_measurement(path: str | Path, flag: str = "measurement") -> dict[str, Any]:
     """Reads a measure.json; raises Mistake."""
     where = Where(flag, path)
@@ -107,7 +123,10 @@ def run_suggest(flags: Mapping[str, Any], show: Callable[[str], Any]) -> None:
     path = flags["measurement"]
     if not os.path.lexists(path):
         raise Missing("measurement", path, "no such file; sd3_probe.py measure makes one")
-    origin, targets, why = suggest(read_measurement(path), flags["tolerance"])
+    record = read_measurement(path)
+    origin, targets, why = suggest(record, flags["tolerance"])
     show(why)
+    if note := too_few_prompts(record, flags["tolerance"]):
+        show(note)
     if targets:
         show(f"--residual_origin_layer {origin} --residual_target_layers {targets[0]}-{targets[-1]}")

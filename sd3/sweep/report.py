@@ -45,7 +45,7 @@ class Report:
         self.seconds = self.folder.journal.seconds()
         self.written_at = self.write_seconds = 0.0
         first = [plan.of(i)[0].settings for i in range(len(plan.variants))]
-        self.settings = [{n: v for n, v in s.named().items() if n not in OF_IMAGE} for s in first]
+        self.settings = [{n: v for n, v in s.by_file_names().items() if n not in OF_IMAGE} for s in first]
         self.choices = [setting_words(s) for s in self.settings]
         self.varying = [n for n in self.settings[0] if self._varies(n)]
         flags = [plan.engines[plan.engine_of[i]] for i in range(len(plan.variants))]

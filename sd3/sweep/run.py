@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from tqdm import tqdm
-
 from sd3.sweep.cluster import RayWorkers
 from sd3.sweep.folder import SweepFolder
 from sd3.sweep.grid import Grid
@@ -17,6 +15,7 @@ from sd3.sweep.plan import Batch, Plan, PlannedImage, describe, make_plan
 from sd3.sweep.report import Report
 from sd3.sweep.scores import Scorer, clip_scorer, demo_scorer
 from sd3.sweep.work import BatchResult, make_here
+from sd3.telling import progress
 
 Work = Callable[[Plan, Sequence[Batch], Callable[[Batch], None]], Iterator[BatchResult]]
 Say = Callable[[str], Any]
@@ -123,11 +122,10 @@ class Sweep:
         """Makes every missing image. When stopped, it still writes the report."""
         batches = self._begin()
         try:
-            with tqdm(
-                total=len(self.plan.pictures), initial=len(self.finished), unit="image", desc=str(self.folder.path)
-            ) as bar:
+            total, name = len(self.plan.pictures), str(self.folder.path)
+            with progress(total, name, "image", done=len(self.finished), leave=True) as update:
                 for batch in work(self.plan, batches, self._log_begin):
-                    self._take(batch, bar.update)
+                    self._take(batch, update)
         except BaseException:
             count = f"{len(self.finished) + self.made} of {len(self.plan.pictures)} images"
             self.say(f"stopped: {count} are in {self.folder.path}; run the command again to resume")
@@ -155,15 +153,17 @@ class Sweep:
         if earlier := len(folder.present() - ids):
             self.say(f"note: {earlier} images of an earlier grid stay in {folder.path} but are not in this report")
         finished = [p for p in plan.pictures if p.id in self.finished]
-        for picture in tqdm(finished, desc="checking finished images", unit="image", leave=False):
-            self._finish(picture)
+        with progress(len(finished), "checking finished images", "image") as update:
+            for picture in finished:
+                self._finish(picture)
+                update(1)
         self.report.write(running=bool(batches))
         return batches
 
     def _log_begin(self, batch: Batch) -> None:
         self.folder.journal.log("begin", pictures=[p.id for p in batch.pictures])
 
-    def _take(self, done: BatchResult, progress: Callable[[], Any]) -> None:
+    def _take(self, done: BatchResult, update: Callable[[int], Any]) -> None:
         """Saves the images of a batch; logs the failed ones."""
         journal = self.folder.journal
         for event in done.events:
@@ -178,7 +178,7 @@ class Sweep:
                 self.made += 1
                 saved.append(picture.id)
                 self._finish(picture)
-            progress()
+            update(1)
         if saved:
             journal.log("batch", pictures=saved, seconds=round(done.seconds, 4))
         if dict(done.hashes).items() - self.hashes.items():
