@@ -266,7 +266,7 @@ def test_one_load_one_encoding_and_what_the_folder_holds(tmp_path, prompts, caps
     assert sweep(out, *arguments, "--dry_run") == 0
     shown = capsys.readouterr().out
     assert "3 prompts x 2 seeds x 3 variants = 18 images" in shown
-    assert "0 done, 18 to make: time unknown" in shown
+    assert "0 finished, 18 to make: time unknown" in shown
     assert not out.exists()
     assert sweep(out, *arguments) == 0
     assert len(hashes(out)) == 18
