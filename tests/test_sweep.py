@@ -288,7 +288,7 @@ def test_one_load_one_encoding_and_what_the_folder_holds(tmp_path, prompts, caps
     assert sweep(out, *arguments) == 0  # nothing to do
     assert "0 made, 18 were already finished, 0 failed" in capsys.readouterr().err
     assert sweep(out, *arguments, "--dry_run") == 0
-    assert "18 done, 0 to make: about 0 s" in capsys.readouterr().out
+    assert "18 finished, 0 to make: about 0 s" in capsys.readouterr().out
     assert sweep(out, *arguments[:-4], "--residual_target_layers", "3,5;4;6", "--batch_size", 4) == 0  # it grows
     assert "6 made, 18 were already finished, 0 failed" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in before} == before
