@@ -34,7 +34,7 @@ def files(tmp_path_factory) -> Path:
     """A photo and two random ControlNets at the shipped model's width, and rotations."""
     folder = tmp_path_factory.mktemp("files")
     Image.effect_noise((120, 90), 90).convert("RGB").save(folder / "photo.png")
-    config = SD3Inferencer().load(str(DEMO), device="cpu").config
+    config = SD3Inferencer().load(str(DEMO), device="cpu").engine.config
     assert config.width == 128
     save_file(controlnet_tensors(config, chained=True), folder / "control_8b.safetensors")
     save_file(controlnet_tensors(config, chained=False), folder / "control_2b.safetensors")
