@@ -111,7 +111,7 @@ def test_any_value_can_be_written(value):
 
 def test_a_run_whose_flags_cannot_be_encoded_has_its_record(small_engine, tmp_path):
     flags = dataclasses.replace(Flags(), postfix="\udcff")
-    record = RunRecord(tmp_path, flags, ["--postfix=\udcff"], 1, small_engine)
+    record = RunRecord(tmp_path, flags, ["--postfix=\udcff"], 1, small_engine.engine)
     with record.recording():
         record.add(tmp_path / "000000.png", Settings("a", "m"), {"files": {"vae": "\ud800"}})
     run = json.loads((tmp_path / "run.json").read_bytes().decode("utf-8"))
