@@ -489,7 +489,7 @@ def sample_euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: N
             return denoised
         down = following * (1 + (following / sigma - 1) * eta)
         x = (down / sigma) * x + (1 - down / sigma) * denoised
-        shrink = (1 - following) / (1 - down)
+        shrink = (1 - following) / (1 - down) if down < 1 else 1.0  # equal neighbours at 1
         x = shrink * x + math.sqrt(max(following**2 - (down * shrink) ** 2, 0.0)) * noise(sigma, following)
     return x
 

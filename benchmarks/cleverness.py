@@ -27,11 +27,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mmditx import MMDiT
 from other_impls import ACTIVATIONS
+from sd3.engine import Engine
 from sd3.layers import PackedLinear
 from sd3.residual import ResidualConfig, residual_stream
 from sd3.rotations import Rotations
-from sd3_impls import Conditioning, Denoiser, seeded_noise
-from sd3_infer import SD3Inferencer
+from sd3.settings import Setup
+from sd3_impls import ClassifierFreeGuidance, Conditioning, Denoiser, seeded_noise
 
 TARGETS = tuple(range(2, 23))
 MODES = {mode: ResidualConfig(0, TARGETS, "each:0.1", mode=mode) for mode in ("anchored", "aligned")}
@@ -42,10 +43,10 @@ Run = Callable[[], object]
 class Steps:
     """One MMDiT and steps of it."""
 
-    def __init__(self, size: int, file: Path):
-        engine = SD3Inferencer().load(str(file), load_tokenizers=False, device="cpu", dtype="bfloat16")
-        engine.quiet = True
-        self.model: MMDiT = engine.get_mmdit()
+    def __init__(self, size: int, file: Path, compiled: bool):
+        setup = Setup(model=str(file), device="cpu", dtype="bfloat16", compile=compiled)
+        engine = Engine(setup, load_tokenizers=False)
+        self.model: MMDiT = engine.network.mmdit
         config = engine.config
         draw = lambda seed, *shape: seeded_noise(seed, shape).to(DTYPE)  # noqa: E731
         self.texts = [
@@ -58,7 +59,8 @@ class Steps:
     def denoiser(self, mode: str = "") -> Denoiser:
         """A run, under residual text streaming of a mode, or none."""
         stream = residual_stream(MODES[mode], self.rotations) if mode else None
-        return Denoiser(self.model, *self.texts, 5.0, 10_000, hooks=[stream])
+        sigmas = torch.tensor([1.0, 0.7, 0.0])
+        return Denoiser(self.model, *self.texts, sigmas, [ClassifierFreeGuidance(5.0)], streams=[stream])
 
     def step(self, mode: str = "") -> Run:
         """One step of a run."""
@@ -70,7 +72,7 @@ class Steps:
         denoiser = self.denoiser(mode)
 
         def run() -> None:
-            denoiser.text.prepared.clear()
+            denoiser.texts["both"].prepared.clear()
             denoiser(self.x, 0.7)
 
         return run
@@ -132,9 +134,7 @@ def measure(rows: dict[str, tuple[Run, Run]], rounds: int) -> dict[str, list[flo
 def main(size: int = 512, rounds: int = 3, compiled: bool = False, folder: str = "") -> None:
     """Prints a row each."""
     with tempfile.TemporaryDirectory() as place:
-        steps = Steps(size, weights_file("sd3_medium", folder or place))
-    if compiled:
-        steps.model.compile_blocks()
+        steps = Steps(size, weights_file("sd3_medium", folder or place), compiled)
     step = steps.step()
     rows = {"A/A": (step, step), "packed weights": (steps.unpacked(), step)}
     if not compiled:

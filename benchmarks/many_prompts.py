@@ -93,14 +93,15 @@ def compare(prompts: int = 10_000, few: int = 100, side: int = 64) -> None:
     with tempfile.TemporaryDirectory() as place:
         peaks = []
         print("| prompts | peak memory | a picture | the record | written in | of the run |")
-        print("| --- | --- | --- | --- | --- | --- |")
+        print("| --- | --- | --- | --- | --- | --- |", flush=True)
         for count in (few, prompts):
             run = Run(Path(place), f"of_{count}", count, side)
             peaks.append(run.wait())
             times, size = run.times(), (run.folder(RUN) / RUN).stat().st_size
             print(
                 f"| {count:,} | {peaks[-1]:.0f} MB | {1000 * times['seconds'] / count:.0f} ms | {size / 1e6:.2f} MB | "
-                f"{times['record']:.2f} s | {times['record'] / times['seconds']:.2%} |"
+                f"{times['record']:.2f} s | {times['record'] / times['seconds']:.2%} |",
+                flush=True,
             )
         print(f"peak memory of {prompts:,} prompts to {few:,}: {peaks[1] / peaks[0]:.3f}")
         show_kill(Path(place), prompts, side)

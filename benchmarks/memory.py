@@ -145,7 +145,7 @@ def main(folder: str = "", size: int = 512, steps: int = 1, rounds: int = 2) -> 
                 got[name].append((peaks["VmHWM"], first_step(name, text, spent), spent))
                 print(f"{name}, run {i + 1}: {peaks['VmHWM'] / GB:.2f} GB", file=sys.stderr)
     print(
-        f"SD3 Medium with CLIP-L, CLIP-G, T5-XXL, {size} x {size}, bfloat16, {steps} step(s), both halves of guidance"
+        f"SD3 Medium with CLIP-L, CLIP-G, T5-XXL, {size} x {size}, bfloat16, {steps} step(s), both passes of guidance"
     )
     print("| | peak resident, mapped pages too (over diffusers') | to the first step, over diffusers' | all, over it |")
     print("| --- | --- | --- | --- |")

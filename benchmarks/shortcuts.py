@@ -67,8 +67,8 @@ class Bench:
                 after = seconds(lambda prompt=prompt, seed=seed: run(full, 0.0, prompt, seed))
                 times[name].append(own / ((before + after) / 2))
                 errors[name].append(relative(got[0]))
-        print("the shipped model, 12 pictures, 24 steps, bfloat16")
-        print("| | sampling time over a full run | middle half | error, median | largest |")
+        print("the shipped model, 12 images, 24 steps, bfloat16")
+        print("| | sampling time relative to a full run | middle half | error, median | largest |")
         print("| --- | --- | --- | --- | --- |")
         for name, values in times.items():
             low, middle, high = statistics.quantiles(values, n=4)

@@ -156,7 +156,7 @@ class Bench:
             for name, run in tqdm(runs.items(), desc="measuring", leave=False):
                 before = seconds(base)
                 ratios[name].append(seconds(run) / before)
-        print(f"{model}, over a step of 512 x 512, batch 2, right before it (that row is A/A), bfloat16, eager")
+        print(f"{model}, relative to a step of 512 x 512, batch 2, right before it (that row is A/A), bfloat16, eager")
         table(ratios, "step")
 
     @torch.no_grad()

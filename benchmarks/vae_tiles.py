@@ -95,7 +95,7 @@ def main(size: int = 1024, tiles="576,256", rounds: int = 2, folder: str = "") -
 def costs(got: dict[int, list[list[float]]], size: int) -> None:
     """Prints memory and time of every run."""
     base = [statistics.mean(v) for v in zip(*got[0], strict=True)]
-    print(f"SD3's VAE, {size} x {size}, float32; every run over the mean of the whole ones (their rows are the A/A)")
+    print(f"SD3's VAE, {size} x {size}, float32; relative to the mean of the whole runs (their rows are the A/A)")
     print("| decoding | peak memory beside the weights | time |\n| --- | --- | --- |")
     for way, runs in got.items():
         for peak, spent in runs:

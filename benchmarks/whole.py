@@ -53,7 +53,7 @@ def main(folder: str = "", prompts: int = 10, size: int = 256, steps: int = 1, r
             plain, again = seconds(text), seconds(text)
             unknown, found = seconds(text, "--embed_cache", cache), seconds(text, "--embed_cache", cache)
             known.append((again / plain, unknown / plain, found / plain))
-        print("one prompt, a process each, over the same without the cache")
+        print("one prompt in a process of its own, relative to the same without the cache")
         print("| | " + " | ".join(f"prompt {i + 1}" for i in range(rounds)) + " |\n| --- |" + " --- |" * rounds)
         for i, name in enumerate(("A/A: without, again", "unknown, to be kept", "known")):
             print(f"| {name} | " + " | ".join(f"{row[i]:.2f}" for row in known) + " |")
@@ -63,7 +63,7 @@ def main(folder: str = "", prompts: int = 10, size: int = 256, steps: int = 1, r
         together = [seconds(str(file)) for _ in range(rounds)]
         served = serve(command, texts)
         spread = statistics.pstdev(apart) / statistics.mean(apart)
-        print(f"\n{prompts} prompts over {prompts} processes (those vary among each other by {spread:.0%})")
+        print(f"\n{prompts} prompts in one process, over {prompts} processes (spread between processes: {spread:.0%})")
         print("| | time |\n| --- | --- |")
         for i, spent in enumerate(together):
             print(f"| one process, run {i + 1} | {spent / sum(apart):.2f} |")

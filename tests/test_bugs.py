@@ -66,7 +66,7 @@ def test_a_setup_reads_its_fields():
     assert (Setup(dtype="bf16").dtype, Setup(no_t5="yes").no_t5) == ("bfloat16", True)
     assert Setup(device=torch.device("meta")).device == torch.device("meta")
     with pytest.raises(Mistake, match="weights foo: must be one of full, int8, fp8"):
-        Engine().open(Setup(model=str(DEMO), weights="foo"))
+        Engine(Setup(model=str(DEMO), weights="foo"))
 
 
 @pytest.mark.parametrize("field", ["width", "residual_branch", "cfg", "vae_tile"])

@@ -234,7 +234,7 @@ def test_a_sweep_stops_and_goes_on_with_the_right_file_only(tmp_path, model, mon
     model.write_bytes(original)
     os.utime(model, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert sd3.sweep.command.main(flags) == 0
-    assert "3 made, 1 were there" in capsys.readouterr().err
+    assert "3 made, 1 were already finished" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("metadata", [True, False])

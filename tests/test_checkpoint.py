@@ -229,7 +229,7 @@ def test_a_second_load_forgets_the_first(tmp_path, small_model):
 @pytest.mark.parametrize(("kind", "steps"), [("8b", 60), ("2b", 4)])
 def test_a_large_controlnet_of_any_name_brings_its_settings(small_model, kind, steps):
     net = small_model.parent / f"control_{kind}.safetensors"
-    assert engine(small_model, controlnet_ckpt=str(net)).defaults["steps"] == steps
+    assert engine(small_model, controlnet_ckpt=str(net)).engine.defaults["steps"] == steps
 
 
 def test_model_folder_is_searched_first(tmp_path):

@@ -1,4 +1,6 @@
-"""README and docs: every command is run in a fresh copy, or left out for a reason that stands here; flags exist."""
+"""README and docs: every block of commands is run in a fresh copy, or skipped by name for a reason that stands here;
+flags and files that a page names exist. `pytest tests/test_documents.py -m "" -rs` runs all and lists what is skipped.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ from helpers import READERS, ROOT
 import sd3.probe.command
 import sd3.sweep.command
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = ("*.py", "*.sh", "requirements*.txt", "pyproject.toml")
 
 # Commands that are not run, by what they begin with or name, and why.
@@ -25,12 +27,14 @@ LEFT_OUT = {
     "./run_inference.sh sd3": "needs the released weights",
     "python sd3_infer.py --prompt prompts.txt": "needs the released weights",
     'python sd3_infer.py --prompt "the same, at night"': "needs the released weights",
-    "python sd3_infer.py --model models/sd3.5": "needs the released weights",
-    "python sd3_infer.py --replay outputs/demo/": "names a picture of somebody's own; tests/test_replay.py replays one",
+    "python sd3_infer.py --model models/sd3": "needs the released weights",
     "--layout geneval": "needs the benchmark's prompts; tests/test_sweep_layouts.py has some like them",
     "python benchmarks/": "takes minutes, and measures",
 }
 SLOW = ("sd3_probe.py", "--prompt prompts.txt --seed 0-3")  # half a minute and more
+SLOW_PAGES = ("tutorial.md",)  # its blocks need what the ones before them made
+# Python that is not run, by what it holds, and why.
+PYTHON_LEFT_OUT = {"apply_residual(pipe": "needs a diffusers pipeline; tests/test_residual_diffusers.py runs the same"}
 
 
 def blocks(path: Path, *languages: str) -> list[str]:
@@ -48,9 +52,10 @@ def left_out(command: str) -> str:
     return next((why for sign, why in LEFT_OUT.items() if command.startswith(sign) or f" {sign}" in command), "")
 
 
-SHELL = [(path, block) for path in DOCUMENTS for block in blocks(path, "sh", "bash")]
-RUN = [(path, [c for c in commands(block) if not left_out(c)]) for path, block in SHELL]
-RUN = [(path, wanted) for path, wanted in RUN if wanted]
+SHELL = [(path, commands(block)) for path in DOCUMENTS for block in blocks(path, "sh", "bash")]
+RUN = [(path, wanted) for path, every in SHELL if (wanted := [c for c in every if not left_out(c)])]
+SKIPPED = [(path, command) for path, every in SHELL for command in every if left_out(command)]
+PYTHON = [(path, block) for path in DOCUMENTS for block in blocks(path, "python")]
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +89,18 @@ def run(clone: Path, command: str) -> str:
     return done.stdout
 
 
-def is_slow(wanted: list[str]) -> bool:
-    return any(sign in command for command in wanted for sign in SLOW)
+def name(path: Path, text: str) -> str:
+    return f"{path.name}: {text[:70]}"
+
+
+def is_slow(path: Path, wanted: list[str]) -> bool:
+    return path.name in SLOW_PAGES or any(sign in command for command in wanted for sign in SLOW)
 
 
 @pytest.mark.parametrize(
     ("path", "wanted"),
     [
-        pytest.param(
-            path, wanted, id=f"{path.name}: {wanted[0][:60]}", marks=[pytest.mark.slow] if is_slow(wanted) else []
-        )
+        pytest.param(path, wanted, id=name(path, wanted[0]), marks=[pytest.mark.slow] if is_slow(path, wanted) else [])
         for path, wanted in RUN
     ],
 )
@@ -102,15 +109,27 @@ def test_the_commands_of_a_document_run(clone, path, wanted):
         run(clone, command)
 
 
-@pytest.mark.parametrize("block", [b for b in blocks(ROOT / "README.md", "python") if "SD3Inferencer()" in b])
-def test_the_python_of_the_readme_runs(clone, block):
+@pytest.mark.parametrize(("path", "command"), SKIPPED, ids=[name(*item) for item in SKIPPED])
+def test_a_command_that_cannot_run_here(path, command):
+    pytest.skip(f"{command[:70]}: {left_out(command)}")
+
+
+@pytest.mark.parametrize(("path", "block"), PYTHON, ids=[name(p, b.replace("\n", " ")) for p, b in PYTHON])
+def test_the_python_of_a_document_runs(clone, path, block):
+    if why := next((why for sign, why in PYTHON_LEFT_OUT.items() if sign in block), ""):
+        pytest.skip(why)
     (clone / "example.py").write_text(block)
     run(clone, "python example.py")
-    assert len(list((clone / "out").glob("*.png"))) == 2
+
+
+def test_the_grid_of_the_sweeps_page_is_read(clone):
+    (grid,) = blocks(ROOT / "docs" / "sweep.md", "yaml")
+    (clone / "grid.yaml").write_text(grid)
+    assert "= 72 " in run(clone, "python sd3_sweep.py --out gridded --grid grid.yaml --dry_run")
 
 
 def test_what_is_left_out_is_there():
-    every = [command for _, block in SHELL for command in commands(block)]
+    every = [command for _, listed in SHELL for command in listed]
     for sign in LEFT_OUT:
         assert any(left_out(command) and sign in f" {command}" for command in every), sign
     assert len(every) > 20
@@ -146,11 +165,30 @@ def test_every_flag_that_a_document_names_exists(path):
 def test_files_that_a_document_names_exist():
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
-        for name in re.findall(r"\]\(([\w./-]+\.(?:md|png|py))\)|src=\"([\w./-]+)\"", text):
-            target = path.parent / (name[0] or name[1])
+        for link, anchor, source in re.findall(
+            r"\]\(([\w./-]+\.(?:md|png|py))(?:#([\w-]+))?\)|src=\"([\w./-]+)\"", text
+        ):
+            target = path.parent / (link or source)
             assert target.is_file(), f"{path.name}: {target}"
-        for name in re.findall(r"`((?:tests|benchmarks|sweep|demo)/\w+\.py)\b", text):
-            assert (ROOT / name).is_file(), f"{path.name}: {name}"
+            if anchor:
+                heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+                anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+                assert anchor in anchors, f"{path.name}: {link}#{anchor}"
+        for file in re.findall(r"`((?:tests|benchmarks|sweep|demo|sd3)/\w+\.py)\b", text):
+            assert (ROOT / file).is_file(), f"{path.name}: {file}"
+
+
+def test_the_tree_names_every_file():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = text[text.index("## The tree") : text.index("## How to add")]
+    files = [path.name for folder in (ROOT, ROOT / "sd3") for path in folder.glob("*.py")]
+    assert [file for file in files if file not in tree] == []
+    assert [file for file in re.findall(r"\w+\.py\b", tree) if file not in (*files, "helpers.py")] == []
+
+
+def test_the_front_page_is_short_and_the_images_are_small():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+    assert sum(path.stat().st_size for path in (ROOT / "docs" / "tutorial").glob("*.png")) < 400_000
 
 
 def test_a_fresh_clone_has_the_folders_of_weights_and_pictures():

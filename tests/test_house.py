@@ -18,7 +18,6 @@ ALGORITHM = ("mmditx", "sd3_impls", "dit_embedder", "other_impls")  # each could
 SCRIPTS = ("sd3_infer", "sd3_sweep", "sd3_probe")
 WITHOUT_TORCH = ("mistakes", "flags", "models", "settings", "command", "png")  # a typo and --help answer at once
 LONGEST_FUNCTION, LONGEST_CLASS = 60, 250  # lines of code
-ENGINES = ("SD3Inferencer", "Engine")
 # Packages that functions may import: torch takes a second to load, the others need not be installed.
 IN_FUNCTIONS = (
     "torch", "safetensors.torch", "diffusers", "huggingface_hub", "matplotlib", "playwright", "ray", "scipy",
@@ -331,20 +330,12 @@ def f(
     assert sorted(lines_of_code(text)) == [2, 5, 6, 7, 10, 11, 12, 17]
 
 
-def nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """Everything that a module holds, without the engine and what is in it."""
-    for child in ast.iter_child_nodes(node):
-        if not (isinstance(child, ast.ClassDef) and child.name in ENGINES):
-            yield child
-            yield from nodes(child)
-
-
 def too_long(kinds: tuple[type, ...], most: int) -> list[str]:
-    """Definitions with more lines of code, decorators left out, but for the engine and its methods."""
+    """Definitions with more lines of code, decorators left out."""
     out = []
     for module in PROJECT:
         code = lines_of_code(module.text)
-        for node in nodes(module.tree):
+        for node in ast.walk(module.tree):
             if isinstance(node, kinds):
                 length = len(code.intersection(range(node.lineno, node.end_lineno + 1)))
                 if length > most:

@@ -247,7 +247,7 @@ def test_heun_with_a_residual_window_skip_layer_guidance_and_a_controlnet(small_
     def sample(**parts) -> tuple[torch.Tensor, list]:
         seen = Seen()
         return engine.do_sampling(
-            torch.zeros(1, 16, 6, 8), 3, *texts, 6, 4.0, "heun", hooks=[seen], **parts
+            torch.zeros(1, 16, 6, 8), 3, *texts, 6, 4.0, "heun", streams=[seen], **parts
         ), seen.calls
 
     whole, calls = sample(**parts)

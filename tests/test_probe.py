@@ -28,7 +28,7 @@ from sd3.files import WeightFile
 from sd3.planning import plan_pictures
 from sd3.probe.measuring import Measurement, Sums, cka, linear_probe, neighbour_overlap, retrieval, spread
 from sd3.probe.procrustes import Calibration
-from sd3.probe.running import Collector, Labelled, read_labelled, run_prompts
+from sd3.probe.running import Collector, LabelledPrompt, read_labelled, run_prompts
 from sd3.probe.suggesting import suggest
 from sd3.residual import ResidualConfig
 from sd3.rotations import orthogonality, read_rotations
@@ -121,7 +121,7 @@ def everything(engine, jobs, values, layers):
 @pytest.mark.parametrize("group", [64, 3])
 def test_a_measurement_equals_direct_computing(small_engine, monkeypatch, group):
     monkeypatch.setattr(sd3.probe.running, "GROUP", group)
-    prompts = [Labelled(p) for p in PROMPTS]
+    prompts = [LabelledPrompt(p) for p in PROMPTS]
     flags = {"origin": 1, "timesteps": 2, "kept_prompts": 5, "kept_tokens": 40, "neighbours": 3, "seed": 2}
     measurement = Measurement(small_engine.engine, prompts, VALUES, flags)
     run_prompts(small_engine.engine, measurement.jobs(), VALUES, measurement.collector, "measuring")
@@ -145,7 +145,7 @@ def test_a_measurement_equals_direct_computing(small_engine, monkeypatch, group)
         assert 0 <= row["neighbours"] <= 1
         if row["block"] == 1:
             assert (row["cosine"], row["neighbours"]) == (pytest.approx(1), 1)
-    assert measurement.filled == 40 or measurement.filled == sum(
+    assert measurement.token_count == 40 or measurement.token_count == sum(
         min(8, len(states[0, 0][number])) for number in measurement.kept
     )
 
@@ -188,7 +188,7 @@ def record(levels: list[float]) -> dict:
 def test_suggest():
     origin, targets, why = suggest(record([0.9, 0.98, 0.98, 0.97, 0.8, 0.7, 0.72, 0.6, 0.5]))
     assert (origin, targets) == (1, [4, 5, 6, 7, 8])
-    assert "block 4 is the first to know less" in why
+    assert "block 4 is the first that loses more" in why
     origin, targets, why = suggest(record([0.9, 0.9, 0.89, 0.9, 0.88, 0.9]))
     assert (origin, targets) == (0, [])
     assert "nothing is forgotten" in why
@@ -391,7 +391,7 @@ def test_measure_writes_what_suggest_reads(small_model, tmp_path, capsys):
         with Image.open(out / "measure.png") as image:
             assert image.size[0] > 600
     assert probe("suggest", "--measurement", out / "measure.json") == 0
-    assert "origin 0: its tokens know" in capsys.readouterr().out
+    assert "can be recovered from its tokens" in capsys.readouterr().out
 
 
 def test_measuring_with_residual_streaming(small_model, tmp_path, capsys):
@@ -535,7 +535,7 @@ def test_an_answer_that_needs_only_the_words_imports_no_torch(words, tmp_path):
 
 def test_labelled_prompts(tmp_path):
     (tmp_path / "p.jsonl").write_text('\ufeff{"prompt": "a", "labels": {"n": 2}}\r\n{"prompt": "b"}\n{"prompt": "a"}\n')
-    assert read_labelled(str(tmp_path / "p.jsonl")) == [Labelled("a", {"n": "2"}), Labelled("b", {})]
+    assert read_labelled(str(tmp_path / "p.jsonl")) == [LabelledPrompt("a", {"n": "2"}), LabelledPrompt("b", {})]
     assert [p.prompt for p in read_labelled(str(files(tmp_path, ["x", "y", "x"])))] == ["x", "y"]
 
 

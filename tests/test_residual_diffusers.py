@@ -79,7 +79,7 @@ def ours(config: ResidualConfig, rotations: Rotations | None = None, cfg: float 
     hooks = [residual_stream(config, rotations)]
     neg_cond = None if cfg == 1 else Conditioning(*NEGATIVE)
     guidance = [ClassifierFreeGuidance(cfg)]
-    denoiser = Denoiser(OURS, Conditioning(*TEXT), neg_cond, flow_schedule(STEPS, SHIFT), guidance, hooks=hooks)
+    denoiser = Denoiser(OURS, Conditioning(*TEXT), neg_cond, flow_schedule(STEPS, SHIFT), guidance, streams=hooks)
     return guided_sampling(denoiser, "euler", torch.zeros(1, 16, 8, 6), [5])
 
 

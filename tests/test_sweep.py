@@ -162,9 +162,9 @@ BAD = [
     (["--prompt", "x", "--seed", "0-x"], "--seed 0-x: must be a whole number"),
     (["--prompt", "x", "--seed", "0-99999999999"], "has at most 100,000 seeds"),
     (["--prompt", "x", "--seed", "0-99999", "--cfg", ";".join(map(str, range(1, 12)))], "at most 100,000"),
-    (["--prompt", "x", "--num_images", "4"], "--num_images: has no place in a sweep; name the seeds"),
-    (["--prompt", "x", "--out_dir", "y"], "--out_dir: has no place in a sweep; use --out"),
-    (["--prompt", "x", "--replay", "y.png"], "--replay: has no place in a sweep"),
+    (["--prompt", "x", "--num_images", "4"], "--num_images: is not allowed in a sweep; name the seeds"),
+    (["--prompt", "x", "--out_dir", "y"], "--out_dir: is not allowed in a sweep; use --out"),
+    (["--prompt", "x", "--replay", "y.png"], "--replay: is not allowed in a sweep"),
     (["--prompt", "x", "--cfg", "2;-1"], "--cfg -1: must be from 0"),
     (["--prompt", "x", "--cfg", "2;;3"], "--cfg: must be a number"),
     (["--prompt", "x", "--residual_target_layers", "1,2;3", "--residual_weights", "0.1,0.2"],
@@ -230,10 +230,10 @@ def test_mistakes_as_a_real_process(tmp_path):
 def test_help_names_every_flag(capsys):
     assert sd3.sweep.command.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    readme = (ROOT / "README.md").read_text(encoding="utf-8") + (ROOT / "docs" / "sweep.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "sweep.md").read_text(encoding="utf-8")
     for name in sd3.sweep.command.OWN:
         assert f"--{name}" in shown
-        assert f"--{name}" in readme
+        assert f"--{name}" in page
 
 
 @pytest.mark.parametrize(
@@ -286,11 +286,11 @@ def test_one_load_one_encoding_and_what_the_folder_holds(tmp_path, prompts, caps
     assert not [*out.rglob("*.partial")]
     before = {p: p.stat().st_mtime_ns for p in (out / "pictures").iterdir()}
     assert sweep(out, *arguments) == 0  # nothing to do
-    assert "0 made, 18 were there, 0 failed" in capsys.readouterr().err
+    assert "0 made, 18 were already finished, 0 failed" in capsys.readouterr().err
     assert sweep(out, *arguments, "--dry_run") == 0
     assert "18 done, 0 to make: about 0 s" in capsys.readouterr().out
     assert sweep(out, *arguments[:-4], "--residual_target_layers", "3,5;4;6", "--batch_size", 4) == 0  # it grows
-    assert "6 made, 18 were there, 0 failed" in capsys.readouterr().err
+    assert "6 made, 18 were already finished, 0 failed" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
@@ -300,7 +300,7 @@ def test_weights_for_all_targets_are_the_pictures_of_as_many_weights(tmp_path, p
     assert sweep(tmp_path / "out", *arguments, "0.3,0.3") == 0
     capsys.readouterr()
     assert sweep(tmp_path / "out", *arguments, "each:0.3") == 0
-    assert "0 made, 6 were there, 0 failed" in capsys.readouterr().err
+    assert "0 made, 6 were already finished, 0 failed" in capsys.readouterr().err
 
 
 def test_a_picture_does_not_depend_on_its_neighbours(tmp_path, prompts):
@@ -386,7 +386,7 @@ def test_an_early_stop_leaves_whole_columns(tmp_path, prompts):
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate()
     assert process.returncode == 143
-    assert "run it again to go on" in error
+    assert "run the command again to resume" in error
     counts = Counter(line["variant"] for line in results(out))
     assert counts["off"] == 30
     assert list(counts) == ["off", "0:3:1.0", "0:4:1.0", "0:5:1.0"][: len(counts)]
@@ -394,7 +394,7 @@ def test_an_early_stop_leaves_whole_columns(tmp_path, prompts):
 
 
 def test_a_failure_is_one_line_and_the_rest_goes_on(tmp_path, prompts, monkeypatch, capsys):
-    real = sd3_infer.SD3Inferencer.sample
+    real = sd3.engine.Engine.sample
 
     def sample(self, batch, *more, **others):
         if any(s.seed == 1 for s in batch):
@@ -407,14 +407,14 @@ def test_a_failure_is_one_line_and_the_rest_goes_on(tmp_path, prompts, monkeypat
     error = capsys.readouterr().err
     lines = [line for line in error.replace("\r", "\n").splitlines() if line.startswith("failed")]
     assert lines == [f'failed: off, seed 1, "{p}": RuntimeError: no luck at all' for p in PROMPTS]
-    assert "6 made, 0 were there, 3 failed" in error
+    assert "6 made, 0 were already finished, 3 failed" in error
     monkeypatch.undo()
     assert sweep(out, *QUICK, "--prompt", prompts, "--seed", "0-2") == 0
-    assert "3 made, 6 were there, 0 failed" in capsys.readouterr().err
+    assert "3 made, 6 were already finished, 0 failed" in capsys.readouterr().err
 
 
 def test_nan_in_one_picture_fails_it_alone(tmp_path, prompts, monkeypatch, capsys):
-    real = sd3_infer.SD3Inferencer.sample
+    real = sd3.engine.Engine.sample
 
     def sample(self, batch, *more, **others):
         latents = real(self, batch, *more, **others)
@@ -444,7 +444,7 @@ def test_a_damaged_picture_is_made_again(tmp_path, prompts, capsys):
     error = capsys.readouterr().err
     for path in (cut, flipped, other, swapped):
         assert f"note: {path} is damaged; it is made again" in error
-    assert "4 made, 2 were there" in error
+    assert "4 made, 2 were already finished" in error
     assert hashes(out) == wanted
 
 
@@ -488,7 +488,7 @@ def test_the_folder_and_the_model_may_move(tmp_path, prompts, monkeypatch, capsy
     monkeypatch.chdir(tmp_path / "there")
     capsys.readouterr()
     assert sweep(Path("swept"), *arguments, DEMO) == 0
-    assert "0 made, 3 were there" in capsys.readouterr().err
+    assert "0 made, 3 were already finished" in capsys.readouterr().err
     copy = tmp_path / "demo"
     shutil.copytree(DEMO.parent, copy)
     assert sweep(Path("swept"), *arguments, copy / DEMO.name) == 0  # copied: another time, the same contents
@@ -534,13 +534,13 @@ def test_folders_of_text_encoders_cannot_be_told_apart(tmp_path, small_model, ca
 
 def test_settings_that_come_to_the_same_are_made_once(tmp_path, capsys):
     assert sweep(tmp_path / "out", *QUICK, "--prompt", PROMPTS[0], "--cfg", "2;2.0") == 0
-    assert "note: off, cfg 2.0 comes to the same as off, cfg 2; made once" in capsys.readouterr().err
+    assert "note: off, cfg 2.0 has the same settings as off, cfg 2; made once" in capsys.readouterr().err
     assert len(hashes(tmp_path / "out")) == 1
     assert sweep(tmp_path / "b", "--model", DEMO, "--steps", 1, "--prompt", PROMPTS[0], "--device", "auto;cpu") == 0
 
 
 def test_a_baseline_that_comes_late_is_compared_all_the_same(tmp_path, prompts, monkeypatch):
-    real = sd3_infer.SD3Inferencer.sample
+    real = sd3.engine.Engine.sample
 
     def sample(self, batch, *more, **others):
         if not batch[0].residual_target_layers:
@@ -564,7 +564,7 @@ def test_scores_can_be_asked_for_afterwards(tmp_path, prompts, capsys):
     assert sweep(out, *arguments) == 0
     assert not (out / "scores.csv").exists()
     assert sweep(out, *arguments, "--score", "demo") == 0
-    assert "0 made, 12 were there" in capsys.readouterr().err
+    assert "0 made, 12 were already finished" in capsys.readouterr().err
     scored = (out / "scores.jsonl").read_text().splitlines()
     assert len(scored) == 12
     assert sweep(out, *arguments, "--score", "demo") == 0

@@ -79,7 +79,7 @@ def test_a_damaged_line_of_the_log_is_named_once(out, capsys, torn):
     error = capsys.readouterr().err
     (note,) = notes(error)
     assert f"{out / 'log.jsonl'}, line {number}: cannot be read" in note
-    assert "1 made, 5 were there, 0 failed" in error
+    assert "1 made, 5 were already finished, 0 failed" in error
     after = (out / "log.jsonl").read_bytes().split(b"\n")
     assert json.loads(after[number])["event"] == "start"  # the torn line stays a line of its own
     assert len([b for b in after if b'"event": "made"' in b]) == 7
@@ -124,7 +124,7 @@ def test_a_damaged_sweep_json_is_named_and_written_anew(out, capsys, damaged):
     error = capsys.readouterr().err
     (note,) = notes(error)
     assert f"{out / 'sweep.json'}, line 1: is damaged" in note
-    assert "0 made, 6 were there" in error
+    assert "0 made, 6 were already finished" in error
     after = json.loads((out / "sweep.json").read_bytes())
     assert after["planned"] == before["planned"]
 
@@ -132,7 +132,7 @@ def test_a_damaged_sweep_json_is_named_and_written_anew(out, capsys, damaged):
 def test_a_lost_sweep_json_is_written_anew(out, capsys):
     (out / "sweep.json").unlink()
     assert sweep(out) == 0
-    assert "0 made, 6 were there" in capsys.readouterr().err
+    assert "0 made, 6 were already finished" in capsys.readouterr().err
 
 
 def test_a_folder_of_another_sweep_is_refused_even_without_its_record(out, capsys):
@@ -207,7 +207,7 @@ def test_a_damaged_picture_is_made_again(out, capsys, damage):
     assert sweep(out) == 0
     error = capsys.readouterr().err
     assert f"{path} is damaged; it is made again" in error
-    assert "1 made, 5 were there" in error
+    assert "1 made, 5 were already finished" in error
     assert path.read_bytes() == before
 
 
@@ -216,9 +216,9 @@ def test_a_sweep_of_an_earlier_version_goes_on(tmp_path, capsys):
     before = {p.name: p.read_bytes() for p in (out / "pictures").iterdir()}
     assert len(before) == 6
     assert sweep(out) == 0
-    assert "0 made, 6 were there" in capsys.readouterr().err
+    assert "0 made, 6 were already finished" in capsys.readouterr().err
     assert sweep(out, "--seed", "0-2") == 0  # and may grow
-    assert "3 made, 6 were there" in capsys.readouterr().err
+    assert "3 made, 6 were already finished" in capsys.readouterr().err
     after = {p.name: p.read_bytes() for p in (out / "pictures").iterdir()}
     assert {name: after[name] for name in before} == before
 

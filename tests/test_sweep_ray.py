@@ -79,7 +79,7 @@ def test_two_workers_one_of_them_killed_make_the_same_pictures(tmp_path, argumen
     luck.choice(workers).send_signal(signal.SIGKILL)
     _, error = driver.communicate(timeout=300)
     assert driver.returncode == 0, error
-    assert "60 made, 0 were there, 0 failed" in error
+    assert "60 made, 0 were already finished, 0 failed" in error
     assert hashes(out) == wanted
     assert [line["file"] for line in results(out)] == [line["file"] for line in results(tmp_path / "one")]
     assert len(log(out, "encode")) == 1  # on one worker, though three were started
@@ -99,6 +99,6 @@ def test_the_driver_is_killed_and_goes_on(tmp_path, arguments):
     before = hashes(out)
     assert 10 <= len(before) < 60
     done = subprocess.run(shell(out, *arguments, *WORKERS), capture_output=True, text=True, env=ENV, check=True)
-    assert f"{60 - len(before)} made, {len(before)} were there, 0 failed" in done.stderr
+    assert f"{60 - len(before)} made, {len(before)} were already finished, 0 failed" in done.stderr
     subprocess.run(shell(tmp_path / "one", *arguments), check=True, capture_output=True, env=ENV)
     assert hashes(out) == hashes(tmp_path / "one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 
@@ -64,26 +65,28 @@ def cell(variant: int, prompt: int) -> str:
 
 
 def shown(page) -> tuple[int, int]:
-    """Rows and columns of the grid."""
-    return page.locator(".row.body").count(), page.locator(".row.head > div").count() - 1
+    """How many prompts and how many variants the grid shows."""
+    script = "cells => ['prompt', 'variant'].map(n => new Set(cells.map(c => c.dataset[n])).size)"
+    return tuple(page.eval_on_selector_all(".cell", script))
 
 
-def picture(swept, variant: int, prompt: int, seed: int) -> str:
+def image_id(swept, variant: int, prompt: int, seed: int) -> str:
     return next(p[3] for p in data_of(swept)["pictures"] if p[:3] == [variant, prompt, seed])
 
 
 def test_prompts_are_rows_and_variants_columns(page, swept):
     assert shown(page) == (3, 5)
-    assert page.locator("#progress").inner_text() == "30 of 30 pictures"
+    assert page.locator("#progress").inner_text() == "30 of 30 images"
     assert page.locator(".side").all_inner_texts()[1:] == PROMPTS
-    heads = page.locator(".row.head > div").all_inner_texts()[1:]
-    assert [h.split("\n")[0] for h in heads] == [
+    heads = page.locator(".row.head .name")
+    assert [h.split("\n")[0].removesuffix("baseline") for h in heads.all_inner_texts()] == [
         "off",
-        "0:3,5,7:each:0.1",
-        "0:3,5,7:each:1.5",
-        "0:4:each:0.1",
-        "0:4:each:1.5",
+        "from 0 into 3, 5 and 7, 0.1",
+        "from 0 into 3, 5 and 7, 1.5",
+        "from 0 into 4, 0.1",
+        "from 0 into 4, 1.5",
     ]
+    assert heads.nth(1).get_attribute("title") == "0:3,5,7:each:0.1"
     loaded = page.eval_on_selector(f"{cell(0, 0)} img", "i => i.decode().then(() => i.naturalWidth)")
     assert loaded == 96
 
@@ -95,29 +98,32 @@ def test_filters(page):
     assert shown(page) == (3, 1)
     page.click("button[data-setting='residual_target_layers'][data-value='4']")
     assert shown(page) == (3, 2)
-    page.click("button[data-setting='residual_weights'][data-value='1.5']")
+    page.click("button[data-setting='residual_weights'][data-all]")
+    assert page.get_attribute("button[data-setting='residual_weights'][data-all]", "aria-pressed") == "true"
     page.fill("#search", "stars")
     assert shown(page) == (1, 5)
     page.fill("#search", "")
     page.fill("#search-variants", "off")
     assert shown(page) == (3, 1)
     page.fill("#search", "nothing like it")
-    assert page.get_by_text("no picture fits the filters").is_visible()
+    assert page.get_by_text("No image fits the filters.").is_visible()
 
 
 def test_flips_through_seeds(page, swept):
     source = f"{cell(2, 1)} img"
-    assert page.get_attribute(source, "src") == f"pictures/{picture(swept, 2, 1, 0)}.png"
+    assert page.get_attribute(source, "src") == f"pictures/{image_id(swept, 2, 1, 0)}.png"
+    if page.is_hidden("#forth"):  # both seeds are shown where there is room
+        page.click("#together")
     page.click("#forth")
     assert page.inner_text("#seed") == "7"
-    assert page.get_attribute(source, "src") == f"pictures/{picture(swept, 2, 1, 1)}.png"
+    assert page.get_attribute(source, "src") == f"pictures/{image_id(swept, 2, 1, 1)}.png"
     page.keyboard.press("ArrowLeft")
     assert page.inner_text("#seed") == "0"
 
 
 def test_differences(page, swept):
     page.click("#difference")
-    assert page.get_attribute(f"{cell(2, 1)} img", "src") == f"difference/{picture(swept, 2, 1, 0)}.png"
+    assert page.get_attribute(f"{cell(2, 1)} img", "src") == f"difference/{image_id(swept, 2, 1, 0)}.png"
     assert page.get_attribute(f"{cell(0, 1)} img", "src").startswith("pictures/")  # a baseline has none
     page.keyboard.press("d")
     assert page.get_attribute(f"{cell(2, 1)} img", "src").startswith("pictures/")
@@ -147,14 +153,63 @@ def test_enlarges_with_settings_score_and_command(page, swept):
 
 
 def test_scores_are_those_of_the_table(page, swept):
-    page.click("#scores summary")
-    rows = page.locator("#table tr").all_inner_texts()
-    assert rows[0].split("\t")[:2] == ["variant", "overall"]
+    assert page.locator("#kinds button").first.inner_text() == "overall"
     off = next(line for line in (swept / "scores.csv").read_text().splitlines() if ",off,overall," in line)
-    mean = float(off.split(",")[4])
-    assert rows[1].split("\t")[1].startswith(f"{mean:.2f} (")
+    mean, low, high = map(float, off.split(",")[4:7])
+    row = page.locator("#table .line[data-variant='0']")
+    assert row.locator(".mean").inner_text() == f"{mean:.2f}"
+    assert row.locator(".interval").first.inner_text() == f"{low:.2f} to {high:.2f}"
+    assert float(row.locator(".fill").evaluate("e => parseFloat(e.style.width)")) == pytest.approx(100 * mean, abs=0.01)
+    assert float(row.locator(".whisker").evaluate("e => parseFloat(e.style.left)")) == pytest.approx(
+        100 * low, abs=0.01
+    )
+    best = [[int(e.get_attribute("data-variant")), "overall"] for e in page.locator("#table .best").all()]
+    assert best == [b for b in data_of(swept)["best"] if b[1] == "overall"]
     marks = page.locator(".note").all_inner_texts()
-    assert all(m[0] in "✓✗" for m in marks)
+    assert all("✓" in m or "✗" in m for m in marks)
+
+
+def test_the_header_says_what_was_made(page):
+    facts = dict(zip(*(page.locator(f"#facts {tag}").all_inner_texts() for tag in ("dt", "dd")), strict=True))
+    assert facts["model"] == "demo.safetensors"
+    assert (facts["steps"], facts["cfg"], facts["sampler"], facts["size"]) == ("24", "2.5", "euler", "96 × 96")
+    assert re.search(r"\b20\d\d\b", facts["date"])
+
+
+def test_seeds_stand_side_by_side_where_there_is_room(page):
+    page.set_viewport_size({"width": 900, "height": 800})
+    page.wait_for_function("document.querySelectorAll('.cell').length === 15")
+    page.set_viewport_size({"width": 1900, "height": 800})
+    page.wait_for_function("document.querySelectorAll('.cell').length === 30")
+    assert page.is_hidden("#flip")
+    page.fill("#search", "stars")  # one prompt: seeds are rows or columns
+    assert page.locator(".cell").count() == 10
+    assert page.inner_text("#prompt") == "two green stars"
+
+
+@pytest.mark.parametrize("width", [1600, 900, 390])
+def test_nothing_is_wider_than_the_window(page, width):
+    page.set_viewport_size({"width": width, "height": 844})
+    page.wait_for_timeout(100)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.getElementById('main').scrollWidth") <= width
+    widths = page.eval_on_selector_all(".cell img", "all => all.map(i => i.getBoundingClientRect().width)")
+    assert min(widths) >= 96
+
+
+def test_the_keyboard_is_enough(page, swept):
+    page.focus(cell(2, 1))
+    page.keyboard.press("Enter")
+    assert page.locator("#dialog").is_visible()
+    title = page.inner_text("#dialog-title")
+    page.keyboard.press("ArrowDown")
+    assert page.inner_text("#dialog-title") != title
+    page.keyboard.press("ArrowUp")
+    assert page.inner_text("#dialog-title") == title
+    page.keyboard.press("Escape")
+    page.keyboard.press("d")
+    assert page.locator("#scale").is_visible()
+    assert page.locator("#scale .ticks").inner_text().split() == ["0", "28", "113", "255"]
 
 
 def test_it_grows_while_the_sweep_runs(browser, swept, tmp_path):
@@ -167,13 +222,13 @@ def test_it_grows_while_the_sweep_runs(browser, swept, tmp_path):
     page.clock.install()
     page.goto((copy / "index.html").as_uri())
     page.wait_for_selector(".cell.missing")
-    assert page.inner_text("#progress") == "6 of 30 pictures, running"
+    assert page.inner_text("#progress") == "6 of 30 images, running"
     page.fill("#search", "red")
     shutil.copy(swept / "data.js", copy / "data.js")
     page.clock.fast_forward(11_000)
-    page.wait_for_function("document.getElementById('progress').textContent === '30 of 30 pictures'")
+    page.wait_for_function("document.getElementById('progress').textContent === '30 of 30 images'")
     assert page.locator(".cell.missing").count() == 0
-    assert page.locator(".row.body").count() == 2  # the filter stays
+    assert shown(page)[0] == 2  # the filter stays
     page.close()
 
 

@@ -15,7 +15,7 @@ import sd3.sweep.command
 from sd3.settings import Flags, Settings
 from sd3.shapes.prompts import KINDS, draw, held_out_prompts, held_out_texts, read_caption
 from sd3.sweep.grid import Grid
-from sd3.sweep.plan import Plan, Planned
+from sd3.sweep.plan import Plan, PlannedImage
 from sd3.sweep.scores import clip_scorer, demo_scorer, spread, summarise, table
 
 
@@ -99,7 +99,7 @@ def plan_of(prompts: int, seeds: int) -> Plan:
     """Two variants, the first the baseline."""
     grid = Grid(tuple(f"p{i}" for i in range(prompts)), tuple(range(seeds)), ())
     pictures = [
-        Planned(v, p, s, Settings(prompt=f"p{p}", model="m", seed=s), 77, f"{v}-{p}-{s}")
+        PlannedImage(v, p, s, Settings(prompt=f"p{p}", model="m", seed=s), 77, f"{v}-{p}-{s}")
         for v in range(2)
         for p in range(prompts)
         for s in range(seeds)

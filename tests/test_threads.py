@@ -17,8 +17,12 @@ import sd3.device
 import sd3.engine
 import sd3.png
 import sd3_infer
+from mmditx import Stream
 from sd3.device import SMALL_MODEL, choose_threads
+from sd3.engine import Engine
+from sd3.planning import plan_pictures
 from sd3.settings import Settings, Setup
+from sd3.telling import Terminal
 
 BASE = ["--model", DEMO, "--device", "cpu", "--steps", 2, "--prompt", "a red circle", "--seed", 7]
 
@@ -51,25 +55,28 @@ def test_a_small_model_takes_one_thread_and_a_large_one_as_many_as_torch(two):
     assert [choose_threads(5, n) for n in (10**6, 2 * 10**9)] == [5, 5]
 
 
-class Watch:
+class Watch(Stream):
     """A hook that notes the threads of every model call."""
 
     def __init__(self):
         self.seen = []
 
-    def begin(self, at) -> None:
+    def begin(self, at) -> bool:
         self.seen.append(torch.get_num_threads())
+        return False
 
 
 def test_an_engine_computes_on_its_own_number_and_gives_the_process_its_own_back(two):
-    engines = [sd3.engine.Engine().open(Setup(model=str(DEMO), device="cpu", threads=n)) for n in (None, 3)]
+    engines = [Engine(Setup(model=str(DEMO), device="cpu", threads=n)) for n in (None, 3)]
     assert [engine.threads for engine in engines] == [1, 3]
     for engine in (*engines, engines[0]):  # in turn, in one process
-        engine.quiet, watch = True, Watch()
-        engine.sample(engine.plan(["a star"], [1], steps=2, width=64, height=64), hooks=[watch])
+        watch = Watch()
+        plan = plan_pictures(engine, ["a star"], [1], steps=2, width=64, height=64)
+        engine.sample(plan.pictures, streams=[watch])
         assert watch.seen == [engine.threads] * 2
         assert torch.get_num_threads() == 2
-    for _ in engines[1].make(engines[1].plan(["a star"], [1, 2], steps=1, width=64, height=64)):
+    plan = plan_pictures(engines[1], ["a star"], [1, 2], steps=1, width=64, height=64)
+    for _ in engines[1].make(plan.pictures):
         assert torch.get_num_threads() == 2  # between pictures too
 
 
@@ -82,7 +89,7 @@ def test_threads_that_do_not_fit_are_refused_before_anything_is_read(tmp_path, c
 
 def test_more_threads_than_cores_are_said(capsys, monkeypatch):
     monkeypatch.setattr(sd3.engine.os, "cpu_count", lambda: 2)
-    assert sd3.engine.Engine().open(Setup(model=str(DEMO), device="cpu", threads=3)).threads == 3
+    assert Engine(Setup(model=str(DEMO), device="cpu", threads=3), Terminal()).threads == 3
     assert "note: threads 3: this machine has 2 CPUs" in capsys.readouterr().err
 
 

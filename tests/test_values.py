@@ -279,7 +279,7 @@ def test_a_grid_is_counted_before_it_is_built(tmp_path, monkeypatch, capsys):  #
         ";".join(map(str, range(1, 1001))),
     ]
     error = refused(sd3.sweep.command.main, words, capsys)
-    assert f"this grid has {981 * 981 * 1000:,} pictures; at most 100,000" in error
+    assert f"this grid has {981 * 981 * 1000:,} images; at most 100,000" in error
     axes = {f"residual_{name}": ";".join(f"0.{i:04}" for i in range(900)) for name in ("start", "weights", "end")}
     with pytest.raises(ValueError, match=r"this grid has 729,000,001 pictures"):
         Grid.read({"prompt": "a", "residual_target_layers": "3"} | axes)
@@ -539,7 +539,7 @@ def test_do_sampling_reads_its_arguments(small_engine):  # reading.md 7, 8, 14
         ({"seed": -1}, "--seed -1"),
         ({"seed": [True]}, "--seed True"),
         ({"steps": 0}, "--steps 0"),
-        ({"steps": None}, "--steps: is missing"),
+        ({"steps": None}, "--steps None: is missing"),
         ({"cfg_scale": math.nan}, "--cfg nan"),
         ({"denoise": 1.5}, "--denoise 1.5"),
         ({"shift": 1e-20}, "--shift 1e-20"),

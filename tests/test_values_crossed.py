@@ -105,7 +105,7 @@ def planned(record) -> Iterator[list[Settings]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sd3.planning, "plan_pictures", noted)
-        patch.setattr(Engine, "make", lambda engine, pictures, pad_batch=False: iter(()))
+        patch.setattr(Engine, "make", lambda engine, pictures, pad_batch=False, on_step=None: iter(()))
         patch.setattr(sd3.engine, "load_for", load_once)
         patch.setattr(sd3.run, "load_for", load_once)
         patch.setattr(sd3.serve, "load_for", load_once)
@@ -391,7 +391,7 @@ def test_yaml(planned, tmp_path, monkeypatch):
             with pytest.raises(Told, match="--seed"):
                 door("seed", value)
     for name in [n for n, row in FLAGS.items() if row.sweep]:
-        with pytest.raises(Told, match=f"--{name}: has no place in a sweep"):
+        with pytest.raises(Told, match=f"--{name}: is not allowed in a sweep"):
             door(name, "1")
 
 

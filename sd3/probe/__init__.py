@@ -1,1 +1,1 @@
-"""`python -m sd3.probe`: what the text stream of a model knows at each block, and rotations from it."""
+"""`python -m sd3.probe`: measures the text stream of a model block by block, and computes rotations from it."""

@@ -1,4 +1,4 @@
-"""`calibrate`: rotations for `residual_mode` aligned."""
+"""`calibrate`: computes rotations for `residual_mode` aligned."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from sd3.engine import Engine
 from sd3.mistakes import Mistake, verbatim
 from sd3.planning import plan_pictures
 from sd3.probe.procrustes import Calibration, Distances
-from sd3.probe.running import Collector, Labelled, load, read_labelled, run_prompts
+from sd3.probe.running import Collector, LabelledPrompt, load, read_labelled, run_prompts
 from sd3.probe.state import State, identity, save_tensors
 from sd3.readers import SEED_LIMIT
 from sd3.residual import ResidualConfig
 from sd3.rotations import orthogonality
 from sd3_impls import schedule
 
-LONGEST_OUT = 200  # bytes of a rotation file's name; the names of its state and of its temporary file are longer
+LONGEST_OUT = 200  # bytes of the name of a rotation file; its state and temporary file have longer names
 
 
 def calibrate(flags: Mapping[str, Any], show: Callable[[str], Any]) -> Path:
-    """Runs `calibrate`; returns the file with the rotations. show: takes the lines of the result."""
+    """Runs `calibrate`; returns the rotation file. show: receives the lines of the result."""
     prompts, others = _read_prompts(flags)
     out = Path(flags["out"])
     _check_out(out)
@@ -50,13 +50,13 @@ def calibrate(flags: Mapping[str, Any], show: Callable[[str], Any]) -> Path:
         distances = Distances(sums, rotations)
         jobs = _jobs(others, flags.get("seed", 0) + len(prompts))
         run_prompts(engine, jobs, values, _collectors(sums, distances.add), "checking")
-        show(f"on {len(others)} other prompts, between standardised tokens of origin and target:")
+        show(f"on {len(others)} other prompts, distance between the standardised tokens of origin and target:")
         show(distances.table())
     return out
 
 
-def _read_prompts(flags: Mapping[str, Any]) -> tuple[list[Labelled], list[Labelled]]:
-    """The prompts to calibrate on and those to check on, which must be others."""
+def _read_prompts(flags: Mapping[str, Any]) -> tuple[list[LabelledPrompt], list[LabelledPrompt]]:
+    """The prompts to calibrate on and the prompts to check on, which may not overlap."""
     prompts = read_labelled(flags["prompts"])
     others = read_labelled(flags["check_prompts"], "check_prompts") if "check_prompts" in flags else []
     texts = {p.prompt for p in prompts}
@@ -69,14 +69,14 @@ def _check_out(out: Path) -> None:
     if os.path.isdir(out):
         raise Mistake("out", out, "is a folder")
     if len(out.name.encode()) > LONGEST_OUT:
-        raise Mistake("out", out, f"its name is too long; at most {LONGEST_OUT} bytes, for files beside it")
+        raise Mistake("out", out, f"its name is too long: at most {LONGEST_OUT} bytes")
     writing.check_writable(str(out.parent), "out")
 
 
 def _plan_sums(
-    engine: Engine, prompts: Sequence[Labelled], values: Mapping[str, Any], flags: Mapping[str, Any]
+    engine: Engine, prompts: Sequence[LabelledPrompt], values: Mapping[str, Any], flags: Mapping[str, Any]
 ) -> Calibration:
-    """Empty sums for the layers and buckets of the flags; raises Mistake where they or the settings do not fit."""
+    """Empty sums for the blocks and buckets of the flags; raises Mistake if those or the settings do not fit."""
     config = ResidualConfig(flags["origin"], flags["targets"])
     config.check(engine.config.depth)
     engine.check_settings(plan_pictures(engine, [prompts[0].prompt], [0], **values).pictures[0])
@@ -84,23 +84,23 @@ def _plan_sums(
     sigmas = schedule(values["scheduler"], values["steps"], values["shift"]).tolist()
     reached = {sums.bucket(sigma) for sigma in sigmas[:-1]}
     if empty := sorted(set(range(sums.buckets)) - reached):
-        why = f"no step falls into bucket {empty[0]}; take fewer, or more `steps`"
+        why = f"no step falls into bucket {empty[0]}; take fewer buckets or more `steps`"
         raise Mistake("buckets", sums.buckets, why)
     return sums
 
 
 def _collect(
     engine: Engine,
-    prompts: Sequence[Labelled],
+    prompts: Sequence[LabelledPrompt],
     values: Mapping[str, Any],
     flags: Mapping[str, Any],
     sums: Calibration,
     state: State,
 ) -> None:
-    """Adds up the tokens of all prompts, from where an interrupted run stopped."""
+    """Accumulates the tokens of all prompts; resumes an interrupted run."""
     done = state.resume(len(prompts))
     if done:
-        engine.tell.say(f"going on after {done} of {len(prompts)} prompts")
+        engine.tell.say(f"resuming after {done} of {len(prompts)} prompts")
     jobs = _jobs(prompts, flags.get("seed", 0))
     run_prompts(engine, jobs, values, _collectors(sums, sums.add), "calibrating", state.save_now_and_then, done)
     if int(sums.tokens.min()) < engine.config.width:
@@ -108,13 +108,13 @@ def _collect(
         engine.tell.say(f"note: {few}; take more prompts or fewer buckets")
 
 
-def _jobs(prompts: Sequence[Labelled], seed: int) -> list[tuple[int, str, int]]:
-    """(number, prompt, seed), seeds counting up."""
+def _jobs(prompts: Sequence[LabelledPrompt], seed: int) -> list[tuple[int, str, int]]:
+    """(number, prompt, seed), with consecutive seeds."""
     return [(i, p.prompt, (seed + i) % SEED_LIMIT) for i, p in enumerate(prompts)]
 
 
 def _collectors(sums: Calibration, add: Callable[..., None]) -> Callable[[Sequence[int], Sequence[Tensor]], Collector]:
-    """For `run_prompts`: hands the tokens that enter origin and targets, of every step, to `add`."""
+    """Collectors for `run_prompts` that pass the tokens entering origin and targets at every step to `add`."""
     layers = sorted({sums.origin, *sums.targets})
     return lambda numbers, masks: Collector(masks, lambda at: True, layers, add)
 
@@ -124,7 +124,7 @@ def _save(
     out: Path,
     engine: Engine,
     sums: Calibration,
-    prompts: Sequence[Labelled],
+    prompts: Sequence[LabelledPrompt],
     values: Mapping[str, Any],
     flags: Mapping[str, Any],
 ) -> None:

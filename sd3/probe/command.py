@@ -1,4 +1,4 @@
-"""What the text stream of a model knows at each block, and the rotations of `residual_mode` aligned.
+"""`python -m sd3.probe`: measures the text stream block by block, and computes rotations for `residual_mode` aligned.
 
 python -m sd3.probe measure --prompts prompts.txt --out measured
 python -m sd3.probe suggest --measurement measured/measure.json
@@ -24,39 +24,39 @@ flag = functools.partial(Flag, scope="probe")
 NEEDED = "needed"
 ORIGIN = whole(0, 10_000)
 ABOUT = {
-    "measure": "runs prompts and reports, per block and timestep, how similar the text tokens that enter it are to the "
-    "origin's, and how much of the prompt can be recovered from them; writes measure.json, measure.csv and, with "
-    "matplotlib, measure.png",
-    "suggest": "proposes an origin and targets from a measurement, and says why; the measurement needs about 100 "
+    "measure": "samples prompts and reports, per block and timestep, how similar the text tokens that enter the block "
+    "are to those of the origin, and how much of the prompt can be recovered from them; writes measure.json, "
+    "measure.csv and, with matplotlib, measure.png",
+    "suggest": "proposes an origin and targets from a measurement, with the reason; the measurement needs about 100 "
     "different prompts for the usual tolerance of 0.05, (0.5 / tolerance)^2 for another",
-    "calibrate": "one rotation per target that turns the origin's standardised tokens to the target's, from the text "
-    "tokens met while sampling (orthogonal Procrustes); run again after a stop, it goes on",
+    "calibrate": "computes one rotation per target, from the standardised tokens of the origin to those of the target, "
+    "by orthogonal Procrustes over all sampling steps; run the same command again to resume",
 }
 OWN = {
     "measure": (
         flag("prompts", FILE, None,
-            'a .txt file with a prompt a line, or .jsonl with {"prompt": ..., "labels": {"shape": ...}} a line: a '
-            "linear probe is then fitted for every label", usual=NEEDED),
-        flag("out", FOLDER, "measured", "folder for the results"),
-        flag("origin", ORIGIN, 0, "block that all others are compared with", usual="0"),
-        flag("timesteps", whole(1, 1000), 4, "how many of the steps are measured"),
+            'a .txt file with one prompt per line, or .jsonl with {"prompt": ..., "labels": {"shape": ...}} per '
+            "line: every label then gets a linear probe", usual=NEEDED),
+        flag("out", FOLDER, "measured", "the folder of the results"),
+        flag("origin", ORIGIN, 0, "the block that all others are compared with", usual="0"),
+        flag("timesteps", whole(1, 1000), 4, "number of sampling steps to measure"),
         flag("kept_prompts", whole(2, 100_000), 256,
-            "prompts used for retrieval and linear probes; these run twice, with different noise"),
-        flag("kept_tokens", whole(16, 1_000_000), 512, "tokens kept for the overlap of nearest neighbours"),
-        flag("neighbours", whole(1, 1000), 10, "how many nearest neighbours are compared"),
+            "prompts used for retrieval and linear probes; they are sampled twice, with different noise"),
+        flag("kept_tokens", whole(16, 1_000_000), 512, "tokens used for the overlap of nearest neighbours"),
+        flag("neighbours", whole(1, 1000), 10, "number of nearest neighbours to compare"),
     ),
     "suggest": (
         flag("measurement", FILE, None, "measure.json", usual=NEEDED),
-        flag("tolerance", number(0.0, 1.0), 0.05, "how much of what is known counts as nothing lost"),
+        flag("tolerance", number(0.0, 1.0), 0.05, "how much of the prompt a block may lose and not become a target"),
     ),
     "calibrate": (
         flag("prompts", FILE, None, "a .txt or .jsonl file", usual=NEEDED),
-        flag("origin", ORIGIN, 0, "the layer whose tokens are rotated", usual="0"),
-        flag("targets", LAYERS, None, "the layers that they are rotated to, such as 2-22", usual=NEEDED),
-        flag("out", FILE, None, "the .safetensors file for `residual_rotations`", usual=NEEDED),
-        flag("buckets", whole(1, 100), 1, "parts of the noise range with rotations of their own"),
-        flag("centre", SWITCH, False, "subtracts the mean over tokens first"),
-        flag("check_prompts", FILE, None, "other prompts, on which the rotations are checked"),
+        flag("origin", ORIGIN, 0, "the block whose tokens are rotated", usual="0"),
+        flag("targets", LAYERS, None, "the blocks that they are rotated to, such as 2-22", usual=NEEDED),
+        flag("out", FILE, None, "the .safetensors file to write, for `residual_rotations`", usual=NEEDED),
+        flag("buckets", whole(1, 100), 1, "number of equal parts of the noise range, each with its own rotations"),
+        flag("centre", SWITCH, False, "subtract the mean over tokens first"),
+        flag("check_prompts", FILE, None, "a file of other prompts, to check the rotations on"),
     ),
 }  # fmt: skip
 SHARED = [FLAGS[name] for name in names(also="probe")]  # of the commands that run a model
@@ -70,23 +70,23 @@ SMALLER = {
     "measure": "--width, --height, --batch_size or --kept_prompts",
     "suggest": "number of blocks in --measurement",
     "calibrate": "--buckets, --targets, --width, --height or --batch_size",
-}  # what to turn down where memory runs out
+}  # what to reduce if memory runs out
 
 
 def help_text() -> str:
-    """How the command is used, with its own flags."""
+    """The help of the command."""
     lines = ["usage: sd3_probe.py measure | suggest | calibrate [--flag value ...]"]
     for command, rows in OWN.items():
         lines += ["", *textwrap.wrap(f"{command}: {ABOUT[command]}", help.WIDTH), *help.table(rows)]
         if command == "measure":
-            lines.append(f"  --{'residual_...':<24}measures with residual text streaming, flags as in sd3_infer.py")
+            lines.append(f"  --{'residual_...':<24}measure with residual text streaming; flags as in sd3_infer.py")
     shared = " ".join(f"--{row.name}" for row in SHARED)
-    about = f"all that run a model: {shared}, as in sd3_infer.py (python sd3_infer.py --help)"
+    about = f"measure and calibrate also take {shared}, as in sd3_infer.py (python sd3_infer.py --help)"
     return "\n".join([*lines, "", *textwrap.wrap(about, help.WIDTH)])
 
 
 def read_flags(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The command and its flags, read and checked; raises Mistake."""
+    """Reads and checks the command and its flags; raises Mistake."""
     command = arguments[0] if arguments else ""
     if command not in COMMANDS:
         raise Mistake("", command or "no command", f"must be {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
@@ -121,11 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(command: str, flags: dict[str, Any]) -> None:
-    """Does a command's work and prints its results."""
+    """Runs a command and prints its results."""
     if command == "suggest":
         run_suggest(flags, print)
         return
-    # Here, as they import torch: a mistake in the flags need not wait for that.
+    # These import torch; mistakes in the flags are reported before.
     from sd3.probe.calibration import calibrate
     from sd3.probe.measuring import measure
 

@@ -1,4 +1,4 @@
-"""Running prompts with a hook that sees the text tokens of every block."""
+"""Samples prompts with a hook that receives the text tokens entering each block."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from sd3.readers import read_path
 from sd3.settings import Flags
 from sd3.telling import progress
 
-GROUP = 64  # prompts whose encoded text is in memory at once
+GROUP = 64  # prompts whose encoded text is in memory at the same time
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """A prompt and the labels that a linear probe should read off its tokens."""
+class LabelledPrompt:
+    """A prompt, and labels that a linear probe should predict from its tokens."""
 
     prompt: str
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_labelled(path: str, flag: str = "prompts") -> list[Labelled]:
-    """Prompts of a .txt or .jsonl file, each once. Raises Mistake with the line's number."""
+def read_labelled(path: str, flag: str = "prompts") -> list[LabelledPrompt]:
+    """The distinct prompts of a .txt or .jsonl file. Raises Mistake with the number of the line."""
     path = read_path(flag, path)
     if not path.lower().endswith(".jsonl"):
         if not path.lower().endswith(".txt"):
             raise Mistake(flag, path, "must be a .txt or .jsonl file")
-        return [Labelled(p) for p in dict.fromkeys(read_prompts(path, flag)[0])]
+        return [LabelledPrompt(p) for p in dict.fromkeys(read_prompts(path, flag)[0])]
     form = '{"prompt": "...", "labels": {"shape": "star"}}'
-    out: dict[str, Labelled] = {}
+    out: dict[str, LabelledPrompt] = {}
     for row in read_jsonl(flag, path, _is_labelled, form):
         labels = {str(k): str(v) for k, v in (row.get("labels") or {}).items() if v is not None}
-        out.setdefault(row["prompt"], Labelled(row["prompt"], labels))
+        out.setdefault(row["prompt"], LabelledPrompt(row["prompt"], labels))
     return list(out.values())
 
 
@@ -49,7 +49,7 @@ def _is_labelled(row: dict[str, Any]) -> bool:
 
 
 def load(flags: Mapping[str, Any]) -> tuple[Engine, dict[str, Any]]:
-    """The engine for some flags, and the settings that its pictures share."""
+    """The engine for these flags, and the settings that all its images share."""
     read = Flags(**{name: flags[name] for name in names(also="probe") if name in flags})
     engine = load_for(read)
     values, _ = resolve(read, engine.model_file.metadata)
@@ -57,7 +57,7 @@ def load(flags: Mapping[str, Any]) -> tuple[Engine, dict[str, Any]]:
 
 
 class Collector(Stream):
-    """A probe that hands over the text tokens of a model call: conditional rows, without padding."""
+    """A stream that changes nothing and passes on the tokens of the conditional pass, without padding."""
 
     def __init__(
         self,
@@ -66,19 +66,19 @@ class Collector(Stream):
         layers: Sequence[int],
         use: Callable[[ModelCall, dict[int, list[Tensor]]], None],
     ):
-        """masks: (T,) of each picture; wanted: whether a model call counts; layers: blocks whose incoming tokens are
-        handed to use(call, {layer: one (n, D) float32 per picture}) once the last of them is reached.
+        """masks: (T,) of each image, true for tokens that are not padding; wanted: whether a model call counts;
+        layers: blocks whose incoming tokens are passed to use(call, {layer: one (n, D) float32 per image}).
         """
         self.masks, self.wanted, self.use = masks, wanted, use
         self.layers, self.last = frozenset(layers), max(layers)
 
     def begin(self, at: ModelCall) -> bool:
-        """Prepares for a model call; False for skip-layer calls, and steps that are not wanted."""
+        """Prepares for a model call; False for skip-layer calls and unwanted steps."""
         self.at, self.states = at, {}
         return not at.skip_layers and self.wanted(at)
 
     def mix(self, i: int, context: Tensor) -> Tensor:
-        """context (B, T, D) enters block i; it is returned unchanged."""
+        """context: (B, T, D), the tokens entering block i; returned unchanged."""
         if i in self.layers:
             rows = context[self.at.cond]
             masks = [m.to(rows.device) for m in self.masks]
@@ -97,10 +97,10 @@ def run_prompts(
     done: Callable[[int], None] = lambda count: None,
     before: int = 0,
 ) -> None:
-    """Samples every (number, prompt, seed) in order, with a hook that `collect(numbers, masks)` gives for each batch.
+    """Samples every (number, prompt, seed) in order, with the hook that `collect(numbers, masks)` returns per batch.
 
-    `done(count)` after each batch. Text is encoded for `GROUP` prompts at a time and then dropped. before: how many
-    jobs at the start were done by an earlier run; batches are then those that one run would have had.
+    Calls `done(count)` after each batch. Encodes the text of `GROUP` prompts at a time, then drops it. before: jobs
+    that an earlier run finished; the batches are the same as in one uninterrupted run.
     """
     with progress(len(jobs), what, "prompt", done=before, quiet=engine.tell.quiet, leave=True) as update:
         count = before
@@ -117,7 +117,7 @@ def run_prompts(
                 masks = [engine.text.text_mask(s.prompt, lengths[place]) for place, s in batch]
                 collector = collect([group[place][0] for place in places], masks)
                 engine.sample(settings, what=what, streams=[collector])
-                engine.files.check()  # what is measured is of the files that were opened
+                engine.files.check()  # raises if a file changed since it was opened
                 count += len(batch)
                 update(len(batch))
                 done(count)

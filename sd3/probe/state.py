@@ -1,4 +1,4 @@
-"""The state of an interrupted calibration: saved now and then, read back by the same run only."""
+"""The saved state of a calibration, from which the same command resumes."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from sd3.engine import Engine
 from sd3.mistakes import Unwritable, verbatim
 from sd3.planning import plan_pictures
 from sd3.probe.procrustes import Calibration
-from sd3.probe.running import Labelled
+from sd3.probe.running import LabelledPrompt
 
-SAVE_EVERY = 30.0  # seconds between writes of a calibration's state
-VERSION = 3  # of what the sums are; earlier states are not read
+SAVE_EVERY = 30.0  # seconds between writes
+VERSION = 3  # changes when the sums do; states of other versions are ignored
 
 
 class State:
-    """A calibration's sums in a file beside the rotations' own."""
+    """The sums of a calibration, in a file beside the rotation file."""
 
     def __init__(self, sums: Calibration, out: Path, identity: str):
-        """identity: a hash of everything that decides the sums."""
+        """identity: a hash of everything that the sums depend on."""
         self.sums, self.identity = sums, identity
         self.path = out.with_name(f".{out.name}.state")
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
 
     def save_now_and_then(self, prompts: int) -> None:
-        """Writes the sums over the first `prompts` prompts, if the last time is long enough ago."""
-        if time.monotonic() - self.saved > SAVE_EVERY:
+        """Writes the sums over the first `prompts` prompts, unless they were written a moment ago."""
+        if time.monotonic() - self.saved_at > SAVE_EVERY:
             sums = self.sums.state()
             save_tensors(sums, self.path, {"identity": self.identity, "done": str(prompts), "sums": _checksum(sums)})
-            self.saved = time.monotonic()
+            self.saved_at = time.monotonic()
 
     def resume(self, most: int) -> int:
-        """Reads the sums of an interrupted run; returns over how many prompts they are, of `most`.
+        """Reads the sums of an interrupted run; returns how many prompts, of `most`, they cover.
 
-        All of it, or nothing where it is another run's or anything in it is not as it was written.
+        Returns 0 and reads nothing if the file belongs to another run or is damaged.
         """
         if not self.path.is_file():
             return 0
@@ -59,14 +59,14 @@ class State:
             intact = _forms(tensors) == _forms(sums) and metadata["sums"] == _checksum(tensors) and 0 < done <= most
             if not intact or not all(bool(torch.isfinite(t).all()) for t in tensors.values()):
                 return 0
-        except Exception:  # whatever a damaged file makes a reader raise: the run begins anew
+        except Exception:  # a damaged file may raise anything: start over
             return 0
         for name, tensor in sums.items():
             tensor.copy_(tensors[name])
         return done
 
     def remove(self) -> None:
-        """Deletes the file once the calibration is done."""
+        """Deletes the file after the calibration."""
         self.path.unlink(missing_ok=True)
 
 
@@ -74,11 +74,13 @@ def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.d
     return {name: (t.shape, t.dtype) for name, t in tensors.items()}
 
 
-def identity(engine: Engine, prompts: Sequence[Labelled], values: Mapping[str, Any], flags: Mapping[str, Any]) -> str:
-    """A hash of everything that decides a calibration's sums."""
+def identity(
+    engine: Engine, prompts: Sequence[LabelledPrompt], values: Mapping[str, Any], flags: Mapping[str, Any]
+) -> str:
+    """A hash of everything that the sums depend on."""
     files = {"model": {entry.path for entry in engine.model_file.entries.values()}, **engine.text.files()}
     settings = plan_pictures(engine, [prompts[0].prompt], [0], **values).pictures[0].public()
-    decides = {
+    inputs = {
         "version": VERSION,
         "files": {role: [(path.name, *file_identity(path)) for path in sorted(paths)] for role, paths in files.items()},
         "prompts": [p.prompt for p in prompts],
@@ -88,7 +90,7 @@ def identity(engine: Engine, prompts: Sequence[Labelled], values: Mapping[str, A
         "targets": list(flags["targets"]),
         "buckets": flags["buckets"],
     }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True, default=list).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=list).encode()).hexdigest()
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

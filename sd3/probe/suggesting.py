@@ -1,4 +1,4 @@
-"""`suggest`: an origin and targets from a measurement."""
+"""`suggest`: proposes an origin and targets from a measurement."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sd3.reading import check_file, parse_json, reading
 
 
 def measures(record: Mapping[str, Any]) -> list[str]:
-    """Names of a measurement's columns per block."""
+    """Names of the measures of a record."""
     return [name for name in record["rows"][0] if name not in ("step", "sigma", "block")]
 
 
 def by_block(record: Mapping[str, Any], name: str) -> list[float]:
-    """A measure per block, mean over the timesteps."""
+    """The mean of a measure over the timesteps, per block."""
     out = []
     for block in range(record["depth"]):
         values = [row[name] for row in record["rows"] if row["block"] == block]
@@ -32,7 +32,7 @@ def prompt_measures(record: Mapping[str, Any]) -> list[str]:
 
 
 def recoverable(record: Mapping[str, Any]) -> list[float]:
-    """How much of the prompt can be recovered from the tokens entering each block: 1 all, 0 no more than chance.
+    """How much of the prompt can be recovered from the tokens entering each block: 1 all of it, 0 chance.
 
     The mean over retrieval and the linear probes of (measure - chance) / (1 - chance).
     """
@@ -48,30 +48,30 @@ def recoverable(record: Mapping[str, Any]) -> list[float]:
 def suggest(record: Mapping[str, Any], tolerance: float = 0.05) -> tuple[int, list[int], str]:
     """Origin, targets and the reason, from a measurement.
 
-    Origin: of the first third of the blocks, the earliest whose tokens know as much as the best there, up to a fifth
-    of the tolerance. Targets: from the first block after it that knows less by more than the tolerance to the last.
+    Origin: of the first third of the blocks, the earliest from which as much of the prompt can be recovered as from
+    the best of them, within a fifth of the tolerance. Targets: from the first later block where the loss exceeds the
+    tolerance to the last block.
     """
     level, depth = recoverable(record), record["depth"]
     early = level[: max(2, depth // 3)]
     origin = next(i for i, value in enumerate(early) if value >= max(early) - tolerance / 5)
-    forgetful = [i for i in range(origin + 1, depth) if level[i] < level[origin] - tolerance]
+    losing = [i for i in range(origin + 1, depth) if level[i] < level[origin] - tolerance]
     why = [
-        f"origin {origin}: its tokens know {level[origin]:.2f} of the prompt (1: all, 0: chance; mean of "
-        f"{', '.join(prompt_measures(record))}), the most of blocks 0 to {len(early) - 1} is {max(early):.2f}"
+        f"origin {origin}: {level[origin]:.2f} of the prompt can be recovered from its tokens (1: all, 0: chance; mean "
+        f"of {', '.join(prompt_measures(record))}); the best of blocks 0 to {len(early) - 1} has {max(early):.2f}"
     ]
-    if not forgetful:
+    if not losing:
         lowest = min(range(origin + 1, depth), key=lambda i: level[i])
         why.append(
-            f"no targets: no later block knows less by more than {tolerance:g} (least: block {lowest} with "
-            f"{level[lowest]:.2f}); by this measure nothing is forgotten, and there is little to bring back"
+            f"no targets: no later block loses more than {tolerance:g} (lowest: block {lowest} with "
+            f"{level[lowest]:.2f}); by this measure the model forgets nothing, so there is little to bring back"
         )
         return origin, [], "\n".join(why)
-    targets = list(range(forgetful[0], depth))
-    worst = min(forgetful, key=lambda i: level[i])
+    targets = list(range(losing[0], depth))
+    worst = min(losing, key=lambda i: level[i])
     why.append(
-        f"targets {targets[0]} to {targets[-1]}: block {targets[0]} is the first to know less by more than "
-        f"{tolerance:g} ({level[targets[0]]:.2f}); least is known at block {worst} ({level[worst]:.2f}), at the last "
-        f"{level[-1]:.2f}"
+        f"targets {targets[0]} to {targets[-1]}: block {targets[0]} is the first that loses more than {tolerance:g} "
+        f"({level[targets[0]]:.2f}); the lowest is block {worst} ({level[worst]:.2f}), the last has {level[-1]:.2f}"
     )
     return origin, targets, "\n".join(why)
 
@@ -93,14 +93,14 @@ def too_few_prompts(record: Mapping[str, Any], tolerance: float) -> str:
 
 
 def read_measurement(path: str | Path, flag: str = "measurement") -> dict[str, Any]:
-    """A measure.json that `measure` wrote; raises Mistake that says what is wrong with it."""
+    """Reads a measure.json; raises Mistake."""
     where = Where(flag, path)
     check_file(where, path)
-    not_one = "is not a measurement of sd3_probe.py"
-    with reading(where, not_one):
+    wrong = "is not a measurement of sd3_probe.py"
+    with reading(where, wrong):
         record = parse_json(Path(path).read_text(encoding="utf-8-sig"))
         if not isinstance(record, dict):
-            raise ValueError("it is no object")
+            raise ValueError("it is not an object")
         depth, rows, chance = (record[name] for name in ("depth", "rows", "chance"))
         if type(depth) is not int or not 2 <= depth <= 10_000:
             raise ValueError(f"depth {depth!r:.40}: must be a number of blocks, from 2 to 10000")
@@ -114,12 +114,12 @@ def read_measurement(path: str | Path, flag: str = "measurement") -> dict[str, A
                 if type(value) not in (int, float) or not math.isfinite(value):
                     raise ValueError(f"{what} is {value!r:.40}, not a number")
         if not prompt_measures(record):
-            raise ValueError("nothing in it says how much of a prompt is known")
+            raise ValueError("it has no measure of how much of the prompt can be recovered")
         return record
 
 
 def run_suggest(flags: Mapping[str, Any], show: Callable[[str], Any]) -> None:
-    """Runs `suggest`. show: takes the lines of the result."""
+    """Runs `suggest`. show: receives the lines of the result."""
     path = flags["measurement"]
     if not os.path.lexists(path):
         raise Missing("measurement", path, "no such file; sd3_probe.py measure makes one")

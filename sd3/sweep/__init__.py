@@ -1,1 +1,1 @@
-"""What `sd3_sweep.py` is made of: the grid, its folder, workers, scores, benchmark layouts and the report."""
+"""`python -m sd3.sweep`: the grid, its folder, workers, scores, benchmark layouts and the report."""

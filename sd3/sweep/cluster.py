@@ -1,4 +1,4 @@
-"""A sweep on many GPUs or machines: Ray starts the workers, hands out batches, restarts what dies and tries again."""
+"""A sweep on many GPUs or machines: Ray starts workers, restarts those that die and retries their batches."""
 
 from __future__ import annotations
 
@@ -24,39 +24,41 @@ from sd3.reading import reading
 from sd3.settings import Flags, Settings
 from sd3.sweep.grid import Grid
 from sd3.sweep.plan import Batch, Plan, make_plan
-from sd3.sweep.work import Done, Maker, Result
+from sd3.sweep.work import BatchResult, Maker, Result
 from sd3.text import Key, Text
 
-RETRIES = 3  # times that a batch is tried again after its worker died
-CODE = [sd3, dit_embedder, mmditx, other_impls, sd3_impls]  # what a worker imports, from a clone or installed
+RETRIES = 3  # of a batch whose worker died
+CODE = [sd3, dit_embedder, mmditx, other_impls, sd3_impls]  # modules that a worker imports, cloned or installed
 
 
 class Worker:
-    """One pipeline, in a process of its own."""
+    """One engine in its own process."""
 
     def __init__(self, threads: int | None, folder: str):
         if threads:
             torch.set_num_threads(threads)
         if not os.path.isdir(folder):
-            raise Mistake("ray", "", f"{verbatim(folder)} is not on every machine; the paths of the flags start there")
+            raise Mistake(
+                "ray", "", f"{verbatim(folder)} is not on every machine; relative paths in the flags start there"
+            )
         os.chdir(folder)
         self.maker: Maker | None = None
         self.number: int | None = None
 
     def plan(self, grid: Grid) -> tuple[Plan, list[str]]:
-        """See `make_plan`; on a worker, as it has the device that pictures are made on."""
+        """See `make_plan`; runs on a worker, which has the device that makes the images."""
         return make_plan(grid)
 
     def encode(self, flags: Flags, pictures: Sequence[Settings]) -> tuple[dict[Key, Text], list[dict[str, Any]]]:
-        """Encodes all texts of these pictures; returns them and the events to log."""
+        """Encodes all texts of these images; returns the encoded texts and the events to log."""
         maker = Maker(flags, quiet=True)
         maker.encode(pictures)
-        return maker.encoded(pictures), maker.take_events()
+        return maker.encoded_texts(pictures), maker.take_events()
 
     def make(
         self, number: int, flags: Flags, text: dict[Key, Text], batch: Sequence[Settings]
     ) -> tuple[list[Result], float, list[dict[str, Any]], dict[str, str]]:
-        """The pictures of a batch by engine `number`, with `text` encoded elsewhere; seconds, events to log, hashes."""
+        """Makes a batch with engine `number` and encoded `text`; returns results, seconds, events and hashes."""
         start = time.perf_counter()
         if self.maker is None or self.number != number:
             self.maker, self.number = None, number
@@ -68,10 +70,10 @@ class Worker:
 
 
 class RayWorkers:
-    """Workers on a cluster, which is started on this machine where there is none.
+    """Workers on a Ray cluster; `auto` starts one on this machine if none runs.
 
-    address: `auto` or a cluster's; cpus: of a worker where there is no GPU (None: all of a machine). Raises Mistake
-    where Ray is not installed, or there is no such cluster or machine.
+    address: `auto` or that of a cluster; cpus: per worker if there is no GPU (None: all of a machine). Raises Mistake
+    if Ray is not installed, the cluster does not answer or no machine has that many CPUs.
     """
 
     def __init__(self, address: str, cpus: int | None = None):
@@ -84,27 +86,29 @@ class RayWorkers:
             threads = cpus or max(sizes)
             count, options = sum(size // threads for size in sizes), {"num_cpus": threads}
             if count == 0:
-                raise Mistake("cpus_per_worker", threads, f"no machine here has so many; at most {max(sizes)}")
+                raise Mistake(
+                    "cpus_per_worker", threads, f"no machine of the cluster has that many CPUs; at most {max(sizes)}"
+                )
         options |= {"max_restarts": -1, "max_task_retries": RETRIES}
         worker = ray.remote(Worker).options(**options)
         self.workers = [worker.remote(threads, os.getcwd()) for _ in range(count)]
 
     def plan(self, grid: Grid) -> tuple[Plan, list[str]]:
-        """See `make_plan`; raises what it raises, and Mistake where no worker can start."""
+        """See `make_plan`; also raises Mistake if no worker can start."""
         try:
             return self._get(self.workers[0].plan.remote(grid))
         except self.ray.exceptions.RayActorError as error:
             raise Mistake("ray", "", f"no worker can start ({verbatim(' '.join(str(error).split())[-300:])})") from None
 
-    def __call__(self, plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], None]) -> Iterator[Done]:
-        """Makes batches on all workers; yields them as they are done. begin: called with each batch as it is sent."""
+    def __call__(self, plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], None]) -> Iterator[BatchResult]:
+        """Makes batches on all workers; yields each as it finishes. begin: called with each batch as it is sent."""
         for number in sorted({b.engine for b in batches}):
             yield from self._make(number, plan.engines[number], [b for b in batches if b.engine == number], begin)
 
     def _make(
         self, number: int, flags: Flags, batches: Sequence[Batch], begin: Callable[[Batch], None]
-    ) -> Iterator[Done]:
-        """The batches of engine `number`: their text is encoded once, by one worker."""
+    ) -> Iterator[BatchResult]:
+        """Makes the batches of engine `number`. One worker encodes their text, once."""
         pictures = [p.settings for b in batches for p in b.pictures]
         text, events = self._get(self.workers[0].encode.remote(flags, pictures))
         shared, waiting, idle = self.ray.put(text), deque(batches), list(self.workers)
@@ -118,20 +122,20 @@ class RayWorkers:
             (future,), _ = self.ray.wait(list(running), num_returns=1)
             worker, batch = running.pop(future)
             idle.append(worker)
-            done = self._done(batch, future)
+            done = self._batch_result(batch, future)
             yield replace(done, events=[*events, *done.events])
             events = []
 
-    def _done(self, batch: Batch, future: Any) -> Done:
-        """A batch with its pictures; where its worker failed for good, with the reason in place of each."""
+    def _batch_result(self, batch: Batch, future: Any) -> BatchResult:
+        """The results of a batch; after the last retry, the reason of the failure in place of each image."""
         try:
-            return Done(batch, *self._get(future))
+            return BatchResult(batch, *self._get(future))
         except self.ray.exceptions.RayError as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            return Done(batch, [why] * len(batch.pictures), 0.0)
+            return BatchResult(batch, [why] * len(batch.pictures), 0.0)
 
     def _get(self, future: Any) -> Any:
-        """A result. Raises the Mistake that a worker raised."""
+        """The value of a future. Raises the Mistake that a worker raised."""
         try:
             return self.ray.get(future)
         except self.ray.exceptions.RayTaskError as error:
@@ -139,7 +143,7 @@ class RayWorkers:
 
 
 def check_reachable(address: str) -> None:
-    """Raises Mistake where nothing listens at `HOST:PORT` or `ray://HOST:PORT`: Ray itself would try for minutes."""
+    """Raises Mistake if nothing listens at `HOST:PORT` or `ray://HOST:PORT`: Ray itself would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise Mistake("ray", address, "must be auto, or a cluster's address such as 10.0.0.1:6379")
@@ -150,7 +154,7 @@ def check_reachable(address: str) -> None:
 
 
 def connect(address: str) -> Any:
-    """Ray, connected to a cluster; `auto` starts one on this machine where none runs."""
+    """Ray, connected to a cluster; `auto` starts one on this machine if none runs."""
     try:
         import ray
     except ImportError:
@@ -167,7 +171,7 @@ def connect(address: str) -> Any:
         if address != "auto":
             why = f"no cluster answers there ({verbatim(' '.join(str(error).split())[:200])})"
             raise Mistake("ray", address, why) from None
-    root = Path(sd3.__file__).parent.parent  # on this machine nothing needs to be sent
+    root = Path(sd3.__file__).parent.parent  # a local cluster needs no copy of the code
     with reading(Where("ray", address), "cannot be started"):
         ray.init(runtime_env={"env_vars": {"PYTHONPATH": str(root)}}, include_dashboard=False, **quiet)
     return ray

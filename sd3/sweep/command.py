@@ -1,4 +1,4 @@
-"""Many settings at once: a grid over any flag of sd3_infer.py, made with one load, resumable, with a report.
+"""`python -m sd3.sweep`: a grid over any flag of sd3_infer.py, with one load per model, resumable, with a report.
 
 python -m sd3.sweep --out swept --prompt prompts.txt --seed 0-3 --residual_target_layers "3,5;4" --cfg "2.5;4"
 """
@@ -29,50 +29,51 @@ OWN = {
     for row in (
         flag("out", FOLDER, None, "the sweep's folder: pictures/, index.html, sheet.png, results.csv, log.jsonl",
             usual="needed"),
-        flag("grid", FILE, None, "a YAML file with the same flags and, below variants, named settings"),
+        flag("grid", FILE, None, "a YAML file with the same flags and, under variants, named settings"),
         flag("dry_run", SWITCH, False,
-            "prints how many pictures there are, how many are done, and how long the rest will take"),
+            "print how many images there are, how many are finished and how long the rest will take"),
         flag("score", choice("demo", "clip"), None,
-            "demo: the six kinds of the shipped model (without `prompt` on its own prompts); clip"),
-        flag("per_kind", whole(1, 10_000), PER_KIND, "prompts of each kind with `score` demo and no `prompt`"),
-        flag("clip_model", FOLDER, None, "for `score` clip: a folder with a CLIP model in transformers' layout"),
+            "demo: the six kinds of prompts of the shipped model (without `prompt`, its own prompts); clip"),
+        flag("per_kind", whole(1, 10_000), PER_KIND, "prompts of each kind, for `score` demo without `prompt`"),
+        flag("clip_model", FOLDER, None, "for `score` clip: a folder with a CLIP model as transformers saves it"),
         flag("layout", choice(*LAYOUTS), None,
-            "geneval, dpg or t2i_compbench: `prompt` is that benchmark's own prompt file or folder, and "
-            "FOLDER/<layout>/<variant> what its evaluator reads"),
+            "geneval, dpg or t2i_compbench: `prompt` is that benchmark's prompt file or folder, and "
+            "FOLDER/<layout>/<variant> is what its evaluator reads"),
         flag("ray", FILLED, None,
-            "auto, or a cluster's address: one worker per GPU, or per `cpus_per_worker` CPUs"),
-        flag("cpus_per_worker", whole(1, 10_000), None, "threads of a worker where there is no GPU",
+            "auto, or the address of a Ray cluster: one worker per GPU, or per `cpus_per_worker` CPUs"),
+        flag("cpus_per_worker", whole(1, 10_000), None, "threads of a worker if there is no GPU",
             usual="all of a machine"),
     )
 }  # fmt: skip
-# Flags of sd3_infer.py that mean a little more in a sweep, as the help shows them.
+# Flags of sd3_infer.py that accept more in a sweep.
 AXES = (
-    flag("prompt", TEXT, None, 'a text, or a .txt file with a prompt a line, or .jsonl with {"prompt": ...} a line'),
+    flag("prompt", TEXT, None,
+        'a text, a .txt file with one prompt per line, or a .jsonl file with {"prompt": ...} per line'),
     flag("seed", TEXT, DEFAULT_SEED, 'seeds and ranges, such as 0-3 or "0-3;10"'),
     flag("batch_size", FLAGS["batch_size"].read, 1,
-        "pictures of one variant that share a run; a partial batch is filled up"),
+        "images of one variant per batch; a partial batch is padded"),
 )  # fmt: skip
 
 
 def help_text() -> str:
-    """How the command is used, with its own flags."""
+    """The help of the command."""
     lines = [
         "usage: sd3_sweep.py --out FOLDER [--flag value ...]",
         "",
-        "Makes every combination of prompts, seeds and settings, and for each of them one without residual text",
-        "streaming, off. Run again, it goes on where it was.",
+        "Makes every combination of prompts, seeds and settings, and for each its baseline without residual text",
+        "streaming, off. Run the same command again to resume.",
         "",
         *help.table([*OWN.values(), *AXES]),
         "",
-        "any other flag of sd3_infer.py, with alternatives separated by `;`: "
+        "any other flag of sd3_infer.py, alternatives separated by `;`: "
         '--residual_weights "each:0.3;each:0.6" --cfg "3;5"',
-        "(python sd3_infer.py --help); status: 0 all made, 1 some failed, 2 a mistake in flags or files",
+        "(python sd3_infer.py --help); exit status: 0 all made, 1 some failed, 2 a mistake in flags or files",
     ]
     return "\n".join(lines)
 
 
 def read_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The sweep's own flags, read, and those of the grid as typed; raises Mistake."""
+    """The values of the sweep's own flags, and the flags of the grid as typed; raises Mistake."""
     raw = read_arguments(arguments, FLAGS | OWN)
     flags = {name: OWN[name].read(name, value) for name, value in raw.items() if name in OWN}
     if "out" not in flags:
@@ -87,15 +88,15 @@ def read_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]
 def read_grid(flags: dict[str, Any], raw: Mapping[str, str]) -> tuple[Grid, Any]:
     """The grid and, with `layout`, its entries; raises Mistake.
 
-    `flags` keep per_kind only where the prompts are those of `score` demo.
+    Sets per_kind in `flags` if the prompts are those of `score` demo.
     """
     prompts, entries = None, None
     named = "prompt" in raw or ("grid" in flags and "prompt" in read_yaml(flags["grid"])[0])
     if "per_kind" in flags and (flags.get("score") != "demo" or named):
-        raise Mistake("per_kind", "", "is for `score` demo without prompts of your own")
+        raise Mistake("per_kind", "", "is for `score` demo without `prompt`")
     if "layout" in flags:
         if "prompt" not in raw:
-            raise Mistake("layout", flags["layout"], "needs `prompt`, the benchmark's own prompts")
+            raise Mistake("layout", flags["layout"], "needs `prompt`: the prompt file or folder of the benchmark")
         entries = read_entries(flags["layout"], read_path("prompt", raw["prompt"]))
         prompts = [e.prompt for e in entries]
     elif flags.get("score") == "demo" and not named:
@@ -107,7 +108,7 @@ def read_grid(flags: dict[str, Any], raw: Mapping[str, str]) -> tuple[Grid, Any]
 
 
 def read(arguments: Sequence[str]) -> dict[str, Any]:
-    """The sweep that words ask for; raises Mistake."""
+    """The sweep that the command line asks for; raises Mistake."""
     flags, raw = read_flags(arguments)
     grid, entries = read_grid(flags, raw)
     return {"flags": flags, "grid": grid, "entries": entries, "arguments": arguments}
@@ -115,11 +116,11 @@ def read(arguments: Sequence[str]) -> dict[str, Any]:
 
 @streams.command_line
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 1 where pictures failed, else see `execute`."""
+    """Runs the command line; returns the exit status: 1 if images failed, else see `execute`."""
     status, request = answer_early(arguments, read, help_text, bare=False)
     if status is not None:
         return status
-    from sd3.sweep.run import run  # here, as it imports torch: a mistake in the flags need not wait for that
+    from sd3.sweep.run import run  # imports torch; mistakes in the flags are reported before
 
     def work() -> None:
         if run(**request, show=print, say=say):
@@ -129,5 +130,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def say(line: str) -> None:
-    """A line about the work, above any progress bar."""
+    """Prints a note above any progress bar."""
     tqdm.write(line, file=sys.stderr)

@@ -1,10 +1,10 @@
-"""A sweep's folder: what is finished and who works in it.
+"""A sweep's folder: its finished images, and the lock of the process that works in it.
 
-pictures/ID.png       finished pictures, written under another name and renamed
-difference/ID.png     how each differs from its baseline
+pictures/ID.png       finished images, each written under a temporary name and renamed
+difference/ID.png     how each image differs from its baseline, as a heat map
 scores.jsonl          one line per score, see `journal`
 log.jsonl             one line per event, see `journal`
-sweep.json            what this sweep is, see `record`
+sweep.json            the grid and its files, see `record`
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from sd3.flags import FLAGS
 from sd3.mistakes import Mistake, Unwritable, display, verbatim
 from sd3.settings import digest_of
 from sd3.sweep.journal import LOG, Journal
-from sd3.sweep.plan import SHORT, Plan, Planned
+from sd3.sweep.plan import ID_LENGTH, Plan, PlannedImage
 from sd3.sweep.record import SWEEP, SweepRecord
 
-FIRST = (".lock", LOG, "pictures", "difference")  # written before sweep.json
+BEFORE_RECORD = (".lock", LOG, "pictures", "difference")  # written before sweep.json
 
 
 class SweepFolder:
-    """The folder that `out` names. Raises Mistake where it is in use, belongs to another sweep, or is no sweep's."""
+    """The folder that `out` names. Raises Mistake if it cannot be read or holds files that no sweep wrote."""
 
     def __init__(self, path: str | Path, say: Callable[[str], Any] = lambda line: None):
-        """say: takes a note about a file of the folder that cannot be read; each comes once."""
+        """say: receives notes about files of the folder that cannot be read, each once."""
         self.path = Path(path)
         self.journal = Journal(self.path, say)
         self.record = SweepRecord(self.path)
@@ -53,23 +53,23 @@ class SweepFolder:
             self.record = SweepRecord.read(self.path, say)
         elif foreign := sorted(p.name for p in self.path.iterdir() if not self._is_own(p.name)):
             raise Mistake(
-                "out", path, f"holds {verbatim(display(foreign[0]))}, and no sweep; name a new or empty folder"
+                "out", path, f"holds {verbatim(display(foreign[0]))} but no sweep; name a new or empty folder"
             )
 
     def _is_own(self, name: str) -> bool:
-        """Whether a file may be there without a sweep.json: after a kill at the very start, or where that was lost."""
+        """Whether a sweep wrote this file, in a folder that has no sweep.json yet, or lost it."""
         lost = (self.path / "pictures").is_dir() and (self.path / LOG).is_file()
-        return lost or name in FIRST or (name.startswith(".") and name.endswith(".partial"))
+        return lost or name in BEFORE_RECORD or (name.startswith(".") and name.endswith(".partial"))
 
     def open(self) -> None:
-        """Makes the folder and takes it for this process; raises Mistake where another one has it."""
+        """Creates the folder and locks it; raises Mistake if another process holds the lock."""
         try:
             for name in ("pictures", "difference"):
                 (self.path / name).mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(self.path / ".lock", timeout=0)
             self.lock.acquire()
         except Timeout:
-            why = "another sweep is running in this folder; wait for it or name another"
+            why = "another sweep is running in this folder; wait for it or name another folder"
             raise Mistake("out", self.path, why) from None
         except OSError as error:
             raise Unwritable("out", self.path, f"cannot be written ({error.strerror})") from None
@@ -78,28 +78,28 @@ class SweepFolder:
                 partial.unlink()  # left by a process that was killed
 
     def close(self) -> None:
-        """Gives the folder back."""
+        """Releases the lock."""
         if self.lock is not None:
             self.lock.release()
 
     def check(self, plan: Plan) -> None:
-        """Raises Mistake where the folder holds another sweep, or one made from files that changed since."""
+        """Raises Mistake if the folder holds another sweep, or if files of this one have changed."""
         self.record.check(plan, self.present(), self.recorded_hashes)
 
     def picture(self, id: str) -> Path:
-        """The path of a picture."""
+        """The path of an image."""
         return self.path / "pictures" / f"{id}.png"
 
     def difference(self, id: str) -> Path:
-        """The path of a picture's difference to its baseline."""
+        """The path of the heat map of an image against its baseline."""
         return self.path / "difference" / f"{id}.png"
 
     def present(self) -> set[str]:
-        """Ids of all pictures in the folder, damaged or not, of this grid or an earlier one."""
+        """Ids of all images in the folder, damaged or not, of this or an earlier grid."""
         return {p.stem for p in (self.path / "pictures").glob("*.png")}
 
     def finished(self, plan: Plan) -> tuple[set[str], list[str]]:
-        """Ids of the planned pictures that are there and intact, and a line for each damaged one."""
+        """Ids of the planned images that are in the folder and intact, and a note for each damaged one."""
         done, damaged = set(), []
         present = self.present()
         for p in plan.pictures:
@@ -107,7 +107,7 @@ class SweepFolder:
                 if self._is_intact(p.id):
                     done.add(p.id)
                 else:
-                    damaged.append(f"note: {self.picture(p.id)} is damaged; it is made again")
+                    damaged.append(f"note: {self.picture(p.id)} is damaged and is made again")
         return done, damaged
 
     def _is_intact(self, id: str) -> bool:
@@ -116,12 +116,12 @@ class SweepFolder:
             with Image.open(self.picture(id)) as image:
                 record = json.loads(image.info[png.SETTINGS_CHUNK])
                 image.verify()  # every chunk's checksum, up to the last
-            return digest_of(record["settings"])[:SHORT] == id
-        except Exception:  # whatever a damaged file makes a reader raise
+            return digest_of(record["settings"])[:ID_LENGTH] == id
+        except Exception:  # a damaged file may raise anything
             return False
 
     def recorded_hashes(self, ids: Collection[str]) -> dict[str, str]:
-        """sha256 by name of the files that finished pictures were made from, as their records say."""
+        """sha256 by name of the files that finished images were made from, read from their metadata."""
         out: dict[str, str] = {}
         for id in sorted(ids):
             if not self._is_intact(id):
@@ -134,8 +134,8 @@ class SweepFolder:
         return out
 
     def recorded_threads(self, plan: Plan) -> dict[int, int]:
-        """How many threads of a CPU made the pictures of a plan so far, by engine, as the first picture's record says;
-        a folder may have been begun by a version that took another number by itself.
+        """Number of CPU threads that made the images of each engine, read from the metadata of its first image: an
+        earlier version may have chosen another number.
         """
         out: dict[int, int] = {}
         present = self.present()
@@ -143,25 +143,25 @@ class SweepFolder:
             engine = plan.engine_of[p.variant]
             if engine in out or p.id not in present or not self._is_intact(p.id):
                 continue
-            with contextlib.suppress(Mistake):  # a record without it, or with what no machine has
+            with contextlib.suppress(Mistake):  # absent, or not a valid number
                 record = png.read_record(self.picture(p.id), "out")
                 out[engine] = FLAGS["threads"].read("threads", png.recorded_threads(record))
         return out
 
-    def save(self, planned: Planned, data: bytes) -> Path:
-        """Writes a finished picture."""
+    def save(self, planned: PlannedImage, data: bytes) -> Path:
+        """Writes a finished image."""
         path = self.picture(planned.id)
         writing.atomic_write(path, lambda f: f.write(data))
         return path
 
-    def save_difference(self, plan: Plan, planned: Planned) -> None:
-        """Writes a picture's heat map against its baseline, unless it is there; nothing where one of the two is not."""
+    def save_difference(self, plan: Plan, planned: PlannedImage) -> None:
+        """Writes the heat map of an image against its baseline, unless it exists or an image is missing."""
         target, baseline = self.difference(planned.id), plan.baseline(planned)
         if baseline.id == planned.id or self._is_intact_difference(planned.id):
             return
         try:
             first, second = (pixels(self.picture(i)) for i in (planned.id, baseline.id))
-        except Exception:  # not there yet, or damaged
+        except Exception:  # not yet made, or damaged
             return
         if first.shape == second.shape:
             mean = np.abs(first - second).mean(axis=-1)  # (H, W), 0 to 255
@@ -172,27 +172,27 @@ class SweepFolder:
             writing.atomic_write(target, lambda f: f.write(buffer.getvalue()))
 
     def mean_difference(self, id: str) -> float | None:
-        """Mean absolute difference to the baseline, 0 to 255; None where there is none."""
+        """Mean absolute difference to the baseline, 0 to 255; None without a heat map."""
         try:
             with Image.open(self.difference(id)) as image:
                 value = float(image.info["mean_difference"])
             return value if math.isfinite(value) else None
-        except Exception:  # none, or damaged
+        except Exception:  # missing or damaged
             return None
 
     def _is_intact_difference(self, id: str) -> bool:
-        """Whether a heat map is there, complete and with its number."""
+        """Whether a heat map exists, complete and with its mean."""
         if self.mean_difference(id) is None:
             return False
         try:
             with Image.open(self.difference(id)) as image:
                 image.verify()
             return True
-        except Exception:  # whatever a damaged file makes a reader raise
+        except Exception:  # a damaged file may raise anything
             return False
 
 
 def pixels(path: Path) -> np.ndarray:
-    """A picture as (H, W, 3) float32, 0 to 255."""
+    """An image as (H, W, 3) float32, 0 to 255."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""The grid of a sweep: which prompts, which seeds, which variants of all other settings. Needs no torch."""
+"""The grid of a sweep: prompts, seeds, and variants of all other settings. Needs no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from sd3.reading import check_file, reading
 from sd3.settings import Flags, base_name
 
 SWEPT = {name: row for name, row in FLAGS.items() if not row.sweep}
-WHOLE = ("seed", *(name for name, row in SWEPT.items() if row.read.kind == "text"))  # `;` separates nothing in these
+WHOLE = (
+    "seed",
+    *(name for name, row in SWEPT.items() if row.read.kind == "text"),
+)  # `;` is an ordinary letter in these
 LISTS = tuple(name for name, row in SWEPT.items() if row.read.kind in ("layers", "weights"))
 MOST_SEEDS = MOST_PICTURES
 OFF = "off"
@@ -27,8 +30,8 @@ OFF = "off"
 
 @dataclass(frozen=True)
 class Variant:
-    """A column: raw flags of `sd3_infer.py` but for prompt and seed, and the column it is compared with (None for a
-    baseline itself).
+    """One choice of all flags of `sd3_infer.py` but prompt and seed, as typed, and the name of its baseline (None for a
+    baseline).
     """
 
     name: str
@@ -38,7 +41,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Grid:
-    """prompts times seeds times variants; variants are in the order in which they are made, baselines first."""
+    """Every prompt with every seed and every variant; variants in the order in which they are made, baselines first."""
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -46,15 +49,14 @@ class Grid:
 
     @cached_property
     def places(self) -> dict[int, int]:
-        """Where each seed stands among them."""
+        """Index of each seed."""
         return {seed: i for i, seed in enumerate(self.seeds)}
 
     @classmethod
     def read(cls, raw: Mapping[str, Any], file: str | None = None, prompts: Sequence[str] | None = None) -> Grid:
-        """From flags as typed, alternatives separated by `;`, and a YAML file whose values they replace.
+        """Reads flags as typed, alternatives separated by `;`, over the values of a YAML file.
 
-        prompts: in place of --prompt. Raises Mistake for every value that `sd3_infer.py`
-        refuses too.
+        prompts: in place of --prompt. Raises Mistake for every value that `sd3_infer.py` refuses.
         """
         values, named = read_yaml(file) if file else ({}, {})
         values |= raw
@@ -68,21 +70,21 @@ class Grid:
             for item in items:
                 SWEPT[flag].read(flag, item)
         each = len(prompts) * len(seeds)
-        check_count(each * count_variants(axes, named))  # before any of them is built
+        check_count(each * count_variants(axes, named))  # before building them, which may take long
         variants = cross(axes, named)
         check_count(each * len(variants))
         return cls(prompts, seeds, variants)
 
 
 def check_count(pictures: int) -> None:
-    """Raises Mistake for a grid of too many pictures."""
+    """Raises Mistake if a grid has too many images."""
     if pictures > MOST_PICTURES:
-        raise Mistake("", "", f"this grid has {pictures:,} pictures; at most {MOST_PICTURES:,}")
+        raise Mistake("", "", f"this grid has {pictures:,} images; at most {MOST_PICTURES:,}")
 
 
 def count_variants(axes: Mapping[str, Sequence[Any]], named: Mapping[str, Mapping[str, Any]]) -> int:
-    """How many variants `cross` makes, by multiplication, without those that it adds for named variants to be compared
-    with.
+    """Number of variants that `cross` makes, found by multiplication, without the baselines that it adds for named
+    variants.
     """
     product = lambda names: math.prod(len(axes[n]) for n in names)  # noqa: E731
     plain = [n for n in axes if not is_residual(n)]
@@ -97,15 +99,15 @@ def count_variants(axes: Mapping[str, Sequence[Any]], named: Mapping[str, Mappin
 
 
 def check_names(values: Iterable[str]) -> None:
-    """Raises Mistake for a flag that there is not, or that has no place in a sweep."""
+    """Raises Mistake for an unknown flag and for one that a sweep does not allow."""
     for name in values:
         if name in FLAGS and FLAGS[name].sweep:
-            raise Mistake(name, "", f"has no place in a sweep; {FLAGS[name].sweep}")
+            raise Mistake(name, "", f"is not allowed in a sweep; {FLAGS[name].sweep}")
         check_flag(name, SWEPT)
 
 
 def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Values by flag and named variants of a YAML file; every number and word stays the text that stands there."""
+    """Values by flag, and named variants, of a YAML file; numbers and words stay text, as written."""
     try:
         import yaml
     except ImportError:
@@ -115,12 +117,12 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     check_file(where, path)
 
     class Loader(yaml.BaseLoader):
-        """Takes no key twice: PyYAML would drop all but the last, a whole named variant perhaps."""
+        """Refuses duplicate keys: PyYAML would keep the last one only and could drop a whole named variant."""
 
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if twice := next((key for key in keys if keys.count(key) > 1), None):
-                raise ValueError(f"{display(twice)} is there twice")
+                raise ValueError(f"{display(twice)} is listed twice")
             return super().construct_mapping(node, deep)
 
     with reading(where, "cannot be read as YAML"):
@@ -129,11 +131,11 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         raise Mistake(*where, "must name flags and their values, such as `seed: 0-3`")
     named = values.pop("variants", None) or {}
     if not isinstance(named, dict) or not all(isinstance(v, dict) for v in named.values()):
-        raise Mistake(*where, "variants must be names with flags below them")
+        raise Mistake(*where, "variants must be names with flags under them")
     for name, flags in named.items():
         read_text("grid", name)
         if name.strip().lower() in (OFF, ""):
-            raise Mistake(*where, f"a variant {verbatim(repr(name))} cannot be named so; off is always there")
+            raise Mistake(*where, f"a variant {verbatim(repr(name))} cannot have that name; off is the baseline")
         check_names(flags)
         for flag in ("prompt", "seed"):
             if flag in flags:
@@ -147,8 +149,8 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 
 def alternatives(flag: str, value: Any) -> list[Any]:
-    """The values of an axis: separated by `;`, or the items of a list. A list of plain numbers is one value of the
-    flags that take lists.
+    """The values of an axis: separated by `;`, or the items of a list. For flags that take a list, a list of numbers
+    is one value.
     """
     if isinstance(value, (list, tuple)):
         items = [value] if flag in LISTS and all(map(_is_number, value)) else list(value)
@@ -173,7 +175,7 @@ def _is_number(value: Any) -> bool:
 def read_axis_prompts(value: Any) -> list[str]:
     """Prompts from a text, a .txt or .jsonl file, or a list of texts; raises Mistake."""
     if value is None:
-        raise Mistake("prompt", "", "is needed: a text, or a .txt file with one prompt a line")
+        raise Mistake("prompt", "", "is needed: a text, or a .txt file with one prompt per line")
     if isinstance(value, (list, tuple)):
         texts = [read_text("prompt", v) for v in value]
         if not texts or not all(text.strip() for text in texts):
@@ -186,7 +188,7 @@ def read_axis_prompts(value: Any) -> list[str]:
 
 
 def read_seeds(value: Any) -> tuple[int, ...]:
-    """Seeds and ranges of seeds: `0-3`, `0-3;10`, `1,5,9`, each once."""
+    """Seeds and ranges of seeds, duplicates removed: `0-3`, `0-3;10`, `1,5,9`."""
     items = value.split(";") if isinstance(value, str) else value
     seeds: dict[int, None] = {}
     for item in read_list("seed", items):
@@ -204,20 +206,20 @@ def read_seeds(value: Any) -> tuple[int, ...]:
 
 
 def is_residual(flag: str) -> bool:
-    """Whether a flag says something of residual text streaming only."""
+    """Whether a flag belongs to residual text streaming."""
     return flag.startswith("residual_")
 
 
 def cross(axes: Mapping[str, Sequence[Any]], named: Mapping[str, Mapping[str, Any]]) -> tuple[Variant, ...]:
-    """The off variants, one for each combination of the axes that are not residual, then the combinations with residual
-    axes, then the named variants, which replace residual axes.
+    """The baselines, one per combination of the plain axes (those that are not residual), then the combinations with
+    residual axes, then the named variants, which ignore the residual axes.
     """
     plain = {n: v for n, v in axes.items() if not is_residual(n)}
     residual = {n: v for n, v in axes.items() if is_residual(n)}
     variants = _Variants(plain)
     for raw in combinations(plain):
         variants.off(raw)
-    replaced = []  # named variants: name, values of the axes, raw flags, raw flags of what it is compared with
+    replaced = []  # named variants: name, values of the axes, raw flags, raw flags of the baseline
     for name, flags in named.items():
         for raw in combinations({n: v for n, v in plain.items() if n not in flags}):
             whole, first = raw | dict(flags), {n: v[0] for n, v in plain.items() if n in flags}
@@ -234,17 +236,17 @@ def cross(axes: Mapping[str, Sequence[Any]], named: Mapping[str, Mapping[str, An
 
 
 class _Variants:
-    """Variants in the order in which they are made, each with a name of its own."""
+    """Variants in the order in which they are made, each with a unique name."""
 
     def __init__(self, plain: Mapping[str, Sequence[Any]]):
-        """plain: the axes that are not residual."""
+        """plain: the axes that do not belong to residual text streaming."""
         self.plain = plain
         self.by_name: dict[str, Variant] = {}
-        self.baselines: dict[str, str] = {}  # names of the off variants by their settings
-        self.numbers: dict[str, int] = {}  # how many variants have a label
+        self.baselines: dict[str, str] = {}  # names of the baselines by their settings
+        self.numbers: dict[str, int] = {}  # variants per label
 
     def add(self, label: str, raw: dict[str, Any], baseline: str | None) -> str:
-        """Adds a variant; returns its name: the label, with a number where that is taken. Raises Mistake."""
+        """Adds a variant; returns its name: the label, numbered if that is taken. Raises Mistake."""
         Flags.read(raw)
         name = label
         while name in self.by_name:
@@ -254,7 +256,7 @@ class _Variants:
         return name
 
     def off(self, raw: Mapping[str, Any]) -> str:
-        """The name of the baseline of some settings, which is added on first use."""
+        """The name of the baseline for these settings, added on first use."""
         settings = {n: v for n, v in raw.items() if not is_residual(n)}
         key = repr(sorted(settings.items()))
         if key not in self.baselines:
@@ -263,22 +265,22 @@ class _Variants:
 
 
 def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every choice of one value per axis; the last axis turns fastest."""
+    """Every choice of one value per axis; the last axis varies fastest."""
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
 def labels(raw: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> list[str]:
-    """`cfg 3`, for every flag that is not residual and not the same in all variants."""
+    """`cfg 3`, for every plain flag that differs between variants."""
     differs = [n for n in raw if not is_residual(n) and (n not in axes or len(axes[n]) > 1)]
     return [f"{n} {base_name(str(raw[n]))}" for n in differs]
 
 
 def residual_label(raw: Mapping[str, Any]) -> str:
-    """`[MODE:]ORIGIN:TARGETS:WEIGHTS` and what else is set, or off."""
+    """`[MODE:]ORIGIN:TARGETS:WEIGHTS` and other residual flags, or off."""
     targets = read_layers("residual_target_layers", raw.get("residual_target_layers"))
     if "residual_config" not in raw and not targets:
         return OFF
-    text = {n.removeprefix("residual_"): _spelt(v) for n, v in raw.items() if is_residual(n)}
+    text = {n.removeprefix("residual_"): _as_text(v) for n, v in raw.items() if is_residual(n)}
     out = [base_name(text.pop("config"))] if "config" in text else []
     mode = text.pop("mode", "add")
     usual = "1.0" if len(targets) == 1 else "each:1.0"
@@ -290,5 +292,5 @@ def residual_label(raw: Mapping[str, Any]) -> str:
     return ", ".join(out + [f"{n} {base_name(v)}" for n, v in text.items()])
 
 
-def _spelt(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else re.sub(r"\s*,\s*|\s+", ",", str(value))

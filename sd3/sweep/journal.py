@@ -1,4 +1,4 @@
-"""What happened in a sweep, a JSON object a line: log.jsonl and scores.jsonl."""
+"""The events and scores of a sweep, one JSON object per line: log.jsonl and scores.jsonl."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from sd3 import writing
 from sd3.reading import parse_json
 
 LOG, SCORES = "log.jsonl", "scores.jsonl"
-MOST_NOTES = 5  # damaged lines of a file that are named
+MOST_NOTES = 5  # notes about damaged lines of a file
 
 
 class Journal:
-    """The lines that a sweep adds to its folder as it goes on, and reads back when it goes on later."""
+    """The lines that a sweep appends to its folder, and reads back when it resumes."""
 
     def __init__(self, folder: Path, say: Callable[[str], Any] = lambda line: None):
-        """say: takes a note about a line that cannot be read; each comes once."""
+        """say: receives a note about each line that cannot be read, once."""
         self.folder, self.say = folder, say
-        self.damaged: set[tuple[str, int]] = set()  # lines that were named, or left unnamed because there are many
+        self.damaged: set[tuple[str, int]] = set()  # (file, line) already seen
 
     def log(self, event: str, **values: Any) -> None:
         """Adds a line to log.jsonl."""
@@ -30,23 +30,30 @@ class Journal:
         self._append(LOG, {"time": now, "process": os.getpid(), "event": event, **values})
 
     def add_scores(self, id: str, scores: Mapping[str, float], scorer: str) -> None:
-        """Adds a picture's scores by kind."""
+        """Adds the scores of an image, by kind."""
         self._append(SCORES, {"id": id, "scorer": scorer, "scores": dict(scores)})
 
     def scores(self) -> dict[tuple[str, str], dict[str, float]]:
-        """Scores by (scorer, picture)."""
+        """Scores by (scorer, image)."""
         return {(line["scorer"], line["id"]): line["scores"] for line in self._lines(SCORES, is_score)}
 
     def seconds(self) -> dict[str, float]:
-        """Seconds that each picture made here took: its share of its batch."""
+        """Seconds per image: its share of the time of its batch."""
         batches = [line for line in self._lines(LOG, is_event) if line["event"] == "batch"]
         return {id: line["seconds"] / len(line["pictures"]) for line in batches for id in line["pictures"]}
+
+    def dates(self) -> tuple[str, str] | None:
+        """When the first and the last batch were made, in ISO 8601; None before the first."""
+        times = [
+            t for line in self._lines(LOG, is_event) if line["event"] == "batch" and is_time(t := line.get("time"))
+        ]
+        return (times[0], times[-1]) if times else None
 
     def _append(self, name: str, value: Any) -> None:
         writing.append_line(self.folder / name, value)
 
     def _lines(self, name: str, fits: Callable[[Any], bool]) -> Iterator[dict[str, Any]]:
-        """The objects of a file. Lines that a kill cut off, or that no sweep wrote, are named once and skipped."""
+        """The objects of a file. Skips lines that were cut off or not written by a sweep, with one note each."""
         path = self.folder / name
         try:
             with open(path, "rb") as file:
@@ -55,8 +62,8 @@ class Journal:
                         continue
                     try:
                         value = parse_json(line)
-                        why = "" if fits(value) else "it is not one of ours"
-                    except ValueError as error:  # invalid UTF-8 among them
+                        why = "" if fits(value) else "not written by this tool"
+                    except ValueError as error:  # includes invalid UTF-8
                         why = " ".join(str(error).split())[:100]
                     if why:
                         self._note(path, number, why)
@@ -71,9 +78,9 @@ class Journal:
         self.damaged.add((path.name, number))
         count = sum(name == path.name for name, _ in self.damaged)
         if count <= MOST_NOTES:
-            self.say(f"note: {path}, line {number}: cannot be read ({why}); it is passed over")
+            self.say(f"note: {path}, line {number}: cannot be read ({why}) and is skipped")
         elif count == MOST_NOTES + 1:
-            self.say(f"note: {path}: further lines cannot be read; they are passed over")
+            self.say(f"note: {path}: further lines cannot be read and are skipped")
 
 
 def is_event(line: Any) -> bool:
@@ -85,6 +92,14 @@ def is_event(line: Any) -> bool:
     pictures, seconds = line.get("pictures"), line.get("seconds")
     named = isinstance(pictures, list) and bool(pictures) and all(isinstance(p, str) for p in pictures)
     return named and _is_number(seconds) and seconds >= 0
+
+
+def is_time(value: Any) -> bool:
+    """Whether a value is a time as `Journal.log` writes it."""
+    try:
+        return isinstance(value, str) and datetime.datetime.fromisoformat(value).tzinfo is not None
+    except ValueError:
+        return False
 
 
 def is_score(line: Any) -> bool:

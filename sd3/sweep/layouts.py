@@ -1,11 +1,11 @@
-"""Prompts of public benchmarks, and pictures in the folders that their evaluators read.
+"""Reads the prompts of public benchmarks and writes the folders that their evaluators read.
 
-GenEval (github.com/djghosh13/geneval): evaluation_metadata.jsonl, an object with `prompt` and `tag` a line; the
+GenEval (github.com/djghosh13/geneval): evaluation_metadata.jsonl, one object with `prompt` and `tag` per line; the
 evaluator walks 00000/, 00001/ ... for metadata.jsonl (one object) and samples/0000.png, 0001.png ...
 DPG-Bench (github.com/TencentQQGYLab/ELLA): dpg_bench/prompts/ID.txt, or dpg_bench.csv with item_id and text; the
-evaluator reads ID.png, which it cuts into 2 x 2 pictures of equal, square size.
-T2I-CompBench (github.com/Karine-Huang/T2I-CompBench): a prompt a line; the evaluators read samples/PROMPT_INDEX.png,
-take what precedes the first `_` for the prompt and the number after the last for the order.
+evaluator reads ID.png, which it cuts into 2 x 2 square images.
+T2I-CompBench (github.com/Karine-Huang/T2I-CompBench): one prompt per line; the evaluators read
+samples/PROMPT_INDEX.png: the prompt ends at the first `_`, and the number after the last `_` gives the order.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DPG_PICTURES = 4
 
 @dataclass(frozen=True)
 class Entry:
-    """A benchmark's prompt, the name that its evaluator knows it by, and the rest of its line."""
+    """A prompt of a benchmark, the id that its evaluator uses, and the metadata of its line."""
 
     prompt: str
     id: str
@@ -48,7 +48,7 @@ class Entry:
 
 
 def read_entries(layout: str, path: str) -> list[Entry]:
-    """The prompts of a benchmark's own file or folder; raises Mistake naming what is wrong."""
+    """The prompts of a benchmark's file or folder; raises Mistake."""
     entries = READERS[layout](path)
     if not entries:
         raise Mistake("prompt", path, "holds no prompt")
@@ -80,7 +80,7 @@ def _read_dpg(path: str) -> list[Entry]:
     with reading(where, "cannot be read as CSV"), open(place, encoding="utf-8-sig", newline="") as file:
         lines = list(csv.DictReader(file))
     if not lines or not {"item_id", "text"} <= set(lines[0]):
-        raise Mistake(*where, "must be DPG-Bench's folder of .txt files, or its .csv with item_id and text")
+        raise Mistake(*where, "must be the folder of .txt files of DPG-Bench, or its .csv with item_id and text")
     for number, line in enumerate(lines, 2):
         if not _is_text(line["item_id"]) or not _is_text(line["text"]):
             raise Mistake(*where, f"line {number} lacks an item_id or a text")
@@ -89,7 +89,7 @@ def _read_dpg(path: str) -> list[Entry]:
 
 def _read_compbench(path: str) -> list[Entry]:
     if not path.lower().endswith(".txt"):
-        raise Mistake("prompt", path, "must be T2I-CompBench's .txt file with one prompt a line")
+        raise Mistake("prompt", path, "must be a .txt file of T2I-CompBench, with one prompt per line")
     return [Entry(prompt, str(i)) for i, prompt in enumerate(read_prompts(path)[0])]
 
 
@@ -97,31 +97,29 @@ READERS = {"geneval": _read_geneval, "dpg": _read_dpg, "t2i_compbench": _read_co
 
 
 def check_entries(layout: str, entries: Sequence[Entry], grid: Grid) -> None:
-    """Raises Mistake where pictures of this grid would not make what the evaluator reads."""
+    """Raises Mistake if the evaluator could not read the images of this grid."""
     if layout == "dpg" and len(grid.seeds) != DPG_PICTURES:
-        raise Mistake("layout", layout, f"needs {DPG_PICTURES} seeds for its 2 x 2 pictures, such as `seed` 0-3")
+        raise Mistake("layout", layout, f"needs {DPG_PICTURES} seeds for its 2 x 2 images, such as `seed` 0-3")
     for entry in entries:
         name = f"{entry.id}.png".encode(errors="replace")
         if layout == "dpg" and (re.search(rb"[/\\\x00]", name) or len(name) > LONGEST_NAME):
-            raise Mistake("prompt", "", f"the id {verbatim(display(entry.id))} cannot be the name of a file")
+            raise Mistake("prompt", "", f"the id {verbatim(display(entry.id))} cannot be a file name")
         if layout == "t2i_compbench":
             if re.search(r"[/_\x00]", entry.prompt):
                 raise Mistake(
                     "layout",
                     layout,
-                    f'"{verbatim(display(entry.prompt))}" has / or _, which its evaluators cannot read',
+                    f'"{verbatim(display(entry.prompt))}" contains / or _, which its evaluators cannot read',
                 )
             if len(compbench_name(entry.prompt, 0).encode()) > LONGEST_NAME:
-                raise Mistake(
-                    "layout", layout, f'"{verbatim(entry.prompt[:60])}..." is too long for the name of a file'
-                )
+                raise Mistake("layout", layout, f'"{verbatim(entry.prompt[:60])}..." is too long for a file name')
 
 
 def check_sizes(layout: str, plan: Plan) -> None:
-    """Raises Mistake where the evaluator could not cut the pictures out again."""
+    """Raises Mistake if the evaluator could not cut the images apart."""
     for s in (plan.of(i)[0].settings for i in range(len(plan.variants))):
         if layout == "dpg" and s.width != s.height:
-            raise Mistake("layout", layout, f"needs square pictures; these are {s.width} x {s.height}")
+            raise Mistake("layout", layout, f"needs square images; these are {s.width} x {s.height}")
 
 
 def compbench_name(prompt: str, index: int) -> str:
@@ -130,15 +128,14 @@ def compbench_name(prompt: str, index: int) -> str:
 
 
 def folder_of(name: str) -> str:
-    """A folder's name from a variant's."""
+    """The name of a variant as a folder name."""
     return re.sub(r"[^\w\-.,=]+", "_", name).strip("._") or "variant"
 
 
 def write_layout(layout: str, entries: Sequence[Entry], plan: Plan, folder: SweepFolder) -> list[Path]:
-    """Writes FOLDER/<layout>/<variant> for every variant of which pictures are there; returns those folders.
+    """Writes FOLDER/<layout>/<variant> for every variant that has images; returns those folders.
 
-    All is built anew beside the former one and takes its place, so that nothing of an earlier grid is scored. Raises
-    Unwritable.
+    Builds a new folder and replaces the old one, so that no image of an earlier grid is scored. Raises Unwritable.
     """
     whole, new = folder.path / layout, folder.path / f".{layout}.new"
     shutil.rmtree(new, ignore_errors=True)
@@ -180,7 +177,7 @@ def _write_geneval(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> No
 def _write_dpg(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for entry, pictures in rows:
-        if len(pictures) == DPG_PICTURES:  # one less would be another picture's place
+        if len(pictures) == DPG_PICTURES:  # a missing one would shift the others
             _save(sheet.tile([read_picture(p) for p in pictures], 2), target / f"{entry.id}.png")
 
 
@@ -197,7 +194,7 @@ WRITERS = {"geneval": _write_geneval, "dpg": _write_dpg, "t2i_compbench": _write
 
 
 def read_picture(path: Path) -> Image.Image:
-    """A picture of the sweep; raises Mistake where it was damaged or removed meanwhile."""
+    """An image of the sweep; raises Mistake if it is damaged or was removed."""
     with reading(Where("", path)), Image.open(path) as image:
         return image.convert("RGB")
 
@@ -209,7 +206,7 @@ def _save(image: Image.Image, path: Path) -> None:
 
 
 def _place(picture: Path, target: Path) -> None:
-    """Links a picture to a second place, or copies it where the disk cannot link."""
+    """Hard-links an image to `target`, or copies it if the file system cannot link."""
     try:
         os.link(picture, target)
     except OSError:

@@ -1,4 +1,4 @@
-"""From a grid to pictures: their settings, identities and batches."""
+"""The plan of a sweep: settings, ids and batches of all images of a grid."""
 
 from __future__ import annotations
 
@@ -16,46 +16,46 @@ from sd3.run import component_files
 from sd3.settings import FILE_SETTINGS, IMAGE_ROWS, TEXT_FILES, Flags, Settings, Setup, earlier_digest
 from sd3.sweep.grid import Grid, Variant
 
-SHORT = 20  # letters of a digest in a file's name
+ID_LENGTH = 20  # letters of the digest in a file name
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One picture of a sweep: where it stands (variant, prompt and seed by number) and what decides it."""
+class PlannedImage:
+    """One image of a sweep: its place in the grid (index of variant and prompt, seed), and its settings."""
 
     variant: int
     prompt: int
     seed: int
     settings: Settings
-    length: int  # T5 tokens, which pictures of a batch share
+    length: int  # T5 tokens; the same for all images of a batch
     id: str
-    earlier: tuple[str, ...] = ()  # ids that versions had for it which counted flags without effect
+    earlier: tuple[str, ...] = ()  # ids from versions that hashed flags without effect too
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures that share a run, at most batch_size; `engine` is the number of the engine that makes them."""
+    """Images that are sampled together, at most batch_size; `engine`: index of their engine."""
 
     engine: int
-    pictures: tuple[Planned, ...]
+    pictures: tuple[PlannedImage, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a sweep will hold, in the order in which it is made."""
+    """All images of a sweep, in the order in which they are made."""
 
     grid: Grid
     variants: tuple[Variant, ...]  # those of the grid, duplicates removed
-    baselines: tuple[int, ...]  # by variant: the variant it is compared with, itself for a baseline
-    engines: tuple[Flags, ...]  # flags that an engine is loaded with
+    baselines: tuple[int, ...]  # by variant: index of its baseline, its own for a baseline
+    engines: tuple[Flags, ...]  # flags of each engine
     engine_of: tuple[int, ...]  # by variant
-    pictures: tuple[Planned, ...]
-    # By engine: what encodes text, and the components of a folder, see `TextEncoders.record`
-    # and `run.component_files`.
+    pictures: tuple[PlannedImage, ...]
+    # By engine: text encoders and components of a diffusers folder, see `TextEncoders.record` and
+    # `run.component_files`.
     encoders: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
 
     def batches(self, wanted: Collection[str]) -> list[Batch]:
-        """The pictures whose ids are wanted, in order, in batches of one variant and one T5 length."""
+        """The images with the `wanted` ids, in order, in batches of one variant and one T5 length."""
         out: list[Batch] = []
         for number in range(len(self.variants)):
             pictures = sorted((p for p in self.of(number) if p.id in wanted), key=lambda p: p.length)
@@ -67,9 +67,9 @@ class Plan:
         out.sort(key=lambda b: b.engine)  # stable: one load per engine
         return out
 
-    def continued(self, present: Collection[str]) -> Plan:
-        """The plan with those earlier ids under which pictures are present, so that a sweep begun by an earlier version
-        goes on without making any twice. Each earlier id stands for one picture, the first that has it.
+    def with_earlier_ids(self, present: Collection[str]) -> Plan:
+        """The plan with earlier ids for images that are present under them, so that a sweep begun by an earlier version
+        resumes without making any image twice. Each earlier id stands for one image, the first that has it.
         """
         taken: set[str] = set()
         out = []
@@ -80,8 +80,8 @@ class Plan:
             out.append(p)
         return replace(self, pictures=tuple(out))
 
-    def on_threads(self, recorded: Mapping[int, int]) -> Plan:
-        """The plan with the threads that earlier pictures were made on, by engine, where no flag names others."""
+    def with_threads(self, recorded: Mapping[int, int]) -> Plan:
+        """The plan with the `recorded` number of threads per engine, unless a flag sets it."""
         given = {e for e, v in zip(self.engine_of, self.variants, strict=True) if "threads" in v.raw}
         engines = [
             flags if number in given else replace(flags, threads=recorded.get(number, flags.threads))
@@ -89,29 +89,29 @@ class Plan:
         ]
         return replace(self, engines=tuple(engines))
 
-    def of(self, variant: int) -> Sequence[Planned]:
-        """The pictures of a variant."""
+    def of(self, variant: int) -> Sequence[PlannedImage]:
+        """The images of a variant."""
         each = len(self.grid.prompts) * len(self.grid.seeds)
         return self.pictures[variant * each : (variant + 1) * each]
 
-    def compared_with(self, picture: Planned) -> list[Planned]:
-        """The pictures whose baseline this one is."""
+    def compared_to(self, picture: PlannedImage) -> list[PlannedImage]:
+        """The images that have this one as their baseline."""
         each = len(self.grid.prompts) * len(self.grid.seeds)
         place = picture.prompt * len(self.grid.seeds) + self.grid.places[picture.seed]
         number = picture.variant
         return [self.pictures[v * each + place] for v, base in enumerate(self.baselines) if base == number != v]
 
-    def baseline(self, picture: Planned) -> Planned:
-        """The picture of the same prompt and seed that this one is compared with."""
+    def baseline(self, picture: PlannedImage) -> PlannedImage:
+        """The baseline of this image, with the same prompt and seed."""
         each = len(self.grid.prompts) * len(self.grid.seeds)
         place = self.grid.places[picture.seed]
         return self.pictures[self.baselines[picture.variant] * each + picture.prompt * len(self.grid.seeds) + place]
 
 
 def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
-    """Settings of every picture, checked against the models that the variants name; headers are read, no weights.
+    """Resolves and checks the settings of every image. Reads the headers of the models, no weights.
 
-    Returns the plan and notes for the shell. Raises Mistake as `sd3_infer.py` would.
+    Returns the plan, and notes to print. Raises Mistake as `sd3_infer.py` would.
     """
     planner = _Planner(grid)
     for variant in grid.variants:
@@ -120,22 +120,22 @@ def make_plan(grid: Grid) -> tuple[Plan, list[str]]:
 
 
 class _Planner:
-    """A plan as it grows, variant by variant. Engines are opened once; variants of equal settings become one."""
+    """Builds a plan variant by variant. Opens each engine once; merges variants with equal settings."""
 
     def __init__(self, grid: Grid):
         self.grid = grid
         self.engines: dict[Setup, tuple[Flags, Engine]] = {}
         self.variants: list[Variant] = []
         self.engine_of: list[int] = []  # by variant
-        self.pictures: list[list[Planned]] = []  # by variant
-        self.numbers: dict[str, int] = {}  # a variant's number by its name; equal variants have one number
-        self.first: dict[str, tuple[int, tuple]] = {}  # a first picture's digest -> variant's number, text encoders
-        self.paths: dict[tuple[str, str], str] = {}  # by flag and name of a file
+        self.pictures: list[list[PlannedImage]] = []  # by variant
+        self.numbers: dict[str, int] = {}  # index of a variant by its name; equal variants share one
+        self.first: dict[str, tuple[int, tuple]] = {}  # digest of a first image -> index of its variant, text encoders
+        self.paths: dict[tuple[str, str], str] = {}  # by flag and file name
         self.lines: list[str] = []
         self.without_effect: dict[str, list[str]] = {}  # names of variants by note
 
     def add(self, variant: Variant) -> None:
-        """Plans the pictures of a variant."""
+        """Plans the images of a variant."""
         flags = Flags.read(variant.raw)
         place, engine = self._engine(flags)
         plan = plan_for(engine, flags, self.grid.prompts, list(self.grid.seeds) * len(self.grid.prompts))
@@ -146,9 +146,9 @@ class _Planner:
         number = self._number(variant, settings[0], tuple(getattr(flags, name) for name in TEXT_FILES))
         earlier = [()] * len(settings)
         if plan.as_given or settings[0].offload:
-            earlier = [(earlier_digest(replace(s, **plan.as_given))[:SHORT],) for s in settings]
+            earlier = [(earlier_digest(replace(s, **plan.as_given))[:ID_LENGTH],) for s in settings]
         if number < len(self.variants):
-            self.lines.append(f"note: {variant.name} comes to the same as {self.variants[number].name}; made once")
+            self.lines.append(f"note: {variant.name} has the same settings as {self.variants[number].name}; made once")
             merged = zip(self.pictures[number], earlier, strict=True)
             self.pictures[number] = [replace(p, earlier=p.earlier + more) for p, more in merged]
             return
@@ -158,36 +158,36 @@ class _Planner:
         prompts = [i // len(self.grid.seeds) for i in range(len(settings))]
         self.pictures.append(
             [
-                Planned(number, prompt, s.seed, s, lengths[prompt], s.digest()[:SHORT], ids)
+                PlannedImage(number, prompt, s.seed, s, lengths[prompt], s.digest()[:ID_LENGTH], ids)
                 for s, prompt, ids in zip(settings, prompts, earlier, strict=True)
             ]
         )
 
     def _engine(self, flags: Flags) -> tuple[int, Engine]:
-        """The engine for some flags, with its number."""
+        """The engine for these flags, with its index."""
         key = Setup.of(flags)
         if key not in self.engines:
             engine = load_for(flags)
             engine.tell.quiet = True
-            self.engines[key] = (resolved(flags, engine), engine)
+            self.engines[key] = (resolve_flags(flags, engine), engine)
             words = unknown_words(engine.model_file.metadata, [*self.grid.prompts, flags.negative_prompt])
             self.lines.extend(spell(line, flag_name) for line in words)
         return list(self.engines).index(key), self.engines[key][1]
 
     def _number(self, variant: Variant, first: Settings, text_files: tuple) -> int:
-        """A variant's number: that of an earlier one with the same settings, else the next."""
+        """The index of a variant: that of an earlier one with the same settings, else the next."""
         number, same = self.first.setdefault(first.digest(), (len(self.variants), text_files))
         self.numbers[variant.name] = number
         if same != text_files:
             raise Mistake(
                 "",
                 f"{variant.name} and {self.variants[number].name}",
-                "differ only in the text encoders' folder or files, which pictures do not name; make two sweeps",
+                "differ only in the folder or files of the text encoders, which ids do not cover; make two sweeps",
             )
         return number
 
     def notes(self) -> list[str]:
-        """Lines for the shell; flags without effect are named once, with the variants."""
+        """Notes to print; each flag without effect is named once, with its variants."""
         out = list(self.lines)
         for note, names in self.without_effect.items():
             where = names[0] if len(names) == 1 else f"{len(names)} of {len(self.grid.variants)} variants"
@@ -208,27 +208,27 @@ class _Planner:
         )
 
 
-def resolved(flags: Flags, engine: Engine) -> Flags:
-    """Flags with what an engine decided on (devices, dtype, threads), so that all workers take the same."""
+def resolve_flags(flags: Flags, engine: Engine) -> Flags:
+    """Flags with the devices, dtype and threads that an engine chose, so that all workers use the same."""
     devices = {"device": str(engine.device), "text_encoder_device": str(engine.encoder_device)}
     return replace(flags, dtype=str(engine.dtype).removeprefix("torch."), threads=engine.threads, **devices)
 
 
 def check_names(settings: Settings, paths: dict[tuple[str, str], str]) -> None:
-    """Raises Mistake where two files of a sweep share a name, by which pictures are known."""
+    """Raises Mistake if two files of a sweep share a name: ids are hashed from names, not paths."""
     for (flag, name), path in file_paths(settings).items():
         if paths.setdefault((flag, name), path) != path:
-            raise Mistake(flag, path, f"is called as {verbatim(paths[flag, name])} is; rename one of them")
+            raise Mistake(flag, path, f"has the same name as {verbatim(paths[flag, name])}; rename one of them")
 
 
 def file_paths(settings: Settings) -> dict[tuple[str, str], str]:
-    """Paths of the files that a picture is made from, by flag and public name."""
+    """Paths of the files that an image is made from, by flag and file name."""
     public, values = settings.public(), settings.asdict()
     return {(name, public[name]): values[name] for name in FILE_SETTINGS if values[name]}
 
 
 def command(settings: Settings, raw: Flags) -> list[str]:
-    """The words of the command that makes a picture of these settings, but for prompt and seed."""
+    """The command that makes an image with these settings, quoted for a shell, without prompt and seed."""
     values, model = settings.asdict(), model_row(settings.model)
     words = ["python", "sd3_infer.py", f"--model={settings.model}"]
     words += [f"--{name}={values[name]}" for name in DECIDED_BY_MODEL]
@@ -250,11 +250,11 @@ def command(settings: Settings, raw: Flags) -> list[str]:
 
 
 def describe(plan: Plan) -> Iterator[str]:
-    """Lines that name the parts of a plan."""
+    """Lines that describe a plan: counts, then one line per variant."""
     prompts, seeds = len(plan.grid.prompts), len(plan.grid.seeds)
     parts = [(prompts, "prompt"), (seeds, "seed"), (len(plan.variants), "variant")]
     counts = " x ".join(f"{n} {what}{'s' if n != 1 else ''}" for n, what in parts)
-    yield f"{counts} = {len(plan.pictures)} picture{'s' if len(plan.pictures) != 1 else ''}"
+    yield f"{counts} = {len(plan.pictures)} image{'s' if len(plan.pictures) != 1 else ''}"
     for variant in plan.variants:
         against = f"  (against {variant.baseline})" if variant.baseline not in (None, "off") else ""
         yield f"  {variant.name}{against}"

@@ -1,4 +1,4 @@
-"""sweep.json: what a sweep is, and whether a plan goes on with it."""
+"""sweep.json: the identity of a sweep, and whether a plan may resume it."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ FORMAT = 1
 
 
 class SweepRecord:
-    """What a folder's sweep.json says: the planned pictures, and the files and text encoders they come from."""
+    """The contents of sweep.json: the planned images, and the files and text encoders they are made from."""
 
     def __init__(self, folder: Path, values: Mapping[str, Any] | None = None):
-        """values: none where no sweep has begun in the folder, or where its record was lost."""
+        """values: None if no sweep has begun in the folder, or if its record was lost."""
         self.folder = folder
         self.values: dict[str, Any] = dict(values or {})
-        self.stats: dict[str, os.stat_result | None] = {}  # of the files as this process found them
+        self.stats: dict[str, os.stat_result | None] = {}  # of files, when this process first saw them
 
     @classmethod
     def read(cls, folder: Path, say: Callable[[str], Any]) -> SweepRecord:
-        """From a folder. Raises Mistake for the record of another version, and for a damaged one where no pictures say
-        what they are; say: takes the note that a damaged record is written anew.
+        """Reads sweep.json. Raises Mistake if it is from another version, or damaged without images to rebuild it from;
+        say: receives the note that a damaged record is rewritten.
         """
         path = folder / SWEEP
         try:
             values = parse_json(path.read_bytes())
-            line, why = (0, "") if is_record(values) else (1, "it is not of a sweep's form")
+            line, why = (0, "") if is_record(values) else (1, "not written by this tool")
         except json.JSONDecodeError as error:
             values, line, why = None, error.lineno, error.msg
         except OSError as error:
@@ -46,36 +46,38 @@ class SweepRecord:
             values, line, why = None, 1, str(error)
         version = values.get("format") if isinstance(values, dict) else FORMAT
         if isinstance(version, int) and version != FORMAT:
-            raise Mistake("out", folder, f"its {SWEEP} is of version {version}, this is {FORMAT}; name a new folder")
+            raise Mistake(
+                "out", folder, f"its {SWEEP} has format {version}, this version writes {FORMAT}; name a new folder"
+            )
         if not why:
             return cls(folder, values)
         if not (folder / "pictures").is_dir():
             raise Mistake("out", folder, f"its {SWEEP} cannot be read ({verbatim(why)}); name a new folder")
-        say(f"note: {path}, line {line}: is damaged ({why}); the pictures say what they are, it is written anew")
+        say(f"note: {path}, line {line}: is damaged ({why}); it is rewritten from the metadata of the images")
         return cls(folder)
 
     def check(
         self, plan: Plan, present: Collection[str], recorded: Callable[[Collection[str]], dict[str, str]]
     ) -> None:
-        """Raises Mistake where the folder holds another sweep, or one made from files that changed since.
+        """Raises Mistake if the folder holds another sweep, or if files of this one have changed.
 
-        present: ids of the pictures in the folder; recorded: hashes of files by name, from the records of pictures.
+        present: ids of the images in the folder; recorded: reads hashes of files by name from the metadata of images.
         """
         if not self.values and not present:
             return
         ids = {p.id for p in plan.pictures}
         before = set(self.values.get("planned", present))
         if not ids & (before | set(present)):
-            why = f"holds another sweep ({len(before)} pictures, none of them of this grid); name another folder"
+            why = f"holds another sweep ({len(before)} images, none of this grid); name another folder"
             raise Mistake("out", self.folder, why)
         self._check_files(plan, lambda: recorded(ids & set(present)))
         self._check_encoders(plan)
 
     def _check_files(self, plan: Plan, recorded: Callable[[], dict[str, str]]) -> None:
-        """Files are compared by name and content: they may be elsewhere by now."""
+        """Compares files by name and content: they may have moved."""
         records = {base_name(path): record for path, record in self.values.get("files", {}).items()}
         hashes = {name: record["sha256"] for name, record in records.items() if record["sha256"]}
-        if not hashes:  # stopped before they were known, or the record was lost
+        if not hashes:  # stopped before hashing ended, or the record was lost
             hashes = recorded()
         for path in files_of(plan):
             name, place = base_name(path), Path(path)
@@ -83,7 +85,8 @@ class SweepRecord:
                 continue
             with reading(Where("", path)):
                 if not _is_as_recorded(place, records.get(name, {})) and file_sha256(place) != hashes[name]:
-                    why = f"{verbatim(display(path))} is not the file that this sweep began with; name another folder"
+                    file = verbatim(display(path))
+                    why = f"{file} is not the file that this sweep began with; restore it or name another folder"
                     raise Mistake("out", self.folder, why)
 
     def _check_encoders(self, plan: Plan) -> None:
@@ -93,16 +96,16 @@ class SweepRecord:
         for role, now in itertools.chain.from_iterable(e.items() for e in plan.encoders):
             if now["identity"] not in began.get((role, now["name"]), {now["identity"]}):
                 encoder = f"the {role} in {verbatim(now['name'])}"
-                why = f"{encoder} is not the one that this sweep began with; name another folder"
+                why = f"{encoder} is not the one that this sweep began with; restore it or name another folder"
                 raise Mistake("out", self.folder, why)
 
     def write(self, plan: Plan, arguments: Collection[str], hashes: Mapping[str, str] | None = None) -> None:
-        """Writes sweep.json. hashes: sha256 by path, as far as they are known by now."""
+        """Writes sweep.json. hashes: sha256 by path, of the files hashed so far."""
         before = {base_name(path): record["sha256"] for path, record in self.values.get("files", {}).items()}
         files = {}
         for path in files_of(plan):
             place = Path(path)
-            if path not in self.stats:  # once: a hash must not stand beside the time of a later change
+            if path not in self.stats:  # once: a hash must not be stored with the time of a later change
                 self.stats[path] = place.stat() if place.is_file() else None
             stat = self.stats[path]
             files[path] = {
@@ -125,14 +128,14 @@ class SweepRecord:
 
 
 def _is_as_recorded(path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether a file's size and time are those of its record, which has a hash then: it need not be read again."""
+    """Whether a file has the recorded size and time, and a recorded hash: then it is not hashed again."""
     stat = path.stat()
     same = (stat.st_size, stat.st_mtime_ns) == (record.get("bytes"), record.get("mtime_ns"))
     return same and bool(record["sha256"])
 
 
 def is_record(values: Any) -> bool:
-    """Whether a sweep.json has the form that `SweepRecord.write` gives it."""
+    """Whether values have the form that `SweepRecord.write` writes."""
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         return False
     planned, files, encoders = values.get("planned"), values.get("files", {}), values.get("encoders", [])
@@ -156,6 +159,6 @@ def _is_encoder(record: Any) -> bool:
 
 
 def files_of(plan: Plan) -> list[str]:
-    """Paths of all files that the flags of a plan name."""
+    """Paths of all files that the variants of a plan name."""
     first: list[Settings] = [plan.of(i)[0].settings for i in range(len(plan.variants))]
     return list(dict.fromkeys(path for s in first for path in file_paths(s).values()))

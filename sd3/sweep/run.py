@@ -1,4 +1,4 @@
-"""One sweep from its grid to its report."""
+"""Runs a sweep, from its grid to its report."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from sd3.sweep.cluster import RayWorkers
 from sd3.sweep.folder import SweepFolder
 from sd3.sweep.grid import Grid
 from sd3.sweep.layouts import Entry, check_sizes, read_picture, write_layout
-from sd3.sweep.plan import Batch, Plan, Planned, describe, make_plan
+from sd3.sweep.plan import Batch, Plan, PlannedImage, describe, make_plan
 from sd3.sweep.report import Report
 from sd3.sweep.scores import Scorer, clip_scorer, demo_scorer
-from sd3.sweep.work import Done, make_here
+from sd3.sweep.work import BatchResult, make_here
 from sd3.telling import progress
 
-Work = Callable[[Plan, Sequence[Batch], Callable[[Batch], None]], Iterator[Done]]
+Work = Callable[[Plan, Sequence[Batch], Callable[[Batch], None]], Iterator[BatchResult]]
 Say = Callable[[str], Any]
 
 
@@ -29,10 +29,10 @@ def run(
     show: Say,
     say: Say,
 ) -> int:
-    """Makes what the grid still lacks; returns how many pictures failed. Raises Mistake before any weights load.
+    """Makes the missing images of a grid; returns how many failed. Raises Mistake before any weights load.
 
-    entries: a benchmark's prompts, for its layout; arguments: as typed, for the record; show, say: take the lines that
-    were asked for, and those about the work.
+    entries: the prompts of a benchmark, for its layout; arguments: as typed, for sweep.json; show: receives the lines
+    of the result; say: receives notes and progress.
     """
     started = time.monotonic()
     folder = SweepFolder(flags["out"], say)
@@ -44,8 +44,8 @@ def run(
     else:
         plan, notes = make_plan(grid)
     scorer = make_scorer(flags, grid)
-    plan = plan.continued(folder.present())
-    plan = plan.on_threads(folder.recorded_threads(plan))
+    plan = plan.with_earlier_ids(folder.present())
+    plan = plan.with_threads(folder.recorded_threads(plan))
     folder.check(plan)
     if entries is not None:
         check_sizes(flags["layout"], plan)
@@ -79,28 +79,28 @@ def make_scorer(flags: Mapping[str, Any], grid: Grid) -> Scorer | None:
 
 
 def forecast(folder: SweepFolder, plan: Plan) -> Iterator[str]:
-    """Lines that say how many pictures there are, how many are done and how long the rest will take."""
+    """The lines of `dry_run`: how many images there are, how many are finished and how long the rest will take."""
     done, damaged = folder.finished(plan)
     yield from describe(plan)
     yield from damaged
     remaining = len({p.id for p in plan.pictures}) - len(done)
     seconds = folder.journal.seconds()
-    when = "time unknown until the first pictures are made here"
+    when = "time unknown until the first are made"
     if seconds:
         each = sum(seconds.values()) / len(seconds)
-        when = f"about {duration(remaining * each)} ({each:.2f} s a picture, from the {len(seconds)} made here)"
-    yield f"{len(done)} done, {remaining} to make: {when}"
+        when = f"about {duration(remaining * each)} ({each:.2f} s per image, the mean of {len(seconds)} made)"
+    yield f"{len(done)} finished, {remaining} to make: {when}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Seconds as text: `40 s`, `12 min`, `3.5 h`."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 class Sweep:
-    """The pictures of a plan in an open folder: what is finished is looked at, the rest is made, all is reported."""
+    """A plan carried out in an open folder: checks finished images, makes the rest, writes the report."""
 
     def __init__(
         self,
@@ -111,25 +111,25 @@ class Sweep:
         arguments: Sequence[str],
         say: Say,
     ):
-        """score: the scorer's name; arguments: as typed, for the record; say: takes lines about the work."""
+        """score: the name of the scorer; arguments: as typed, for sweep.json; say: receives notes and progress."""
         self.folder, self.plan, self.scorer, self.arguments, self.say = folder, plan, scorer, arguments, say
         self.report = Report(folder, plan, score)
-        self.done: set[str] = set()  # ids of the pictures that were finished before
+        self.finished: set[str] = set()  # ids of the images that were finished before this run
         self.made = self.failed = 0
-        self.hashes: dict[str, str] = {}  # sha256 by path, as far as they are known
+        self.hashes: dict[str, str] = {}  # sha256 by path, of the files hashed so far
 
     def make(self, work: Work) -> None:
-        """Makes every picture that is not there. Stopped, it leaves a report of what there is."""
+        """Makes every missing image. When stopped, it still writes the report."""
         batches = self._begin()
         try:
             total, name = len(self.plan.pictures), str(self.folder.path)
-            with progress(total, name, "image", done=len(self.done), leave=True) as update:
+            with progress(total, name, "image", done=len(self.finished), leave=True) as update:
                 for batch in work(self.plan, batches, self._log_begin):
                     self._take(batch, update)
         except BaseException:
-            count = f"{len(self.done) + self.made} of {len(self.plan.pictures)} pictures"
-            self.say(f"stopped: {count} are in {self.folder.path}; run it again to go on")
-            with contextlib.suppress(Exception):  # the first error is the one to be told
+            count = f"{len(self.finished) + self.made} of {len(self.plan.pictures)} images"
+            self.say(f"stopped: {count} are in {self.folder.path}; run the command again to resume")
+            with contextlib.suppress(Exception):  # the first error is the one to report
                 self.folder.journal.log("stopped", made=self.made, failed=self.failed)
                 self.report.write(running=False)
             raise
@@ -137,23 +137,23 @@ class Sweep:
         self.report.write(running=False, whole=True)
 
     def counts(self) -> str:
-        """How many pictures were made, were there and failed."""
-        return f"{self.made} made, {len(self.done)} were there, {self.failed} failed"
+        """How many images were made, were already finished and failed."""
+        return f"{self.made} made, {len(self.finished)} were already finished, {self.failed} failed"
 
     def _begin(self) -> list[Batch]:
-        """Takes in what is finished; returns the batches that are missing."""
+        """Adds finished images to the report; returns the batches to make."""
         folder, plan = self.folder, self.plan
-        self.done, damaged = folder.finished(plan)
+        self.finished, damaged = folder.finished(plan)
         for line in damaged:
             self.say(line)
         folder.record.write(plan, self.arguments)
         ids = {p.id for p in plan.pictures}
-        batches = plan.batches(ids - self.done)
-        folder.journal.log("start", pictures=len(plan.pictures), done=len(self.done), batches=len(batches))
+        batches = plan.batches(ids - self.finished)
+        folder.journal.log("start", pictures=len(plan.pictures), done=len(self.finished), batches=len(batches))
         if earlier := len(folder.present() - ids):
-            self.say(f"note: {earlier} pictures of an earlier grid stay in {folder.path}, and are not in this report")
-        finished = [p for p in plan.pictures if p.id in self.done]
-        with progress(len(finished), "reading finished images", "image") as update:
+            self.say(f"note: {earlier} images of an earlier grid stay in {folder.path} but are not in this report")
+        finished = [p for p in plan.pictures if p.id in self.finished]
+        with progress(len(finished), "checking finished images", "image") as update:
             for picture in finished:
                 self._finish(picture)
                 update(1)
@@ -163,8 +163,8 @@ class Sweep:
     def _log_begin(self, batch: Batch) -> None:
         self.folder.journal.log("begin", pictures=[p.id for p in batch.pictures])
 
-    def _take(self, done: Done, update: Callable[[int], Any]) -> None:
-        """Saves the pictures of a batch and notes those that failed."""
+    def _take(self, done: BatchResult, update: Callable[[int], Any]) -> None:
+        """Saves the images of a batch; logs the failed ones."""
         journal = self.folder.journal
         for event in done.events:
             journal.log(**event)
@@ -186,17 +186,17 @@ class Sweep:
             self.folder.record.write(self.plan, self.arguments, self.hashes)
         self.report.write_now_and_then()
 
-    def _fail(self, picture: Planned, why: str) -> None:
+    def _fail(self, picture: PlannedImage, why: str) -> None:
         self.failed += 1
         variant, prompt = self.plan.variants[picture.variant].name, self.plan.grid.prompts[picture.prompt]
         self.say(f'failed: {variant}, seed {picture.seed}, "{prompt}": {why}')
         self.folder.journal.log("failed", picture=picture.id, why=why)
 
-    def _finish(self, picture: Planned) -> None:
-        """What follows from a finished picture: its difference to the baseline, its score, its place in the report."""
+    def _finish(self, picture: PlannedImage) -> None:
+        """Compares a finished image with its baseline, scores it and adds it to the report."""
         self.folder.save_difference(self.plan, picture)
-        for other in self.plan.compared_with(picture):  # on several workers a baseline need not be the first
-            if other.id in self.report.done:
+        for other in self.plan.compared_to(picture):  # with several workers a baseline may finish later
+            if other.id in self.report.differences:
                 self.folder.save_difference(self.plan, other)
                 self.report.add(other)
         key = (self.report.score, picture.id)

@@ -1,4 +1,4 @@
-"""Scores of finished pictures, and what they say of each variant."""
+"""Scores of finished images, and their means per variant."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sd3.shapes.scorer import interval, read_picture, score
 from sd3.sweep.grid import Grid
 from sd3.sweep.plan import Plan
 
-Scorer = Callable[[Image.Image, str], dict[str, float]]  # picture and prompt -> scores by kind
+Scorer = Callable[[Image.Image, str], dict[str, float]]  # image and prompt -> scores by kind
 OVERALL = "overall"
 
 
 @dataclass(frozen=True)
 class Row:
-    """Mean score of a variant's pictures with its 95 % interval; gain: the same of the differences to its baseline on
-    the same prompts and seeds, None for a baseline.
+    """Mean score of a variant with its 95 % interval; gain: mean difference to the baseline on the same prompts and
+    seeds, with its interval, None for a baseline.
     """
 
     variant: int
@@ -39,8 +39,8 @@ class Row:
 
 
 def demo_scorer(grid: Grid, per_kind: int | None = None) -> Scorer:
-    """Reads pictures of coloured shapes. per_kind: the prompts are `held_out_texts`, whose kinds are known; else kinds
-    are read off the texts. Raises Mistake for a prompt that is no caption of such a scene.
+    """Scores images of coloured shapes. per_kind: the prompts are `held_out_texts`, which come with their kinds; else
+    kinds are parsed from the texts. Raises Mistake for a prompt that does not describe such a scene.
     """
     try:
         import scipy.ndimage  # noqa: F401
@@ -62,10 +62,10 @@ def demo_scorer(grid: Grid, per_kind: int | None = None) -> Scorer:
 
 
 def clip_scorer(model: str | None, device: str = "auto") -> Scorer:
-    """100 times the cosine between a picture's and its prompt's embedding, not below 0 (CLIPScore, arXiv 2104.08718,
-    without its factor 2.5), by a CLIP model in transformers' layout in a folder here.
+    """100 times the cosine of the embeddings of image and prompt, at least 0 (CLIPScore, arXiv 2104.08718, without its
+    factor 2.5), by a CLIP model in a local folder, as transformers saves it.
 
-    Raises Mistake where transformers or the model is missing.
+    Raises Mistake if transformers or the model is missing.
     """
     if model is None:
         raise Mistake("score", "clip", "needs `clip_model` FOLDER, such as a clone of openai/clip-vit-large-patch14")
@@ -100,17 +100,17 @@ def clip_scorer(model: str | None, device: str = "auto") -> Scorer:
         return {"clip": max(0.0, 100 * torch.nn.functional.cosine_similarity(picture, texts[text]).item())}
 
     def embedding(output) -> torch.Tensor:
-        """(1, D): transformers 5 wraps it, transformers 4 does not."""
+        """(1, D); transformers 5 wraps it, transformers 4 does not."""
         return output if isinstance(output, torch.Tensor) else output.pooler_output
 
     return scorer
 
 
 def summarise(plan: Plan, scores: Mapping[str, Mapping[str, float]]) -> list[Row]:
-    """A row per variant and kind, and one over all kinds (the mean over pictures and kinds).
+    """One row per variant and kind, and one over all kinds (the mean over images and kinds).
 
-    scores: by picture, then by kind. Intervals are bootstrapped over prompts, each with all its seeds; over pictures
-    where there is one prompt. A gain counts the pictures only whose baseline is scored too.
+    scores: by image, then by kind. The bootstrap resamples prompts, each with all its seeds; with one prompt it
+    resamples images. A gain is over the images whose baseline is scored too.
     """
     kinds = [k for k in KINDS if any(k in s for s in scores.values())]
     kinds += sorted({k for s in scores.values() for k in s} - set(kinds))
@@ -127,7 +127,7 @@ def summarise(plan: Plan, scores: Mapping[str, Mapping[str, float]]) -> list[Row
 def _values(
     plan: Plan, scores: Mapping[str, Mapping[str, float]], variant: int, kind: str
 ) -> Iterator[tuple[int, float, float | None]]:
-    """(prompt, score, gain on the baseline's score) of a variant's scored pictures, of one kind or of all."""
+    """(prompt, score, gain over the baseline) of each scored image of a variant, of one kind or of all."""
     for picture in plan.of(variant):
         baseline = scores.get(plan.baseline(picture).id, {}) if plan.baselines[variant] != variant else {}
         for scored, value in scores.get(picture.id, {}).items():
@@ -136,7 +136,7 @@ def _values(
 
 
 def spread(values: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
-    """Mean of (prompt, value) and its 95 % bootstrap interval, prompts drawn whole."""
+    """Mean of (prompt, value) and its 95 % bootstrap interval; prompts are resampled with all their values."""
     groups: dict[int, list[float]] = {}
     for prompt, value in values:
         groups.setdefault(prompt, []).append(value)
@@ -145,8 +145,20 @@ def spread(values: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
     return float(np.mean(units)), low, high
 
 
+def best(plan: Plan, rows: Sequence[Row]) -> list[tuple[int, str]]:
+    """(variant, kind) of the highest mean of each kind, where its interval lies above its baseline's."""
+    out = []
+    for kind in dict.fromkeys(r.kind for r in rows):
+        of_kind = {r.variant: r for r in rows if r.kind == kind}
+        top = max(of_kind.values(), key=lambda r: r.mean)
+        baseline = of_kind.get(plan.baselines[top.variant])
+        if baseline is not None and top.low > baseline.high:
+            out.append((top.variant, kind))
+    return out
+
+
 def table(plan: Plan, rows: Sequence[Row]) -> str:
-    """Markdown: a row per variant, mean and gain on its baseline with intervals."""
+    """Markdown: a row per variant, with mean, gain over its baseline and their intervals."""
     kinds = list(dict.fromkeys(r.kind for r in rows))
     lines = ["| variant | " + " | ".join(kinds) + " |", "| --- |" + " --- |" * len(kinds)]
     for number, variant in enumerate(plan.variants):

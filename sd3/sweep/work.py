@@ -1,4 +1,4 @@
-"""What makes the pictures of a sweep: one engine, loaded once, batch after batch."""
+"""Makes the images of a sweep, batch by batch, with one load per engine."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from sd3.sweep.plan import Batch, Plan
 from sd3.text import Key, Text, in_groups
 from sd3.unchanged import Changed
 
-TEXTS_AT_ONCE = 1024  # encoded prompts kept in memory; every variant of a sweep needs each of them again
-Result = bytes | str  # a finished PNG, or why there is none
+TEXTS_AT_ONCE = 1024  # encoded prompts kept in memory: every variant uses each of them
+Result = bytes | str  # a PNG file, or why the image failed
 
 
 class Maker:
-    """An engine with what a sweep needs around it. `events`: what is to be logged."""
+    """An engine that makes batches of a sweep. `events`: to be logged."""
 
     def __init__(self, flags: Flags, quiet: bool = False):
-        """Reads headers only; raises as `Engine.open` does."""
+        """Reads headers only. Raises as `Engine.open` does."""
         self.engine = load_for(flags)
         self.engine.tell.quiet = quiet
         self.engine.text.most = TEXTS_AT_ONCE
@@ -36,11 +36,11 @@ class Maker:
         self._made_with: dict[tuple, MadeWith] = {}
 
     def texts(self, batch: Batch) -> list[Key]:
-        """The texts of a batch's pictures with the length they are encoded in."""
+        """The texts of a batch, each with its length in tokens."""
         return [t for p in batch.pictures for t in self.engine.texts(p.settings)]
 
     def encode(self, pictures: Sequence[Settings]) -> None:
-        """Encodes every distinct text of these pictures, each once; drops others where there are many."""
+        """Encodes every distinct text of these images once; the cache may drop others."""
         texts = list(dict.fromkeys(t for s in pictures for t in self.engine.texts(s)))
         start = time.perf_counter()
         self.engine.encode(texts)
@@ -53,14 +53,14 @@ class Maker:
             }
         )
 
-    def encoded(self, pictures: Sequence[Settings]) -> dict[Key, Text]:
-        """The encoded texts of these pictures, on the CPU."""
+    def encoded_texts(self, pictures: Sequence[Settings]) -> dict[Key, Text]:
+        """Encodes the texts of these images; returns them on the CPU."""
         texts = {t for s in pictures for t in self.engine.texts(s)}
         self.engine.encode(list(texts))
         return {t: tuple(part.cpu() for part in self.engine.text.get_cond(*t)) for t in texts}
 
     def add_texts(self, texts: Mapping[Key, Text]) -> None:
-        """Takes texts that were encoded elsewhere."""
+        """Adds texts that another worker encoded."""
         self.engine.text.add(texts)
 
     def load(self) -> None:
@@ -72,9 +72,9 @@ class Maker:
             self.events.append({"event": "load", "model": model, "seconds": round(time.perf_counter() - start, 3)})
 
     def make(self, batch: Sequence[Settings]) -> list[Result]:
-        """The pictures of a batch, filled up to its batch_size; where that failed, why.
+        """Makes a batch, padded to its batch_size. Returns a PNG file per image, or why it failed.
 
-        Raises `Changed` where a file that the pictures come from is not what it was when it was opened.
+        Raises `Changed` if a file has changed since it was opened.
         """
         self.load()
         self.engine.tell.quiet = True
@@ -85,8 +85,8 @@ class Maker:
             return [result for _, result in make_pictures(numbered, made_with, encode_result)]
         except Changed:
             raise
-        except Exception as error:  # the other batches may do well
-            made_with.wait()  # unless the files changed
+        except Exception as error:  # other batches may still succeed
+            made_with.wait()  # raises Changed if that is why
             why = one_line(error, 500)
             if not isinstance(error, OutOfMemory):
                 kind = "out of memory" if out_of_memory(error) else type(error).__name__
@@ -94,14 +94,14 @@ class Maker:
             return [why] * len(batch)
 
     def made_with(self, settings: Settings) -> MadeWith:
-        """The record of files and device; files are read once."""
+        """The metadata about files and device; files are hashed once."""
         key = tuple(getattr(settings, name) for name in FILE_SETTINGS)
         if key not in self._made_with:
             self._made_with[key] = MadeWith(self.engine, settings)
         return self._made_with[key]
 
     def hashes(self) -> dict[str, str]:
-        """sha256 by path of the files that were hashed so far."""
+        """sha256 by path, of the files hashed so far."""
         out = {}
         for key, made_with in self._made_with.items():
             paths = dict(zip(FILE_SETTINGS, key, strict=True))
@@ -109,21 +109,21 @@ class Maker:
         return out
 
     def take_events(self) -> list[dict[str, Any]]:
-        """The events since the last time."""
+        """The events since the last call."""
         events, self.events = self.events, []
         return events
 
 
 def encode_result(picture: Picture) -> Result:
-    """A picture of a batch as a PNG, or why there is none."""
+    """An image of a batch as a PNG file, or why it failed."""
     if isinstance(picture.image, Mistake):
         return one_line(picture.image, 500)
     return png.encode_picture(picture.image, picture.settings, picture.record)
 
 
 @dataclass(frozen=True)
-class Done:
-    """A batch with its results, the seconds it took, events to log and the hashes of files known by then."""
+class BatchResult:
+    """The results of a batch, in order, with seconds, events to log and sha256 by path of the files hashed so far."""
 
     batch: Batch
     results: Sequence[Result]
@@ -132,10 +132,10 @@ class Done:
     hashes: Mapping[str, str] = field(default_factory=dict)
 
 
-def make_here(plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], None]) -> Iterator[Done]:
-    """Makes batches in this process, one engine after the other. begin: called with each batch first."""
+def make_here(plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], None]) -> Iterator[BatchResult]:
+    """Makes batches in this process, engine by engine. begin: called with each batch before it is made."""
     for number, group in itertools.groupby(batches, lambda b: b.engine):
-        maker = None  # the former engine's memory goes first
+        maker = None  # frees the last engine before the next loads
         maker = Maker(plan.engines[number])
         for part in in_groups(group, maker.texts, maker.engine.text.most):
             maker.encode([p.settings for b in part for p in b.pictures])
@@ -144,4 +144,4 @@ def make_here(plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], Non
                 start = time.perf_counter()
                 begin(batch)
                 results = maker.make([p.settings for p in batch.pictures])
-                yield Done(batch, results, time.perf_counter() - start, maker.take_events(), maker.hashes())
+                yield BatchResult(batch, results, time.perf_counter() - start, maker.take_events(), maker.hashes())
