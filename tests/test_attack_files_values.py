@@ -143,7 +143,7 @@ def test_a_long_name_for_rotations_is_refused_before_the_work(tmp_path, capsys):
 def test_a_key_of_a_grid_that_is_there_twice(tmp_path, text, key):
     pytest.importorskip("yaml")
     (tmp_path / "g.yaml").write_text(text)
-    with pytest.raises(ValueError, match=rf"g\.yaml: cannot be read as YAML \({key} is there twice"):
+    with pytest.raises(ValueError, match=rf"g\.yaml: cannot be read as YAML \({key} is listed twice"):
         read_yaml(str(tmp_path / "g.yaml"))
 
 
@@ -294,7 +294,7 @@ def test_a_clear_grey_of_few_bits_is_white(tmp_path, bits):
 )
 def test_a_residual_configuration_that_says_something_twice(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
-    with pytest.raises(Mistake, match=r"^residual_config .*r\.json: .*is there twice"):
+    with pytest.raises(Mistake, match=r"^residual_config .*r\.json: .*is listed twice"):
         ResidualConfig.read(tmp_path / "r.json")
 
 
