@@ -125,7 +125,7 @@ class _Object(dict):
         """Raises ValueError where one of the names is a repeated key."""
         for wanted in names:
             if len(self.pairs) > len(self) and sum(name == wanted for name, _ in self.pairs) > 1:
-                raise ValueError(f"{wanted} is there twice")
+                raise ValueError(f"{wanted} is listed twice")
 
 
 def _read_int(text: str) -> int | float:

@@ -82,5 +82,5 @@ def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.60} is there twice")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r:.60} is listed twice")
     return out

@@ -186,7 +186,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         key = str(key).removeprefix("residual_")
         name = _NAMES.get(key, key)
         if name in fields:
-            raise Mistake(*where, f"{key} is given twice, in two spellings")
+            raise Mistake(*where, f"{key} is listed twice, in two spellings")
         if name in _READ:
             fields[name] = plain_value(value, where, key)
         elif pickled:

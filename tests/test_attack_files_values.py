@@ -294,7 +294,7 @@ def test_a_clear_grey_of_few_bits_is_white(tmp_path, bits):
 )
 def test_a_residual_configuration_that_says_something_twice(tmp_path, text):
     (tmp_path / "r.json").write_text(text)
-    with pytest.raises(Mistake, match=r"^residual_config .*r\.json: .*is there twice"):
+    with pytest.raises(Mistake, match=r"^residual_config .*r\.json: .*is listed twice"):
         ResidualConfig.read(tmp_path / "r.json")
 
 

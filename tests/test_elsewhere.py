@@ -326,7 +326,7 @@ def test_a_run_record_and_an_images_settings_are_files_of_settings(image, tmp_pa
         ('{"cfg_scale": 3}', "cfg_scale: is called cfg here"),
         ('{"stepz": 3}', "stepz: unknown flag; did you mean steps?"),
         ('{"replay": "x.png"}', "replay: does not belong in a file of settings"),
-        ('{"steps": 1, "steps": 2}', "'steps' is there twice"),
+        ('{"steps": 1, "steps": 2}', "'steps' is listed twice"),
         ('{"prompt": ["a"]}', "must be text"),
         ('{"skip_layer": 3}', "skip_layer 3: is not the model's own skip-layer guidance"),
         ("[1]", "must hold an object of flags such as"),
