@@ -132,7 +132,7 @@ BAD_FLAGS = [
     (["--seed", "x"], "--seed x: must be a whole number"),
     (["--seed", "-1"], "--seed -1: must be from 0 to"),
     (["--seed_type", "random"], "--seed_type random: must be one of fixed, rand, roll; did you mean rand?"),
-    (["--sampler", "eular"], "--sampler eular: must be one of euler, dpmpp_2m; did you mean euler?"),
+    (["--sampler", "eular"], "--sampler eular: must be one of euler, euler_ancestral, heun, dpmpp_2m; did"),
     (["--device", "gpu"], "--device gpu: must be auto, cpu, cuda, cuda:N or mps"),
     (["--device", "cuda:77"], "--device cuda:77: not available"),
     (["--text_encoder_device", "cuda:77"], "--text_encoder_device cuda:77: not available"),
