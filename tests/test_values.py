@@ -323,7 +323,7 @@ def test_seeds_and_prompts_of_a_grid_are_counted(tmp_path):
         Grid.read({"prompt": ["a", "b"], "seed": f"0-{MOST_SEEDS - 1}"})
     (tmp_path / "p.txt").write_text("a\n" * 50_000 + "b\n" * 50_001)
     assert len(Grid.read({"prompt": str(tmp_path / "p.txt"), "seed": "0-49999"}).prompts) == 2  # each once
-    with pytest.raises(ValueError, match="num_images 50001: for 2 prompts these are 100,002 pictures"):
+    with pytest.raises(ValueError, match="num_images 50001: for 2 prompts these are 100,002 images"):
         Flags.read({"num_images": 50_001}).seeds(2)
 
 
