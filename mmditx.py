@@ -219,7 +219,8 @@ class Text:
     context: Tensor
     pooled: Tensor
     y: Tensor
-    prepared: dict[Stream, dict] = field(default_factory=dict)  # by streams whose origin is the text itself
+    # By streams whose origin is the text itself: else 1.3 % of a step at 512 x 512 in the mode aligned.
+    prepared: dict[Stream, dict] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
