@@ -191,7 +191,7 @@ def test_suggest():
     assert "block 4 is the first that loses more" in why
     origin, targets, why = suggest(record([0.9, 0.9, 0.89, 0.9, 0.88, 0.9]))
     assert (origin, targets) == (0, [])
-    assert "nothing is forgotten" in why
+    assert "the model forgets nothing" in why
 
 
 # ---- calibrate -----------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_a_stopped_calibration_goes_on(small_model, tmp_path, monkeypatch, capsy
     capsys.readouterr()
     assert probe(*command, "--out", out) == 0
     done = after // 3 * 2  # three steps a batch of two
-    assert (f"going on after {done} of 8 prompts" in capsys.readouterr().err) == (done > 0)
+    assert (f"resuming after {done} of 8 prompts" in capsys.readouterr().err) == (done > 0)
     first, second = load_file(tmp_path / "whole.safetensors"), load_file(out)
     assert all(torch.equal(first[k], second[k]) for k in first)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["prompts.txt", "r.safetensors", "whole.safetensors"]

@@ -184,13 +184,13 @@ BAD = [
     (["--prompt", "x", "--grid", "none.yaml"], "--grid none.yaml: no such file"),
     (["--prompt", "x", "--grid", "torn.yaml"], "--grid torn.yaml: cannot be read as YAML"),
     (["--prompt", "x", "--grid", "list.yaml"], "must name flags and their values"),
-    (["--prompt", "x", "--grid", "off.yaml"], "off is always there"),
+    (["--prompt", "x", "--grid", "off.yaml"], "off is the baseline"),
     (["--prompt", "x", "--grid", "typo.yaml"], "--residual_target_layer: unknown flag; did you mean residual_target_l"),
     (["--prompt", "x", "--grid", "two.yaml"], "cfg must have one value in a named variant"),
     (["--score", "demo", "--per_kind", "3", "--grid", "prompt.yaml"], "--per_kind: is for --score demo without"),
     (["--layout", "geneval"], "--layout geneval: needs --prompt"),
     (["--prompt", "x", "--out", "file"], "--out file: is not a folder"),
-    (["--prompt", "x", "--out", "full"], "--out full: holds notes.txt, and no sweep; name a new or empty folder"),
+    (["--prompt", "x", "--out", "full"], "--out full: holds notes.txt but no sweep; name a new or empty folder"),
     (["--prompt", "x", "--out", "broken"], "its sweep.json cannot be read"),
     (["--prompt", "a star", "--out", "/proc/pictures"], "--out /proc/pictures: "),
 ]  # fmt: skip
@@ -265,8 +265,8 @@ def test_one_load_one_encoding_and_what_the_folder_holds(tmp_path, prompts, caps
     arguments = [*QUICK, "--prompt", prompts, "--seed", "0-1", "--residual_target_layers", "3,5;4", "--batch_size", 4]
     assert sweep(out, *arguments, "--dry_run") == 0
     shown = capsys.readouterr().out
-    assert "3 prompts x 2 seeds x 3 variants = 18 pictures" in shown
-    assert "0 done, 18 to make: time unknown" in shown
+    assert "3 prompts x 2 seeds x 3 variants = 18 images" in shown
+    assert "0 finished, 18 to make: time unknown" in shown
     assert not out.exists()
     assert sweep(out, *arguments) == 0
     assert len(hashes(out)) == 18
@@ -288,7 +288,7 @@ def test_one_load_one_encoding_and_what_the_folder_holds(tmp_path, prompts, caps
     assert sweep(out, *arguments) == 0  # nothing to do
     assert "0 made, 18 were already finished, 0 failed" in capsys.readouterr().err
     assert sweep(out, *arguments, "--dry_run") == 0
-    assert "18 done, 0 to make: about 0 s" in capsys.readouterr().out
+    assert "18 finished, 0 to make: about 0 s" in capsys.readouterr().out
     assert sweep(out, *arguments[:-4], "--residual_target_layers", "3,5;4;6", "--batch_size", 4) == 0  # it grows
     assert "6 made, 18 were already finished, 0 failed" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in before} == before
@@ -443,7 +443,7 @@ def test_a_damaged_picture_is_made_again(tmp_path, prompts, capsys):
     assert sweep(out, *arguments) == 0
     error = capsys.readouterr().err
     for path in (cut, flipped, other, swapped):
-        assert f"note: {path} is damaged; it is made again" in error
+        assert f"note: {path} is damaged and is made again" in error
     assert "4 made, 2 were already finished" in error
     assert hashes(out) == wanted
 
@@ -454,7 +454,7 @@ def test_a_folder_of_another_sweep(tmp_path, prompts, capsys):
     before = hashes(out)
     capsys.readouterr()
     assert sweep(out, *QUICK, "--prompt", prompts, "--seed", "0", "--shift", "1.7") == 2
-    assert "holds another sweep (3 pictures, none of them of this grid); name another folder" in capsys.readouterr().err
+    assert "holds another sweep (3 images, none of this grid); name another folder" in capsys.readouterr().err
     assert sweep(out, *QUICK, "--prompt", prompts, "--seed", "0", "--shift", "1.7", "--dry_run") == 2
     assert hashes(out) == before
 
@@ -529,7 +529,7 @@ def test_a_folder_in_use(tmp_path, prompts):
 def test_folders_of_text_encoders_cannot_be_told_apart(tmp_path, small_model, capsys):
     folders = f"{small_model.parent};{small_model.parent}/"
     assert sweep(tmp_path / "out", "--model", small_model, "--prompt", "a star", "--model_folder", folders) == 2
-    assert "differ only in the text encoders' folder" in capsys.readouterr().err
+    assert "differ only in the folder or files of the text encoders" in capsys.readouterr().err
 
 
 def test_settings_that_come_to_the_same_are_made_once(tmp_path, capsys):

@@ -138,7 +138,7 @@ def test_a_lost_sweep_json_is_written_anew(out, capsys):
 def test_a_folder_of_another_sweep_is_refused_even_without_its_record(out, capsys):
     (out / "sweep.json").write_text("{")
     assert sweep(out, "--cfg", "7") == 2
-    assert "holds another sweep (6 pictures, none of them of this grid)" in capsys.readouterr().err
+    assert "holds another sweep (6 images, none of this grid)" in capsys.readouterr().err
 
 
 def test_another_model_is_refused_even_without_the_record(out, capsys, tmp_path):
@@ -206,7 +206,7 @@ def test_a_damaged_picture_is_made_again(out, capsys, damage):
     damage(path)
     assert sweep(out) == 0
     error = capsys.readouterr().err
-    assert f"{path} is damaged; it is made again" in error
+    assert f"{path} is damaged and is made again" in error
     assert "1 made, 5 were already finished" in error
     assert path.read_bytes() == before
 

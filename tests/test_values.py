@@ -281,11 +281,11 @@ def test_a_grid_is_counted_before_it_is_built(tmp_path, monkeypatch, capsys):  #
     error = refused(sd3.sweep.command.main, words, capsys)
     assert f"this grid has {981 * 981 * 1000:,} images; at most 100,000" in error
     axes = {f"residual_{name}": ";".join(f"0.{i:04}" for i in range(900)) for name in ("start", "weights", "end")}
-    with pytest.raises(ValueError, match=r"this grid has 729,000,001 pictures"):
+    with pytest.raises(ValueError, match=r"this grid has 729,000,001 images"):
         Grid.read({"prompt": "a", "residual_target_layers": "3"} | axes)
     named = {f"v{i}": {"cfg": "3"} for i in range(400)}
     Path("g.yaml").write_text(json.dumps({"prompt": "a", "steps": [str(i) for i in range(1, 300)], "variants": named}))
-    with pytest.raises(ValueError, match=r"this grid has 119,\d+ pictures"):
+    with pytest.raises(ValueError, match=r"this grid has 119,\d+ images"):
         Grid.read({}, "g.yaml")
     assert not Path("s").exists()
 
@@ -319,11 +319,11 @@ def test_the_count_is_the_number_of_variants(cfgs, weights, targets, named):
 def test_seeds_and_prompts_of_a_grid_are_counted(tmp_path):
     with pytest.raises(ValueError, match="names more than 100,000 seeds"):
         Grid.read({"prompt": "a", "seed": "0-99999;200000-299999"})
-    with pytest.raises(ValueError, match="this grid has 200,000 pictures"):
+    with pytest.raises(ValueError, match="this grid has 200,000 images"):
         Grid.read({"prompt": ["a", "b"], "seed": f"0-{MOST_SEEDS - 1}"})
     (tmp_path / "p.txt").write_text("a\n" * 50_000 + "b\n" * 50_001)
     assert len(Grid.read({"prompt": str(tmp_path / "p.txt"), "seed": "0-49999"}).prompts) == 2  # each once
-    with pytest.raises(ValueError, match="num_images 50001: for 2 prompts these are 100,002 pictures"):
+    with pytest.raises(ValueError, match="num_images 50001: for 2 prompts these are 100,002 images"):
         Flags.read({"num_images": 50_001}).seeds(2)
 
 
