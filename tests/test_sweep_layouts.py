@@ -117,7 +117,10 @@ def test_t2i_compbench(tmp_path):
         (["--layout", "geneval", "--prompt", "no_tag.jsonl"], 'line 2 is not of the form {"tag"'),
         (["--layout", "geneval", "--prompt", "none.jsonl"], "--prompt none.jsonl: no such file"),
         (["--layout", "dpg", "--prompt", "none"], "--prompt none: no such file or folder"),
-        (["--layout", "dpg", "--prompt", "plain.txt", "--seed", "0-3"], "must be the folder of .txt files of DPG-Bench"),
+        (
+            ["--layout", "dpg", "--prompt", "plain.txt", "--seed", "0-3"],
+            "must be the folder of .txt files of DPG-Bench",
+        ),
         (["--layout", "dpg", "--prompt", "texts", "--seed", "0-2"], "needs 4 seeds"),
         (["--layout", "dpg", "--prompt", "texts", "--seed", "0-3", "--width", "80"], "these are 80 x 96"),
         (["--layout", "dpg", "--prompt", "short.csv", "--seed", "0-3"], "line 3 lacks an item_id or a text"),
