@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
-
 from sd3.mistakes import Mistake, Where, verbatim
 from sd3.reading import reading
 
@@ -31,8 +29,6 @@ DTYPE_BITS = {
     "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 FIELDS = ("dtype", "shape", "data_offsets")
-
-
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 
 
@@ -74,6 +70,8 @@ def is_safetensors(start: bytes) -> bool:
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator[Callable[[Entry], Tensor]]:
     """Tensors are views of a memory mapping, which lasts as long as any of them."""
+    from safetensors import safe_open  # a mistake in the flags is answered where the package is not installed
+
     with safe_open(path, framework="pt", device="cpu") as file:
         yield lambda entry: file.get_tensor(entry.name)
 

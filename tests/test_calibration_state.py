@@ -64,7 +64,7 @@ def test_a_whole_state_goes_on_to_the_same_rotations(files, monkeypatch, capsys)
     assert calibrate(files, "whole.safetensors") == 0
     interrupt(files, monkeypatch)
     assert calibrate(files) == 0
-    assert re.search(r"going on after [1-5] of 6 prompts", capsys.readouterr().err)
+    assert re.search(r"resuming after [1-5] of 6 prompts", capsys.readouterr().err)
     assert rotations(files).equal(rotations(files, "whole.safetensors"))
     assert not (files / ".r.safetensors.state").exists()
 
@@ -75,7 +75,7 @@ def test_batches_are_those_of_one_run(files, monkeypatch, capsys):
     assert calibrate(files, "whole.safetensors") == 0
     interrupt(files, monkeypatch, after=6)
     assert calibrate(files) == 0
-    assert re.search(r"going on after [1245] of 6 prompts", capsys.readouterr().err)  # in the middle of a group
+    assert re.search(r"resuming after [1245] of 6 prompts", capsys.readouterr().err)  # in the middle of a group
     assert rotations(files).equal(rotations(files, "whole.safetensors"))
 
 

@@ -1,4 +1,4 @@
-"""Sweeps: the grid, one load for many pictures, going on after a kill, and one line for every mistake."""
+"""Sweeps: the grid, one load for many pictures, resuming after a kill, and one line for every mistake."""
 
 from __future__ import annotations
 

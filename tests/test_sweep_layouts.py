@@ -119,7 +119,7 @@ def test_t2i_compbench(tmp_path):
         (["--layout", "dpg", "--prompt", "none"], "--prompt none: no such file or folder"),
         (
             ["--layout", "dpg", "--prompt", "plain.txt", "--seed", "0-3"],
-            "must be the folder of .txt files of DPG-Bench",
+            "must be the folder of .txt files",
         ),
         (["--layout", "dpg", "--prompt", "texts", "--seed", "0-2"], "needs 4 seeds"),
         (["--layout", "dpg", "--prompt", "texts", "--seed", "0-3", "--width", "80"], "these are 80 x 96"),

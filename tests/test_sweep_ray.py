@@ -52,7 +52,7 @@ def test_a_cluster_that_is_not_there(tmp_path, capsys, address, message):
 @pytest.mark.slow
 def test_mistakes(tmp_path, arguments):
     for more, message in {
-        ("--cpus_per_worker", "1000"): "--cpus_per_worker 1000: no machine here has so many; at most",
+        ("--cpus_per_worker", "1000"): "--cpus_per_worker 1000: no machine of the cluster has that many CPUs; at most",
         ("--cfg", "-1"): "--cfg -1: must be from 0",
         ("--width", "4096"): "--width 4096: is beyond this model's position grid",
     }.items():

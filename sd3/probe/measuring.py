@@ -316,7 +316,7 @@ def summary(record: Mapping[str, Any]) -> str:
 # What a panel of the plot shows: the label of its y axis, and what is good, in one sentence.
 PANELS = {
     "cosine": ("cosine to the origin's token", "1: the token still points where the origin's did."),
-    "cka": ("linear CKA with the origin", "1: tokens lie to each other as at the origin."),
+    "cka": ("linear CKA with the origin", "1: the tokens have the same geometry as at the origin."),
     "neighbours": ("share of neighbours kept", "1: each token keeps its nearest neighbours."),
     "norm": ("mean length of a token", "The longer a token, the less an added copy of the origin counts."),
     "spread": ("distance from the mean token", "High is good: tokens that are alike tell little apart."),
