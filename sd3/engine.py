@@ -209,7 +209,7 @@ class Engine:
             _ = self.network.mmdit, self.network.controlnet
             numbers, settings = zip(*batch, strict=True)
             more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
-            what = f"picture {numbers[0] + 1}/{len(pictures)}{more}"
+            what = f"image {numbers[0] + 1}/{len(pictures)}{more}"
             try:
                 of_batch = self.make_batch(settings, images, what, pad_batch, on_step)
                 for number, (made, image) in zip(numbers, of_batch, strict=True):
