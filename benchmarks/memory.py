@@ -162,7 +162,7 @@ def first_step(name: str, text: str, spent: float) -> float:
         first, inside = map(float, re.search(r"first step after ([\d.]+) s, all ([\d.]+) s", text).groups())
         return spent - inside + first
     stages = dict(re.findall(r"([a-zA-Z][\w ]+) ([\d.]+) s", text))
-    inside = float(re.search(r"pictures? in ([\d.]+) s", text)[1])
+    inside = float(re.search(r"images? in ([\d.]+) s", text)[1])
     after = sum(float(stages[s]) for s in ("sampling", "loading VAE", "decoding"))
     return spent - inside + (inside - after)
 
