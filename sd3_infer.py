@@ -24,6 +24,7 @@ from torch import Tensor
 from sd3 import self_check, streams
 from sd3.api import Pipeline
 from sd3.device import available_devices, choose_device, choose_dtype
+from sd3.effects import needs_uncond
 from sd3.engine import Engine, NotLoaded, about
 from sd3.flags import DEFAULT_DENOISE, DEFAULT_SEED, FLAGS, names, read_values
 from sd3.mistakes import Mistake, check_parameters
@@ -156,10 +157,11 @@ class SD3Inferencer:
         settings = Settings(prompt="", model=str(self.engine.model_file.path), **given)
         if controlnet_cond is not None and self.engine.network.control is None:
             raise Mistake("controlnet_cond", "", "no ControlNet is loaded; load one with `controlnet_ckpt`")
-        if settings.cfg == 1:
+        if not needs_uncond(settings):
             neg_cond = None
         elif neg_cond is None:
-            raise Mistake("cfg", f"{settings.cfg:g}", "needs neg_cond, the other half; a cfg of 1 goes without")
+            why = "needs neg_cond, the text of the unconditional pass; a cfg of 1 goes without"
+            raise Mistake("cfg", f"{settings.cfg:g}", why)
         texts = conditioning, neg_cond
         with self.engine.owned():
             sample = self.engine.network.sample
@@ -213,7 +215,7 @@ class SD3Inferencer:
             residual=read_residual(residual_config),
             skip_layer=read_skip_layer_config(skip_layer_config),
             metadata=read_bool("with_metadata", with_metadata),
-            out_dir=out_dir,
+            out_dir=FLAGS["out_dir"].default if out_dir is None else out_dir,
             **given,
         )
         return [made.path for made in making]

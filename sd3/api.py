@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,14 @@ from sd3 import png, writing
 from sd3.engine import Engine
 from sd3.flags import FLAGS, names, read_values
 from sd3.mistakes import Mistake, check_parameters
-from sd3.models import SkipLayerConfig
-from sd3.pixels import open_images
+from sd3.models import SkipLayerConfig, read_skip_layer_config
 from sd3.planning import plan_for
 from sd3.prompts import read_texts
 from sd3.residual import ResidualConfig, read_residual
 from sd3.run import MadeWith, Picture, make_pictures
 from sd3.settings import Flags, Settings, Setup
 from sd3.telling import SILENT, Reporter
-from sd3_impls import OnStep, StopSampling
+from sd3_impls import OnStep
 
 OUTPUTS = ("pil", "latent")
 OPTIONS = ("out_dir", "output")  # parameters of a call that are no settings
@@ -62,10 +60,13 @@ class Pipeline:
         """
         if output not in OUTPUTS:
             raise Mistake("output", output, f"must be {' or '.join(OUTPUTS)}")
+        if output == "latent" and options.get("out_dir") is not None:
+            raise Mistake("out_dir", options["out_dir"], "goes with images; latents are not saved")
+        made = list(self._make(prompt, output == "pil", **options))
+        settings = [m.settings for m in made]
         if output == "latent":
-            return self._sample(prompt, **options)
-        made = list(self.stream(prompt, **options))
-        return Output([m.image for m in made], [m.settings for m in made], [m.path for m in made if m.path])
+            return Output([], settings, [], torch.stack([m.image.cpu() for m in made]) if made else None)
+        return Output([m.image for m in made], settings, [m.path for m in made if m.path])
 
     def stream(
         self,
@@ -87,12 +88,24 @@ class Pipeline:
         model's usual ones, and a seed left out is drawn. Raises Mistake before any weights load for what does not fit,
         TypeError for a setting that does not exist.
         """
-        flags, pictures = self._plan(prompt, residual, skip_layer, settings)
-        folder = None
-        if out_dir is not None:
-            folder = Path(FLAGS["out_dir"].read("out_dir", out_dir))
-            writing.check_writable(str(folder))
-            folder.mkdir(parents=True, exist_ok=True)
+        options = {"out_dir": out_dir, "metadata": metadata, "on_step": on_step}
+        return self._make(prompt, True, residual=residual, skip_layer=skip_layer, **options, **settings)
+
+    def _make(
+        self,
+        prompt: str | Sequence[str],
+        decode: bool,
+        *,
+        out_dir: str | Path | None = None,
+        metadata: bool = True,
+        on_step: OnStep | None = None,
+        residual: ResidualConfig | None = None,
+        skip_layer: SkipLayerConfig | None = None,
+        **settings: Any,
+    ) -> Iterator[Made]:
+        """As `stream`; with `decode` False latents (16, h, w) in place of images, which are not saved."""
+        flags, pictures = self._plan(prompt, residual, read_skip_layer_config(skip_layer), settings)
+        folder = None if out_dir is None else writing.open_folder(FLAGS["out_dir"].read("out_dir", out_dir))
         made_with = MadeWith(self.engine, pictures[0], hashed=metadata and folder is not None)
 
         def save(picture: Picture) -> Made:
@@ -101,7 +114,7 @@ class Pipeline:
                 png.save_picture(path, picture.image, picture.settings, picture.record if metadata else None)
             return Made(picture.image, picture.settings, path)
 
-        making = self.engine.make(pictures, flags.pad_batch, on_step)
+        making = self.engine.make(pictures, flags.pad_batch, on_step, decode)
         return (made for _, made in make_pictures(making, made_with, save))
 
     def _plan(
@@ -117,31 +130,15 @@ class Pipeline:
         if residual is not None and given:
             raise Mistake(given[0], settings[given[0]], "is given beside `residual`, which has it already")
         loaded, prompts = self.engine.loaded_settings(), read_texts(prompt)
-        own = {"model": loaded["model"], "controlnet_ckpt": loaded["controlnet_ckpt"]}
+        own = {"model": loaded["model"]}
+        if settings.get("controlnet_cond_image") is not None:  # a loaded ControlNet without an image is not used
+            own["controlnet_ckpt"] = loaded["controlnet_ckpt"]
         flags = Flags.read({"shift": self.shift} | settings | own)
         seeds = flags.seeds(len(prompts))
         plan = plan_for(self.engine, flags, prompts, seeds, skip_layer, residual and read_residual(residual))
         for note in plan.notes:
             self.engine.tell.note(note)
         return flags, plan.pictures
-
-    def _sample(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        on_step: OnStep | None = None,
-        residual: ResidualConfig | None = None,
-        skip_layer: SkipLayerConfig | None = None,
-        **settings: Any,
-    ) -> Output:
-        _, pictures = self._plan(prompt, residual, skip_layer, settings)
-        images, latents, made = open_images(pictures), [], []
-        with contextlib.suppress(StopSampling):
-            for batch in self.engine.encoded(pictures):
-                own = [s for _, s in batch]
-                latents.append(self.engine.sample(own, images, on_step=on_step).cpu())
-                made += own
-        return Output([], made, [], torch.cat(latents) if latents else None)
 
 
 def load(model: str | Path = FLAGS["model"].default, *, tell: Reporter = SILENT, **settings: Any) -> Pipeline:

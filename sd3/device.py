@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,22 +60,48 @@ def choose_threads(given: int | None, parameters: int) -> int:
     """How many threads of the CPU compute: the number given, else one for a model of few parameters and as many as
     this process is set to for a larger one.
     """
-    return given or (1 if parameters < SMALL_MODEL else torch.get_num_threads())
+    return given or (1 if parameters < SMALL_MODEL else _process.threads())
+
+
+class _Process:
+    """The number of threads that this process is set to by its user, while engines compute on numbers of their own: a
+    new Python thread starts with whatever number was set last, by whichever thread.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.computing = 0  # engines at the moment
+        self.number: int | None = None
+
+    def threads(self) -> int:
+        """The number; read anew where nothing computes, in the main thread."""
+        with self.lock:
+            in_main = threading.current_thread() is threading.main_thread()
+            if self.number is None or (in_main and not self.computing):
+                self.number = torch.get_num_threads()
+            return self.number
+
+
+_process = _Process()
 
 
 @contextlib.contextmanager
 def computing_on(threads: int) -> Iterator[None]:
-    """Computes on so many threads inside; afterwards the process has its own number back, which may be another
-    engine's or the caller's.
-    """
-    before = torch.get_num_threads()
+    """Computes on so many threads inside; afterwards this thread has the process's own number again."""
+    own, before = _process.threads(), torch.get_num_threads()
+    with _process.lock:
+        _process.computing += 1
     try:
         if threads != before:
             torch.set_num_threads(threads)
         yield
     finally:
-        if threads != before:
-            torch.set_num_threads(before)
+        with _process.lock:
+            _process.computing -= 1
+            nested = _process.computing
+        after = before if nested else own
+        if torch.get_num_threads() != after:
+            torch.set_num_threads(after)
 
 
 def device_record(device: torch.device, threads: int) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """Rules that find flags without effect on an image. A rule takes an image's settings and returns the fields to set to
-their defaults, and a line that says why (empty where no note is needed). Needs no torch.
+their defaults (a dictionary: to other values), and a line that says why (empty where no note is needed). No torch.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-Effect = tuple[Sequence[str], str]
+from sd3.methods import make_guidance
+
+Effect = tuple[Sequence[str] | Mapping[str, Any], str]
 Rule = Callable[[Any], Effect]  # takes `Settings`; cannot be imported here, as its fields come from the flag table
 
 
@@ -36,22 +38,29 @@ def planned_steps(s: Any) -> int:
 
 
 def guidance(s: Any) -> Effect:
-    """The negative prompt has no effect where no unconditional pass runs."""
+    """The negative prompt has no effect where no unconditional pass runs; an interval without steps turns guidance off,
+    as `cfg` 1 does.
+    """
+    if needs_uncond(s):
+        return (), ""
     if s.cfg == 1:
         return ("negative_prompt",), "`negative_prompt` has no effect at `cfg` 1 (guidance is off)"
-    if executed_steps(s) == 0 or guided_steps(s):
+    if executed_steps(s) == 0:
         return (), ""
     interval = f"`guidance_start` {s.guidance_start:g} to `guidance_end` {s.guidance_end:g}"
-    why = f"`cfg` has no effect: {interval} holds none of the {executed_steps(s)} steps"
-    return ("cfg", "negative_prompt"), why
+    why = f"`cfg` has no effect: {interval} holds none of the {executed_steps(s)} steps; it is 1 (guidance is off)"
+    return {"cfg": 1.0, "negative_prompt": "", "guidance_start": 0.0, "guidance_end": 1.0}, why
 
 
 def guidance_interval(s: Any) -> Effect:
     """The guidance interval has no effect without guidance; one of its ends where it excludes no step."""
     if s.cfg == 1:
         return ("guidance_start", "guidance_end"), "`guidance_start` and `guidance_end` have no effect at `cfg` 1"
-    guided = guided_steps(s)
-    idle = (("guidance_start", guided.start == 0), ("guidance_end", guided.stop == executed_steps(s)))
+    steps = executed_steps(s)
+    idle = (
+        ("guidance_start", int(s.guidance_start * steps) == 0),
+        ("guidance_end", int(s.guidance_end * steps) == steps),
+    )
     return [name for name, whole in idle if whole], ""
 
 
@@ -104,7 +113,7 @@ def residual(s: Any) -> Effect:
         return every, ""
     if config.mode == "add" and not any(config.weights):
         return every, "residual text streaming has no effect: all weights are 0"
-    if s.cfg == 1 and config.branch == "uncond":
+    if config.branch == "uncond" and not needs_uncond(s):
         return every, "residual text streaming has no effect: `cfg` 1 runs no unconditional pass"
     steps = executed_steps(s)
     acts = [config.acts(i, steps) for i in range(steps)]
@@ -135,12 +144,24 @@ def tiles(s: Any) -> Effect:
     return (("vae_tile",) if s.vae_tile >= max(s.width, s.height) else (), "")
 
 
-def guided_steps(s: Any) -> range:
-    """The steps in which an unconditional pass runs."""
-    from sd3_impls import guided_interval
+def guided_steps(s: Any) -> list[int]:
+    """The steps in which an unconditional pass runs, whichever method of guidance needs it."""
+    return list(_guided_steps(s))
 
-    steps = 0 if s.cfg == 1 else executed_steps(s)
-    return guided_interval(s.guidance_start, s.guidance_end, steps)
+
+def needs_uncond(s: Any) -> bool:
+    """Whether any step runs an unconditional pass, so that the negative prompt is encoded."""
+    return any(True for _ in _guided_steps(s))
+
+
+def _guided_steps(s: Any) -> Iterator[int]:
+    from sd3_impls import Place
+
+    methods, levels, planned = make_guidance(s), executed_levels(s), planned_steps(s)
+    for step, sigma in enumerate(levels[:-1]):
+        at = Place(step, len(levels) - 1, planned, sigma)
+        if any(one.text == "uncond" for method in methods for one in method.passes(at)):
+            yield step
 
 
 def only_guided(field: str) -> Rule:

@@ -17,7 +17,7 @@ from torch import Tensor
 import sd3_impls
 from mmditx import ContextHook, Stream
 from sd3.device import choose_device, choose_threads, computing_on
-from sd3.effects import executed_steps
+from sd3.effects import executed_steps, needs_uncond
 from sd3.find import Fit, models_folder
 from sd3.flags import FLAGS
 from sd3.loading import Loader
@@ -46,11 +46,37 @@ class Busy(RuntimeError):
     """Another thread is using this engine."""
 
 
+class Owner:
+    """The thread that uses an engine, for as long as it does; it may come in again meanwhile."""
+
+    def __init__(self) -> None:
+        self.thread: int | None = None
+        self.entries = 0
+        self.lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def present(self) -> Iterator[None]:
+        """Around a use, which may end in another thread, as a generator does that is closed there. Raises Busy."""
+        with self.lock:
+            if self.thread not in (None, threading.get_ident()):
+                raise Busy("this engine is making something for another thread; make one engine per thread, or queue")
+            self.thread = threading.get_ident()
+            self.entries += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.entries -= 1
+                if not self.entries:
+                    self.thread = None
+
+
 class Engine:
     """Makes pictures with one model. Headers are read and everything is checked when it is made; weights are read when
     they are needed: each text encoder while prompts are encoded, then the MMDiT and the autoencoder, which stay.
 
-    One thread at a time: a second one gets `Busy`; give each its own engine, or let them queue.
+    One thread at a time: a second one gets `Busy`, also between the images of a generator that the first one has begun;
+    give each its own engine, or let them queue.
     """
 
     def __init__(self, setup: Setup, tell: Reporter = SILENT, load_tokenizers: bool = True):
@@ -79,7 +105,7 @@ class Engine:
                 self.files.add(Where(field, path), path)
         self._patch()
         self._damage: str | None = None  # see `damage`
-        self._owner = threading.RLock()
+        self._owner = Owner()
 
     def _open_text(self) -> TextEncoders:
         file, given = self.model_file, self.setup.model_folder
@@ -112,13 +138,8 @@ class Engine:
         """Around every use of the models: they compute on the engine's own number of threads. Raises Busy while another
         thread of the process uses them.
         """
-        if not self._owner.acquire(blocking=False):
-            raise Busy("this engine is making something for another thread; make one engine per thread, or queue")
-        try:
-            with computing_on(self.threads):
-                yield
-        finally:
-            self._owner.release()
+        with self._owner.present(), computing_on(self.threads):
+            yield
 
     @property
     def text(self) -> TextEncoders:
@@ -179,9 +200,7 @@ class Engine:
                 raise Mistake(field, size, f"is beyond this model's position grid; at most {cell * self.config.grid}")
         with renaming(RESIDUAL_FLAGS):
             self.network.residual_stream(s.residual)
-        if s.skip_layer and max(s.skip_layer.layers) >= self.config.depth:
-            why = f"needs layers {s.skip_layer.layers}, this model has {self.config.depth}"
-            raise Mistake("skip_layer_cfg", "", why)
+        self.network.check_layers(s)
         if self.network.control is None:
             if s.controlnet_ckpt:
                 raise Mistake("controlnet_ckpt", "", "no ControlNet is loaded")
@@ -192,10 +211,14 @@ class Engine:
     # -- pictures --
 
     def make(
-        self, pictures: Sequence[Settings], pad_batch: bool = False, on_step: sd3_impls.OnStep | None = None
-    ) -> Iterator[tuple[int, Settings, Image.Image]]:
-        """Makes every picture; yields (number, settings, image) as each is done. Where `on_step`, which hears of every
-        step, returns False, there are no more.
+        self,
+        pictures: Sequence[Settings],
+        pad_batch: bool = False,
+        on_step: sd3_impls.OnStep | None = None,
+        decode: bool = True,
+    ) -> Iterator[tuple[int, Settings, Image.Image | Tensor]]:
+        """Makes every picture; yields (number, settings, image) as each is done, or with `decode` False its latent (16,
+        h, w) in VAE space. Where `on_step`, which hears of every step, returns False, there are no more.
 
         The settings' batch_size is then the number of rows that ran at once. pad_batch: fills a partial batch up to
         batch_size, so that a picture does not depend, in its last bits, on how many were made with it.
@@ -204,21 +227,20 @@ class Engine:
         """
         for s in pictures:
             self.check_settings(s)
-        images = open_images(pictures)
-        for batch in self.encoded(pictures):
-            _ = self.network.mmdit, self.network.controlnet
-            numbers, settings = zip(*batch, strict=True)
-            more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
-            what = f"image {numbers[0] + 1}/{len(pictures)}{more}"
-            try:
-                of_batch = self.make_batch(settings, images, what, pad_batch, on_step)
-                for number, (made, image) in zip(numbers, of_batch, strict=True):
-                    if isinstance(image, Mistake):
+        images, make = open_images(pictures), self.make_batch if decode else self.make_latents
+        with self._owner.present(), contextlib.suppress(sd3_impls.StopSampling):
+            for batch in self.encoded(pictures):
+                with self.owned():  # before sampling, whose time and memory are another stage's
+                    _ = self.network.mmdit, self.network.controlnet
+                numbers, settings = zip(*batch, strict=True)
+                more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
+                what = f"image {numbers[0] + 1}/{len(pictures)}{more}"
+                of_batch = make(settings, images, what, pad_batch, on_step)
+                for number, (made, result) in zip(numbers, of_batch, strict=True):
+                    if isinstance(result, Mistake):
                         with self.files.watch():  # weights that another program overwrites become NaN, too
-                            raise image
-                    yield number, made, image
-            except sd3_impls.StopSampling:
-                return
+                            raise result
+                    yield number, made, result
 
     def encoded(self, pictures: Sequence[Settings]) -> Iterator[list[tuple[int, Settings]]]:
         """The batches of pictures (see `batches`), the prompts of each encoded: as many at a time as are kept."""
@@ -234,12 +256,13 @@ class Engine:
 
     def load(self) -> None:
         """Loads the weights of the network and the autoencoder, where they are not in memory yet."""
-        _ = self.network.mmdit, self.network.controlnet, self.pixels.vae
+        with self.owned():
+            _ = self.network.mmdit, self.network.controlnet, self.pixels.vae
 
     def texts(self, s: Settings) -> list[Key]:
         """What has to be encoded for a picture: (prompt, T5 length), see `TextEncoders.encode`."""
         length = self.text.pair_length(s.prompt, s.negative_prompt)
-        return [(s.prompt, length)] + ([(s.negative_prompt, length)] if s.cfg != 1 else [])
+        return [(s.prompt, length)] + ([(s.negative_prompt, length)] if needs_uncond(s) else [])
 
     def make_batch(
         self,
@@ -253,14 +276,11 @@ class Engine:
 
         images, what: see `sample`; pad_batch, on_step: see `make`. Raises StopSampling where on_step returns False.
         """
-        rows = batch[0].batch_size if pad_batch else len(batch)
-        turn = "a smaller `width` or `height`" if rows == 1 else "a smaller `batch_size`, `width` or `height`"
-        with explained("sampling", turn):
-            latents = self.sample([*batch, *[batch[-1]] * (rows - len(batch))], images, what, on_step=on_step)
-        for s, latent in zip(batch, latents[: len(batch)], strict=True):
-            s = dataclasses.replace(s, batch_size=rows)
+        for s, latent in self.make_latents(batch, images, what, pad_batch, on_step):
+            if isinstance(latent, Mistake):
+                yield s, latent
+                continue
             try:
-                check_finite(latent, "the latent", self.dtype, self.damage)
                 decoding = explained("decoding", "a smaller `vae_tile`, `width` or `height`")
                 with self.stages.timed("decoding"), decoding:
                     image = self.decode(latent[None], s.vae_tile)
@@ -269,11 +289,33 @@ class Engine:
             else:
                 yield s, image
 
+    def make_latents(
+        self,
+        batch: Sequence[Settings],
+        images: Opened | None = None,
+        what: str = "",
+        pad_batch: bool = False,
+        on_step: sd3_impls.OnStep | None = None,
+    ) -> Iterator[tuple[Settings, Tensor | Mistake]]:
+        """As `make_batch`, latents (16, h, w) in VAE space."""
+        rows = batch[0].batch_size if pad_batch else len(batch)
+        turn = "a smaller `width` or `height`" if rows == 1 else "a smaller `batch_size`, `width` or `height`"
+        with explained("sampling", turn):
+            latents = self.sample([*batch, *[batch[-1]] * (rows - len(batch))], images, what, on_step=on_step)
+        for s, latent in zip(batch, latents[: len(batch)], strict=True):
+            s = dataclasses.replace(s, batch_size=rows)
+            try:
+                check_finite(latent, "the latent", self.dtype, self.damage)
+            except Mistake as mistake:
+                yield s, mistake
+            else:
+                yield s, latent
+
     def decode(self, latent: Tensor, tile: int = 0) -> Image.Image:
         """The first latent of (B, 16, h, w), in VAE space, as an image; tile: see `Pixels.encode`."""
         with self.owned():
             pixels = self.pixels.decode(latent[:1], tile)
-            check_finite(pixels, "the decoded picture", self.pixels.dtype, self.damage)
+            check_finite(pixels, "the decoded image", self.pixels.dtype, self.damage)
             return to_image(pixels[0])
 
     def sample(
@@ -315,7 +357,7 @@ class Engine:
         length = self.text.pair_length(batch[0].prompt, negative)
         conds = [self.text.get_cond(s.prompt, length) for s in batch]
         cond = tuple(torch.cat(parts) for parts in zip(*conds, strict=True))
-        return cond, None if batch[0].cfg == 1 else self.text.get_cond(negative, length)
+        return cond, self.text.get_cond(negative, length) if needs_uncond(batch[0]) else None
 
 
 def load_for(flags: Flags) -> Engine:

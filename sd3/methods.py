@@ -5,6 +5,10 @@ or a class of `sd3_impls`, found by its name. Needs no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sd3_impls import Guidance
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,10 @@ GUIDANCE = {
         ),
     )
 }
+
+
+def make_guidance(s: Any) -> list[Guidance]:
+    """All methods of guidance for an image's settings, in the order in which they act."""
+    import sd3_impls  # imports torch; checking flags does not need it
+
+    return [getattr(sd3_impls, row.name)(*(getattr(s, name) for name in row.settings)) for row in GUIDANCE.values()]

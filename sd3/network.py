@@ -15,7 +15,7 @@ from sd3.device import choose_dtype
 from sd3.files import WeightFile
 from sd3.layers import can_pack, replace_linears
 from sd3.loading import Loader
-from sd3.methods import GUIDANCE
+from sd3.methods import make_guidance
 from sd3.mistakes import Mistake
 from sd3.offload import Offload
 from sd3.residual import ResidualConfig, residual_stream
@@ -71,6 +71,12 @@ class Network:
 
     # -- what it is run with --
 
+    def check_layers(self, s: Settings) -> None:
+        """Raises Mistake where skip-layer guidance names a block that this model does not have."""
+        if s.skip_layer and max(s.skip_layer.layers) >= self.config.depth:
+            why = f"needs layers {s.skip_layer.layers}, this model has {self.config.depth}"
+            raise Mistake("skip_layer_cfg", "", why)
+
     def residual_stream(self, config: ResidualConfig) -> ResidualStream | None:
         """The stream of a configuration, checked against this model, or None where nothing is mixed; raises Mistake."""
         config.check(self.config.depth)
@@ -113,6 +119,7 @@ class Network:
                 own = (row_of(part, i) for part in (cond, uncond, control))
                 rows.append(self.sample(s, row_of(start, i), [seed], *own, denoise, streams, on_step))
             return torch.cat(rows)
+        self.check_layers(s)
         stream = self.residual_stream(s.residual)
         schedule = sd3_impls.schedule(s.scheduler, s.steps, s.shift)
         denoiser = sd3_impls.Denoiser(
@@ -156,11 +163,6 @@ class Network:
         if self.setup.compile:
             model.compile_blocks()
         return model
-
-
-def make_guidance(s: Settings) -> list[sd3_impls.Guidance]:
-    """All methods of guidance, in the order in which they act, as settings say."""
-    return [getattr(sd3_impls, row.name)(*(getattr(s, name) for name in row.settings)) for row in GUIDANCE.values()]
 
 
 def row_of(part: Any, i: int) -> Any:

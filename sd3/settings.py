@@ -131,8 +131,9 @@ def effective(s: Settings) -> tuple[Settings, list[str]]:
     notes: list[str] = []
     for rule in dict.fromkeys(row.matters for row in IMAGE_ROWS.values() if row.matters):
         idle, why = rule(s)
-        usual = {name: None if IMAGE_ROWS[name].field else IMAGE_ROWS[name].default for name in idle}
-        changes = {name: value for name, value in usual.items() if getattr(s, name) != value}
+        if not isinstance(idle, Mapping):
+            idle = {name: None if IMAGE_ROWS[name].field else IMAGE_ROWS[name].default for name in idle}
+        changes = {name: value for name, value in idle.items() if getattr(s, name) != value}
         if changes:
             s = dataclasses.replace(s, **changes)
         if why and (changes or not idle):

@@ -49,6 +49,17 @@ def cannot_write(path: Path, error: OSError) -> Unwritable:
     return Unwritable("", path, f"cannot be written: {'the disk is full' if full else error.strerror or error}")
 
 
+def open_folder(path: str) -> Path:
+    """A folder to write in, made if it is not there. Raises Unwritable."""
+    check_writable(path)
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    return folder
+
+
 def _sync(handle: int) -> None:
     """Waits until a file is on its disk, on file systems that have such a call."""
     try:

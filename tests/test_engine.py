@@ -292,3 +292,30 @@ def test_a_second_thread_gets_an_error_and_the_first_its_picture(small_engine):
     assert "another thread" in told[0]
     assert image.tobytes() == alone.tobytes()
     assert len(list(engine.make(plan.pictures))) == 1  # it is free again
+
+
+def test_between_two_images_of_a_run_a_second_thread_gets_an_error_too(small_engine):
+    engine = small_engine.engine
+    plan = plan_pictures(engine, ["a star"] * 3, [1, 2, 3], **SIZE, steps=1, cfg=1.0)
+    alone = [image.tobytes() for _, _, image in engine.make(plan.pictures)]
+    told, images = [], []
+
+    def other() -> None:
+        with pytest.raises(Busy, match="another thread"):
+            list(engine.make(plan.pictures))
+        told.append(True)
+
+    for _, _, image in engine.make(plan.pictures):
+        images.append(image.tobytes())
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert images == alone
+    assert told == [True] * 3
+    half = engine.make(plan.pictures)
+    next(half)
+    half.close()  # an abandoned run leaves the engine free
+    thread = threading.Thread(target=lambda: told.append(len(list(engine.make(plan.pictures)))))
+    thread.start()
+    thread.join()
+    assert told[-1] == 3

@@ -31,6 +31,7 @@ LATE = {
     ("sd3.probe.command", "sd3.probe.calibration"),  # imports torch, as above
     ("sd3.probe.command", "sd3.probe.measuring"),
     ("sd3.effects", "sd3_impls"),  # imports torch, as the next
+    ("sd3.methods", "sd3_impls"),
     ("sd3.headers", "safetensors"),  # need not be there for an answer that reads no weights
     ("sd3.residual", "mmditx"),  # imports torch, which flags and settings do without
 }

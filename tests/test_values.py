@@ -562,8 +562,8 @@ def test_a_controlnet_and_its_picture_belong_together(small_model, tmp_path):  #
     control = small_model.parent / "control_8b.safetensors"
     engine = SD3Inferencer().load(small_model, device="cpu", dtype="float32", controlnet_ckpt=control)
     engine.tell.quiet = True
-    with pytest.raises(ValueError, match="controlnet_ckpt: needs controlnet_cond_image"):
-        engine.gen_image("a", steps=1, out_dir=tmp_path / "out")
+    (path,) = engine.gen_image("a", steps=1, out_dir=tmp_path / "without")  # loaded, but this picture does not use it
+    assert sd3.png.read_record(path)["settings"]["controlnet_ckpt"] is None
     Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "in.png")
     (path,) = engine.gen_image("a", steps=1, out_dir=tmp_path / "out", controlnet_cond_image=tmp_path / "in.png")
     assert sd3.png.read_record(path)["settings"]["controlnet_cond_image"] == "in.png"

@@ -105,7 +105,7 @@ def planned(record) -> Iterator[list[Settings]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sd3.planning, "plan_pictures", noted)
-        patch.setattr(Engine, "make", lambda engine, pictures, pad_batch=False, on_step=None: iter(()))
+        patch.setattr(Engine, "make", lambda engine, pictures, *_: iter(()))
         patch.setattr(sd3.engine, "load_for", load_once)
         patch.setattr(sd3.run, "load_for", load_once)
         patch.setattr(sd3.serve, "load_for", load_once)
