@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import math
@@ -398,8 +399,9 @@ class Denoiser:
                 raise StopSampling
 
     def finish(self) -> None:
-        """Reports the last step, when the sampler is through. Raises StopSampling."""
-        self._report(0.0)
+        """Reports the last step, when the sampler is through: nothing is left to stop."""
+        with contextlib.suppress(StopSampling):
+            self._report(0.0)
 
 
 # ---- samplers: a function `sample_NAME` each ------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import io
 import itertools
@@ -209,9 +210,10 @@ def test_every_step_is_reported_once_with_its_state(sampler):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("last", [0, 2, 5])
 def test_a_run_stops_where_on_step_says_so(sampler, last):
+    """After the last step there is nothing left to stop: what was sampled is returned."""
     sigmas, steps = schedule("normal", 6, 3.0), []
     one = denoiser(sigmas, on_step=lambda step, *_: steps.append(step) or step < last)
-    with pytest.raises(StopSampling):
+    with pytest.raises(StopSampling) if last < 5 else contextlib.nullcontext():
         guided_sampling(one, sampler, torch.zeros(1, 1, 2, 2), [3])
     assert steps == list(range(last + 1))
     assert min(called[0] for called in one.model.calls) == pytest.approx(sigmas[last].item())
