@@ -29,7 +29,9 @@ def read_flag_file(path: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Mistake(*where, 'must hold an object of flags such as {"prompt": "a red circle", "steps": 28}')
     of_run = isinstance(value.get("flags"), dict)
-    raw = value["flags"] if of_run else value["settings"] if isinstance(value.get("settings"), dict) else value
+    raw = value["flags"] if of_run else value
+    if not of_run and isinstance(value.get("settings"), dict):
+        raw = {"vae_tile": "off"} | value["settings"]  # a record leaves a tile out where there was none; unset is auto
     try:
         return _without_idle_residual(_read(raw, of_run))
     except Mistake as mistake:

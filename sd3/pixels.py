@@ -122,7 +122,6 @@ class Pixels:
         channels = self.config.latent_channels, network.config.latent_channels
         if channels[0] != channels[1]:
             raise Mistake("vae", file.path, "has {} latent channels, the model has {}".format(*channels))
-        self.own_file = bool(path)
         self.device, self.loader = network.device, loader
         # bfloat16 would show as banding
         half = network.dtype == torch.float16 and self.device.type != "cpu"

@@ -68,7 +68,7 @@ class MadeWith:
                 beside = device_record(engine.encoder_device, engine.threads)
                 hardware |= {f"text_encoder_{name}": value for name, value in beside.items()}
             more = {
-                "files": {name: _sha256(Path(path)) for name, path in paths.items() if path},
+                "files": {name: self._sha256(path) for name, path in paths.items() if path},
                 "encoders": engine.text.record(),
                 "components": component_files(engine),
                 "hardware": hardware,
@@ -76,6 +76,11 @@ class MadeWith:
             self.value = {"model_sha256": engine.model_file.sha256, **{n: v for n, v in more.items() if v}}
         except BaseException as error:  # raised by `wait`
             self.error = error
+
+    def _sha256(self, path: str) -> str:
+        """Of a file that the engine opened once for all images."""
+        opened = {str(part.file.path): part.file for part in self.engine.parts.values() if not part.file.folder}
+        return opened[path].sha256 if path in opened else _sha256(Path(path))
 
     def check(self) -> None:
         """Raises `Changed` where a file was changed after it was opened."""
@@ -148,7 +153,7 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
     engine = load_for(flags)
     residual = ResidualConfig.from_flags(flags.residual(), flags.residual_config)
     skip_layer = replay.skip_layer() if replay else None
-    plan = plan_for(engine, flags, prompts, seeds, skip_layer, recorded=replay is not None)
+    plan = plan_for(engine, flags, prompts, seeds, skip_layer, residual, recorded=replay is not None)
     pictures = plan.pictures
     for note in (*plan.notes, *unknown_words(engine.model_file.metadata, [*prompts, flags.negative_prompt])):
         engine.tell.note(note)

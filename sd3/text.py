@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from sd3.files import ENCODERS, WeightFile
 from sd3.find import TOKENIZER_FILES, Fit, find_encoders, find_tokenizer
 from sd3.memory import explained
 from sd3.mistakes import Mistake, Where, verbatim
+from sd3.prompts import shortened
 from sd3.settings import Setup
 from sd3.telling import SILENT, Reporter, Stages
 from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
@@ -89,15 +91,16 @@ class TextEncoders:
             for path in paths:
                 files.add(Where("", f"{role} {path}"), path)
         self.cache_folder = setup.embed_cache
-        self.embed_cache = self._open_cache()
 
     def take(self, parts: Mapping[str, ModelTensors]) -> None:
         """Takes other tensors for its encoders, such as patched ones; parts: by role, those of others are left."""
         for role, encoder in self.encoders.items():
             self.parts[role] = encoder.part = parts[role]
-        self.embed_cache = self._open_cache()
+        vars(self).pop("embed_cache", None)
 
-    def _open_cache(self) -> EmbedCache | None:
+    @functools.cached_property
+    def embed_cache(self) -> EmbedCache | None:
+        """The cache on disk, of these files and these patches; None without one."""
         if not self.cache_folder:
             return None
         dtype, positions, fit = encoder_dtype(self.dtype), self.positions, self.fit
@@ -244,7 +247,7 @@ class TextEncoders:
         for prompt, own in zip(prompts, tokens, strict=True):
             if own.cut:
                 cut = f"CLIP takes {limit} tokens (T5 reads on)"
-                self.tell.note(f'note: "{verbatim(short(prompt))}" is cut: {cut}')
+                self.tell.note(f'note: "{verbatim(shortened(prompt))}" is cut: {cut}')
         (places,) = encoder.embed(1, [range(limit)])
         words = encoder.embed(0, [own.ids for own in tokens])
         texts = ((rows + places).to(encoder.device, encoder.dtype)[None] for rows in words)
@@ -261,7 +264,7 @@ class TextEncoders:
         tokens = [self.t5_tokenizer.tokenize(*key) for key in keys]
         for (prompt, _), own in zip(keys, tokens, strict=True):
             if own.cut:
-                self.tell.note(f'note: "{verbatim(short(prompt))}" is cut: T5 reads its first 226 characters')
+                self.tell.note(f'note: "{verbatim(shortened(prompt))}" is cut: T5 reads its first 226 characters')
         words = encoder.embed(0, [own.ids for own in tokens])
         texts = (rows.to(encoder.device)[None] for rows in words)
         with self.tell.progress(len(encoder.model.layers), "encoding t5xxl", "layer") as update:
@@ -284,11 +287,6 @@ def in_groups(batches: Iterable[Batch], texts: Callable[[Batch], Iterable[Key]],
         of_group |= own
     if group:
         yield group
-
-
-def short(prompt: str) -> str:
-    """A prompt as notes name it."""
-    return prompt if len(prompt) <= 40 else prompt[:37] + "..."
 
 
 # -- what is in a file --

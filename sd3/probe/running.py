@@ -67,15 +67,29 @@ class Collector(Stream):
         use: Callable[[ModelCall, dict[int, list[Tensor]]], None],
     ):
         """masks: (T,) of each image, true for tokens that are not padding; wanted: whether a model call counts;
-        layers: blocks whose incoming tokens are passed to use(call, {layer: one (n, D) float32 per image}).
+        layers: blocks whose incoming tokens are passed to use(call, {layer: one (n, D) float32 per image}) once a step.
         """
         self.masks, self.wanted, self.use = masks, wanted, use
-        self.layers, self.last = frozenset(layers), max(layers)
+        self.layers = frozenset(layers)
+        self.at: ModelCall | None = None
+        self.states: dict[int, list[Tensor]] = {}  # of the last call, not passed on yet
 
     def begin(self, at: ModelCall) -> bool:
-        """Prepares for a model call; False for skip-layer calls and unwanted steps."""
+        """Prepares for a model call; False for skip-layer calls and unwanted steps. Of several calls at one step, which
+        some samplers make, the last one counts.
+        """
+        if at.skip_layers or not self.wanted(at):
+            return False
+        if self.at is not None and self.at.step != at.step:
+            self.finish()
         self.at, self.states = at, {}
-        return not at.skip_layers and self.wanted(at)
+        return True
+
+    def finish(self) -> None:
+        """Passes on the tokens of the last call; call it once more after the run."""
+        if self.states:
+            self.use(self.at, self.states)
+        self.states = {}
 
     def mix(self, i: int, context: Tensor) -> Tensor:
         """context: (B, T, D), the tokens entering block i; returned unchanged."""
@@ -83,8 +97,6 @@ class Collector(Stream):
             rows = context[self.at.cond]
             masks = [m.to(rows.device) for m in self.masks]
             self.states[i] = [row[mask].float() for row, mask in zip(rows, masks, strict=True)]
-            if i == self.last:
-                self.use(self.at, self.states)
         return context
 
 
@@ -97,7 +109,7 @@ def run_prompts(
     done: Callable[[int], None] = lambda count: None,
     before: int = 0,
 ) -> None:
-    """Samples every (number, prompt, seed) in order, with the hook that `collect(numbers, masks)` returns per batch.
+    """Samples every (number, prompt, seed) in order, with the stream that `collect(numbers, masks)` returns per batch.
 
     Calls `done(count)` after each batch. Encodes the text of `GROUP` prompts at a time, then drops it. before: jobs
     that an earlier run finished; the batches are the same as in one uninterrupted run.
@@ -108,15 +120,13 @@ def run_prompts(
             group = jobs[max(start, before) : start + GROUP]
             plan = plan_pictures(engine, [p for _, p, _ in group], [seed for _, _, seed in group], **values).pictures
             lengths = [engine.text.pair_length(s.prompt, s.negative_prompt) for s in plan]
-            wanted = [
-                pair for s, n in zip(plan, lengths, strict=True) for pair in ((s.prompt, n), (s.negative_prompt, n))
-            ]
-            engine.encode(wanted if values["cfg"] != 1 else wanted[::2])
+            engine.encode([text for s in plan for text in engine.texts(s)])
             for batch in batches(plan, engine.text.pair_length):
                 places, settings = zip(*batch, strict=True)
                 masks = [engine.text.text_mask(s.prompt, lengths[place]) for place, s in batch]
                 collector = collect([group[place][0] for place in places], masks)
                 engine.sample(settings, what=what, streams=[collector])
+                collector.finish()
                 engine.files.check()  # raises if a file changed since it was opened
                 count += len(batch)
                 update(len(batch))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sd3 import writing
+from sd3.device import device_record
 from sd3.embed_cache import file_identity
 from sd3.engine import Engine
 from sd3.mistakes import Unwritable, verbatim
@@ -23,7 +24,7 @@ from sd3.probe.procrustes import Calibration
 from sd3.probe.running import LabelledPrompt
 
 SAVE_EVERY = 30.0  # seconds between writes
-VERSION = 3  # changes when the sums do; states of other versions are ignored
+VERSION = 4  # changes when the sums do; states of other versions are ignored
 
 
 class State:
@@ -89,6 +90,7 @@ def identity(
         "origin": flags["origin"],
         "targets": list(flags["targets"]),
         "buckets": flags["buckets"],
+        "device": device_record(engine.device, engine.threads),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=list).encode()).hexdigest()
 

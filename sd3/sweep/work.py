@@ -28,7 +28,7 @@ class Maker:
     """An engine that makes batches of a sweep. `events`: to be logged."""
 
     def __init__(self, flags: Flags, quiet: bool = False):
-        """Reads headers only. Raises as `Engine.open` does."""
+        """Reads headers only. Raises as `Engine` does."""
         self.engine = load_for(flags)
         self.engine.tell.quiet = quiet
         self.engine.text.most = TEXTS_AT_ONCE
