@@ -88,9 +88,11 @@ def picture(files: str, *words) -> Path:
 
 
 def same(*paths: Path) -> bool:
-    """Whether two pictures have the same pixels."""
-    first, second = (np.asarray(Image.open(path)) for path in paths)
-    return np.array_equal(first, second)
+    """Whether two pictures differ by one step of 255 at most: on some CPUs the last bits of a product depend on where
+    in memory the weights lie.
+    """
+    first, second = (np.asarray(Image.open(path)).astype(int) for path in paths)
+    return bool(np.abs(first - second).max() <= 1)
 
 
 def main() -> dict:

@@ -229,8 +229,8 @@ print(json.dumps(adding_a_patch.main()))
 
 
 def test_one_row_of_patches_reaches_every_model_and_every_record(tmp_path):
-    """A picture with patched weights is that of files which hold the sums, bit for bit: the sum is made in float32 and
-    rounded once, before weights are quantised, packed or joined.
+    """A picture with patched weights is that of files which hold the sums: the sum is made in float32 and rounded once,
+    before weights are quantised, packed or joined.
     """
     folders = {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     command = [sys.executable, "-c", NUDGED, tmp_path]

@@ -56,7 +56,8 @@ def test_one_layer_at_a_time_is_in_memory_unless_they_stay(small_model, role):
     for again in (got, staying.run(own, *ids), staying.run(own, *ids)):
         for a, b in zip(again, wanted, strict=True):
             for one, other in zip(*((a, b) if role == "clip_g" else ([a], [b])), strict=True):
-                assert torch.equal(one, other)
+                # a matrix times one row, as the projection is, may depend on where in memory the matrix lies
+                assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
     assert in_memory(staying) == list(range(depth))
     assert (encoder.opened, staying.opened) == (1, 1)
 
