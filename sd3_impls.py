@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_embedder import ControlNet, spread
-from mmditx import TIMESTEPS, ContextHook, MMDiT, ModelCall, Reuse, Stream, Streams, run_blocks
+from mmditx import TIMESTEPS, ContextHook, MMDiT, ModelCall, Reuse, Stream, Streams, TokenKinds, run_blocks
 
 LATENT_SHIFT = 0.0609
 LATENT_SCALE = 1.5305
@@ -162,10 +162,16 @@ def step_noise(seeds: Sequence[int], like: Tensor) -> Noise:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded text of a batch: tokens (B, T, X) and pooled (B, Y)."""
+    """Encoded text of a batch: tokens (B, T, X), pooled (B, Y) and what the tokens are, None where that is unknown."""
 
     context: Tensor
     pooled: Tensor
+    kinds: TokenKinds | None = None
+
+    def row(self, i: int) -> Conditioning:
+        """Row i; what has one row serves for all."""
+        own = slice(i, i + 1) if self.context.shape[0] > 1 else slice(0, 1)
+        return Conditioning(self.context[own], self.pooled[own], self.kinds and self.kinds.rows(own))
 
 
 def stack_halves(first: Conditioning, second: Conditioning) -> Conditioning:
@@ -175,7 +181,19 @@ def stack_halves(first: Conditioning, second: Conditioning) -> Conditioning:
             f"prompt and negative prompt have {first.context.shape[1]} and {second.context.shape[1]} text tokens; "
             "encode both at the longer length"
         )
-    return Conditioning(torch.cat([first.context, second.context]), torch.cat([first.pooled, second.pooled]))
+    context, pooled = torch.cat([first.context, second.context]), torch.cat([first.pooled, second.pooled])
+    return Conditioning(context, pooled, stack_kinds([first.kinds, second.kinds]))
+
+
+def stack_kinds(kinds: Sequence[TokenKinds | None]) -> TokenKinds | None:
+    """The kinds of the tokens of several texts as one batch; None where those of one are unknown."""
+    if any(one is None or one.words is None for one in kinds):
+        return None
+    words, weights = torch.cat([one.words for one in kinds]), None
+    if any(one.weights is not None for one in kinds):
+        ones = (torch.ones(one.words.shape) if one.weights is None else one.weights for one in kinds)
+        weights = torch.cat(list(ones))
+    return TokenKinds(kinds[0].clip, words, weights)
 
 
 # ---- guidance: a class each -----------------------------------------------------------------------
@@ -324,6 +342,7 @@ class Denoiser:
         if neg_cond is not None:
             texts |= {"uncond": neg_cond, "both": stack_halves(cond, neg_cond)}
         self.texts = {name: model.embed_text(text.pooled, text.context) for name, text in texts.items()}
+        self.kinds = {name: text.kinds for name, text in texts.items()}
         self.sigmas, self.levels = sigmas, sigmas.tolist()
         self.guidance = guidance
         self.controlnet = controlnet
@@ -353,7 +372,7 @@ class Denoiser:
             states = self.controlnet(self.model, x, t, self.texts[text].y, latent, self.control_strength)
             controls = spread(states, self.model.config.depth)
         first, embedded = "uncond" if text == "uncond" else "cond", self.texts[text]
-        halves, given = text == "both", {"text": embedded, "skip_layers": skip}
+        halves, given = text == "both", {"text": embedded, "skip_layers": skip, "kinds": self.kinds[text]}
         call = ModelCall.of_rows(self.step, self.steps_run, sigma, x.shape[0], first, halves, **given)
         stream = self.streams if self.streams.begin(call) else None
         run = run_blocks

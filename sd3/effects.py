@@ -37,6 +37,14 @@ def planned_steps(s: Any) -> int:
     return len(_levels(s.scheduler, s.steps, s.shift)) - 1
 
 
+def whole_prompts(s: Any) -> Effect:
+    """Settings of whole prompts have no effect where prompts are read as the reference reads them."""
+    if s.prompt_mode == "whole":
+        return (), ""
+    why = "`t5_tokens` and `prompt_weights` have no effect: `prompt_mode` is reference, not whole"
+    return ("t5_tokens", "prompt_weights"), why
+
+
 def guidance(s: Any) -> Effect:
     """The negative prompt has no effect where no unconditional pass runs; an interval without steps turns guidance off,
     as `cfg` 1 does.

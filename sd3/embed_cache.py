@@ -69,10 +69,10 @@ class EmbedCache:
         folder: str | Path,
         files: Mapping[str, Iterable[Path]],
         options: Mapping[str, Any],
-        fits: Callable[[int, Tensor, Tensor], bool] = lambda length, context, pooled: True,
+        fits: Callable[[Any, Tensor, Tensor], bool] = lambda key, context, pooled: True,
     ):
         """files: those of each encoder and tokenizer, by role; options: whatever else decides the result (dtype,
-        device); fits: whether tensors of a T5 length have the shapes that the model needs.
+        device); fits: whether tensors of a prompt have the shapes that the model needs.
 
         Raises `Unwritable` where the folder cannot be written to.
         """
@@ -87,39 +87,44 @@ class EmbedCache:
         self.made_by = json.dumps([VERSION, identities, dict(options)], sort_keys=True)
         self.fits = fits
 
-    def key(self, prompt: str, length: int) -> str:
-        """The key of a prompt encoded at a T5 length by these files."""
-        return hashlib.sha256(json.dumps([self.made_by, prompt, length]).encode()).hexdigest()
+    def key(self, prompt: Sequence[Any]) -> str:
+        """The key of a prompt (a `text.Key`) encoded by these files."""
+        values = list(prompt)
+        while len(values) > 2 and not values[-1]:  # one read as the reference reads it has the key of earlier versions
+            values.pop()
+        if values[2:] == [1]:
+            values.pop()
+        return hashlib.sha256(json.dumps([self.made_by, *values]).encode()).hexdigest()
 
-    def path(self, prompt: str, length: int) -> Path:
-        """The file of a prompt encoded at a T5 length, whether it exists or not."""
-        return self.folder / f"{self.key(prompt, length)}.safetensors"
+    def path(self, prompt: Sequence[Any]) -> Path:
+        """The file of a prompt, whether it exists or not."""
+        return self.folder / f"{self.key(prompt)}.safetensors"
 
-    def read(self, prompt: str, length: int) -> tuple[Tensor, Tensor] | None:
+    def read(self, prompt: Sequence[Any]) -> tuple[Tensor, Tensor] | None:
         """Text tokens (1, L, X) and pooled text (1, Y) on the CPU; None for an entry that is missing, damaged, of
         another key, or does not fit the model.
         """
-        path = self.path(prompt, length)
+        path = self.path(prompt)
         with contextlib.suppress(OSError, ValueError), reading(Where("", path)):
             check_file(Where("", path), path)
             _, metadata = read_header(Where("", path), path)
             tensors = load(path.read_bytes())
             context, pooled = (tensors[name] for name in NAMES)
-            valid = metadata.get("key") == self.key(prompt, length) and metadata.get("checksum") == _checksum(tensors)
-            if valid and self._usable(length, context, pooled):
+            valid = metadata.get("key") == self.key(prompt) and metadata.get("checksum") == _checksum(tensors)
+            if valid and self._usable(prompt, context, pooled):
                 return context, pooled
         return None
 
-    def write(self, prompt: str, length: int, text: tuple[Tensor, Tensor]) -> None:
+    def write(self, prompt: Sequence[Any], text: tuple[Tensor, Tensor]) -> None:
         """Writes an encoded prompt, unless it holds NaN or infinity; raises Unwritable."""
         tensors = {name: t.detach().cpu().contiguous() for name, t in zip(NAMES, text, strict=True)}
-        if not self._usable(length, *tensors.values()):
+        if not self._usable(prompt, *tensors.values()):
             return
-        data = save(tensors, {"key": self.key(prompt, length), "checksum": _checksum(tensors)})
-        atomic_write(self.path(prompt, length), lambda f: f.write(data))
+        data = save(tensors, {"key": self.key(prompt), "checksum": _checksum(tensors)})
+        atomic_write(self.path(prompt), lambda f: f.write(data))
 
-    def _usable(self, length: int, context: Tensor, pooled: Tensor) -> bool:
-        fits = context.ndim == 3 and pooled.ndim == 2 and self.fits(length, context, pooled)
+    def _usable(self, prompt: Sequence[Any], context: Tensor, pooled: Tensor) -> bool:
+        fits = context.ndim == 3 and pooled.ndim == 2 and self.fits(prompt, context, pooled)
         return fits and all(t.is_floating_point() and bool(torch.isfinite(t).all()) for t in (context, pooled))
 
 

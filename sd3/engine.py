@@ -30,8 +30,9 @@ from sd3.planning import batches, usual_settings
 from sd3.residual import RESIDUAL_FLAGS
 from sd3.settings import FILE_SETTINGS, Flags, Settings, Setup
 from sd3.telling import SILENT, Reporter, Terminal
-from sd3.text import Key, Text, TextEncoders, in_groups
+from sd3.text import Key, TextEncoders, in_groups
 from sd3.weights import ModelTensors
+from sd3_impls import Conditioning
 
 LOADED_FILES = tuple(name for name in FILE_SETTINGS if FLAGS[name].scope == "load" and name != "model")
 Opened = Mapping[tuple, Image.Image]  # pictures that settings name, see `open_images`
@@ -200,6 +201,8 @@ class Engine:
         with renaming(RESIDUAL_FLAGS):
             self.network.residual_stream(s.residual)
         self.network.check_layers(s)
+        if s.prompt_mode == "whole":
+            self.text.keys(s)
         if self.network.control is None:
             if s.controlnet_ckpt:
                 raise Mistake("controlnet_ckpt", "", "no ControlNet is loaded")
@@ -244,7 +247,7 @@ class Engine:
     def encoded(self, pictures: Sequence[Settings]) -> Iterator[list[tuple[int, Settings]]]:
         """The batches of pictures (see `batches`), the prompts of each encoded: as many at a time as are kept."""
         texts = lambda batch: [text for _, s in batch for text in self.texts(s)]  # noqa: E731
-        for group in in_groups(batches(pictures, self.text.pair_length), texts, self.text.most):
+        for group in in_groups(batches(pictures, self.text.shape), texts, self.text.most):
             self.encode([text for batch in group for text in texts(batch)])
             yield from group
 
@@ -259,9 +262,8 @@ class Engine:
             _ = self.network.mmdit, self.network.controlnet, self.pixels.vae
 
     def texts(self, s: Settings) -> list[Key]:
-        """What has to be encoded for a picture: (prompt, T5 length), see `TextEncoders.encode`."""
-        length = self.text.pair_length(s.prompt, s.negative_prompt)
-        return [(s.prompt, length)] + ([(s.negative_prompt, length)] if needs_uncond(s) else [])
+        """What has to be encoded for a picture, see `TextEncoders.keys`."""
+        return list(self.text.keys(s)[: 2 if needs_uncond(s) else 1])
 
     def make_batch(
         self,
@@ -350,13 +352,16 @@ class Engine:
                 denoise = s.denoise if s.init_image else 1.0
                 return network.sample(s, start, seeds, cond, uncond, control, denoise, streams, tick)
 
-    def _encoded(self, batch: Sequence[Settings]) -> tuple[Text, Text | None]:
+    def _encoded(self, batch: Sequence[Settings]) -> tuple[Conditioning, Conditioning | None]:
         """The encoded prompts of a batch, and the negative one where a pass needs it."""
-        negative = batch[0].negative_prompt
-        length = self.text.pair_length(batch[0].prompt, negative)
-        conds = [self.text.get_cond(s.prompt, length) for s in batch]
-        cond = tuple(torch.cat(parts) for parts in zip(*conds, strict=True))
-        return cond, self.text.get_cond(negative, length) if needs_uncond(batch[0]) else None
+        halves = zip(*(self.texts(s) for s in batch), strict=True)
+        cond, *uncond = (self._conditioning(keys) for keys in halves)
+        return cond, uncond[0].row(0) if uncond else None
+
+    def _conditioning(self, keys: Sequence[Key]) -> Conditioning:
+        texts = [self.text.get(key) for key in keys]
+        context, pooled = (torch.cat(parts) for parts in zip(*texts, strict=True))
+        return Conditioning(context, pooled, sd3_impls.stack_kinds([self.text.kinds(key) for key in keys]))
 
 
 def load_for(flags: Flags) -> Engine:

@@ -10,7 +10,7 @@ from sd3.flags import FLAGS, check_flag
 from sd3.mistakes import Mistake, Where, verbatim
 from sd3.models import model_row, read_skip_layer
 from sd3.reading import check_file, parse_json, reading
-from sd3.settings import IMAGE_ROWS
+from sd3.settings import IMAGE_ROWS, LEFT_OUT
 
 RESIDUAL = FLAGS["residual_weights"].group
 COMMANDS = ("settings", *(name for name, row in FLAGS.items() if row.group == FLAGS["replay"].group))
@@ -31,7 +31,7 @@ def read_flag_file(path: str) -> dict[str, Any]:
     of_run = isinstance(value.get("flags"), dict)
     raw = value["flags"] if of_run else value
     if not of_run and isinstance(value.get("settings"), dict):
-        raw = {"vae_tile": "off"} | value["settings"]  # a record leaves a tile out where there was none; unset is auto
+        raw = LEFT_OUT | value["settings"]
     try:
         return _without_idle_residual(_read(raw, of_run))
     except Mistake as mistake:

@@ -18,6 +18,7 @@ from sd3.mistakes import Mistake, display, nearest
 from sd3.models import DEFAULT_SIZE, OTHER_MODEL
 from sd3.readers import (
     DEVICE,
+    DIALECTS,
     DTYPE,
     FILE,
     FOLDER,
@@ -47,6 +48,8 @@ DEFAULT_SEED = 23
 DEFAULT_DENOISE = 0.8
 SEED_TYPES = ("fixed", "rand", "roll")
 RESIDUAL_MODES = ("add", "anchored", "aligned")
+RESIDUAL_TOKENS = ("all", "words", "padding", "clip", "t5")
+PROMPT_MODES = ("reference", "whole")
 RESIDUAL_BRANCHES = ("both", "cond", "uncond")
 MOST_PICTURES = 100_000  # of a run, and of a sweep's grid
 
@@ -100,6 +103,18 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
             "what the image shows, or a .txt file with one prompt a line", always=True),
     picture("negative_prompt", TEXT, "", "what the image does not show", always=True, matters=effects.guidance,
             also="probe"),
+    picture("prompt_mode", choice(*PROMPT_MODES), "reference",
+            "reference: as the public reference reads it (the first 77 CLIP tokens and 226 characters, no weights); "
+            "whole: every token, weights such as (red:1.3), and BREAK",
+            usual="reference, or what the model file names", also="probe"),
+    picture("t5_tokens", whole(77, 512), 256,
+            "T5 tokens to which whole prompts are padded, and cut where they are longer",
+            matters=effects.whole_prompts, also="probe"),
+    picture("prompt_weights", choice(*DIALECTS), "comfy",
+            "brackets in whole prompts: as comfy or a1111 read them, or off, where they are text",
+            matters=effects.whole_prompts, also="probe"),
+    picture("clip_prompt", TEXT, None, "what the CLIP encoders read in place of the prompt"),
+    picture("t5_prompt", TEXT, None, "what T5 reads in place of the prompt"),
     picture("seed", whole(0, SEED_LIMIT - 1), DEFAULT_SEED, "the first seed; images of one prompt count up from it",
             usual="drawn; 23 for seed_type fixed and roll", always=True, also="probe"),
     picture("seed_type", choice(*SEED_TYPES), None,
@@ -173,6 +188,9 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
             always=True, matters=effects.residual, also="measure"),
     picture("residual_rotations", OPTIONAL_FILE, None,
             "the rotation file for mode aligned; sd3_probe.py calibrate makes one", always=True,
+            matters=effects.residual, also="measure"),
+    picture("residual_tokens", choice(*RESIDUAL_TOKENS), "all",
+            "the text tokens that are mixed: all, words (all but padding), padding, clip or t5", usual="all",
             matters=effects.residual, also="measure"),
     picture("residual_config", OPTIONAL_FILE, None,
             "a file with all of these, such as residual.json in a run's folder; flags replace its values",

@@ -24,6 +24,7 @@ from sd3.settings import Settings, Setup
 from sd3.text import Text
 from sd3.unchanged import stamp
 from sd3.weights import ModelTensors, check_part, find_controlnet, find_mmdit, on_meta, read_control_kind
+from sd3_impls import Conditioning
 
 
 class Network:
@@ -98,8 +99,8 @@ class Network:
         s: Settings,
         start: Tensor,
         seeds: Sequence[int],
-        cond: Text,
-        uncond: Text | None = None,
+        cond: Conditioning | Text,
+        uncond: Conditioning | Text | None = None,
         control: Tensor | None = None,
         denoise: float = 1.0,
         streams: Sequence[Stream | ContextHook] = (),
@@ -108,10 +109,10 @@ class Network:
         """Latents (B, 16, h, w) in VAE space, float32, sampled as settings say; their prompt, seed, size and pictures
         are not used. With a step cache, rows run one by one.
 
-        start: (B, 16, h, w) in model space, zeros for text to image; seeds: one per row; cond and uncond: (text tokens
-        (1 or B, T, X), pooled (1 or B, Y)), uncond None where no pass needs it; control: latents of the control image
-        in model space; denoise: the part of the schedule that runs; streams: see the text tokens entering every block,
-        after residual streaming. Raises StopSampling where on_step returns False.
+        start: (B, 16, h, w) in model space, zeros for text to image; seeds: one per row; cond and uncond: text tokens
+        (1 or B, T, X) and pooled text (1 or B, Y), uncond None where no pass needs it; control: latents of the control
+        image in model space; denoise: the part of the schedule that runs; streams: see the text tokens entering every
+        block, after residual streaming. Raises StopSampling where on_step returns False.
         """
         if s.cache and len(seeds) > 1:
             rows = []
@@ -120,6 +121,9 @@ class Network:
                 rows.append(self.sample(s, row_of(start, i), [seed], *own, denoise, streams, on_step))
             return torch.cat(rows)
         self.check_layers(s)
+        if s.residual.active and s.residual.tokens != "all" and getattr(cond, "kinds", None) is None:
+            why = "needs a prompt, not its encoded tokens: which of them are words is not known"
+            raise Mistake("residual_tokens", s.residual.tokens, why)
         stream = self.residual_stream(s.residual)
         schedule = sd3_impls.schedule(s.scheduler, s.steps, s.shift)
         denoiser = sd3_impls.Denoiser(
@@ -139,9 +143,13 @@ class Network:
         start = start.to(self.device)
         return sd3_impls.latent_out(sd3_impls.guided_sampling(denoiser, s.sampler, start, seeds))
 
-    def _conditioning(self, text: Text, rows: int) -> sd3_impls.Conditioning:
-        context, pooled = (t.to(self.device, self.dtype) for t in text)
-        return sd3_impls.Conditioning(context.expand(rows, -1, -1), pooled.expand(rows, -1))
+    def _conditioning(self, text: Conditioning | Text, rows: int) -> Conditioning:
+        text = text if isinstance(text, Conditioning) else Conditioning(*text)
+        context, pooled = (t.to(self.device, self.dtype) for t in (text.context, text.pooled))
+        kinds = text.kinds
+        if kinds is not None and context.shape[0] < rows:
+            kinds = sd3_impls.stack_kinds([kinds] * rows)
+        return Conditioning(context.expand(rows, -1, -1), pooled.expand(rows, -1), kinds)
 
     # -- loading --
 
@@ -167,6 +175,8 @@ class Network:
 
 def row_of(part: Any, i: int) -> Any:
     """Row i of a tensor, or of each tensor of a tuple; what has one row serves for all."""
+    if isinstance(part, Conditioning):
+        return part.row(i)
     if isinstance(part, tuple):
         return tuple(row_of(one, i) for one in part)
     return part if part is None or part.shape[0] == 1 else part[i : i + 1]

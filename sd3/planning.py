@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from other_impls import weighted_segments
 from sd3.flags import FLAGS
 from sd3.mistakes import Mistake, verbatim
-from sd3.models import CONTROLNET, DEFAULT_SIZE, SkipLayerConfig, model_row
+from sd3.models import CONTROLNET, SkipLayerConfig, model_row
 from sd3.pixels import open_images
 from sd3.prompts import read_texts, shortened
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
@@ -38,11 +38,13 @@ class PicturePlan:
 # ---- what a model is usually run with ------------------------------------------------------------
 
 MODEL_SETTINGS = tuple(model_row("").usual())
-DECIDED_BY_MODEL = (*MODEL_SETTINGS, "width", "height")
+DECIDED_BY_MODEL = (*MODEL_SETTINGS, "width", "height", "prompt_mode")
 
 
 def file_defaults(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Size, steps, shift, cfg and sampler that a file names in its safetensors metadata; what is wrong is left out."""
+    """Size, steps, shift, cfg, sampler and prompt_mode that a file names in its safetensors metadata; what is wrong is
+    left out.
+    """
     out = {}
     for name in DECIDED_BY_MODEL:
         if name in metadata:
@@ -54,17 +56,18 @@ def file_defaults(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def usual_settings(model: str, metadata: Mapping[str, str], large_controlnet: bool = False) -> dict[str, Any]:
-    """shift, steps, cfg, sampler, width and height that a model is usually run with: the ControlNet's row
+    """shift, steps, cfg, sampler, width, height and prompt_mode that a model is usually run with: the ControlNet's row
     (`large_controlnet`) wins over the model file's metadata, that over the model's row.
     """
-    values = model_row(model).usual() | {"width": DEFAULT_SIZE, "height": DEFAULT_SIZE} | file_defaults(metadata)
+    values = model_row(model).usual() | {name: FLAGS[name].default for name in ("width", "height", "prompt_mode")}
+    values |= file_defaults(metadata)
     return values | CONTROLNET.usual() if large_controlnet else values
 
 
 def resolve(
     flags: Flags, metadata: Mapping[str, str] | None = None, large_controlnet: bool = False
 ) -> tuple[dict[str, Any], SkipLayerConfig | None]:
-    """shift, steps, cfg, sampler, width and height of a run, and its skip-layer guidance.
+    """shift, steps, cfg, sampler, width, height and prompt_mode of a run, and its skip-layer guidance.
 
     A flag wins over what is usual, see `usual_settings`. Skip-layer guidance brings its own cfg unless one is given.
     """
@@ -103,15 +106,19 @@ def plan_pictures(
     kept = first.negative_prompt
     if (
         recorded
+        and first.prompt_mode == "reference"
         and kept != shown.negative_prompt
         and any(engine.text.pair_length(p, kept) > engine.text.t5_length(p) for p in prompts)
     ):
         shown = shown.changed(negative_prompt=kept)
         notes = [note for note in notes if not note.startswith("note: `negative_prompt`")]
-    notes = [*notes, *weight_notes(prompts)]
+    notes = [*notes, *(weight_notes(prompts) if first.prompt_mode == "reference" else ())]
     names = [field.name for field in dataclasses.fields(Settings)]
     as_given = {n: getattr(first, n) for n in names if getattr(first, n) != getattr(shown, n)}
     pictures = [shown.changed(prompt=prompts[i // per_prompt], seed=seed) for i, seed in enumerate(seeds)]
+    if shown.prompt_mode == "whole":
+        for s in pictures[::per_prompt]:
+            engine.text.keys(s)  # raises where weights cannot be read, before the first image
     return PicturePlan(pictures, notes, as_given)
 
 
@@ -154,15 +161,15 @@ def residual_settings(config: ResidualConfig) -> dict[str, Any]:
     return values if config.mode == "aligned" else values | {"residual_rotations": None}
 
 
-def batches(pictures: Sequence[Settings], length: Callable[[str, str], int]) -> Iterator[list[tuple[int, Settings]]]:
+def batches(pictures: Sequence[Settings], shape: Callable[[Settings], Any]) -> Iterator[list[tuple[int, Settings]]]:
     """Pictures with their numbers, in order, in batches that can share a run: same but for prompt and seed.
 
-    length: in T5 tokens, of a prompt and its negative prompt, which pictures of a batch share.
+    shape: of the encoded prompts, see `TextEncoders.shape`, which pictures of a batch share.
     """
     batch: list[tuple[int, Settings]] = []
     of_batch: tuple[Settings, int] | None = None
     for number, s in enumerate(pictures):
-        of_picture = s.changed(prompt="", seed=0), length(s.prompt, s.negative_prompt)
+        of_picture = s.changed(prompt="", seed=0), shape(s)
         if batch and (len(batch) >= s.batch_size or of_picture != of_batch):
             yield batch
             batch = []
@@ -188,7 +195,8 @@ def weight_notes(prompts: Sequence[str]) -> Iterator[str]:
     """A line where a prompt gives words a weight."""
     if weighted := next((p for p in prompts if any(weight != 1 for _, weight in weighted_segments(p))), None):
         name = verbatim(shortened(weighted))
-        yield f'note: "{name}": weights of words have no effect, and brackets are left out'
+        why = "weights of words have no effect, and brackets are left out; `prompt_mode` whole reads them"
+        yield f'note: "{name}": {why}'
 
 
 def unknown_words(metadata: Mapping[str, str], prompts: Sequence[str]) -> Iterator[str]:

@@ -66,7 +66,14 @@ def parameters(settings: Settings, model_hash: str, software: Mapping[str, str])
         pairs["Residual origin layer"] = settings.residual_origin_layer
         pairs["Residual target layers"] = ", ".join(map(str, settings.residual_target_layers))
         pairs["Residual weights"] = ", ".join(f"{w:.6g}" for w in settings.residual_weights)
-        for name, usual in (("mode", "add"), ("schedule", "constant"), ("start", 0), ("end", 1), ("branch", "both")):
+        for name, usual in (
+            ("mode", "add"),
+            ("schedule", "constant"),
+            ("start", 0),
+            ("end", 1),
+            ("branch", "both"),
+            ("tokens", "all"),
+        ):
             if (value := getattr(settings, f"residual_{name}")) != usual:
                 pairs[f"Residual {name}"] = value
         if settings.residual_rotations:

@@ -13,6 +13,7 @@ from typing import Any
 from sd3.mistakes import Mistake, nearest, plain_scalar
 
 RESIDUAL_SCHEDULES = ("constant", "linear", "cosine")  # and exp:ALPHA
+DIALECTS = ("comfy", "a1111", "off")  # whose rule of brackets in a prompt; off: they are text
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 STORAGES = ("full", "int8", "fp8")  # of the blocks' weights
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")

@@ -21,7 +21,7 @@ from sd3.flags import FLAGS
 from sd3.mistakes import Missing, Mistake, display, verbatim
 from sd3.models import SkipLayerConfig, read_skip_layer, shipped_folder
 from sd3.reading import parse_json
-from sd3.settings import FILE_SETTINGS, TEXT_FILES, Settings, base_name, effective
+from sd3.settings import FILE_SETTINGS, LEFT_OUT, TEXT_FILES, Settings, base_name, effective
 from sd3.versions import versions
 
 LISTS = tuple(name for name, row in FLAGS.items() if row.read.kind in ("layers", "weights"))
@@ -109,7 +109,7 @@ class Replay:
         ):
             raw.pop("controlnet_ckpt")  # earlier versions recorded a ControlNet that was given no image
         raw["skip_layer_cfg"] = self.record["settings"].get("skip_layer") is not None
-        return {"vae_tile": 0, "offload": self._offload()} | self._threads() | raw | {"pad_batch": True}
+        return LEFT_OUT | {"offload": self._offload()} | self._threads() | raw | {"pad_batch": True}
 
     def _threads(self) -> dict[str, int]:
         """The number of CPU threads that made the image or encoded its text; empty where a GPU did both."""

@@ -35,7 +35,7 @@ class ResidualConfig:
     one per target (`each:W`, a ramp, or none for 1.0 are expanded); mode: add, anchored or aligned; schedule: factor on
     all weights as a function of sigma, see `mmditx.schedule_factor`; start, end: fractions of the steps that run, it
     acts where start <= step / steps < end; branch: the passes in which it acts, both, cond or uncond; rotations: the
-    file for mode aligned.
+    file for mode aligned; tokens: which text tokens are mixed: all, words (all but padding), padding, clip or t5.
     """
 
     origin: int = 0
@@ -47,6 +47,7 @@ class ResidualConfig:
     end: float = 1.0
     branch: str = "both"
     rotations: str | None = None
+    tokens: str = "all"
 
     def __post_init__(self) -> None:
         """Replaces every field by what its reader returns and expands the weights; raises Mistake for a value out of
@@ -196,7 +197,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
             keys = [_KEYS.get(name, name) for name in _READ]
             others = f"{nearest(key, keys)} (known: {', '.join(keys)})"
             raise Mistake(*where, f"unknown key {verbatim(display(key))}{others}")
-    earlier = "version" not in raw and fields.keys() == _READ.keys()
+    earlier = "version" not in raw and fields.keys() == _READ.keys() - {"tokens"}
     fields = {name: value for name, value in fields.items() if value is not None}
     if isinstance(fields.get("rotations"), str):
         beside = Path(path).parent / fields["rotations"]
@@ -229,7 +230,7 @@ def build_residual_config(
 ) -> ResidualConfig | None:
     """A configuration from values in any form, or None where no target is given: residual streaming is then off.
 
-    others: mode, schedule, start, end, branch, rotations.
+    others: mode, schedule, start, end, branch, rotations, tokens.
     """
     config = ResidualConfig.parse(origin_layer, target_layers, weights, **others)
     return config if config.active else None
@@ -261,4 +262,5 @@ def residual_stream(config: ResidualConfig | None, rotations: Rotations | None =
         config.branch,
         acts=config.acts,
         rotations=rotations if config.aligned else None,
+        tokens=config.tokens,
     )

@@ -21,6 +21,8 @@ RANDOM_SEEDS = 100_000  # seed_type rand draws seeds below this
 REQUIRED = ("prompt", "model")  # fields of an image's settings without a default
 OF_ONE_IMAGE = {"prompt", "seed", "batch_size"}  # fields that contradict no other field
 IMAGE_ROWS = {row.setting: row for row in FLAGS.values() if row.pixels}
+# What a record leaves out at its default, though a model or a file decides it where the flag is not given.
+LEFT_OUT = {name: row.default for name, row in IMAGE_ROWS.items() if row.usual and not row.always}
 FILE_SETTINGS = tuple(name for name, row in IMAGE_ROWS.items() if row.read.kind == "file")
 # Flags that say where text encoders are. An image does not name them; its record has what was found there.
 TEXT_FILES = tuple(name for name in names("load", pixels=False) if FLAGS[name].group == FLAGS["model"].group)

@@ -6,12 +6,13 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from other_impls import CLIP, T5, CLIPConfig, CLIPTokenizer, T5Config, T5Tokenizer, join_text
+from mmditx import TokenKinds
+from other_impls import CLIP, T5, CLIPConfig, CLIPTokenizer, T5Config, T5Tokenizer, Tokens, join_text
 from sd3.device import device_record, encoder_dtype
 from sd3.embed_cache import EmbedCache, describe_files
 from sd3.files import ENCODERS, WeightFile
@@ -19,7 +20,8 @@ from sd3.find import TOKENIZER_FILES, Fit, find_encoders, find_tokenizer
 from sd3.memory import explained
 from sd3.mistakes import Mistake, Where, verbatim
 from sd3.prompts import shortened
-from sd3.settings import Setup
+from sd3.settings import Settings, Setup
+from sd3.spans import read_spans
 from sd3.telling import SILENT, Reporter, Stages
 from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.unchanged import Unchanged
@@ -29,7 +31,24 @@ from sd3.weights import ModelTensors, check_part
 TEXTS_AT_ONCE = 256  # encoded prompts that are held in memory: 1.3 MB each at SD3's size
 CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 
-Key = tuple[str, int]  # a prompt, and the T5 tokens that it is padded to
+MOST_CHUNKS = 16  # of a prompt's CLIP tokens
+
+
+class Key(NamedTuple):
+    """A prompt as it is encoded. length: T5 tokens that it is padded to; chunks: of CLIP tokens, those beyond its own
+    are the empty prompt's; t5_prompt: what T5 reads, None for the prompt; dialect: whose rule of brackets, see
+    `readers.DIALECTS`, in whole prompts; empty: it is read as the public reference reads it.
+    """
+
+    prompt: str
+    length: int
+    chunks: int = 1
+    t5_prompt: str | None = None
+    dialect: str = ""
+
+
+EMPTY = Key("", 0)
+Row = tuple[int, ...]  # token ids that an encoder runs on at once
 Text = tuple[Tensor, Tensor]  # text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths)
 
 
@@ -116,8 +135,8 @@ class TextEncoders:
         if any(part.patches for part in self.parts.values()):  # else keys are those of earlier versions
             how["patches"] = {role: [p.identity for p in part.patches] for role, part in self.parts.items()}
 
-        def fits(length: int, context: Tensor, pooled: Tensor) -> bool:
-            shapes = (1, positions + length, fit.context), (1, fit.pooled)
+        def fits(key: Key, context: Tensor, pooled: Tensor) -> bool:
+            shapes = (1, self._clip_length(key) + self._t5_length(key), fit.context), (1, fit.pooled)
             return (context.shape, pooled.shape) == shapes and {context.dtype, pooled.dtype} == {dtype}
 
         return EmbedCache(self.cache_folder, self.files(), how, fits)
@@ -139,34 +158,102 @@ class TextEncoders:
         """How often a text encoder was read from disk."""
         return sum(encoder.opened for encoder in self.encoders.values())
 
-    # -- lengths --
+    # -- prompts as they are encoded --
+
+    def keys(self, s: Settings) -> tuple[Key, Key]:
+        """An image's prompt and its negative prompt, both with as many tokens as the longer one needs.
+
+        Raises Mistake for a prompt whose weights cannot be read, and for one that is too long.
+        """
+        prompt = s.prompt if s.clip_prompt is None else s.clip_prompt
+        t5_prompt = s.prompt if s.t5_prompt is None else s.t5_prompt
+        if s.prompt_mode == "reference":
+            length, chunks, dialect = self.pair_length(t5_prompt, s.negative_prompt), 1, ""
+        else:
+            length, dialect = s.t5_tokens, s.prompt_weights
+            named = {"clip_prompt" if s.clip_prompt is not None else "prompt": prompt}
+            named |= {"negative_prompt": s.negative_prompt}
+            chunks = max(self._count_chunks(name, text, dialect) for name, text in named.items())
+            if t5_prompt != prompt:
+                read_spans(t5_prompt, dialect, "prompt" if s.t5_prompt is None else "t5_prompt")
+        cond = Key(prompt, length, chunks, None if t5_prompt == prompt else t5_prompt, dialect)
+        return cond, Key(s.negative_prompt, length, chunks, None, dialect)
+
+    def shape(self, s: Settings) -> tuple[int, int]:
+        """Chunks of CLIP tokens and T5 tokens of an image's prompts: images that share a run have the same."""
+        key = self.keys(s)[0]
+        return key.chunks, key.length
+
+    def _count_chunks(self, field: str, prompt: str, dialect: str) -> int:
+        spans = read_spans(prompt, dialect, field)
+        count = len(self.clip_tokenizer.chunks(spans, self.positions, commas=dialect == "a1111"))
+        if count > MOST_CHUNKS:
+            why = f"has {count} chunks of {self.positions - 2} CLIP tokens; at most {MOST_CHUNKS} are allowed"
+            raise Mistake(field, shortened(prompt), why)
+        return count
 
     def t5_length(self, prompt: str) -> int:
-        """How many T5 tokens a prompt is encoded at (at least as many as CLIP takes: 77)."""
+        """How many T5 tokens a prompt has as the reference reads it (at least as many as CLIP takes: 77)."""
         if self.t5_tokenizer is None:
             return self.positions
         return len(self.t5_tokenizer.tokenize(prompt, self.positions).ids)
 
     def pair_length(self, prompt: str, negative: str) -> int:
-        """The T5 length at which both halves of a guided run are encoded."""
+        """The T5 length at which the reference encodes both halves of a guided run."""
         return max(self.t5_length(prompt), self.t5_length(negative))
 
-    def text_mask(self, prompt: str, length: int) -> Tensor:
-        """Which of a prompt's text tokens, encoded at T5 length `length`, are no padding: (T,) bool on the CPU."""
-        clip = self.clip_tokenizer.tokenize(prompt, self.positions)
-        words = clip.ids.index(self.clip_tokenizer.end, 1) + 1  # start, words and end
-        pieces = 0 if self.t5_tokenizer is None else len(self.t5_tokenizer.tokenize(prompt, 0).ids)
-        rest = self.positions if self.t5_tokenizer is None else length
-        return torch.cat([torch.arange(self.positions) < words, torch.arange(rest) < pieces])
+    def clip_tokens(self, key: Key, role: str = "clip_l") -> list[Tokens]:
+        """A prompt's tokens for a CLIP, by chunk."""
+        pad = 0 if role == "clip_g" else None
+        if not key.dialect:
+            return [self.clip_tokenizer.tokenize(key.prompt, self.positions, pad).plain()]
+        commas = key.dialect == "a1111"
+        own = self.clip_tokenizer.chunks(read_spans(key.prompt, key.dialect), self.positions, pad, commas)
+        return own + self.clip_tokenizer.chunks([], self.positions, pad) * (key.chunks - len(own))
+
+    def t5_tokens(self, key: Key) -> Tokens:
+        """A prompt's tokens for T5, which there must be."""
+        prompt = key.prompt if key.t5_prompt is None else key.t5_prompt
+        if not key.dialect:
+            return self.t5_tokenizer.tokenize(prompt, key.length).plain()
+        return self.t5_tokenizer.whole(read_spans(prompt, key.dialect), key.length)
+
+    def _clip_length(self, key: Key) -> int:
+        return self.positions * key.chunks
+
+    def _t5_length(self, key: Key) -> int:
+        return self.positions if self.t5_tokenizer is None and not key.dialect else key.length
+
+    def kinds(self, key: Key) -> TokenKinds:
+        """What a prompt's text tokens are, on the CPU. Without T5 its zeros are padding."""
+        parts = self.clip_tokens(key)
+        places = [self.positions] * len(parts)
+        if self.t5_tokenizer is not None:
+            parts.append(self.t5_tokens(key))
+            places.append(len(parts[-1].ids))
+        else:
+            places.append(self._t5_length(key))
+        words = torch.zeros(1, sum(places), dtype=torch.bool)
+        weights = torch.ones(words.shape)
+        start = 0
+        for part, place in zip(parts, places, strict=False):
+            words[0, start : start + part.words] = True
+            weights[0, start : start + len(part.stream)] = torch.tensor(part.stream)
+            start += place
+        return TokenKinds(self._clip_length(key), words, None if bool((weights == 1).all()) else weights)
 
     # -- encoded prompts --
 
     def get_cond(self, prompt: str, length: int | None = None) -> Text:
-        """Text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths) of a prompt.
+        """Text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths) of a prompt, which is read as the
+        reference reads it.
 
         length: T5 tokens to pad to (None: as few as usual).
         """
-        key = (prompt, length or self.t5_length(prompt))
+        return self.get(Key(prompt, length or self.t5_length(prompt)))
+
+    def get(self, key: Key) -> Text:
+        """Text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths) of a prompt."""
         if key not in self._texts:
             self.encode([key])
         self._texts.move_to_end(key)
@@ -194,7 +281,7 @@ class TextEncoders:
 
         All wanted ones are held then, others only up to `most` in all: see `in_groups` for many.
         """
-        wanted = dict.fromkeys(wanted)
+        wanted = dict.fromkeys(Key(*key) for key in wanted)
         self._make_room(wanted)
         turn = "`text_encoder_device` cpu, `no_t5` True, or fewer prompts at a time"
         with self.unchanged.watch(), explained("encoding prompts", turn):
@@ -212,63 +299,101 @@ class TextEncoders:
     def _encode(self, keys: list[Key]) -> None:
         if self.embed_cache is not None:
             for key in keys:
-                if (text := self.embed_cache.read(*key)) is not None:
+                if (text := self.embed_cache.read(key)) is not None:
                     self._hold(key, text)
             keys = [key for key in keys if key not in self._texts]
         if not keys:
             return
-        prompts = list(dict.fromkeys(prompt for prompt, _ in keys))
-        clip = {}
-        for role in CLIP_ACTIVATIONS:
-            with self.stages.timed(f"loading and running {role}"):
-                clip[role] = self._run_clip(role, prompts)
-        with self.stages.timed("loading and running t5xxl"):
-            t5 = self._run_t5(keys)
+        self._tell_of_cuts(keys)
+        clip = {role: self._clip_states(role, keys) for role in CLIP_ACTIVATIONS}
+        t5 = self._t5_states(keys)
         if self.embed_cache is not None:
             self.unchanged.check()  # an entry says which files made it
         for key in keys:
-            (hidden_l, pooled_l), (hidden_g, pooled_g) = clip["clip_l"][key[0]], clip["clip_g"][key[0]]
+            (hidden_l, pooled_l), (hidden_g, pooled_g) = clip["clip_l"][key], clip["clip_g"][key]
             text = join_text(hidden_l, hidden_g, t5[key]), torch.cat([pooled_l, pooled_g], dim=-1)
             self._keep_on_disk(key, text)
             self._hold(key, text)
 
+    def _clip_states(self, role: str, keys: Sequence[Key]) -> dict[Key, Text]:
+        """A CLIP's part of the text tokens (1, L, D) and its pooled text (1, D), the first chunk's, by prompt."""
+        tokens = {key: self.clip_tokens(key, role) for key in keys}
+        empty = row_of(self.clip_tokens(EMPTY, role)[0])
+        wanted = dict.fromkeys(row_of(chunk) for chunks in tokens.values() for chunk in chunks)
+        if any(chunk.weighted for chunks in tokens.values() for chunk in chunks):
+            wanted[empty] = None
+        with self.stages.timed(f"loading and running {role}"):
+            states = self._run_clip(role, list(wanted))
+        out = {}
+        for key, chunks in tokens.items():
+            hidden = [weighted(states[row_of(chunk)][0], states.get(empty, (None,))[0], chunk) for chunk in chunks]
+            out[key] = torch.cat(hidden, dim=1) if len(hidden) > 1 else hidden[0], states[row_of(chunks[0])][1]
+        return out
+
+    def _t5_states(self, keys: Sequence[Key]) -> dict[Key, Tensor]:
+        """T5's part of the text tokens (1, L, D) by prompt; zeros without T5."""
+        if self.t5_tokenizer is None:
+            zeros = functools.partial(torch.zeros, dtype=encoder_dtype(self.dtype), device=self.runs_on)
+            return {key: zeros(1, self._t5_length(key), self.fit.context) for key in keys}
+        tokens = {key: self.t5_tokens(key) for key in keys}
+        empty = {key: row_of(self.t5_tokenizer.whole([], key.length)) for key, own in tokens.items() if own.weighted}
+        wanted = dict.fromkeys([*map(row_of, tokens.values()), *empty.values()])
+        with self.stages.timed("loading and running t5xxl"):
+            states = self._run_t5(list(wanted))
+        return {key: weighted(states[row_of(own)], states.get(empty.get(key)), own) for key, own in tokens.items()}
+
     def _keep_on_disk(self, key: Key, text: Text) -> None:
         if self.embed_cache is not None:
             try:
-                self.embed_cache.write(*key, text)
+                self.embed_cache.write(key, text)
             except OSError as error:  # the prompt is encoded; it is only not kept
                 self.tell.note(f"note: `embed_cache`: {verbatim(str(error.strerror or error))}")
 
-    def _run_clip(self, role: str, prompts: list[str]) -> dict[str, Text]:
-        """Hidden states and pooled text of a CLIP by prompt, see `CLIP.encode`."""
-        encoder, limit = self.encoders[role], self.positions
-        pad = 0 if role == "clip_g" else None
-        tokens = [self.clip_tokenizer.tokenize(prompt, limit, pad) for prompt in prompts]
-        for prompt, own in zip(prompts, tokens, strict=True):
-            if own.cut:
-                cut = f"CLIP takes {limit} tokens (T5 reads on)"
-                self.tell.note(f'note: "{verbatim(shortened(prompt))}" is cut: {cut}')
-        (places,) = encoder.embed(1, [range(limit)])
-        words = encoder.embed(0, [own.ids for own in tokens])
-        texts = ((rows + places).to(encoder.device, encoder.dtype)[None] for rows in words)
-        ids = [torch.tensor([own.ids], device=encoder.device) for own in tokens]
-        with self.tell.progress(len(encoder.model.layers), f"encoding {role}", "layer") as update:
-            return dict(zip(prompts, encoder.run(texts, ids, update=update), strict=True))
+    def _tell_of_cuts(self, keys: Iterable[Key]) -> None:
+        """Notes about prompts that are not read to their end."""
+        for key in keys:
+            clip, t5 = key.prompt, key.prompt if key.t5_prompt is None else key.t5_prompt
+            if any(tokens.cut for tokens in self.clip_tokens(key)):
+                why = f"CLIP takes {self.positions} tokens (T5 reads on); `prompt_mode` whole reads all"
+                self.tell.note(f'note: "{verbatim(shortened(clip))}" is cut: {why}')
+            if self.t5_tokenizer is not None and self.t5_tokens(key).cut:
+                why = "T5 reads its first 226 characters; `prompt_mode` whole reads all"
+                if key.dialect:
+                    why = f"T5 takes {key.length} tokens, see `t5_tokens`"
+                self.tell.note(f'note: "{verbatim(shortened(t5))}" is cut: {why}')
 
-    def _run_t5(self, keys: list[Key]) -> dict[Key, Tensor]:
-        """T5's hidden states by prompt and length, see `T5.encode`."""
-        if self.t5_tokenizer is None:
-            shape = (1, self.positions, self.fit.context)
-            return dict.fromkeys(keys, torch.zeros(shape, dtype=encoder_dtype(self.dtype), device=self.runs_on))
+    def _run_clip(self, role: str, rows: Sequence[Row]) -> dict[Row, Text]:
+        """Hidden states and pooled text of a CLIP by token ids, see `CLIP.encode`."""
+        encoder = self.encoders[role]
+        (places,) = encoder.embed(1, [range(self.positions)])
+        words = encoder.embed(0, rows)
+        texts = ((own + places).to(encoder.device, encoder.dtype)[None] for own in words)
+        ids = [torch.tensor([row], device=encoder.device) for row in rows]
+        with self.tell.progress(len(encoder.model.layers), f"encoding {role}", "layer") as update:
+            return dict(zip(rows, encoder.run(texts, ids, update=update), strict=True))
+
+    def _run_t5(self, rows: Sequence[Row]) -> dict[Row, Tensor]:
+        """T5's hidden states by token ids, see `T5.encode`."""
         encoder = self.encoders["t5xxl"]
-        tokens = [self.t5_tokenizer.tokenize(*key) for key in keys]
-        for (prompt, _), own in zip(keys, tokens, strict=True):
-            if own.cut:
-                self.tell.note(f'note: "{verbatim(shortened(prompt))}" is cut: T5 reads its first 226 characters')
-        words = encoder.embed(0, [own.ids for own in tokens])
-        texts = (rows.to(encoder.device)[None] for rows in words)
+        texts = (own.to(encoder.device)[None] for own in encoder.embed(0, rows))
         with self.tell.progress(len(encoder.model.layers), "encoding t5xxl", "layer") as update:
-            return dict(zip(keys, encoder.run(texts, update=update), strict=True))
+            return dict(zip(rows, encoder.run(texts, update=update), strict=True))
+
+
+def row_of(tokens: Tokens) -> Row:
+    """Token ids as a key of what an encoder makes of them."""
+    return tuple(tokens.ids)
+
+
+def weighted(states: Tensor, empty: Tensor | None, tokens: Tokens) -> Tensor:
+    """states (1, L, D) with each token's weight w: e + w (z - e), where e is the state of the empty prompt at the same
+    position (ComfyUI, comfy/sd1_clip.py); a token of weight 1 stays as it is.
+    """
+    if empty is None or not tokens.weighted:
+        return states
+    w = torch.tensor(tokens.weights, device=states.device)[None, :, None]
+    z, e = states.float(), empty.float()
+    return torch.where(w == 1, states, (e + w * (z - e)).to(states.dtype))
 
 
 Batch = TypeVar("Batch")

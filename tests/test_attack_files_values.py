@@ -212,7 +212,8 @@ def engine(path, **options) -> SD3Inferencer:
 def test_encoders_in_the_hubs_folders_beside_a_model_file(tmp_path, small_model, whole, shards):
     got = engine(in_hub_folders(tmp_path, whole, shards)).get_cond("a red circle")
     wanted = engine(small_model, model_folder=str(TOKENIZERS)).get_cond("a red circle")
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    # not bit for bit: the last bits of a product may depend on where in memory the weights of a file lie
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(got, wanted, strict=True))
 
 
 def test_encoders_in_the_hubs_folders_of_a_model_folder(tmp_path, small_model, whole):
@@ -220,7 +221,8 @@ def test_encoders_in_the_hubs_folders_of_a_model_folder(tmp_path, small_model, w
     (tmp_path / "elsewhere").mkdir()
     shutil.move(path, tmp_path / "elsewhere" / "m.safetensors")
     got = engine(tmp_path / "elsewhere" / "m.safetensors", model_folder=str(tmp_path)).get_cond("a red circle")
-    assert torch.equal(got[0], engine(small_model, model_folder=str(TOKENIZERS)).get_cond("a red circle")[0])
+    wanted = engine(small_model, model_folder=str(TOKENIZERS)).get_cond("a red circle")[0]
+    assert torch.allclose(got[0], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_hub_folder_with_another_encoder_does_not_count(tmp_path, whole):

@@ -32,6 +32,7 @@ from sd3.probe.running import Collector, LabelledPrompt, read_labelled, run_prom
 from sd3.probe.suggesting import suggest
 from sd3.residual import ResidualConfig
 from sd3.rotations import orthogonality, read_rotations
+from sd3.text import Key
 
 PROMPTS = [
     "a red circle", "a star", "two green squares", "a blue square on a white background", "an orange triangle",
@@ -153,7 +154,7 @@ def test_a_measurement_equals_direct_computing(small_engine, monkeypatch, group)
 def test_masks_leave_padding_out(small_engine):
     prompt = "a red circle"
     length = small_engine.engine.text.pair_length(prompt, "a star left of a blue square")
-    mask = small_engine.engine.text.text_mask(prompt, length)
+    mask = small_engine.engine.text.kinds(Key(prompt, length)).words[0]
     clip = small_engine.engine.text.clip_tokenizer.tokenize(prompt, small_engine.engine.text.positions)
     t5 = small_engine.engine.text.t5_tokenizer.tokenize(prompt, length)
     assert len(mask) == small_engine.engine.text.positions + length

@@ -70,6 +70,7 @@ def _residual(settings: Mapping[str, Any]) -> str:
         "residual_schedule": "{} schedule",
         "residual_branch": "{} pass only",
         "residual_rotations": "rotated by {}",
+        "residual_tokens": "{} tokens only",
     }
     parts += [text.format(values[n]) for n, text in names.items() if settings[n] != IMAGE_ROWS[n].default]
     start, end = settings["residual_start"], settings["residual_end"]

@@ -47,8 +47,8 @@ class Maker:
         self.events.append(
             {
                 "event": "encode",
-                "texts": len({prompt for prompt, _ in texts}),
-                "prompts": sorted({prompt for prompt, _ in texts}),
+                "texts": len({key.prompt for key in texts}),
+                "prompts": sorted({key.prompt for key in texts}),
                 "seconds": round(time.perf_counter() - start, 3),
             }
         )
@@ -57,7 +57,7 @@ class Maker:
         """Encodes the texts of these images; returns them on the CPU."""
         texts = {t for s in pictures for t in self.engine.texts(s)}
         self.engine.encode(list(texts))
-        return {t: tuple(part.cpu() for part in self.engine.text.get_cond(*t)) for t in texts}
+        return {t: tuple(part.cpu() for part in self.engine.text.get(t)) for t in texts}
 
     def add_texts(self, texts: Mapping[Key, Text]) -> None:
         """Adds texts that another worker encoded."""
