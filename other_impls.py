@@ -405,8 +405,8 @@ def bracketed(
     in_stream: Callable[[int], float | None] = lambda place: None,
     only: Collection[int] | None = None,
 ) -> Iterator[tuple[int, int, float, float, bool]]:
-    """(from, to, weight, weight in the stream, whether outside all brackets) of the parts of a prompt. By ComfyUI's rule
-    `(x)` weighs 1.1 times its surroundings, `(x:1.4)` exactly 1.4; `\\(`, `\\)` and everything from an unclosed `(` on
+    """(from, to, weight, weight in the stream, whether outside all brackets) of the parts of a prompt. ComfyUI's
+    rule: `(x)` weighs 1.1 times its surroundings, `(x:1.4)` exactly 1.4; `\\(`, `\\)` and everything from an unclosed `(`
     are text.
 
     in_stream: the weight in the stream of brackets that end at a place, None where they have none; only: other brackets
