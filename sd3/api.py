@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sd3 import png, writing
 from sd3.engine import Engine
-from sd3.flags import FLAGS, names, read_values
+from sd3.flags import FLAGS, names, places, read_values
 from sd3.mistakes import Mistake, check_parameters
 from sd3.models import SkipLayerConfig, read_skip_layer_config
 from sd3.planning import plan_for
@@ -25,7 +25,9 @@ from sd3.telling import SILENT, Reporter
 from sd3_impls import OnStep
 
 OUTPUTS = ("pil", "latent")
-OPTIONS = ("out_dir", "output")  # parameters of a call that are no settings
+# Parameters of a call that are no settings.
+OPTIONS = ("prompt", "output", "out_dir", "metadata", "on_step", "residual", "skip_layer")
+PLACES = places(load="sd3.load", picture="the call of the pipeline")
 
 
 class Made(NamedTuple):
@@ -125,7 +127,7 @@ class Pipeline:
         settings: dict[str, Any],
     ) -> tuple[Flags, list[Settings]]:
         """The flags of a call, and the settings of its images."""
-        check_parameters("Pipeline", settings, names("picture"), dict(zip(OPTIONS, OPTIONS, strict=True)))
+        check_parameters("Pipeline", settings, names("picture"), {name: name for name in OPTIONS}, PLACES)
         given = [name for name in settings if name.startswith("residual_")]
         if residual is not None and given:
             raise Mistake(given[0], settings[given[0]], "is given beside `residual`, which has it already")
@@ -150,7 +152,7 @@ def load(model: str | Path = FLAGS["model"].default, *, tell: Reporter = SILENT,
     that name none. tell: who hears of notes and progress, such as `sd3.Terminal()`; silent by default. Raises Mistake
     that names the file and what is wrong with it.
     """
-    check_parameters("load", settings, ("shift", *names("load")))
+    check_parameters("load", settings, ("shift", *names("load")), {"tell": "tell"}, PLACES)
     shift = read_values({"shift": settings.pop("shift", None)}).get("shift")
     given = {name: value for name, value in settings.items() if value is not None}
     return Pipeline(Engine(Setup(model=model, **given), tell), shift)

@@ -22,7 +22,7 @@ from sd3.flag_files import read_flag_file
 from sd3.flags import FLAGS, Flag, check_flag
 from sd3.info import as_word
 from sd3.memory import OutOfMemory, one_line, out_of_memory
-from sd3.mistakes import Mistake, flag_name, spell
+from sd3.mistakes import Mistake, flag_name, spell, verbatim
 from sd3.reading import Note
 from sd3.settings import Flags
 from sd3.versions import NAME, __version__
@@ -97,13 +97,14 @@ def read_arguments(
     switches = [name for name, row in flags.items() if row.read.kind == "switch"]
     is_flag = lambda word: word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in flags  # noqa: E731
     out: dict[str, str] = {}
+    previous: tuple[str, str] | None = None  # the text that the next word follows
     words = list(arguments)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
             if bare is None or bare in out or word.startswith("-"):
-                raise Mistake("", word, "not understood; flags start with --, and lists with spaces need quotes")
-            out[bare] = word
+                raise _stray(word, previous)
+            out[bare], previous = word, (bare, word)
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
@@ -119,6 +120,7 @@ def read_arguments(
             else:
                 value = words.pop(0)
         out[name] = value
+        previous = (name, value) if flags[name].read.kind == "text" else None
     return out
 
 
@@ -163,6 +165,17 @@ def _collect(**values: Any) -> Values:
 _collect.__signature__ = inspect.Signature(
     [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in FLAGS]
 )
+
+
+def _stray(word: str, previous: tuple[str, str] | None) -> Mistake:
+    """The mistake of a word that belongs to no flag: most often a part of a text or a list without quotes.
+
+    previous: name and value of the text that it follows; None after anything else.
+    """
+    if previous is None or word.startswith("-"):
+        return Mistake("", word, "not understood; flags start with --, and lists with spaces need quotes")
+    name, text = previous
+    return Mistake("", word, f'not understood; a text with spaces needs quotes: `{name}` "{verbatim(text)} {word} ..."')
 
 
 def _is_bool(word: str) -> bool:

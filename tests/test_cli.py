@@ -24,6 +24,7 @@ import sd3.weights
 import sd3.writing
 import sd3_infer
 from sd3.command import read_arguments
+from sd3.mistakes import Mistake
 from sd3.models import SkipLayerConfig
 from sd3.planning import resolve
 from sd3.prompts import folder_name, read_prompts
@@ -121,11 +122,20 @@ def test_switches_and_repeats():
     }  # fmt: skip
 
 
+def test_a_prompt_without_quotes_is_recognised():
+    with pytest.raises(Mistake, match=r'^circle: not understood; a text with spaces needs quotes: prompt "red circle'):
+        read_arguments(["--steps", "3", "red", "circle"])
+
+
 # ---- one bad input for every rule ----------------------------------------------------------------
 
 BAD_FLAGS = [
-    (["--promt", "x"], "--promt: unknown flag; did you mean prompt?"),
-    (["--residual_target_layer", "3"], "did you mean residual_target_layers?"),
+    (["--prompt", "a", "red", "circle"],
+     'error: red: not understood; a text with spaces needs quotes: --prompt "a red ..."'),
+    (["--negative_prompt", "dull", "gray"], 'needs quotes: --negative_prompt "dull gray ..."'),
+    (["--steps", "3", "-x"], "-x: not understood; flags start with --"),
+    (["--promt", "x"], "--promt: unknown flag; did you mean --prompt?"),
+    (["--residual_target_layer", "3"], "did you mean --residual_target_layers?"),
     (["--seed"], "--seed: needs a value"),
     (["--prompt", "--seed", "3"], "--prompt: needs a value"),
     (["--residual_target_layers", "3", "5", "-7"], "lists with spaces need quotes"),
@@ -302,7 +312,7 @@ def test_a_folder_that_cannot_be_written(small_model, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--stepz", "3"], "--stepz: unknown flag; did you mean steps?"),
+        (["--stepz", "3"], "--stepz: unknown flag; did you mean --steps?"),
         (["--model", "nothing.safetensors", "--prompt", "x"], "--model nothing.safetensors: no such file"),
         (["--prompt", "a dog", "--model", str(DEMO), "--residual_target_layers", "8"], "8 joint blocks: 0 to 7"),
     ],

@@ -226,7 +226,7 @@ SKIP = {"scale": 1.5, "start": 0.0, "end": 0.9, "layers": [2, 3], "cfg": 2.0}
         ({"skip_layer": SKIP | {"end": None}}, "end None: must be a number"),
         ({"skip_layer": SKIP | {"layers": [-3]}}, "layers -3"),  # L6
         ({"skip_layer": SKIP | {"layers": [1.5]}}, "layers 1.5"),
-        ({"skip_layer": SKIP | {"layers": [2, 2]}}, "name every layer once"),
+        ({"skip_layer": SKIP | {"layers": [2, 2]}}, "lists a layer more than once"),
         ({"skip_layer": SKIP | {"start": 1.0}}, "start 1: must be below"),
         ({"skip_layer": SKIP | {"cfg": True}}, "cfg True: must be a number"),
         ({"skip_layer": "on"}, "skip-layer settings cannot be read: on"),
