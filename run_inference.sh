@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a picture: run_inference.sh <sd3|sd3.5|demo> "prompt" [any flag of sd3_infer.py]
+# Makes an image: run_inference.sh <sd3|sd3.5|demo> "prompt" [any flag of sd3_infer.py]
 set -euo pipefail
 
 here=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)

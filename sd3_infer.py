@@ -42,7 +42,7 @@ __all__ = ["SD3Inferencer", "build_residual_config", "choose_device", "choose_dt
 
 
 class SD3Inferencer:
-    """A model, loaded once, and pictures made with it, under the names of the public reference."""
+    """A model, loaded once, and images made with it, under the names of the public reference."""
 
     def __init__(self) -> None:
         self.tell = Terminal()  # notes and progress go to stderr; `tell.quiet = True` drops them
@@ -90,7 +90,7 @@ class SD3Inferencer:
         self._engine = engine
         return self
 
-    # -- prompts and pictures to what the model takes --
+    # -- prompts and images to what the model takes --
 
     def get_cond(self, prompt: str, length: int | None = None) -> tuple[Tensor, Tensor]:
         """Text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths) of a prompt.

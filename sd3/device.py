@@ -106,7 +106,7 @@ def computing_on(threads: int) -> Iterator[None]:
 
 def device_record(device: torch.device, threads: int) -> dict[str, Any]:
     """What a device is called, and on a CPU how many threads compute, with which instructions, and what in the
-    environment decides that: all of it can change the last bits of a picture.
+    environment decides that: all of it can change the last bits of an image.
     """
     environment = " ".join(f"{name}={value}" for name in DECIDING if (value := os.environ.get(name)))
     if device.type == "cuda":

@@ -55,7 +55,7 @@ def file_identity(path: Path) -> list[Any]:
 
 
 def describe_files(files: Sequence[Path]) -> dict[str, Any]:
-    """Name, bytes and identity of files that belong together, for a picture's record."""
+    """Name, bytes and identity of files that belong together, for an image's record."""
     identity = hashlib.sha256(json.dumps([file_identity(path) for path in files]).encode()).hexdigest()
     name = files[0].name if len(files) == 1 else files[0].parent.name
     return {"name": name, "bytes": sum(p.stat().st_size for p in files), "identity": identity[:16]}

@@ -1,4 +1,4 @@
-"""The engine: one model, opened once, and the pictures that are made with it."""
+"""The engine: one model, opened once, and the images that are made with it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from sd3.text import Key, Text, TextEncoders, in_groups
 from sd3.weights import ModelTensors
 
 LOADED_FILES = tuple(name for name in FILE_SETTINGS if FLAGS[name].scope == "load" and name != "model")
-Opened = Mapping[tuple, Image.Image]  # pictures that settings name, see `open_images`
+Opened = Mapping[tuple, Image.Image]  # images that settings name, see `open_images`
 
 
 class NotLoaded(AttributeError, ValueError):
@@ -72,7 +72,7 @@ class Owner:
 
 
 class Engine:
-    """Makes pictures with one model. Headers are read and everything is checked when it is made; weights are read when
+    """Makes images with one model. Headers are read and everything is checked when it is made; weights are read when
     they are needed: each text encoder while prompts are encoded, then the MMDiT and the autoencoder, which stay.
 
     One thread at a time: a second one gets `Busy`, also between the images of a generator that the first one has begun;
@@ -164,7 +164,7 @@ class Engine:
         return usual_settings(str(self.model_file.path), self.model_file.metadata, self.network.large_controlnet)
 
     def loaded_settings(self) -> dict[str, Any]:
-        """The settings of a picture that loading decides."""
+        """The settings of an image that loading decides."""
         control = self.network.control
         return self.setup.seen_in_images() | {
             "model": str(self.model_file.path),
@@ -208,7 +208,7 @@ class Engine:
                 why = "no ControlNet is loaded that could read it; load one with `controlnet_ckpt`"
                 raise Mistake("controlnet_cond_image", s.controlnet_cond_image, why)
 
-    # -- pictures --
+    # -- images --
 
     def make(
         self,
@@ -217,12 +217,12 @@ class Engine:
         on_step: sd3_impls.OnStep | None = None,
         decode: bool = True,
     ) -> Iterator[tuple[int, Settings, Image.Image | Tensor]]:
-        """Makes every picture; yields (number, settings, image) as each is done, or with `decode` False its latent (16,
+        """Makes every image; yields (number, settings, image) as each is done, or with `decode` False its latent (16,
         h, w) in VAE space. Where `on_step`, which hears of every step, returns False, there are no more.
 
         The settings' batch_size is then the number of rows that ran at once. pad_batch: fills a partial batch up to
-        batch_size, so that a picture does not depend, in its last bits, on how many were made with it.
-        Prompts are encoded as many at a time as are held, before the pictures of them. Raises Mistake before any
+        batch_size, so that an image does not depend, in its last bits, on how many were made with it.
+        Prompts are encoded as many at a time as are held, before the images of them. Raises Mistake before any
         weights load where a setting does not fit the model, and where a latent turns NaN or infinite.
         """
         for s in pictures:
@@ -243,7 +243,7 @@ class Engine:
                     yield number, made, result
 
     def encoded(self, pictures: Sequence[Settings]) -> Iterator[list[tuple[int, Settings]]]:
-        """The batches of pictures (see `batches`), the prompts of each encoded: as many at a time as are kept."""
+        """The batches of images (see `batches`), the prompts of each encoded: as many at a time as are kept."""
         texts = lambda batch: [text for _, s in batch for text in self.texts(s)]  # noqa: E731
         for group in in_groups(batches(pictures, self.text.pair_length), texts, self.text.most):
             self.encode([text for batch in group for text in texts(batch)])
@@ -260,7 +260,7 @@ class Engine:
             _ = self.network.mmdit, self.network.controlnet, self.pixels.vae
 
     def texts(self, s: Settings) -> list[Key]:
-        """What has to be encoded for a picture: (prompt, T5 length), see `TextEncoders.encode`."""
+        """What has to be encoded for an image: (prompt, T5 length), see `TextEncoders.encode`."""
         length = self.text.pair_length(s.prompt, s.negative_prompt)
         return [(s.prompt, length)] + ([(s.negative_prompt, length)] if needs_uncond(s) else [])
 
@@ -272,7 +272,7 @@ class Engine:
         pad_batch: bool = False,
         on_step: sd3_impls.OnStep | None = None,
     ) -> Iterator[tuple[Settings, Image.Image | Mistake]]:
-        """The pictures of one batch (see `batches`); in place of one that turned NaN or infinite its error.
+        """The images of one batch (see `batches`); in place of one that turned NaN or infinite its error.
 
         images, what: see `sample`; pad_batch, on_step: see `make`. Raises StopSampling where on_step returns False.
         """
@@ -326,7 +326,7 @@ class Engine:
         streams: Sequence[Stream | ContextHook] = (),
         on_step: sd3_impls.OnStep | None = None,
     ) -> Tensor:
-        """Latents (B, 16, h, w) in VAE space of pictures that can share a run (see `batches`).
+        """Latents (B, 16, h, w) in VAE space of images that can share a run (see `batches`).
 
         images: opened ones by (flag, path, width, height); what: the progress bar's name; streams and on_step: see
         `Network.sample`.

@@ -104,8 +104,8 @@ _STARTS: tuple[tuple[bytes, str], ...] = (
     (b"Rar!", "a RAR archive; unpack it"),
     (b"BZh", "a bzip2 archive; unpack it"),
     (b"\x89HDF", "an HDF5 file, which is not supported"),
-    (b"\x89PNG", "a picture"),
-    (b"\xff\xd8\xff", "a picture"),
+    (b"\x89PNG", "an image"),
+    (b"\xff\xd8\xff", "an image"),
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself; get it with: git lfs pull"),
 )
 

@@ -234,7 +234,7 @@ def bad_files(tmp_path: Path, small_model: Path) -> dict[str, tuple[list[str], s
     return {
         "empty prompt file": (["--prompt", "blank.txt"], "the file holds no prompt"),
         "binary prompt file": (["--prompt", "binary.txt"], "cannot be read as UTF-8"),
-        "no picture": (["--init_image", "notes.png"], "--init_image notes.png: is not a picture"),
+        "no picture": (["--init_image", "notes.png"], "--init_image notes.png: is not an image"),
         "half a picture": (["--init_image", "half.png"], "--init_image half.png: cannot be read"),
         "a file for a folder": (["--out_dir", "file/below"], "is not a folder"),
         "words for a model": (["--model", "words.safetensors"], "is not a safetensors file"),
@@ -448,7 +448,7 @@ def test_a_nan_latent_saves_nothing_and_names_the_dtype_to_try(small_model, tmp_
         (tmp_path / name).symlink_to(small_model.parent / name)
     flags = ["--model", tmp_path / "nan.safetensors", "--prompt", "x", "--out_dir", tmp_path / "out", "--width", 32]
     assert cli(*flags, "--height", 32, "--steps", 1, "--dtype", "float16", "--device", "cpu") == 2
-    assert "NaN or infinite in float16; no picture is saved; try --dtype bfloat16 or float32" in capsys.readouterr().err
+    assert "NaN or infinite in float16; no image is saved; try --dtype bfloat16 or float32" in capsys.readouterr().err
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
 
 

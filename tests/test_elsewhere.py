@@ -281,7 +281,7 @@ def test_info_answers_a_damaged_file_in_one_line(image, tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     for name, told in (
         ("half.png", "cannot be read"),
-        ("words.png", "is not a picture"),
+        ("words.png", "is not an image"),
         ("plain.png", "holds no settings: made with --no_metadata"),
         ("none.png", "no such file"),
     ):
