@@ -132,7 +132,7 @@ def test_images_come_one_at_a_time(pipe):
         ({"residual_start": 0.8, "residual_end": 0.2}, "residual_start 0.8: must be below residual_end"),
         ({"guidance_start": 0.8, "guidance_end": 0.2}, "guidance_start 0.8: must be below guidance_end"),
         ({"init_image": "nothing.png"}, "init_image nothing.png: no such file"),
-        ({"residual": sd3.ResidualConfig(), "residual_mode": "add"}, "is given beside residual"),
+        ({"residual": sd3.ResidualConfig(), "residual_mode": "add"}, "cannot be combined with residual"),
         ({"residual": "3-7"}, "must be a ResidualConfig"),
         ({"width": 100}, "width 100: must be"),
     ],
