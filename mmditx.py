@@ -84,7 +84,7 @@ class Stream:
 
 
 class ResidualStream(Stream):
-    """Residual text streaming of one picture (or batch). Without a `begin`, sigma is 1 and all rows are mixed."""
+    """Residual text streaming of one image (or batch). Without a `begin`, sigma is 1 and all rows are mixed."""
 
     def __init__(
         self,
@@ -656,7 +656,7 @@ class MMDiT(nn.Module):
 class Reuse:
     """First-block caching: where block 0 changes the image tokens almost as it did in the last full step, what the
     other blocks added then is added again. One per kind of call and per picture: the criterion is a single number, so
-    the pictures of a batch would decide for each other.
+    the images of a batch would decide for each other.
 
     threshold: reuse when the relative L1 change of block 0's output is below this (the criterion of ParaAttention's
     first-block cache).

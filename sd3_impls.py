@@ -19,7 +19,7 @@ from mmditx import TIMESTEPS, ContextHook, MMDiT, ModelCall, Reuse, Stream, Stre
 
 LATENT_SHIFT = 0.0609
 LATENT_SCALE = 1.5305
-# denoise(x, sigma) -> the denoised picture, both (B, C, h, w): what a sampler calls, as often as it likes
+# denoise(x, sigma) -> the denoised image, both (B, C, h, w): what a sampler calls, as often as it likes
 Denoise = Callable[[Tensor, float], Tensor]
 # noise(sigma, following) -> fresh standard normal noise like x, for a step between two levels
 Noise = Callable[[float, float], Tensor]
@@ -149,7 +149,7 @@ def start_noise(seeds: Sequence[int], shape: Sequence[int], stream: str = "") ->
 
 def step_noise(seeds: Sequence[int], like: Tensor) -> Noise:
     """The noise that samplers add in their steps, shaped as `like` (len(seeds), C, h, w) and on its device: each row is
-    the next draw of its own seed's stream, so that a picture does not depend on its batch.
+    the next draw of its own seed's stream, so that an image does not depend on its batch.
     """
     generators = [seeded_generator(seed, "step noise") for seed in seeds]
 
@@ -229,7 +229,7 @@ class Guidance(Protocol):
         """The passes that it needs beside the conditional one, which always runs."""
 
     def combine(self, at: Place, x: Tensor, denoised: Mapping[Pass, Tensor], guided: Tensor) -> Tensor:
-        """The guided picture; denoised: x - sigma v of each pass; guided: that of the methods before it, at first that
+        """The guided image; denoised: x - sigma v of each pass; guided: that of the methods before it, at first that
         of the conditional pass; all (B, C, h, w) float32.
         """
 
@@ -288,7 +288,7 @@ class SkipLayerGuidance:
 
 
 class GuidanceRescale:
-    """Gives each picture's guided velocity v a share of the conditional one's deviation: share std(cond) / std(v) v +
+    """Gives each image's guided velocity v a share of the conditional one's deviation: share std(cond) / std(v) v +
     (1 - share) v, Lin et al. 2023, arXiv 2305.08891, section 3.4; a share of 0 is off.
     """
 
@@ -394,7 +394,7 @@ class Denoiser:
         return denoised
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """The guided picture; x (B, C, h, w) float32, sigma a number or (B,) of one value."""
+        """The guided image; x (B, C, h, w) float32, sigma a number or (B,) of one value."""
         sigma = sigma if isinstance(sigma, float) else float(sigma.reshape(-1)[0])
         self._report(sigma)
         self.step = place_in(self.levels, sigma)

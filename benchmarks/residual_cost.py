@@ -96,7 +96,7 @@ def main(rounds: int = 7, size: int = 512, dtype: str = "bfloat16", folder: str 
         x = seeded_noise(5, (1, config.latent_channels, size // 8, size // 8))
 
         def stepper(setting: ResidualConfig, clock: dict[str, Timed], name: str) -> Callable[[], object]:
-            """One step of a run under a setting; the run's once-per-picture work is done by the first call."""
+            """One step of a run under a setting; the run's once-per-image work is done by the first call."""
             stream = residual_stream(setting, rotations[setting.origin])
             if stream is not None:
                 clock[name] = Timed(stream)

@@ -1,6 +1,6 @@
 """What step caching (`--cache`) and 8-bit weights (`--weights`) save, and the error they make.
 
-    python benchmarks/shortcuts.py            the shipped model: pictures that mean something
+    python benchmarks/shortcuts.py            the shipped model: images that mean something
     python benchmarks/shortcuts.py weights    SD3 Medium at real size: memory of the MMDiT, error and time of a step
 
 Pictures: 12 prompts, 24 Euler steps, cfg 2.5; the error is of the final latents against those of full runs with the

@@ -123,7 +123,7 @@ class Bench:
         pairs, errors = {}, {}
         for size in [int(s) for s in str(sizes).strip("()").split(",")]:
             x, t, y, context = inputs(engine.config, size)
-            text = ours.embed_text(y, context)  # once per picture; the peer has no place for that
+            text = ours.embed_text(y, context)  # once per image; the peer has no place for that
             mine = lambda x=x, t=t, text=text: ours.velocity(x, t, text)  # noqa: E731
             theirs = lambda x=x, t=t, y=y, c=context: peer(x, c, y, t, return_dict=False)[0]  # noqa: E731
             errors[size] = ((mine() - theirs()).float().norm() / theirs().float().norm()).item()

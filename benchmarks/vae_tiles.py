@@ -3,8 +3,8 @@
     python benchmarks/vae_tiles.py
 
 Memory and time: SD3's VAE at real size (random weights), float32, each way in a process of its own, interleaved.
-Differences: the shipped small VAE, which is trained, on a picture of 1024 x 1024 of shapes and ramps; random weights
-would show no picture to see seams in. A seam shows as a jump between neighbouring pixels, where a tile begins or ends,
+Differences: the shipped small VAE, which is trained, on an image of 1024 x 1024 of shapes and ramps; random weights
+would show no image to see seams in. A seam shows as a jump between neighbouring pixels, where a tile begins or ends,
 that the whole decoding does not have: the last column is the largest one. From one 255th on it could be seen.
 """
 

@@ -21,14 +21,14 @@ from sd3.reading import check_file, reading
 from sd3.weights import SAMPLE
 from sd3.writing import atomic_write
 
-VERSION = 2  # of the computation and of the format of entries; entries of other versions are not found
+VERSION = 2  # of the computation and the format; entries of other versions are ignored
 NAMES = ("context", "pooled")
-WHOLE = 64 * 10**6  # bytes up to which a file is hashed whole
+WHOLE = 64 * 10**6  # bytes; larger files are hashed in part
 
 
 def file_identity(path: Path) -> list[Any]:
-    """A file's size and a hash of its contents: of a large file of weights the header and both ends of every tensor
-    are hashed, of another large file both ends. Name and date do not count: copies share or lose them.
+    """A file's size and a hash of its contents. Of a large weight file, the header and both ends of every tensor are
+    hashed; of another large file, both its ends. Names and dates are ignored: copies share or lose them.
     """
     digest = hashlib.sha256()
     with reading(Where("", path)), open(path, "rb") as f:
@@ -43,7 +43,7 @@ def file_identity(path: Path) -> list[Any]:
             return [size, digest.hexdigest()]
         spans = [(0, size)]
         found = find_format(Where("", path), path)
-        # safetensors under another suffix keep the identity that earlier versions gave them
+        # a safetensors file with another suffix keeps the identity of earlier versions
         if found is not None and (found is not SAFETENSORS or path.suffix == SAFETENSORS.suffix):
             entries = list(found.read_header(Where("", path), path)[0].values())
             add(0, min(e.place for e in entries))
@@ -55,14 +55,14 @@ def file_identity(path: Path) -> list[Any]:
 
 
 def describe_files(files: Sequence[Path]) -> dict[str, Any]:
-    """Name, bytes and identity of files that belong together, for a picture's record."""
+    """Name, total size and identity of files that belong together, for an image's record."""
     identity = hashlib.sha256(json.dumps([file_identity(path) for path in files]).encode()).hexdigest()
     name = files[0].name if len(files) == 1 else files[0].parent.name
     return {"name": name, "bytes": sum(p.stat().st_size for p in files), "identity": identity[:16]}
 
 
 class EmbedCache:
-    """A folder with a safetensors file for every encoded prompt, which contains its own key and a checksum."""
+    """A folder with one safetensors file per encoded prompt, each containing its key and a checksum."""
 
     def __init__(
         self,
@@ -74,13 +74,13 @@ class EmbedCache:
         """files: those of each encoder and tokenizer, by role; options: whatever else decides the result (dtype,
         device); fits: whether tensors of a prompt have the shapes that the model needs.
 
-        Raises `Unwritable` where the folder cannot be written to.
+        Raises `Unwritable` if the folder cannot be written.
         """
         self.folder = Path(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise Unwritable("embed_cache", folder, f"cannot be made ({error.strerror})") from None
+            raise Unwritable("embed_cache", folder, f"cannot be created ({error.strerror})") from None
         if not os.access(self.folder, os.W_OK):
             raise Unwritable("embed_cache", folder, "cannot be written to")
         identities = {role: [file_identity(p) for p in sorted(set(paths))] for role, paths in files.items()}

@@ -15,7 +15,7 @@ from sd3 import aliases, effects
 from sd3.effects import Rule
 from sd3.methods import SAMPLERS, SCHEDULES
 from sd3.mistakes import Mistake, display, nearest
-from sd3.models import DEFAULT_SIZE, OTHER_MODEL
+from sd3.models import DEFAULT_MODEL, DEFAULT_SIZE, OTHER_MODEL
 from sd3.readers import (
     DEVICE,
     DIALECTS,
@@ -197,7 +197,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
             pixels=False, also="measure"),
 ),
 "model and text encoders": (
-    load("model", FILE, "models/sd3_medium.safetensors",
+    load("model", FILE, DEFAULT_MODEL,
          "a .safetensors file with the MMDiT, a folder in diffusers layout, or demo, the small model that ships",
          always=True, also="probe"),
     load("vae", OPTIONAL_FILE, None, "a VAE file, in place of the one in the model file", always=True, also="probe"),
@@ -288,6 +288,15 @@ def names(scope: str = "", **wanted: Any) -> tuple[str, ...]:
     )
 
 
+def places(load: str, picture: str) -> dict[str, str]:
+    """Where a flag that a function does not take belongs, for `check_parameters`.
+
+    load, picture: the functions that take the flags of these scopes.
+    """
+    where = {"load": f"belongs to {load}", "picture": f"belongs to {picture}", "run": "is for the command line only"}
+    return {name: where[row.scope] for name, row in FLAGS.items()}
+
+
 def read_values(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Values read by their flags' readers; those that are None are left out. Raises Mistake for an unknown flag and
     for a value out of its range. `Flags.of` checks how they go together.
@@ -300,5 +309,5 @@ def read_values(raw: Mapping[str, Any]) -> dict[str, Any]:
 def check_flag(name: Any, flags: Mapping[str, Any] = FLAGS) -> None:
     """Raises Mistake where there is no such flag, with the flag that another program calls so, or the nearest one."""
     if name not in flags:
-        why = aliases.answer(name, flags) or f"unknown flag{nearest(name, flags)} (`help` lists all)"
+        why = aliases.answer(name, flags) or f"unknown flag{nearest(name, flags, fields=True)} (`help` lists all)"
         raise Mistake(display(name), "", why)

@@ -1,4 +1,4 @@
-"""`--info PICTURE`: the settings that an image carries, and the commands that make it again. Needs no torch."""
+"""`--info FILE.png`: the settings that an image carries, and the commands that make it again. Needs no torch."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from sd3.mistakes import Mistake, nearest
 from sd3.readers import read_float, read_layers, read_weight
 
 DEFAULT_SIZE = 1024  # pixels
+DEFAULT_MODEL = "models/sd3_medium.safetensors"
 SHIPPED = "demo"
 
 
@@ -41,7 +42,7 @@ class SkipLayerConfig:
         if not read["layers"]:
             raise Mistake(f"{field} layers", "", "names no layer to skip")
         if len(set(read["layers"])) < len(read["layers"]):
-            raise Mistake(f"{field} layers", self.layers, "name every layer once")
+            raise Mistake(f"{field} layers", self.layers, "lists a layer more than once")
         for name, value in read.items():
             object.__setattr__(self, name, value)
 
@@ -146,4 +147,5 @@ def fetch_model(path: str) -> str:
     row = MODELS.get(name.removesuffix(".safetensors"), OTHER_MODEL)
     if not row.hub:
         return "; `list_models` shows what there is"
-    return f"; get it with: hf download {row.hub} {name} --local-dir {Path(path).parent}"
+    small = f"; `model` {SHIPPED} is the small model that ships" if Path(path) == Path(DEFAULT_MODEL) else ""
+    return f"; get it with: hf download {row.hub} {name} --local-dir {Path(path).parent}{small}"

@@ -106,7 +106,7 @@ class Network:
         streams: Sequence[Stream | ContextHook] = (),
         on_step: sd3_impls.OnStep | None = None,
     ) -> Tensor:
-        """Latents (B, 16, h, w) in VAE space, float32, sampled as settings say; their prompt, seed, size and pictures
+        """Latents (B, 16, h, w) in VAE space, float32, sampled as settings say; their prompt, seed, size and images
         are not used. With a step cache, rows run one by one.
 
         start: (B, 16, h, w) in model space, zeros for text to image; seeds: one per row; cond and uncond: text tokens

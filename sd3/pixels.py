@@ -1,4 +1,4 @@
-"""Pictures to latents in VAE space and back: reading files, encoding, decoding."""
+"""Images to latents in VAE space and back: reading files, encoding, decoding."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sd3.vae import VAE, VAEConfig
 from sd3.weights import check_part, find_vae, has_vae, on_meta
 from sd3_impls import start_noise
 
-VAE_TILE = 576  # pixels, where a picture is too large to be decoded whole: 1024 and 2048 divide well with the overlap
+VAE_TILE = 576  # pixels, where an image is too large to be decoded whole: 1024 and 2048 divide well with the overlap
 
 
 def open_image(field: str, path: str, width: int, height: int) -> Image.Image:
@@ -41,7 +41,7 @@ def open_image(field: str, path: str, width: int, height: int) -> Image.Image:
     return opaque
 
 
-_TRANSPARENT: set[Where] = set()  # pictures with a warning already: they are opened for every batch
+_TRANSPARENT: set[Where] = set()  # images with a warning already: they are opened for every batch
 _FEW_GREYS = {"L;2": 3, "L;4": 15}  # the highest value of a grey PNG of so few bits, by Pillow's name for it
 
 
@@ -99,11 +99,11 @@ def check_finite(x: Tensor, what: str, dtype: torch.dtype, cause: Callable[[], s
     """Raises Mistake where `x` holds NaN or infinity: with the cause, where it is known, else the dtype to try."""
     if not torch.isfinite(x).all():
         if line := cause():
-            raise Mistake("", "", f"{line}; {what} became NaN or infinite by it; no picture is saved")
+            raise Mistake("", "", f"{line}; {what} became NaN or infinite by it; no image is saved")
         others = {torch.float16: "try `dtype` bfloat16 or float32", torch.bfloat16: "try `dtype` float32"}
         advice = others.get(dtype, "the model file may be damaged: download it again")
         name = str(dtype).removeprefix("torch.")
-        raise Mistake("", "", f"{what} became NaN or infinite in {name}; no picture is saved; {advice}")
+        raise Mistake("", "", f"{what} became NaN or infinite in {name}; no image is saved; {advice}")
 
 
 class Pixels:
@@ -158,7 +158,7 @@ class Pixels:
         return torch.cat(rows)
 
     def tile_for(self, width: int, height: int) -> int:
-        """Side in pixels of the tiles that a picture is decoded in: 0 (none) where what decoding it whole needs is
+        """Side in pixels of the tiles that an image is decoded in: 0 (none) where what decoding it whole needs is
         less than a third of the device's memory.
         """
         needed = self.config.decoding_bytes(width, height, self.dtype)

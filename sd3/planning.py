@@ -1,4 +1,4 @@
-"""Planning: from flags, prompts and seeds to the settings of every picture, and what a model is usually run with."""
+"""Planning: from flags, prompts and seeds to the settings of every image, and what a model is usually run with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PicturePlan:
-    """The pictures that are asked for, prompt by prompt.
+    """The images that are asked for, prompt by prompt.
 
     pictures: their settings, what has no effect at its default; notes: lines that say so, fields between backquotes;
     as_given: fields that have no effect, as they were given.
@@ -78,7 +78,7 @@ def resolve(
     return values | {name: given for name in values if (given := getattr(flags, name)) is not None}, skip_layer
 
 
-# ---- pictures ------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------
 
 
 def plan_pictures(
@@ -90,9 +90,9 @@ def plan_pictures(
     make: Callable[..., Settings] = Settings,
     **values: Any,
 ) -> PicturePlan:
-    """Plans pictures with settings `values`, those left out as the engine's model usually has them.
+    """Plans images with settings `values`, those left out as the engine's model usually has them.
 
-    seeds: as many per prompt as there are pictures of it; recorded: the values come from a picture, perhaps of an
+    seeds: as many per prompt as there are images of it; recorded: the values come from an image, perhaps of an
     earlier version, which encoded a prompt at the length of its negative prompt at cfg 1 too: it is kept where it is
     the longer one; make: `Settings.of` where the values were read before. Raises Mistake for what does not fit.
     """
@@ -131,7 +131,7 @@ def plan_for(
     residual: ResidualConfig | None = None,
     recorded: bool = False,
 ) -> PicturePlan:
-    """Plans the pictures that flags ask for, checked against the loaded model and the files they name.
+    """Plans the images that flags ask for, checked against the loaded model and the files they name.
 
     seeds, recorded: see `plan_pictures`; skip_layer, residual: in place of the model's own and of the flags'.
     Raises Mistake.
@@ -148,7 +148,7 @@ def plan_for(
         unknown = f"no skip-layer settings are known for {verbatim(Path(flags.model).name)}"
         plan.notes.append(f"note: {unknown}; `skip_layer_cfg` is off")
     plan.notes.extend(residual_notes(flags, residual))
-    # Pictures differ in prompt and seed only; what has no effect is checked too.
+    # Images differ in prompt and seed only; what has no effect is checked too.
     given = plan.pictures[0].changed(**plan.as_given)
     engine.check_settings(given)
     open_images([given])
@@ -162,9 +162,9 @@ def residual_settings(config: ResidualConfig) -> dict[str, Any]:
 
 
 def batches(pictures: Sequence[Settings], shape: Callable[[Settings], Any]) -> Iterator[list[tuple[int, Settings]]]:
-    """Pictures with their numbers, in order, in batches that can share a run: same but for prompt and seed.
+    """Images with their numbers, in order, in batches that can share a run: same but for prompt and seed.
 
-    shape: of the encoded prompts, see `TextEncoders.shape`, which pictures of a batch share.
+    shape: of the encoded prompts, see `TextEncoders.shape`, which images of a batch share.
     """
     batch: list[tuple[int, Settings]] = []
     of_batch: tuple[Settings, int] | None = None

@@ -112,7 +112,7 @@ def encode_picture(image: Image.Image, settings: Settings, made_with: Mapping[st
 
 @contextlib.contextmanager
 def open_picture(where: Where, path: str | Path) -> Iterator[Image.Image]:
-    """A picture file, opened by Pillow; raises Missing, or Mistake for whatever goes wrong inside."""
+    """An image file, opened by Pillow; raises Missing, or Mistake for whatever goes wrong inside."""
     check_file(where, path)
     with reading(where, "cannot be read"):
         try:
@@ -122,7 +122,7 @@ def open_picture(where: Where, path: str | Path) -> Iterator[Image.Image]:
                 with open(path, "rb") as file, Image.open(file) as image:
                     yield image
         except UnidentifiedImageError:
-            raise Mistake(*where, "is not a picture") from None
+            raise Mistake(*where, "is not an image") from None
 
 
 def read_record(path: str | Path, field: str = "replay") -> dict[str, Any]:
@@ -145,7 +145,7 @@ def read_record(path: str | Path, field: str = "replay") -> dict[str, Any]:
 
 
 def recorded_threads(record: Mapping[str, Any]) -> Any:
-    """How many threads of a CPU made a picture, or else encoded its text, as its record says; None where none did."""
+    """How many threads of a CPU made an image, or else encoded its text, as its record says; None where none did."""
     hardware = record.get("hardware")
     hardware = hardware if isinstance(hardware, dict) else {}
     return hardware.get("threads", hardware.get("text_encoder_threads"))

@@ -24,7 +24,7 @@ def read_prompts(prompt: Any, flag: str = "prompt") -> tuple[list[str], str]:
     text = read_text(flag, os.fspath(prompt) if isinstance(prompt, os.PathLike) else prompt)
     if not text.lower().endswith(".txt"):
         if not text.strip():
-            raise Mistake(flag, "", "is empty; say what the picture should show, or name a .txt file")
+            raise Mistake(flag, "", "is empty; say what the image should show, or name a .txt file")
         return [text], folder_name(text)
     path = read_path(flag, text)
     if not os.path.lexists(path):

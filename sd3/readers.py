@@ -371,6 +371,8 @@ class Reader:
 
     def range(self) -> str:
         """The allowed values in words; empty where the kind says enough."""
+        if self.kind == "switch":
+            return "switch"
         words = ", ".join(self.choices)
         if self.low is None:
             return words

@@ -66,7 +66,7 @@ class RunRecord:
         self.folder, self.flags, self.given, self.total, self.engine = folder, flags, list(given), total, engine
         self.count = 0
         self.made_with: Mapping[str, Any] = {}
-        self.beside: dict[str, Any] = {}  # further files by name, written with the first picture
+        self.beside: dict[str, Any] = {}  # further files by name, written with the first image
         self.unwritten: list[Any] = []  # lines that a full disk kept from being written
         self.started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         self.start = time.monotonic()

@@ -121,7 +121,7 @@ class ResidualConfig:
         seen: set[int] = set()
         for target in self.targets:
             if target in seen:
-                raise Mistake("targets", "", f"layer {target} is listed twice; name every layer once")
+                raise Mistake("targets", "", f"layer {target} is listed twice")
             if target < self.origin:
                 raise Mistake("targets", target, f"lies below the origin layer {self.origin}")
             seen.add(target)

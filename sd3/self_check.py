@@ -52,7 +52,7 @@ class Row:
 
 
 def picture() -> Image.Image:
-    """A picture with edges and ramps, 96 x 96."""
+    """An image with edges and ramps, 96 x 96."""
     ramp = torch.linspace(0, 255, 8 * SIDE)
     across, down = torch.meshgrid(ramp, ramp, indexing="xy")
     pixels = torch.stack([across, down, across.flip(1) * down / 255])

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def tile(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size in one, row by row, without gaps."""
+    """Images of one size in one, row by row, without gaps."""
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (min(columns, len(pictures)) * width, rows * height))
@@ -23,7 +23,7 @@ def tile(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
 def contact_sheet(
     rows: Sequence[Sequence[Path]], labels: Sequence[str], columns: Sequence[str], size: int = 256
 ) -> Image.Image:
-    """Pictures from files under column names, rows labelled at their left; each at most `size` pixels on a side.
+    """Images from files under column names, rows labelled at their left; each at most `size` pixels on a side.
 
     The place of a missing or damaged file stays empty.
     """

@@ -1,4 +1,4 @@
-"""Detects files that change while a process uses them; else a picture's record could name the wrong contents."""
+"""Detects files that change while a process uses them; else an image's record could name the wrong contents."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class Unchanged:
             now = stamp(path)
             if now != then:
                 how = "is gone" if now is None else "has changed"
-                raise Changed(*where, f"{how} since it was opened; no picture is made of two files: start again")
+                raise Changed(
+                    *where, f"{how} since it was opened; no image is made from two versions of a file; start again"
+                )
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:

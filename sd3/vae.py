@@ -57,7 +57,7 @@ class VAEConfig:
         )
 
     def decoding_bytes(self, width: int, height: int, dtype: torch.dtype) -> int:
-        """Peak memory of decoding a picture of this size without tiles, beside the weights (an estimate, measured in
+        """Peak memory of decoding an image of this size without tiles, beside the weights (an estimate, measured in
         docs/performance.md).
         """
         widest = self.widths[1] if len(self.widths) > 1 else self.widths[0]  # its width enters the blocks of full size
@@ -71,7 +71,7 @@ class VAEConfig:
 
 class Norm(nn.GroupNorm):
     """Group norm that can take its mean and deviation from another input: a tile must be normalised with the whole
-    picture's, else neighbouring tiles differ in tone.
+    image's, else neighbouring tiles differ in tone.
     """
 
     fixed: tuple[Tensor, Tensor] | None = None  # factor and offset of every channel, (B, C, 1, 1)
@@ -317,7 +317,7 @@ def tiled(
         for norm in norms:
             norm.fixes_next = True
         step = math.ceil(max(x.shape[2:]) / tile)
-        copy = x[:, :, step // 2 :: step, step // 2 :: step]  # sampled: averages would be smoother than the picture
+        copy = x[:, :, step // 2 :: step, step // 2 :: step]  # sampled: averages would be smoother than the image
         copy = copy[:, :, : copy.shape[2] // align * align, : copy.shape[3] // align * align]
         run(copy.contiguous(memory_format=torch.channels_last))
         for norm in norms:

@@ -280,7 +280,7 @@ MISTAKES = [
     ({"targets": "2-5:0"}, "targets 2-5:0: a range counts up"),
     ({"targets": "1-99999999999"}, "a range counts up"),
     ({"targets": "2-"}, "targets 2-: must be a whole number"),
-    ({"targets": "1-3,2"}, "targets: layer 2 is listed twice; name every layer once"),
+    ({"targets": "1-3,2"}, "targets: layer 2 is listed twice"),
     ({"targets": "1-3", "weights": "0.5,0.4"}, "weights: 2 given for 3 target layers; give one each, each:0.5 for all"),
     (
         {"targets": "3,5", "weights": "1"},

@@ -175,7 +175,7 @@ def _is_number(value: Any) -> bool:
 def read_axis_prompts(value: Any) -> list[str]:
     """Prompts from a text, a .txt or .jsonl file, or a list of texts; raises Mistake."""
     if value is None:
-        raise Mistake("prompt", "", "is needed: a text, or a .txt file with one prompt per line")
+        raise Mistake("prompt", "", "is required: a text, or a .txt file with one prompt per line")
     if isinstance(value, (list, tuple)):
         texts = [read_text("prompt", v) for v in value]
         if not texts or not all(text.strip() for text in texts):

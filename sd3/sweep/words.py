@@ -1,4 +1,4 @@
-"""Variants and settings in words, for the report: `anchored, from 0 into 2 to 7, 0.1`."""
+"""Variants and settings in words, for the report: `anchored, block 0 into 2 to 7, weight 0.1`."""
 
 from __future__ import annotations
 
@@ -64,8 +64,9 @@ def _residual(settings: Mapping[str, Any]) -> str:
         return OFF
     mode = values["residual_mode"]
     parts = [] if mode == IMAGE_ROWS["residual_mode"].default else [mode]
-    parts.append(f"from {values['residual_origin_layer']} into {values['residual_target_layers']}")
-    parts.append(values["residual_weights"])
+    parts.append(f"block {values['residual_origin_layer']} into {values['residual_target_layers']}")
+    several = len(set(settings["residual_weights"])) > 1
+    parts.append(f"weight{'s' if several else ''} {values['residual_weights']}")
     names = {
         "residual_schedule": "{} schedule",
         "residual_branch": "{} pass only",
