@@ -406,8 +406,8 @@ def bracketed(
     only: Collection[int] | None = None,
 ) -> Iterator[tuple[int, int, float, float, bool]]:
     """(from, to, weight, weight in the stream, whether outside all brackets) of the parts of a prompt. By
-    ComfyUI's rule `(x)` weighs 1.1 times its surroundings and `(x:1.4)` exactly 1.4; `\\(`, `\\)` and everything from an
-    unclosed `(` on are text.
+    ComfyUI's rule `(x)` weighs 1.1 times its surroundings and `(x:1.4)` exactly 1.4; `\\(`, `\\)` and everything from
+    an unclosed `(` on are text.
 
     in_stream: the weight in the stream of brackets that end at a place, None where they have none; only: other brackets
     than those that end at these places are text. Without recursion: a prompt may be nested as deeply as it is long.

@@ -123,7 +123,10 @@ def main(rounds: int = 7, size: int = 512, dtype: str = "bfloat16", folder: str 
                     bar.update()
         step = statistics.median(without)
     print(f"SD3 Medium's size, {size} x {size}, 2 x {TOKENS} text tokens, {dtype}, {torch.get_num_threads()} threads")
-    print("| setting | step with / step without | middle half | pairs | in the stream / step | in the first step |")
+    print(
+        "| setting | step with the setting / step without: median | middle half | pairs | "
+        "time in the stream, share of a step | the same in the first step |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
     for name, values in ratios.items():
         low, middle, high = statistics.quantiles(values, n=4)
