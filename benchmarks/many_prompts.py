@@ -3,7 +3,7 @@
     python benchmarks/many_prompts.py [--prompts 10000] [--few 100] [--side 64]
 
 The shipped model, one step, cfg 1, float32, one thread; every run is a process of its own. The third run is killed
-(SIGKILL) once half of its images are in its record, and a run of one prompt into the same folder finishes that.
+(SIGKILL) once half of its pictures are in its record, and a run of one prompt into the same folder finishes that.
 """
 
 from __future__ import annotations
@@ -92,7 +92,10 @@ def compare(prompts: int = 10_000, few: int = 100, side: int = 64) -> None:
     """Prints the table, and what the kill kept."""
     with tempfile.TemporaryDirectory() as place:
         peaks = []
-        print("| prompts | peak memory | per image | the record | written in | of the run |")
+        print(
+            "| prompts | peak memory | time per image | size of `run.json` | time to write the record | "
+            "that time, share of the run |"
+        )
         print("| --- | --- | --- | --- | --- | --- |", flush=True)
         for count in (few, prompts):
             run = Run(Path(place), f"of_{count}", count, side)
@@ -111,7 +114,7 @@ def show_kill(place: Path, prompts: int, side: int) -> None:
     """Kills a run in its middle, starts the next and prints what there is."""
     run = Run(place, "killed", prompts, side)
     folder = run.folder(LINES)
-    while (folder / LINES).read_bytes().count(b"\n") <= prompts // 2:  # a first line, then one an image
+    while (folder / LINES).read_bytes().count(b"\n") <= prompts // 2:  # a first line, then one a picture
         time.sleep(0.2)
         assert run.process.poll() is None, "it was done before the kill"
     run.process.kill()
@@ -124,8 +127,8 @@ def show_kill(place: Path, prompts: int, side: int) -> None:
     record = json.loads((folder / RUN).read_text(encoding="utf-8"))
     missing = set(pictures) - {picture["file"] for picture in record["pictures"]}
     print(
-        f"killed in the middle: {len(pictures):,} images, {lines:,} of them in {LINES}; after the next start (of one "
-        f"image, {seconds:.1f} s) {RUN} is {record['status']}, with {len(record['pictures']):,} images of "
+        f"killed in the middle: {len(pictures):,} pictures, {lines:,} of them in {LINES}; after the next start (of one "
+        f"picture, {seconds:.1f} s) {RUN} is {record['status']}, with {len(record['pictures']):,} pictures of "
         f"{record['planned']:,}; {len(missing)} missing"
     )
 

@@ -23,11 +23,12 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
-from mmditx import ModelCall, ResidualStream
+from mmditx import ModelCall, ResidualStream, TokenKinds
 from sd3.mistakes import Mistake
 from sd3.readers import read_path
 from sd3.residual import ResidualConfig, residual_stream
 from sd3.rotations import Rotations, read_rotations
+from sd3_impls import stack_kinds
 
 NAME = "residual_text_streaming"
 TEXT = "encoder_hidden_states"
@@ -36,15 +37,20 @@ TIMESTEPS = {"SD3Transformer2DModel": 1000.0, "FluxTransformer2DModel": 1.0, "Qw
 
 
 def apply_residual(
-    pipe: Any, config: ResidualConfig | None, rotations: Rotations | str | Path | None = None
+    pipe: Any,
+    config: ResidualConfig | None,
+    rotations: Rotations | str | Path | None = None,
+    kinds: TokenKinds | None = None,
 ) -> ResidualHandle:
     """Turns residual text streaming on for a pipeline (or a bare transformer) until the handle's `remove()`.
 
     Layer numbers count `transformer_blocks`. config: None means off, as from `build_residual_config`. rotations: for
     the mode aligned, where `config` names no file. The pipeline's scheduler may be replaced later.
     A bare transformer has no scheduler, so start and end cannot be used, and branch only if the caller sets diffusers'
-    `cache_context`. Raises Mistake if the transformer has no such blocks, if layers or rotations do not fit it, or if
-    residual text streaming is already on.
+    `cache_context`. kinds: what the text tokens are, see `token_kinds`; `config.tokens` other than all needs it.
+
+    Raises Mistake if the transformer has no such blocks, if layers or rotations do not fit it, or if residual text
+    streaming is already on.
     """
     transformer = getattr(pipe, "transformer", None) if not isinstance(pipe, nn.Module) else pipe
     blocks = getattr(transformer, "transformer_blocks", None)
@@ -60,7 +66,9 @@ def apply_residual(
     rotations = _rotations_for(config, rotations, getattr(bare, "inner_dim", None))
     if getattr(pipe, "scheduler", None) is None and (config.start, config.end) != (0.0, 1.0):
         raise Mistake("", "", "`start` and `end` need a pipeline, whose scheduler knows the step")
-    shared = _Shared(config, residual_stream(config, rotations), pipe, bare)
+    if kinds is None and config.tokens != "all":
+        raise Mistake("tokens", config.tokens, "needs `kinds`: token_kinds(pipe, prompt, negative_prompt) tells them")
+    shared = _Shared(config, residual_stream(config, rotations), pipe, bare, kinds)
     removals: list[Callable[[], None]] = []
     if NAME in HookRegistry.check_if_exists_or_initialize(transformer).hooks:
         raise Mistake("", name, "already has residual text streaming; call remove() first")
@@ -82,6 +90,27 @@ def _rotations_for(
         return rotations
     path = config.rotations if rotations is None else read_path("rotations", rotations)
     return None if path is None else read_rotations(path, config, width)
+
+
+def token_kinds(
+    pipe: Any, prompt: str, negative_prompt: str | None = None, max_sequence_length: int = 256
+) -> TokenKinds:
+    """What the text tokens of a StableDiffusion3Pipeline's prompt are, for `apply_residual`: one row for the negative
+    prompt and one for the prompt, or one for both where no negative prompt is given.
+
+    max_sequence_length: as in the pipeline's call. Start and end tokens count as words; without T5 its zeros are
+    padding.
+    """
+    texts = [prompt] if negative_prompt is None else [negative_prompt, prompt]
+    clip = pipe.tokenizer.model_max_length
+    rows = []
+    for text in texts:
+        words = len(pipe.tokenizer(text, truncation=True, max_length=clip).input_ids)
+        pieces = 0
+        if getattr(pipe, "text_encoder_3", None) is not None:
+            pieces = len(pipe.tokenizer_3(text, truncation=True, max_length=max_sequence_length).input_ids)
+        rows.append(torch.cat([torch.arange(clip) < words, torch.arange(max_sequence_length) < pieces]))
+    return TokenKinds(clip, torch.stack(rows))
 
 
 class ResidualHandle:
@@ -118,8 +147,10 @@ class _CallName(StateManager):
 class _Shared:
     """State shared by the hooks of a pipeline: the stream, and the next block of the current call."""
 
-    def __init__(self, config: ResidualConfig, stream: ResidualStream, pipe: Any, transformer: Any):
-        self.config = config
+    def __init__(
+        self, config: ResidualConfig, stream: ResidualStream, pipe: Any, transformer: Any, kinds: TokenKinds | None
+    ):
+        self.config, self.kinds = config, kinds
         self.stream = stream
         self.pipe = pipe
         self.scale = TIMESTEPS.get(type(transformer).__name__)
@@ -142,7 +173,8 @@ class _Shared:
         sigma = self._sigma(given["timestep"]) if self.timed else 1.0
         first, halves = self._branches(given) if self.config.branch != "both" else ("cond", False)
         rows = given["hidden_states"].shape[0]
-        self.active = self.stream.begin(ModelCall.of_rows(step, steps, sigma, rows, first, halves))
+        call = ModelCall.of_rows(step, steps, sigma, rows, first, halves, kinds=self._kinds(rows, given))
+        self.active = self.stream.begin(call)
         self.next = self.config.origin
 
     @torch.compiler.disable
@@ -154,6 +186,21 @@ class _Shared:
                 context = self.stream.mix(layer, context)
             self.next = i + 1
         return context
+
+    def _kinds(self, rows: int, given: dict) -> TokenKinds | None:
+        """The kinds of the tokens of a call's rows: those of the negative prompt and of the prompt, in diffusers' order,
+        each for as many rows; for a call with one half of guidance, that half's.
+        """
+        kinds = self.kinds
+        if kinds is None or kinds.words is None or kinds.words.shape[0] == 1:
+            return kinds
+        first, halves = self._branches(given)
+        if halves:
+            parts = [kinds.rows(slice(i, i + 1)) for i in (0, 1) for _ in range(rows // 2)]
+        else:
+            place = 0 if first == "uncond" else 1
+            parts = [kinds.rows(slice(place, place + 1))] * rows
+        return stack_kinds(parts)
 
     def _step(self) -> tuple[int, int]:
         """The index of the current step among those that run, and their number."""

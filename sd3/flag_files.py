@@ -70,4 +70,5 @@ def _without_idle_residual(values: dict[str, Any]) -> dict[str, Any]:
     """An image's record names all residual settings; without targets they say that it was off."""
     if values.get("residual_target_layers", True):
         return values
-    return {n: v for n, v in values.items() if FLAGS[n].group != RESIDUAL or n == "residual_config"}
+    files = ("residual_config", "residual_preset")
+    return {n: v for n, v in values.items() if FLAGS[n].group != RESIDUAL or n in files}

@@ -16,6 +16,7 @@ from sd3.effects import Rule
 from sd3.methods import SAMPLERS, SCHEDULES
 from sd3.mistakes import Mistake, display, nearest
 from sd3.models import DEFAULT_MODEL, DEFAULT_SIZE, OTHER_MODEL
+from sd3.presets import PRESETS
 from sd3.readers import (
     DEVICE,
     DIALECTS,
@@ -195,6 +196,8 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
     picture("residual_config", OPTIONAL_FILE, None,
             "a file with all of these, such as residual.json in a run's folder; flags replace its values",
             pixels=False, also="measure"),
+    picture("residual_preset", choice(*PRESETS), None,
+            "published settings by name, see `list_presets`; flags replace its values", pixels=False, also="measure"),
 ),
 "model and text encoders": (
     load("model", FILE, DEFAULT_MODEL,
@@ -267,6 +270,9 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
     run("self_check", SWITCH, False, "runs the small model on this device and compares the results with stored ones",
         pixels=False, sweep="that is for sd3_infer.py", also="self_check"),
     run("info", FILE, None, "prints the settings of an image, and the command that makes it again", pixels=False,
+        sweep="that is for sd3_infer.py"),
+    run("list_presets", SWITCH, False,
+        "lists the settings that `residual_preset` names, where they come from, and what was measured", pixels=False,
         sweep="that is for sd3_infer.py"),
     run("list_models", SWITCH, False,
         "lists the models in `model_folder`, ./models and the clone, and how to download those that are missing",

@@ -14,6 +14,7 @@ from sd3.flags import FLAGS
 from sd3.mistakes import Mistake, verbatim
 from sd3.models import CONTROLNET, SkipLayerConfig, model_row
 from sd3.pixels import open_images
+from sd3.presets import read_preset, with_rotations
 from sd3.prompts import read_texts, shortened
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
 from sd3.settings import Flags, Settings, effective
@@ -139,7 +140,7 @@ def plan_for(
     values, usual = resolve(flags, engine.model_file.metadata, engine.network.large_controlnet)
     if skip_layer is not None and flags.cfg is None:
         values["cfg"] = skip_layer.cfg
-    residual = residual or ResidualConfig.from_flags(flags.residual(), flags.residual_config)
+    residual = residual or residual_of(flags, engine)
     wanted = flags.for_image() | values | residual_settings(residual) | {"skip_layer": skip_layer or usual}
     if wanted["vae_tile"] is None:
         wanted["vae_tile"] = engine.pixels.tile_for(values["width"], values["height"])
@@ -153,6 +154,15 @@ def plan_for(
     engine.check_settings(given)
     open_images([given])
     return plan
+
+
+def residual_of(flags: Flags, engine: Engine) -> ResidualConfig:
+    """The residual settings that flags ask for; raises Mistake, also for a preset of another model."""
+    if flags.residual_preset:
+        read_preset(flags.residual_preset).check(engine.config.depth, engine.config.width)
+    config = ResidualConfig.from_flags(flags.residual(), flags.residual_file)
+    folder = engine.model_file.path if engine.model_file.folder else engine.model_file.path.parent
+    return with_rotations(config, [folder])
 
 
 def residual_settings(config: ResidualConfig) -> dict[str, Any]:
@@ -185,7 +195,7 @@ def batches(pictures: Sequence[Settings], shape: Callable[[Settings], Any]) -> I
 def residual_notes(flags: Flags, config: ResidualConfig) -> Iterator[str]:
     """Lines about residual flags that have no effect."""
     given = flags.residual()
-    if (given or flags.residual_config) and not config.active:
+    if (given or flags.residual_file) and not config.active:
         yield "note: `residual_target_layers` is empty, so residual text streaming is off"
     elif "rotations" in given and config.mode != "aligned":
         yield f"note: `residual_rotations` is not used: `residual_mode` is {config.mode}, not aligned"

@@ -92,7 +92,7 @@ class Replay:
     def _flags(self) -> dict[str, Any]:
         recorded = self.record["settings"]
         raw = {n: self._read(n, v) for n, v in recorded.items() if v is not None and n in FLAGS and n not in self.given}
-        if "residual_config" in self.given:
+        if {"residual_config", "residual_preset"} & self.given.keys():
             raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
         targets = self._given("residual_target_layers")
         if not (

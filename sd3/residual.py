@@ -182,7 +182,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         raise Mistake(*where, 'must hold an object such as {"origin_layer": 1, "target_layers": "2-22"}')
     fields = {}
     for key, value in raw.items():
-        if key == "version":
+        if key in ("version", "preset"):  # what wrote it; about a published preset
             continue
         key = str(key).removeprefix("residual_")
         name = _NAMES.get(key, key)

@@ -19,12 +19,13 @@ from sd3.files import file_sha256
 from sd3.find import list_models, model_folders
 from sd3.flags import FLAGS
 from sd3.mistakes import Mistake, Where
-from sd3.planning import plan_for, unknown_words
+from sd3.planning import plan_for, residual_of, unknown_words
+from sd3.presets import list_presets
 from sd3.prompts import folder_name, read_prompts
 from sd3.record import Picture, RunRecord, SingleFile, finish_killed
 from sd3.replay import Replay
-from sd3.residual import ResidualConfig
 from sd3.settings import FILE_SETTINGS, Flags, Settings
+from sd3.spans import plain_text, read_spans
 from sd3.unchanged import Unchanged
 
 Saved = TypeVar("Saved")
@@ -143,6 +144,9 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
     if flags.list_models:
         print(list_models(*model_folders(flags.model_folder)))
         return None
+    if flags.list_presets:
+        print(list_presets())
+        return None
     started = time.monotonic()
     if replay and "prompt" not in replay.given:
         prompts, name = [flags.prompt], folder_name(flags.prompt)
@@ -151,11 +155,14 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
     seeds = flags.seeds(len(prompts))
     check_out(flags, len(seeds))
     engine = load_for(flags)
-    residual = ResidualConfig.from_flags(flags.residual(), flags.residual_config)
+    residual = residual_of(flags, engine)
     skip_layer = replay.skip_layer() if replay else None
     plan = plan_for(engine, flags, prompts, seeds, skip_layer, residual, recorded=replay is not None)
     pictures = plan.pictures
-    for note in (*plan.notes, *unknown_words(engine.model_file.metadata, [*prompts, flags.negative_prompt])):
+    texts = [*prompts, flags.negative_prompt]
+    if pictures[0].prompt_mode == "whole":
+        texts = [plain_text(read_spans(text, pictures[0].prompt_weights)) for text in texts]
+    for note in (*plan.notes, *unknown_words(engine.model_file.metadata, texts)):
         engine.tell.note(note)
     record = new_record(flags, name, given, len(pictures), engine)
     folder = record.path if isinstance(record, SingleFile) else record.folder

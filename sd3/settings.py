@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from sd3.flags import DEFAULT_SEED, FLAGS, MOST_PICTURES, Flag, names, read_values
 from sd3.mistakes import Mistake, renaming
+from sd3.presets import read_preset
 from sd3.readers import SEED_LIMIT, read_list
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
 
@@ -223,7 +224,10 @@ class Flags:
                 if name not in names(also="self_check"):
                     raise Mistake(name, "", "does not go with `self_check`, which runs the shipped model")
         check_guidance(flags.guidance_start, flags.guidance_end)
-        if not flags.residual_config:  # else they are checked together with the file's values
+        if flags.residual_config and flags.residual_preset:
+            why = "does not go with `residual_config`: both hold all residual settings"
+            raise Mistake("residual_preset", flags.residual_preset, why)
+        if not flags.residual_file:  # else they are checked together with the file's values
             with renaming(RESIDUAL_FLAGS):
                 ResidualConfig.from_flags(flags.residual()).check_rotations()
         if flags.controlnet_cond_image and not flags.controlnet_ckpt:
@@ -244,8 +248,15 @@ class Flags:
         """The seed_type; its default is fixed where a seed is given, else rand."""
         return self.seed_type or ("rand" if self.seed is None else "fixed")
 
+    @property
+    def residual_file(self) -> str | None:
+        """The file with residual settings that the flags name, None where they name none."""
+        return str(read_preset(self.residual_preset).path) if self.residual_preset else self.residual_config
+
     def residual(self) -> dict[str, Any]:
-        """The residual flags that were given, but residual_config, by their names without `residual_`."""
+        """The residual flags that were given, by their names without `residual_`; without residual_config and
+        residual_preset.
+        """
         given = {name: getattr(self, name) for name in RESIDUAL_FLAGS.values()}
         return {name.removeprefix("residual_"): value for name, value in given.items() if value is not None}
 

@@ -103,6 +103,8 @@ def read_grid(flags: dict[str, Any], raw: Mapping[str, str]) -> tuple[Grid, Any]
         prompts = [e.prompt for e in entries]
     elif flags.get("score") == "demo" and not named:
         prompts = held_out_texts(flags.setdefault("per_kind", PER_KIND))
+    if "layout" in flags and not ("grid" in flags and "prompt_mode" in read_yaml(flags["grid"])[0]):
+        raw = {"prompt_mode": "whole"} | raw  # a benchmark measures prompts with their ends
     grid = Grid.read(raw, flags.get("grid"), prompts)
     if entries is not None:
         check_entries(flags["layout"], entries, grid)
