@@ -188,8 +188,8 @@ class _Shared:
         return context
 
     def _kinds(self, rows: int, given: dict) -> TokenKinds | None:
-        """The kinds of the tokens of a call's rows: those of the negative prompt and of the prompt, in diffusers' order,
-        each for as many rows; for a call with one half of guidance, that half's.
+        """The kinds of the tokens of a call's rows: those of the negative prompt, then the prompt's, each for
+        half of the rows; for a call with one half of guidance, that half's.
         """
         kinds = self.kinds
         if kinds is None or kinds.words is None or kinds.words.shape[0] == 1:
