@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -498,7 +499,38 @@ def weighted_words(text: str) -> list[tuple[str, float]]:
 
 def words_of(text: str) -> list[str]:
     """A text split at spaces and newlines."""
-    return [word for word in text.replace("\n", " ").split(" ") if word]
+    return [word for _, word in words_in(text)]
+
+
+def words_in(text: str) -> list[tuple[int, str]]:
+    """The words of a text between spaces and newlines, with their places."""
+    return [(match.start(), match[0]) for match in re.finditer(r"[^ \n]+", text)]
+
+
+class Run:
+    """Spans of a prompt as one text."""
+
+    def __init__(self, spans: Sequence[Span], at_break: str = ""):
+        """at_break: what stands in the text where `BREAK` stood."""
+        texts = [at_break + span.text if span.starts else span.text for span in spans]
+        self.spans, self.text = list(spans), "".join(texts)
+        self.ends = list(itertools.accumulate(map(len, texts)))
+        self.starts = bool(spans) and spans[0].starts
+
+    def at(self, place: int) -> Span:
+        """The span of a character."""
+        return self.spans[min(bisect.bisect_right(self.ends, max(place, 0)), len(self.spans) - 1)]
+
+
+def runs_of(spans: Sequence[Span]) -> list[Run]:
+    """Neighbours of one weight, between `BREAK`s, together: a weight in the stream alone does not part a word."""
+    groups: list[list[Span]] = []
+    for span in spans:
+        if groups and not span.starts and groups[-1][-1].weight == span.weight:
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    return [Run(group) for group in groups]
 
 
 @dataclass(frozen=True)
@@ -570,29 +602,29 @@ class CLIPTokenizer:
 
     def _by_words(self, spans: Sequence[Span], room: int) -> list[list[tuple[int, Span]]]:
         out: list[list[tuple[int, Span]]] = [[]]
-        for span in spans:
-            if span.starts and out[-1]:
+        for run in runs_of(spans):
+            if run.starts and out[-1]:
                 out.append([])
-            for word in words_of(span.text):
-                tokens = self.tokenizer.encode(word, add_special_tokens=False).ids
+            for place, word in words_in(run.text):
+                tokens = self._tokens(word, run, place)
                 if out[-1] and len(out[-1]) + len(tokens) > room and len(tokens) < LARGE_WORD:
                     out.append([])
                 while tokens:
                     if len(out[-1]) == room:
                         out.append([])
                     fitting = room - len(out[-1])
-                    out[-1] += [(token, span) for token in tokens[:fitting]]
+                    out[-1] += tokens[:fitting]
                     tokens = tokens[fitting:]
         return out if out[-1] or len(out) == 1 else out[:-1]
 
     def _by_commas(self, spans: Sequence[Span], room: int) -> list[list[tuple[int, Span]]]:
         out: list[list[tuple[int, Span]]] = [[]]
         comma, last = self.tokenizer.token_to_id(",</w>"), -1
-        for span in spans:
-            if span.starts:
+        for run in runs_of(spans):
+            if run.starts:
                 out.append([])
                 last = -1
-            for token in self.tokenizer.encode(span.text, add_special_tokens=False).ids:
+            for token, span in self._tokens(run.text, run):
                 full = len(out[-1]) == room
                 if token == comma:
                     last = len(out[-1])
@@ -606,6 +638,11 @@ class CLIPTokenizer:
                     last = -1
                 out[-1].append((token, span))
         return out if out[-1] or len(out) == 1 else out[:-1]
+
+    def _tokens(self, text: str, run: Run, place: int = 0) -> list[tuple[int, Span]]:
+        """The tokens of a text that stands at a place of a run, each with its span."""
+        got = self.tokenizer.encode(text, add_special_tokens=False)
+        return [(token, run.at(place + end - 1)) for token, (_, end) in zip(got.ids, got.offsets, strict=True)]
 
     def _filled(
         self, ids: list[int], weights: list[float], stream: list[float], length: int, pad: int | None, cut: bool = False
@@ -639,12 +676,18 @@ def clip_pipeline(bpe: models.BPE) -> Tokenizer:
 
 
 class T5Tokenizer:
-    """T5's unigram pieces: `split` turns a word into piece ids, this adds weights, the end token and padding."""
+    """T5's unigram pieces: `places` turns a text into piece ids and the places in it where they end; this adds weights,
+    the end token and padding.
+    """
 
     end, pad = 1, 0
 
-    def __init__(self, split: Callable[[str], list[int]]):
-        self.split = split
+    def __init__(self, places: Callable[[str], list[tuple[int, int]]]):
+        self.places = places
+
+    def split(self, text: str) -> list[int]:
+        """The piece ids of a text."""
+        return [token for token, _ in self.places(text)]
 
     def tokenize(self, prompt: str, minimum: int) -> Tokens:
         """The first 226 characters' tokens and the end token, padded with 0 to at least `minimum`."""
@@ -656,8 +699,12 @@ class T5Tokenizer:
         return self._filled(ids, weights, [], minimum, len(prompt) > T5_CHARACTERS)
 
     def whole(self, spans: Sequence[Span], length: int) -> Tokens:
-        """Exactly `length` tokens: as many as fit, the end token and padding. Each span is split as one text."""
-        rows = [(token, s) for s in _without_breaks(spans) for token in self.split(s.text)]
+        """Exactly `length` tokens: as many as fit, the end token and padding. The prompt is one text, which white space
+        splits into words; in place of `BREAK` there is a space. A token has the weight of the span in which it ends.
+        """
+        run = Run(spans, " ")
+        words = re.finditer(r"\S+", run.text)
+        rows = [(token, run.at(word.start() + end - 1)) for word in words for token, end in self.places(word[0])]
         own = rows[: length - 1]
         weights, stream = [s.weight for _, s in own], [s.stream for _, s in own]
         return self._filled([token for token, _ in own], weights, stream, length, len(own) < len(rows))
@@ -668,19 +715,11 @@ class T5Tokenizer:
         return Tokens(ids, weights + [1.0] * (len(ids) - len(weights)), cut, words, stream)
 
 
-def _without_breaks(spans: Sequence[Span]) -> list[Span]:
-    """The spans as T5 reads them: those of equal weights that only `BREAK` separates are one text."""
-    out: list[Span] = []
-    for span in spans:
-        if out and span.starts and (out[-1].weight, out[-1].stream) == (span.weight, span.stream):
-            out[-1] = replace(out[-1], text=f"{out[-1].text} {span.text}")
-        else:
-            out.append(span)
-    return out
-
-
-def sentencepiece_split(model: SentencePieceProcessor, rows: int | None = None) -> Callable[[str], list[int]]:
-    """A function from a word to its piece ids; `</s>` and the like in a word are their own ids, as on the hub.
+def sentencepiece_places(
+    model: SentencePieceProcessor, rows: int | None = None
+) -> Callable[[str], list[tuple[int, int]]]:
+    """A function from a text to its piece ids, each with the place where it ends; `</s>` and the like are their own
+    ids, as on the hub.
 
     rows: of the encoder's embedding table, where known; extra ids beyond it are not used.
     """
@@ -689,8 +728,15 @@ def sentencepiece_split(model: SentencePieceProcessor, rows: int | None = None) 
     special = {model.id_to_piece(i): i for i in range(3)} | extra
     borders = re.compile("(" + "|".join(map(re.escape, special)) + ")")
 
-    def split(word: str) -> list[int]:
-        parts = [p for p in borders.split(word) if p]
-        return [i for p in parts for i in ([special[p]] if p in special else model.encode(p))]
+    def places(text: str) -> list[tuple[int, int]]:
+        out, start = [], 0
+        for part in borders.split(text):
+            if part in special:
+                out.append((special[part], start + len(part)))
+            elif part:
+                pieces = model.encode(part, out_type="immutable_proto").pieces
+                out += [(piece.id, start + piece.end) for piece in pieces]
+            start += len(part)
+        return out
 
-    return split
+    return places

@@ -138,7 +138,8 @@ class _A1111Parts:
         if own is not None:
             part = self.in_stream[inside]
             part[np.isnan(part)] = own  # phrases inside with a weight of their own keep it
-        self.weights[inside] *= number if number is not None else usual if own is None else 1.0
+        with np.errstate(over="ignore"):  # an infinite weight is a mistake, see `read_spans`
+            self.weights[inside] *= number if number is not None else usual if own is None else 1.0
 
     def spans(self) -> Iterator[Span]:
         weights, in_stream = self.weights.tolist(), np.nan_to_num(self.in_stream, nan=1.0).tolist()

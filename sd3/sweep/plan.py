@@ -55,11 +55,11 @@ class Plan:
     encoders: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
 
     def batches(self, wanted: Collection[str]) -> list[Batch]:
-        """The images with the `wanted` ids, in order, in batches of one variant and one T5 length."""
+        """The images with the `wanted` ids, in order, in batches of one variant and one number of text tokens."""
         out: list[Batch] = []
         for number in range(len(self.variants)):
-            pictures = sorted((p for p in self.of(number) if p.id in wanted), key=lambda p: p.length)
-            for _, group in itertools.groupby(pictures, lambda p: p.length):
+            pictures = sorted((p for p in self.of(number) if p.id in wanted), key=lambda p: p.shape)
+            for _, group in itertools.groupby(pictures, lambda p: p.shape):
                 together = list(group)
                 size = together[0].settings.batch_size
                 for start in range(0, len(together), size):

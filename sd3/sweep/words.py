@@ -83,7 +83,7 @@ def _residual(settings: Mapping[str, Any]) -> str:
 def _value(name: str, value: Any) -> str:
     if name.endswith("_layers") and value:
         return layers(value)
-    if name.endswith("_weights") and value:
+    if name == "residual_weights" and value:
         weights = [f"{w:g}" for w in value]
         if len(set(weights)) == 1:
             return weights[0]
