@@ -718,8 +718,8 @@ class T5Tokenizer:
 def sentencepiece_places(
     model: SentencePieceProcessor, rows: int | None = None
 ) -> Callable[[str], list[tuple[int, int]]]:
-    """A function from a text to its piece ids, each with the place where it ends; `</s>` and the like are their own
-    ids, as on the hub.
+    """A function from a word to its piece ids, each with the place where it ends (in a word that is normalised to
+    another length: about there); `</s>` and the like are their own ids, as on the hub.
 
     rows: of the encoder's embedding table, where known; extra ids beyond it are not used.
     """
@@ -734,8 +734,9 @@ def sentencepiece_places(
             if part in special:
                 out.append((special[part], start + len(part)))
             elif part:
-                pieces = model.encode(part, out_type="immutable_proto").pieces
-                out += [(piece.id, start + piece.end) for piece in pieces]
+                lengths = (len(piece.lstrip("\u2581")) for piece in model.encode(part, out_type=str))
+                ends = (start + min(end, len(part)) for end in itertools.accumulate(lengths))
+                out += zip(model.encode(part), ends, strict=True)
             start += len(part)
         return out
 

@@ -542,7 +542,8 @@ def test_defaults_per_model(name, shift, steps, cfg, sampler):
     values, skip_layer = resolve(flags)
     assert skip_layer is None
     assert values == {
-        "shift": shift, "steps": steps, "cfg": cfg, "sampler": sampler, "width": 1024, "height": 1024
+        "shift": shift, "steps": steps, "cfg": cfg, "sampler": sampler, "width": 1024, "height": 1024,
+        "prompt_mode": "reference",
     }  # fmt: skip
 
 
