@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mmditx import ModelCall, ResidualStream, Stream
+from mmditx import ModelCall, ResidualStream, Stream, TokenKinds
 from sd3.engine import Engine
 from sd3.residual import ResidualConfig, residual_stream
 from sd3.rotations import Rotations
@@ -33,6 +33,7 @@ from sd3.settings import Setup
 from sd3_impls import ClassifierFreeGuidance, Conditioning, Denoiser, seeded_noise
 
 TOKENS = 154
+WORDS = 12  # of CLIP's tokens, and of T5's, that are no padding
 TARGETS = tuple(range(2, 23))
 SETTINGS = {
     "A/A": ResidualConfig(),
@@ -42,6 +43,9 @@ SETTINGS = {
     "anchored, origin 1": ResidualConfig(1, TARGETS, "each:0.1", mode="anchored"),
     "aligned, origin 0": ResidualConfig(0, TARGETS, "each:0.1", mode="aligned"),
     "aligned, origin 1": ResidualConfig(1, TARGETS, "each:0.1", mode="aligned"),
+    "add, words": ResidualConfig(1, TARGETS, "each:0.1", tokens="words"),
+    "anchored, words": ResidualConfig(1, TARGETS, "each:0.1", mode="anchored", tokens="words"),
+    "anchored, padding": ResidualConfig(1, TARGETS, "each:0.1", mode="anchored", tokens="padding"),
 }
 
 
@@ -89,8 +93,10 @@ def main(rounds: int = 7, size: int = 512, dtype: str = "bfloat16", folder: str 
             for origin in (0, 1)
         }
         draw = lambda seed, *shape: seeded_noise(seed, shape).to(engine.dtype)  # noqa: E731
+        kinds = TokenKinds(TOKENS // 2, torch.arange(TOKENS)[None] % (TOKENS // 2) < WORDS)
         texts = [
-            Conditioning(draw(i, 1, TOKENS, config.context_width), draw(9 + i, 1, config.pooled_width)) for i in (0, 1)
+            Conditioning(draw(i, 1, TOKENS, config.context_width), draw(9 + i, 1, config.pooled_width), kinds)
+            for i in (0, 1)
         ]
         sigmas = torch.tensor([1.0, 0.7, 0.0])
         x = seeded_noise(5, (1, config.latent_channels, size // 8, size // 8))

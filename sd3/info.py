@@ -10,7 +10,8 @@ from typing import Any
 
 from sd3 import png
 from sd3.flags import FLAGS, GROUPS
-from sd3.mistakes import Missing, Mistake, display
+from sd3.headers import read_header
+from sd3.mistakes import Missing, Mistake, Where, display
 from sd3.models import model_row, read_skip_layer
 from sd3.replay import Replay
 from sd3.settings import FILE_SETTINGS, IMAGE_ROWS
@@ -63,6 +64,8 @@ def _rows(settings: Mapping[str, Any], group: str) -> Iterator[str]:
 def _is_default(name: str, value: Any) -> bool:
     row = IMAGE_ROWS[name]
     default = None if row.field else row.default
+    if row.read.kind == "text" and default is None:
+        return value is None  # an empty text is another prompt
     return value == default or (value in (None, [], "") and default in (None, (), ""))
 
 
@@ -94,11 +97,20 @@ def command(path: Path, record: Mapping[str, Any]) -> list[str]:
             words.append(f"--{name}={as_word(value)}")
     if "vae_tile" not in settings:  # recorded where it is not 0; the flag's default is auto
         words.append("--vae_tile=off")
+    if "prompt_mode" not in settings and _names_mode(settings.get("model")):
+        words.append("--prompt_mode=reference")
     if settings.get("batch_size", 1) != 1:
         words.append("--pad_batch")
     if (threads := png.recorded_threads(record)) is not None:
         words.append(f"--threads={threads}")
     return [*words, *_skip_layer(settings)]
+
+
+def _names_mode(model: Any) -> bool:
+    """Whether a model file names a prompt mode of its own."""
+    with contextlib.suppress(Mistake, TypeError, OSError):
+        return "prompt_mode" in read_header(Where("model", model), Path(model))[1]
+    return False
 
 
 def _skip_layer(settings: Mapping[str, Any]) -> list[str]:

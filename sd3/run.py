@@ -18,7 +18,7 @@ from sd3.engine import Engine, load_for
 from sd3.files import file_sha256
 from sd3.find import list_models, model_folders
 from sd3.flags import FLAGS
-from sd3.mistakes import Mistake, Where
+from sd3.mistakes import Mistake, Where, flag_name, spell
 from sd3.planning import plan_for, residual_of, unknown_words
 from sd3.presets import list_presets
 from sd3.prompts import folder_name, read_prompts
@@ -145,7 +145,7 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
         print(list_models(*model_folders(flags.model_folder)))
         return None
     if flags.list_presets:
-        print(list_presets())
+        print(spell(list_presets(), flag_name))
         return None
     started = time.monotonic()
     if replay and "prompt" not in replay.given:

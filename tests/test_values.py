@@ -579,7 +579,7 @@ def test_a_controlnet_and_its_picture_belong_together(small_model, tmp_path):  #
         lambda: plain.engine.check_settings(plan.pictures[0]),
         lambda: plain.vae_encode(Image.open(tmp_path / "in.png"), control=True),
     ):
-        with pytest.raises(ValueError, match="no ControlNet is loaded|needs a ControlNet"):
+        with pytest.raises(ValueError, match=r"no ControlNet is loaded|needs a ControlNet"):
             call()
     for seed, image in (("x", Image.new("RGB", (64, 48))), (1, "in.png")):
         with pytest.raises(ValueError, match=r"seed x|must be a PIL image"):

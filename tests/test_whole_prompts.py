@@ -806,7 +806,7 @@ def test_wrong_settings_are_one_line_before_weights_load(words, told, capsys, mo
     assert not (tmp_path / "o").exists()
 
 
-def test_a_file_may_name_its_mode_and_a_record_keeps_the_other(small_model, tmp_path):
+def test_a_file_may_name_its_mode_and_a_record_keeps_the_other(small_model, tmp_path, capsys):
     from safetensors.torch import load_file
 
     for name in ("tokenizer", "tokenizer_3"):
@@ -827,6 +827,9 @@ def test_a_file_may_name_its_mode_and_a_record_keeps_the_other(small_model, tmp_
     again = ["--replay", str(tmp_path / "reference.png"), "--out", str(tmp_path / "again.png")]
     assert sd3_infer.main(again) == 0
     assert np.array_equal(pixels(tmp_path / "again.png"), made["reference"])
+    capsys.readouterr()
+    assert sd3_infer.main(["--info", str(tmp_path / "reference.png")]) == 0
+    assert "--prompt_mode=reference" in capsys.readouterr().out
 
 
 def test_spans_join_neighbours_of_equal_weights():

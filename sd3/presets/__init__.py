@@ -49,13 +49,13 @@ def read_preset(name: str) -> Preset:
 
 
 def list_presets() -> str:
-    """All presets, with their settings, where they come from, and what was measured."""
+    """All presets, with their settings (fields between backquotes), where they come from, and what was measured."""
     lines = []
     for preset in map(read_preset, PRESETS):
         fields = json.loads(preset.path.read_text(encoding="utf-8"))
         flags = {"origin_layer": "origin_layer", "target_layers": "target_layers", "residual_weights": "weights"}
         flags |= {"mode": "mode", "rotations": "rotations"}
-        words = [f"--residual_{flags[key]} {fields[key]}" for key in flags if key in fields]
+        words = [f"`residual_{flags[key]}` {fields[key]}" for key in flags if key in fields]
         lines += [f"{preset.name}: for {preset.model}", f"  {' '.join(words)}", f"  used with {preset.sampling}"]
         lines += [f"  source: {preset.source}", f"  measured: {preset.measured}"]
     return "\n".join(lines)
