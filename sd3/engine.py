@@ -247,7 +247,7 @@ class Engine:
     def encoded(self, pictures: Sequence[Settings]) -> Iterator[list[tuple[int, Settings]]]:
         """The batches of images (see `batches`), their prompts encoded in groups that fit the cache."""
         texts = lambda batch: [text for _, s in batch for text in self.texts(s)]  # noqa: E731
-        for group in in_groups(batches(pictures, self.text.shape), texts, self.text.most):
+        for group in in_groups(batches(pictures, self.text.shape), texts, self.text.most, self.text.cost):
             self.encode([text for batch in group for text in texts(batch)])
             yield from group
 

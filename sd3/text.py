@@ -287,10 +287,19 @@ class TextEncoders:
         with self.unchanged.watch(), explained("encoding prompts", turn):
             self._encode([key for key in wanted if key not in self._texts])
 
+    def cost(self, key: Key) -> int:
+        """How many prompts of usual length, 2 x 77 tokens, a prompt takes the memory of."""
+        key = Key(*key)
+        return max(1, (self._clip_length(key) + self._t5_length(key)) // (2 * self.positions))
+
     def _make_room(self, wanted: Mapping[Key, Any]) -> None:
-        """Drops those that were used longest ago, for at most `most` together with the wanted ones."""
+        """Drops those that were used longest ago, for at most the memory of `most` together with the wanted ones."""
         others = [key for key in self._texts if key not in wanted]
-        for key in others[: max(0, len(others) + len(wanted) - self.most)]:
+        held = sum(map(self.cost, [*others, *wanted]))
+        for key in others:
+            if held <= self.most:
+                break
+            held -= self.cost(key)
             del self._texts[key]
 
     def _hold(self, key: Key, text: Text) -> None:
@@ -399,13 +408,20 @@ def weighted(states: Tensor, empty: Tensor | None, tokens: Tokens) -> Tensor:
 Batch = TypeVar("Batch")
 
 
-def in_groups(batches: Iterable[Batch], texts: Callable[[Batch], Iterable[Key]], most: int) -> Iterator[list[Batch]]:
-    """Batches in order, in groups of as many as have at most `most` different texts, but at least one batch."""
+def in_groups(
+    batches: Iterable[Batch],
+    texts: Callable[[Batch], Iterable[Key]],
+    most: int,
+    cost: Callable[[Key], int] = lambda key: 1,
+) -> Iterator[list[Batch]]:
+    """Batches in order, in groups of as many as have at most `most` different texts, but at least one batch; cost: for
+    how many a text counts.
+    """
     group: list[Batch] = []
     of_group: set[Key] = set()
     for batch in batches:
         own = set(texts(batch))
-        if group and len(of_group | own) > most:
+        if group and sum(map(cost, of_group | own)) > most:
             yield group
             group, of_group = [], set()
         group.append(batch)

@@ -137,7 +137,7 @@ def make_here(plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], Non
     for number, group in itertools.groupby(batches, lambda b: b.engine):
         maker = None  # frees the last engine before the next loads
         maker = Maker(plan.engines[number])
-        for part in in_groups(group, maker.texts, maker.engine.text.most):
+        for part in in_groups(group, maker.texts, maker.engine.text.most, maker.engine.text.cost):
             maker.encode([p.settings for b in part for p in b.pictures])
             maker.load()
             for batch in part:
