@@ -357,7 +357,7 @@ def test_notes_are_notes_whatever_is_said_of_warnings(tmp_path):
 
 def test_a_file_that_goes_away_between_two_looks(tmp_path):
     for read in (lambda p: p.read_bytes(), lambda p: p.open(), lambda p: [*os.scandir(p)], lambda p: np.load(p)):
-        with pytest.raises(FileNotFoundError, match=r"^flag name: .*went away"), reading(Where("flag", "name")):
+        with pytest.raises(FileNotFoundError, match=r"^flag name: .*disappeared"), reading(Where("flag", "name")):
             read(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=r"^flag name: no such file$"), reading(Where("other")):
         check_file(Where("flag", "name"), tmp_path / "gone")

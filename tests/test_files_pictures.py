@@ -125,7 +125,7 @@ def test_what_is_transparent_lies_over_white_and_is_said(tmp_path, kind):
     else:
         picture = upright().convert(kind.split()[0])
         picture.save(path, transparency=picture.getpixel((0, 11)))
-    with pytest.warns(UserWarning, match="is transparent in places; white is taken") as said:
+    with pytest.warns(UserWarning, match="is partly transparent; it is placed on white") as said:
         got = opened(path)
     assert len(said) == 1
     assert (got[11, 0] == 255).all()

@@ -67,7 +67,7 @@ WITHOUT_EFFECT = {
         TARGETS | {"residual_start": 0.3, "residual_end": 0.45},
         "--residual_start 0.3 to --residual_end 0.45 contains none of the 4 steps",
     ),
-    "window past the last step": (TARGETS | {"residual_start": 0.8, "residual_end": 0.95}, "holds none"),
+    "window past the last step": (TARGETS | {"residual_start": 0.8, "residual_end": 0.95}, "contains none"),
     "weights of zero": ({"residual_target_layers": (3,), "residual_weights": (0.0,)}, "all weights are 0"),
     "the half that does not run": (TARGETS | {"cfg": 1, "residual_branch": "uncond"}, "no unconditional pass"),
     "skip layers between two steps": (
@@ -486,7 +486,7 @@ def test_a_record_that_knows_less_of_the_text_encoders_is_no_difference(apart, t
 @pytest.mark.parametrize("prompt", ["a (red:1.9) circle", "a ((red)) circle", "(a red circle)"])
 def test_weights_of_words_are_told_to_have_no_effect(engine, prompt):
     plan = plan_pictures(engine.engine, ["a red circle", prompt], [1, 1], **engine.engine.defaults)
-    assert plan.notes == [f'note: "{prompt}": weights of words have no effect, and brackets are left out']
+    assert plan.notes == [f'note: "{prompt}": word weights have no effect; the brackets are removed']
     plan = plan_pictures(engine.engine, [r"a \(red\) circle", "a red circle)"], [1, 1], **engine.engine.defaults)
     assert plan.notes == []
 
