@@ -21,7 +21,7 @@ ALWAYS = ("seed", "width", "height", "sampler", "steps", "cfg", "shift", "model"
 
 
 def answer(values: Mapping[str, Any]) -> str | None:
-    """The text that `--info` asks for; None where the flags ask for something else. Raises Mistake."""
+    """The reply to `--info`; None if that flag is not given. Raises Mistake."""
     return text(values["info"]) if "info" in values else None
 
 
@@ -51,7 +51,7 @@ def _made_with(record: Mapping[str, Any]) -> str:
 
 
 def _rows(settings: Mapping[str, Any], group: str) -> Iterator[str]:
-    """A line for every setting of a group but for those at their defaults; unknown ones stand in the last group."""
+    """A line for every setting of a group that is not at its default; unknown settings are in the last group."""
     off = group == RESIDUAL and not settings.get("residual_target_layers")
     for name, value in settings.items():
         row = IMAGE_ROWS.get(name)
@@ -70,7 +70,7 @@ def _is_default(name: str, value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value on one line; a prompt in full, whatever its length."""
+    """A value on one line; text in full."""
     if isinstance(value, str):
         return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in value)
     if isinstance(value, list):
@@ -79,8 +79,8 @@ def _shown(value: Any) -> str:
 
 
 def command(path: Path, record: Mapping[str, Any]) -> list[str]:
-    """The words of the command that makes an image of the settings in its record. A file that is not found where the
-    run or the image lies is named as recorded, without its folder.
+    """The words of the command for an image's recorded settings. A file that cannot be found beside the run or the
+    image is named as recorded, without its folder.
     """
     words = ["python", "sd3_infer.py"]
     image, settings = Replay(path, record, {}), dict(record["settings"])
@@ -95,7 +95,7 @@ def command(path: Path, record: Mapping[str, Any]) -> list[str]:
             continue
         if row.group != RESIDUAL or residual:
             words.append(f"--{name}={as_word(value)}")
-    if "vae_tile" not in settings:  # recorded where it is not 0; the flag's default is auto
+    if "vae_tile" not in settings:  # recorded unless 0; the flag's default is auto
         words.append("--vae_tile=off")
     if "prompt_mode" not in settings and _names_mode(settings.get("model")):
         words.append("--prompt_mode=reference")
@@ -114,7 +114,7 @@ def _names_mode(model: Any) -> bool:
 
 
 def _skip_layer(settings: Mapping[str, Any]) -> list[str]:
-    """The flag of skip-layer guidance, where the recorded one is the model's own."""
+    """The flag of skip-layer guidance, if the recorded one is the model's own."""
     values = settings.get("skip_layer")
     try:
         usual = isinstance(values, dict) and read_skip_layer(values) == model_row(str(settings.get("model"))).skip_layer

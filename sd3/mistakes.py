@@ -1,4 +1,4 @@
-"""The user's mistakes: one line each, with the field, its value and what would be right. Needs no torch."""
+"""User mistakes: one line each, with the field, its value and what would be right. Needs no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Where(NamedTuple):
 
 
 class Mistake(ValueError):
-    """A mistake of the user's. `str` gives `field value: why`; the command line puts dashes before the field.
+    """A user's mistake. `str` gives `field value: why`; the command line puts dashes before the field.
 
     field: a name such as `seed`, perhaps followed by a part of it (`skip_layer_cfg scale`); empty where the value alone
     is clear (a path, a line of a file). value: as the user gave it; an empty text is not shown. why: what is wrong and
@@ -65,7 +65,7 @@ class Mistake(ValueError):
 
 def _rebuilt(kind: type[Mistake], args: tuple[str, str, str]) -> Mistake:
     mistake = kind(args[0], "", args[2])
-    mistake.args = args  # the value was made text before
+    mistake.args = args  # the value is already text
     return mistake
 
 
@@ -97,7 +97,7 @@ def flag_name(field: str) -> str:
 
 @contextlib.contextmanager
 def renaming(names: Mapping[str, str]) -> Iterator[None]:
-    """Renames the fields of mistakes that are raised inside to the caller's names."""
+    """Renames the fields of mistakes raised inside to the caller's names."""
     try:
         yield
     except Mistake as mistake:
@@ -106,7 +106,7 @@ def renaming(names: Mapping[str, str]) -> Iterator[None]:
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 3, 8, 8, 4, 60, 60
-SHOWN = 200  # letters of a value that an error line shows
+SHOWN = 200  # letters of a value shown in an error line
 
 
 def display(value: Any) -> str:
@@ -155,7 +155,7 @@ def check_parameters(
     renamed: Mapping[str, str] | None = None,
     elsewhere: Mapping[str, str] | None = None,
 ) -> None:
-    """Raises TypeError, as Python does, for a parameter that a function does not have, with the right one if there is.
+    """Raises TypeError, as Python does, for an unknown parameter; the message names the right one if there is one.
 
     renamed: flags that the function takes under other names, and its parameters that are no flags (by their own names).
     elsewhere: flags that the function does not take, each with where it belongs: "belongs to sd3.load".
@@ -169,7 +169,7 @@ def check_parameters(
 
 
 def _reply(name: str, names: set[str], renamed: Mapping[str, str], elsewhere: Mapping[str, str]) -> str:
-    """What a message about an unknown parameter goes on with; names of fields between backquotes."""
+    """The end of a message about an unknown parameter; names of fields between backquotes."""
     if renamed.get(name, name) != name:
         return f"; it is called `{name}` here"
     if name in elsewhere:

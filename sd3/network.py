@@ -1,4 +1,4 @@
-"""The network: the MMDiT and, where one is given, a ControlNet."""
+"""The network: the MMDiT and an optional ControlNet."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from sd3_impls import Conditioning
 
 
 class Network:
-    """An MMDiT and its ControlNet: headers are checked when it is made, weights are loaded on first use and stay."""
+    """An MMDiT and its ControlNet. The constructor checks headers; weights are loaded on first use and stay loaded."""
 
     def __init__(self, setup: Setup, file: WeightFile, device: torch.device, loader: Loader):
-        """file: with the MMDiT. Raises Mistake for a file that is no model of this kind."""
+        """file: contains the MMDiT. Raises Mistake if it is not a model of this kind."""
         self.setup, self.device, self.loader = setup, device, loader
         self.part = find_mmdit(file)
         self.config: MMDiTConfig = self.part.config(MMDiTConfig.from_shapes, "an SD3 or SD3.5 model")
@@ -42,7 +42,7 @@ class Network:
         self.control = ControlPart(path, self.config, loader) if path else None
         self._mmdit: MMDiT | None = None
         self._controlnet: ControlNet | None = None
-        self._rotations: tuple[tuple, Rotations] | None = None  # those used last, with what they were read for
+        self._rotations: tuple[tuple, Rotations] | None = None  # the last ones used, with their key
 
     @property
     def mmdit(self) -> MMDiT:
@@ -62,7 +62,7 @@ class Network:
 
     @property
     def large_controlnet(self) -> bool:
-        """Whether a ControlNet of the 8B kind is given: its usual settings then hold."""
+        """Whether there is a ControlNet of the 8B kind, whose usual settings then apply."""
         return self.control is not None and self.control.chained
 
     @property
@@ -70,21 +70,21 @@ class Network:
         """Whether the MMDiT's weights are in memory."""
         return self._mmdit is not None
 
-    # -- what it is run with --
+    # -- checks --
 
     def check_layers(self, s: Settings) -> None:
-        """Raises Mistake where skip-layer guidance names a block that this model does not have."""
+        """Raises Mistake if skip-layer guidance names a block that this model does not have."""
         if s.skip_layer and max(s.skip_layer.layers) >= self.config.depth:
-            why = f"needs layers {s.skip_layer.layers}, this model has {self.config.depth}"
+            why = f"skips layers {s.skip_layer.layers}, but this model has {self.config.depth}"
             raise Mistake("skip_layer_cfg", "", why)
 
     def residual_stream(self, config: ResidualConfig) -> ResidualStream | None:
-        """The stream of a configuration, checked against this model, or None where nothing is mixed; raises Mistake."""
+        """The stream of a configuration, checked against this model; None if it is off. Raises Mistake."""
         config.check(self.config.depth)
         return residual_stream(config, self._rotations_for(config))
 
     def _rotations_for(self, config: ResidualConfig) -> Rotations | None:
-        """The rotations that a configuration needs, read and checked once; None where it needs none."""
+        """The rotations that a configuration needs, read and checked once; None if it needs none."""
         if not config.aligned:
             return None
         config.check_rotations()
@@ -107,7 +107,7 @@ class Network:
         on_step: sd3_impls.OnStep | None = None,
     ) -> Tensor:
         """Latents (B, 16, h, w) in VAE space, float32, sampled as settings say; their prompt, seed, size and images
-        are not used. With a step cache, rows run one by one.
+        are ignored. With a step cache, rows run one at a time.
 
         start: (B, 16, h, w) in model space, zeros for text to image; seeds: one per row; cond and uncond: text tokens
         (1 or B, T, X) and pooled text (1 or B, Y), uncond None where no pass needs it; control: latents of the control
@@ -174,7 +174,7 @@ class Network:
 
 
 def row_of(part: Any, i: int) -> Any:
-    """Row i of a tensor, or of each tensor of a tuple; what has one row serves for all."""
+    """Row i of a tensor, or of each tensor of a tuple; a single row is used for every i."""
     if isinstance(part, Conditioning):
         return part.row(i)
     if isinstance(part, tuple):
@@ -183,7 +183,7 @@ def row_of(part: Any, i: int) -> Any:
 
 
 class ControlPart:
-    """A ControlNet's part of a file, checked against the MMDiT that it is for. chained: the 8B kind."""
+    """The tensors of a ControlNet, checked against its MMDiT. chained: the 8B kind."""
 
     def __init__(self, path: str, base: MMDiTConfig, loader: Loader):
         self.part: ModelTensors = find_controlnet(loader.open("controlnet_ckpt", path))

@@ -1,4 +1,4 @@
-"""Planning: from flags, prompts and seeds to the settings of every image, and what a model is usually run with."""
+"""Planning: from flags, prompts and seeds to the settings of every image; the usual settings of a model."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PicturePlan:
-    """The images that are asked for, prompt by prompt.
+    """The requested images, prompt by prompt.
 
-    pictures: their settings, what has no effect at its default; notes: lines that say so, fields between backquotes;
-    as_given: fields that have no effect, as they were given.
+    pictures: their settings, with settings without effect at their defaults; notes: lines about those, fields between
+    backquotes; as_given: their values as given.
     """
 
     pictures: list[Settings]
@@ -36,16 +36,14 @@ class PicturePlan:
     as_given: dict[str, Any]
 
 
-# ---- what a model is usually run with ------------------------------------------------------------
+# ---- usual settings of a model -------------------------------------------------------------------
 
 MODEL_SETTINGS = tuple(model_row("").usual())
 DECIDED_BY_MODEL = (*MODEL_SETTINGS, "width", "height", "prompt_mode")
 
 
 def file_defaults(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Size, steps, shift, cfg, sampler and prompt_mode that a file names in its safetensors metadata; what is wrong is
-    left out.
-    """
+    """Size, steps, shift, cfg, sampler and prompt_mode from a file's safetensors metadata; bad values are left out."""
     out = {}
     for name in DECIDED_BY_MODEL:
         if name in metadata:
@@ -57,8 +55,8 @@ def file_defaults(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def usual_settings(model: str, metadata: Mapping[str, str], large_controlnet: bool = False) -> dict[str, Any]:
-    """shift, steps, cfg, sampler, width, height and prompt_mode that a model is usually run with: the ControlNet's row
-    (`large_controlnet`) wins over the model file's metadata, that over the model's row.
+    """The usual shift, steps, cfg, sampler, width, height and prompt_mode of a model: the ControlNet's row
+    (`large_controlnet`) takes precedence over the model file's metadata, and that over the model's row.
     """
     values = model_row(model).usual() | {name: FLAGS[name].default for name in ("width", "height", "prompt_mode")}
     values |= file_defaults(metadata)
@@ -70,7 +68,7 @@ def resolve(
 ) -> tuple[dict[str, Any], SkipLayerConfig | None]:
     """shift, steps, cfg, sampler, width, height and prompt_mode of a run, and its skip-layer guidance.
 
-    A flag wins over what is usual, see `usual_settings`. Skip-layer guidance brings its own cfg unless one is given.
+    Flags take precedence over `usual_settings`. Skip-layer guidance sets its own cfg unless one is given.
     """
     values = usual_settings(flags.model, metadata or {}, large_controlnet)
     skip_layer = model_row(flags.model).skip_layer if flags.skip_layer_cfg else None
@@ -91,19 +89,19 @@ def plan_pictures(
     make: Callable[..., Settings] = Settings,
     **values: Any,
 ) -> PicturePlan:
-    """Plans images with settings `values`, those left out as the engine's model usually has them.
+    """Plans images with the settings `values`; the others are the model's usual ones.
 
-    seeds: as many per prompt as there are images of it; recorded: the values come from an image, perhaps of an
-    earlier version, which encoded a prompt at the length of its negative prompt at cfg 1 too: it is kept where it is
-    the longer one; make: `Settings.of` where the values were read before. Raises Mistake for what does not fit.
+    seeds: one per image, prompt by prompt; recorded: the values come from an image, perhaps by an earlier version. At
+    cfg 1 that version, too, padded a prompt to the length of its negative prompt, so a longer negative prompt is kept.
+    make: `Settings.of` for values that were already read. Raises Mistake for settings that do not fit.
     """
     prompts, seeds = read_texts(prompts), [FLAGS["seed"].read("seed", seed) for seed in seeds]
     if not seeds or len(seeds) % len(prompts):
-        raise Mistake("seed", "", f"{len(seeds)} given for {len(prompts)} prompts; give as many for each")
+        raise Mistake("seed", "", f"{len(seeds)} given for {len(prompts)} prompts; give the same number for each")
     per_prompt = len(seeds) // len(prompts)
     shift = {} if "shift" in values else {"shift": engine.defaults["shift"]}
     first = make(prompt=prompts[0], seed=seeds[0], **(engine.loaded_settings() | shift | values))
-    shown, notes = effective(first)  # prompt and seed have no part in it
+    shown, notes = effective(first)  # independent of prompt and seed
     kept = first.negative_prompt
     if (
         recorded
@@ -132,9 +130,9 @@ def plan_for(
     residual: ResidualConfig | None = None,
     recorded: bool = False,
 ) -> PicturePlan:
-    """Plans the images that flags ask for, checked against the loaded model and the files they name.
+    """Plans the images that flags ask for, and checks them against the model and their files.
 
-    seeds, recorded: see `plan_pictures`; skip_layer, residual: in place of the model's own and of the flags'.
+    seeds, recorded: see `plan_pictures`; skip_layer, residual: replace the model's own and the flags'.
     Raises Mistake.
     """
     values, usual = resolve(flags, engine.model_file.metadata, engine.network.large_controlnet)
@@ -149,7 +147,7 @@ def plan_for(
         unknown = f"no skip-layer settings are known for {verbatim(Path(flags.model).name)}"
         plan.notes.append(f"note: {unknown}; `skip_layer_cfg` is off")
     plan.notes.extend(residual_notes(flags, residual))
-    # Images differ in prompt and seed only; what has no effect is checked too.
+    # Images differ only in prompt and seed. Settings without effect are checked too.
     given = plan.pictures[0].changed(**plan.as_given)
     engine.check_settings(given)
     open_images([given])
@@ -166,15 +164,15 @@ def residual_of(flags: Flags, engine: Engine) -> ResidualConfig:
 
 
 def residual_settings(config: ResidualConfig) -> dict[str, Any]:
-    """A residual configuration as fields of `Settings`; rotations that no mode uses are left out."""
+    """A residual configuration as fields of `Settings`, without unused rotations."""
     values = {setting: getattr(config, name) for name, setting in RESIDUAL_FLAGS.items()}
     return values if config.mode == "aligned" else values | {"residual_rotations": None}
 
 
 def batches(pictures: Sequence[Settings], shape: Callable[[Settings], Any]) -> Iterator[list[tuple[int, Settings]]]:
-    """Images with their numbers, in order, in batches that can share a run: same but for prompt and seed.
+    """Groups images, with their numbers and in order, into batches that differ only in prompt and seed.
 
-    shape: of the encoded prompts, see `TextEncoders.shape`, which images of a batch share.
+    shape: of the encoded prompts, see `TextEncoders.shape`; the same within a batch.
     """
     batch: list[tuple[int, Settings]] = []
     of_batch: tuple[Settings, int] | None = None
@@ -202,15 +200,15 @@ def residual_notes(flags: Flags, config: ResidualConfig) -> Iterator[str]:
 
 
 def weight_notes(prompts: Sequence[str]) -> Iterator[str]:
-    """A line where a prompt gives words a weight."""
+    """A line about prompts with weighted words, such as `(red:1.2)`."""
     if weighted := next((p for p in prompts if any(weight != 1 for _, weight in weighted_segments(p))), None):
         name = verbatim(shortened(weighted))
-        why = "weights of words have no effect, and brackets are left out; `prompt_mode` whole reads them"
+        why = "word weights have no effect, and the brackets are removed; `prompt_mode` whole reads them"
         yield f'note: "{name}": {why}'
 
 
 def unknown_words(metadata: Mapping[str, str], prompts: Sequence[str]) -> Iterator[str]:
-    """A line about words that a model with a short vocabulary, which its file's metadata names, never saw."""
+    """A line about words outside the vocabulary that the metadata of a small model lists."""
     known = metadata.get("words", "").split()
     used = (w for p in prompts for w in re.findall(r"\w+", p.lower()))
     unknown = [w for w in dict.fromkeys(used) if w not in known]

@@ -112,7 +112,7 @@ def encode_picture(image: Image.Image, settings: Settings, made_with: Mapping[st
 
 @contextlib.contextmanager
 def open_picture(where: Where, path: str | Path) -> Iterator[Image.Image]:
-    """An image file, opened by Pillow; raises Missing, or Mistake for whatever goes wrong inside."""
+    """Opens an image file with Pillow; raises Missing, or Mistake for any error inside."""
     check_file(where, path)
     with reading(where, "cannot be read"):
         try:
@@ -145,7 +145,7 @@ def read_record(path: str | Path, field: str = "replay") -> dict[str, Any]:
 
 
 def recorded_threads(record: Mapping[str, Any]) -> Any:
-    """How many threads of a CPU made an image, or else encoded its text, as its record says; None where none did."""
+    """The recorded number of CPU threads that made an image, or else encoded its text; None if a CPU did neither."""
     hardware = record.get("hardware")
     hardware = hardware if isinstance(hardware, dict) else {}
     return hardware.get("threads", hardware.get("text_encoder_threads"))

@@ -158,7 +158,7 @@ def _read_layers(stored: _Stored) -> tuple[int, tuple[int, ...]]:
     try:
         targets = read_layers("target_layers", stored.notes["target_layers"])
         origin = read_int("origin_layer", stored.notes["origin_layer"], 0)
-    except Exception as error:  # values may be of any kind
+    except Exception as error:  # values may have any type
         raise Mistake(*stored.where, verbatim(str(error))) from None
     if not targets:
         raise Mistake(*stored.where, "target_layers is empty")

@@ -268,7 +268,7 @@ def grey_png(path: Path, bits: int, values: list[int], clear: int | None) -> Non
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*transparent in places")
+@pytest.mark.filterwarnings("ignore:.*partly transparent")
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_a_clear_grey_of_few_bits_is_white(tmp_path, bits):
     most = 2**bits - 1
@@ -354,12 +354,12 @@ def test_notes_are_notes_whatever_is_said_of_warnings(tmp_path):
         "    assert sd3.command.execute(look, '') == 0\n"
     )
     got = python("-c", program)
-    assert got.returncode == 0 and got.stderr.count("note: ") == 2 and "is transparent in places" in got.stderr
+    assert got.returncode == 0 and got.stderr.count("note: ") == 2 and "is partly transparent" in got.stderr
 
 
 def test_a_file_that_goes_away_between_two_looks(tmp_path):
     for read in (lambda p: p.read_bytes(), lambda p: p.open(), lambda p: [*os.scandir(p)], lambda p: np.load(p)):
-        with pytest.raises(FileNotFoundError, match=r"^flag name: .*went away"), reading(Where("flag", "name")):
+        with pytest.raises(FileNotFoundError, match=r"^flag name: .*disappeared"), reading(Where("flag", "name")):
             read(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=r"^flag name: no such file$"), reading(Where("other")):
         check_file(Where("flag", "name"), tmp_path / "gone")

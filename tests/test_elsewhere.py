@@ -209,7 +209,7 @@ def test_one_image_goes_into_a_file_and_is_made_again_from_it(tmp_path, capsys, 
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--num_images", 2], "is for one image, and the flags ask for 2; give --out_dir"),
+        (["--num_images", 2], "is for one image, but the flags ask for 2; give --out_dir instead"),
         (["--out_dir", "x"], "does not go with --out_dir: it names a file, and no folder is made"),
         (["--postfix", "x"], "does not go with --postfix: it names a file, and no folder is made"),
         (["--serve_stdin"], "does not go with --serve_stdin"),
@@ -339,7 +339,7 @@ def test_a_run_record_and_an_images_settings_are_files_of_settings(image, tmp_pa
         ('{"steps": 0}', "steps 0: must be from 1 to 10000"),
         ('{"cfg_scale": 3}', "cfg_scale: is called cfg here"),
         ('{"stepz": 3}', "stepz: unknown flag; did you mean steps?"),
-        ('{"replay": "x.png"}', "replay: does not belong in a file of settings"),
+        ('{"replay": "x.png"}', "replay: does not belong in a settings file"),
         ('{"steps": 1, "steps": 2}', "'steps' is listed twice"),
         ('{"prompt": ["a"]}', "must be text"),
         ('{"skip_layer": 3}', "skip_layer 3: is not the model's own skip-layer guidance"),

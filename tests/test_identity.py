@@ -486,7 +486,7 @@ def test_a_record_that_knows_less_of_the_text_encoders_is_no_difference(apart, t
 @pytest.mark.parametrize("prompt", ["a (red:1.9) circle", "a ((red)) circle", "(a red circle)"])
 def test_weights_of_words_are_told_to_have_no_effect(engine, prompt):
     plan = plan_pictures(engine.engine, ["a red circle", prompt], [1, 1], **engine.engine.defaults)
-    why = "weights of words have no effect, and brackets are left out; `prompt_mode` whole reads them"
+    why = "word weights have no effect, and the brackets are removed; `prompt_mode` whole reads them"
     assert plan.notes == [f'note: "{prompt}": {why}']
     plan = plan_pictures(engine.engine, [r"a \(red\) circle", "a red circle)"], [1, 1], **engine.engine.defaults)
     assert plan.notes == []
