@@ -27,10 +27,11 @@ from sd3.network import Network
 from sd3.patches import patched
 from sd3.pixels import Pixels, check_finite, open_images, to_image
 from sd3.planning import batches, usual_settings
+from sd3.prompt_tokens import Key
 from sd3.residual import RESIDUAL_FLAGS
 from sd3.settings import FILE_SETTINGS, Flags, Settings, Setup
 from sd3.telling import SILENT, Reporter, Terminal
-from sd3.text import Key, TextEncoders, in_groups
+from sd3.text import TextEncoders, in_groups
 from sd3.weights import ModelTensors
 from sd3_impls import Conditioning
 

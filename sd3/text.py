@@ -6,22 +6,21 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from mmditx import TokenKinds
-from other_impls import CLIP, T5, CLIPConfig, CLIPTokenizer, T5Config, T5Tokenizer, Tokens, join_text
+from other_impls import CLIP, T5, CLIPConfig, T5Config, Tokens, join_text
 from sd3.device import device_record, encoder_dtype
 from sd3.embed_cache import EmbedCache, describe_files
 from sd3.files import ENCODERS, WeightFile
 from sd3.find import TOKENIZER_FILES, Fit, find_encoders, find_tokenizer
 from sd3.memory import explained
 from sd3.mistakes import Mistake, Where, verbatim
+from sd3.prompt_tokens import EMPTY, Key, PromptTokens
 from sd3.prompts import shortened
-from sd3.settings import Settings, Setup
-from sd3.spans import read_spans
+from sd3.settings import Setup
 from sd3.telling import SILENT, Reporter, Stages
 from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.unchanged import Unchanged
@@ -31,28 +30,11 @@ from sd3.weights import ModelTensors, check_part
 TEXTS_AT_ONCE = 256  # encoded prompts that are held in memory: 1.3 MB each at SD3's size
 CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 
-MOST_CHUNKS = 16  # of a prompt's CLIP tokens
-
-
-class Key(NamedTuple):
-    """A prompt as it is encoded. length: T5 tokens that it is padded to; chunks: of CLIP tokens, those beyond its own
-    are the empty prompt's; t5_prompt: what T5 reads, None for the prompt; dialect: whose rule of brackets, see
-    `readers.DIALECTS`, in whole prompts; empty: it is read as the public reference reads it.
-    """
-
-    prompt: str
-    length: int
-    chunks: int = 1
-    t5_prompt: str | None = None
-    dialect: str = ""
-
-
-EMPTY = Key("", 0)
 Row = tuple[int, ...]  # token ids that an encoder runs on at once
 Text = tuple[Tensor, Tensor]  # text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths)
 
 
-class TextEncoders:
+class TextEncoders(PromptTokens):
     """The text encoders and tokenizers of a model. They are found and checked when this is made, from headers alone;
     weights are read whenever prompts are encoded. The `most` prompts that were used last stay encoded.
     """
@@ -93,17 +75,15 @@ class TextEncoders:
             for role, model in models.items()
         }
         clips = [models[role].config for role in CLIP_ACTIVATIONS]
-        self.positions = min(config.positions for config in clips)  # their tokens lie side by side
         places = list(dict.fromkeys([*folders, *(part.file.path.parent for part in self.parts.values())]))
         self.tokenizer_folders = {"clip": find_tokenizer("clip", places)}
+        rows = min(config.vocabulary for config in clips)
+        clip_tokenizer, t5_tokenizer = open_clip_tokenizer(self.tokenizer_folders["clip"], rows=rows), None
         if "t5xxl" in models:
             self.tokenizer_folders["t5"] = find_tokenizer("t5", places)
-        rows = min(config.vocabulary for config in clips)
-        self.clip_tokenizer: CLIPTokenizer = open_clip_tokenizer(self.tokenizer_folders["clip"], rows=rows)
-        self.t5_tokenizer: T5Tokenizer | None = None
-        if "t5xxl" in models:
             rows = models["t5xxl"].config.vocabulary
-            self.t5_tokenizer = open_t5_tokenizer(self.tokenizer_folders["t5"], rows=rows)
+            t5_tokenizer = open_t5_tokenizer(self.tokenizer_folders["t5"], rows=rows)
+        super().__init__(clip_tokenizer, t5_tokenizer, min(config.positions for config in clips))
         own = {entry.path for entry in model_file.entries.values()}
         self.separate_files = {role: sorted(paths - own) for role, paths in self.files().items() if paths - own}
         for role, paths in self.separate_files.items():
@@ -136,7 +116,7 @@ class TextEncoders:
             how["patches"] = {role: [p.identity for p in part.patches] for role, part in self.parts.items()}
 
         def fits(key: Key, context: Tensor, pooled: Tensor) -> bool:
-            shapes = (1, self._clip_length(key) + self._t5_length(key), fit.context), (1, fit.pooled)
+            shapes = (1, self.clip_length(key) + self.t5_length_of(key), fit.context), (1, fit.pooled)
             return (context.shape, pooled.shape) == shapes and {context.dtype, pooled.dtype} == {dtype}
 
         return EmbedCache(self.cache_folder, self.files(), how, fits)
@@ -157,90 +137,6 @@ class TextEncoders:
     def opened(self) -> int:
         """How often a text encoder was read from disk."""
         return sum(encoder.opened for encoder in self.encoders.values())
-
-    # -- prompts as they are encoded --
-
-    def keys(self, s: Settings) -> tuple[Key, Key]:
-        """An image's prompt and its negative prompt, both with as many tokens as the longer one needs.
-
-        Raises Mistake for a prompt whose weights cannot be read, and for one that is too long.
-        """
-        prompt = s.prompt if s.clip_prompt is None else s.clip_prompt
-        t5_prompt = s.prompt if s.t5_prompt is None else s.t5_prompt
-        if s.prompt_mode == "reference":
-            length, chunks, dialect = self.pair_length(t5_prompt, s.negative_prompt), 1, ""
-        else:
-            length, dialect = s.t5_tokens, s.prompt_weights
-            named = {"clip_prompt" if s.clip_prompt is not None else "prompt": prompt}
-            named |= {"negative_prompt": s.negative_prompt}
-            chunks = max(self._count_chunks(name, text, dialect) for name, text in named.items())
-            if t5_prompt != prompt:
-                read_spans(t5_prompt, dialect, "prompt" if s.t5_prompt is None else "t5_prompt")
-        cond = Key(prompt, length, chunks, None if t5_prompt == prompt else t5_prompt, dialect)
-        return cond, Key(s.negative_prompt, length, chunks, None, dialect)
-
-    def shape(self, s: Settings) -> tuple[int, int]:
-        """Chunks of CLIP tokens and T5 tokens of an image's prompts: images that share a run have the same."""
-        key = self.keys(s)[0]
-        return key.chunks, key.length
-
-    def _count_chunks(self, field: str, prompt: str, dialect: str) -> int:
-        spans = read_spans(prompt, dialect, field)
-        count = len(self.clip_tokenizer.chunks(spans, self.positions, commas=dialect == "a1111"))
-        if count > MOST_CHUNKS:
-            why = f"has {count} chunks of {self.positions - 2} CLIP tokens; at most {MOST_CHUNKS} are allowed"
-            raise Mistake(field, shortened(prompt), why)
-        return count
-
-    def t5_length(self, prompt: str) -> int:
-        """How many T5 tokens a prompt has as the reference reads it (at least as many as CLIP takes: 77)."""
-        if self.t5_tokenizer is None:
-            return self.positions
-        return len(self.t5_tokenizer.tokenize(prompt, self.positions).ids)
-
-    def pair_length(self, prompt: str, negative: str) -> int:
-        """The T5 length at which the reference encodes both halves of a guided run."""
-        return max(self.t5_length(prompt), self.t5_length(negative))
-
-    def clip_tokens(self, key: Key, role: str = "clip_l") -> list[Tokens]:
-        """A prompt's tokens for a CLIP, by chunk."""
-        pad = 0 if role == "clip_g" else None
-        if not key.dialect:
-            return [self.clip_tokenizer.tokenize(key.prompt, self.positions, pad).plain()]
-        commas = key.dialect == "a1111"
-        own = self.clip_tokenizer.chunks(read_spans(key.prompt, key.dialect), self.positions, pad, commas)
-        return own + self.clip_tokenizer.chunks([], self.positions, pad) * (key.chunks - len(own))
-
-    def t5_tokens(self, key: Key) -> Tokens:
-        """A prompt's tokens for T5, which there must be."""
-        prompt = key.prompt if key.t5_prompt is None else key.t5_prompt
-        if not key.dialect:
-            return self.t5_tokenizer.tokenize(prompt, key.length).plain()
-        return self.t5_tokenizer.whole(read_spans(prompt, key.dialect), key.length)
-
-    def _clip_length(self, key: Key) -> int:
-        return self.positions * key.chunks
-
-    def _t5_length(self, key: Key) -> int:
-        return self.positions if self.t5_tokenizer is None and not key.dialect else key.length
-
-    def kinds(self, key: Key) -> TokenKinds:
-        """What a prompt's text tokens are, on the CPU. Without T5 its zeros are padding."""
-        parts = self.clip_tokens(key)
-        places = [self.positions] * len(parts)
-        if self.t5_tokenizer is not None:
-            parts.append(self.t5_tokens(key))
-            places.append(len(parts[-1].ids))
-        else:
-            places.append(self._t5_length(key))
-        words = torch.zeros(1, sum(places), dtype=torch.bool)
-        weights = torch.ones(words.shape)
-        start = 0
-        for part, place in zip(parts, places, strict=False):
-            words[0, start : start + part.words] = True
-            weights[0, start : start + len(part.stream)] = torch.tensor(part.stream)
-            start += place
-        return TokenKinds(self._clip_length(key), words, None if bool((weights == 1).all()) else weights)
 
     # -- encoded prompts --
 
@@ -286,11 +182,6 @@ class TextEncoders:
         turn = "`text_encoder_device` cpu, `no_t5` True, or fewer prompts at a time"
         with self.unchanged.watch(), explained("encoding prompts", turn):
             self._encode([key for key in wanted if key not in self._texts])
-
-    def cost(self, key: Key) -> int:
-        """How many prompts of usual length, 2 x 77 tokens, a prompt takes the memory of."""
-        key = Key(*key)
-        return max(1, (self._clip_length(key) + self._t5_length(key)) // (2 * self.positions))
 
     def _make_room(self, wanted: Mapping[Key, Any]) -> None:
         """Drops those that were used longest ago, for at most the memory of `most` together with the wanted ones."""
@@ -343,7 +234,7 @@ class TextEncoders:
         """T5's part of the text tokens (1, L, D) by prompt; zeros without T5."""
         if self.t5_tokenizer is None:
             zeros = functools.partial(torch.zeros, dtype=encoder_dtype(self.dtype), device=self.runs_on)
-            return {key: zeros(1, self._t5_length(key), self.fit.context) for key in keys}
+            return {key: zeros(1, self.t5_length_of(key), self.fit.context) for key in keys}
         tokens = {key: self.t5_tokens(key) for key in keys}
         empty = {key: row_of(self.t5_tokenizer.whole([], key.length)) for key, own in tokens.items() if own.weighted}
         wanted = dict.fromkeys([*map(row_of, tokens.values()), *empty.values()])

@@ -30,9 +30,9 @@ from sd3.probe.measuring import Measurement, Sums, cka, linear_probe, neighbour_
 from sd3.probe.procrustes import Calibration
 from sd3.probe.running import Collector, LabelledPrompt, read_labelled, run_prompts
 from sd3.probe.suggesting import suggest
+from sd3.prompt_tokens import Key
 from sd3.residual import ResidualConfig
 from sd3.rotations import orthogonality, read_rotations
-from sd3.text import Key
 
 PROMPTS = [
     "a red circle", "a star", "two green squares", "a blue square on a white background", "an orange triangle",

@@ -25,10 +25,10 @@ from sd3.files import ENCODER_PREFIX, MMDIT_PREFIX
 from sd3.mistakes import Mistake
 from sd3.planning import plan_pictures
 from sd3.presets import PRESETS, read_preset, with_rotations
+from sd3.prompt_tokens import EMPTY, MOST_CHUNKS, Key
 from sd3.residual import ResidualConfig
 from sd3.settings import Settings
 from sd3.spans import plain_text, read_spans
-from sd3.text import EMPTY, MOST_CHUNKS, Key
 from sd3_infer import SD3Inferencer
 
 WHOLE = {"prompt_mode": "whole"}

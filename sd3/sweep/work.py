@@ -13,11 +13,12 @@ from sd3.engine import load_for
 from sd3.memory import OutOfMemory, one_line, out_of_memory
 from sd3.mistakes import Mistake
 from sd3.pixels import open_images
+from sd3.prompt_tokens import Key
 from sd3.record import Picture
 from sd3.run import MadeWith, make_pictures
 from sd3.settings import FILE_SETTINGS, Flags, Settings
 from sd3.sweep.plan import Batch, Plan
-from sd3.text import Key, Text, in_groups
+from sd3.text import Text, in_groups
 from sd3.unchanged import Changed
 
 TEXTS_AT_ONCE = 1024  # encoded prompts kept in memory: every variant uses each of them
