@@ -208,7 +208,7 @@ class Engine:
             if s.controlnet_ckpt:
                 raise Mistake("controlnet_ckpt", "", "no ControlNet is loaded")
             if s.controlnet_cond_image:
-                why = "needs a ControlNet; load one with `controlnet_ckpt`"
+                why = "no ControlNet is loaded; load one with `controlnet_ckpt`"
                 raise Mistake("controlnet_cond_image", s.controlnet_cond_image, why)
 
     # -- images --
