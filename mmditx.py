@@ -84,7 +84,7 @@ class Stream:
 
 
 class ResidualStream(Stream):
-    """Residual text streaming of one picture (or batch). Without a `begin`, sigma is 1 and all rows are mixed."""
+    """Residual text streaming of one image (or batch). Without a `begin`, sigma is 1 and all rows are mixed."""
 
     def __init__(
         self,
@@ -95,27 +95,32 @@ class ResidualStream(Stream):
         branch: str = "both",
         acts: Callable[[float, int], bool] = lambda step, steps: True,
         rotations: Rotations | None = None,
+        tokens: str = "all",
     ):
         """origin: the block whose text tokens are kept; weights: by target; mode: add, anchored or aligned, which needs
         rotations; schedule: see `schedule_factor`; branch: both halves of guidance, cond or uncond; acts(step, steps):
-        whether a step, of as many as run, is mixed in.
+        whether a step, of as many as run, is mixed in; tokens: which are mixed, see `TokenKinds.share`.
         """
         self.origin, self.weights = origin, dict(weights)
         self.mode, self.schedule, self.branch, self.acts = mode, schedule, branch, acts
         if mode == "aligned" and rotations is None:
             raise ValueError("mode aligned needs rotations")
-        self.rotations = rotations
+        self.rotations, self.tokens = rotations, tokens
         self.kept: Tensor | None = None  # C_o, of the rows that are mixed
         self.prepared: dict[Any, Tensor] = {}  # C_o standardised (None), and rotated (by target and bucket)
         self.turned: dict[Any, Tensor] = {}  # rotations on the model's device, in its dtype
         self.sigma, self.factor = 1.0, schedule_factor(schedule, 1.0)
         self.rows: slice | None = None  # of the batch; None: all
         self.text: Text | None = None
+        self.kinds: TokenKinds | None = None
+        self.share: Tensor | None = None  # the part of the weights for each token; None: all of it
+        self.shares: dict[tuple, Tensor | None] = {}  # made once per text
         self.mixes = True  # in the call begun last
 
     def begin(self, at: ModelCall) -> bool:
         """Gets ready for a call; False where nothing is mixed in it."""
         self.sigma, self.factor, self.text = at.sigma, schedule_factor(self.schedule, at.sigma), at.text
+        self.kinds = at.kinds
         mine, others = (at.cond, at.uncond) if self.branch == "cond" else (at.uncond, at.cond)
         whole = self.branch == "both" or others.start == others.stop
         self.rows = None if whole else mine
@@ -126,8 +131,17 @@ class ResidualStream(Stream):
         """Keeps context (B, T, D) where i is the origin."""
         if i == self.origin:
             self.kept = context if self.rows is None else context[self.rows]
+            self.share = self._share(context)
             text_alone = i == 0 and self.text is not None and not context.requires_grad
             self.prepared = self.text.prepared.setdefault(self, {}) if text_alone else {}
+
+    def _share(self, context: Tensor) -> Tensor | None:
+        """The part of the weights for each token like context (B, T, D) that is mixed: (B or 1, T, 1), or None."""
+        key = self.kinds, context.shape[1], context.device, context.dtype
+        if key not in self.shares:
+            self.shares[key] = share_of(self.kinds, self.tokens, context)
+        share = self.shares[key]
+        return share if share is None or self.rows is None or share.shape[0] == 1 else share[self.rows]
 
     def mix(self, i: int, context: Tensor) -> Tensor:
         """context (B, T, D) with the origin's tokens mixed in, where i is a target."""
@@ -141,8 +155,12 @@ class ResidualStream(Stream):
     def _mixed(self, i: int, context: Tensor) -> Tensor:
         w = self.weights[i] * self.factor
         if self.mode == "add":
-            return context.add(self.kept, alpha=w)  # C_i + w C_o
-        return anchored_mix(context, self._direction(i), w)
+            kept = self.kept if self.share is None else self.kept * self.share
+            return context.add(kept, alpha=w)  # C_i + w C_o
+        if self.share is None:
+            return anchored_mix(context, self._direction(i), w)
+        mixed = anchored_mix(context, self._direction(i) * self.share, w)
+        return torch.where(self.share == 0, context, mixed)
 
     def _direction(self, i: int) -> Tensor:
         """standardise(C_o), float32, for `aligned` times R_i: made once per call, or per text where C_o is the text."""
@@ -163,6 +181,51 @@ class ResidualStream(Stream):
         if not self.mixes or self.factor == 0:
             return None
         return self.factor, self.rotations.bucket(self.sigma) if self.mode == "aligned" else None
+
+
+@dataclass(frozen=True, eq=False)
+class TokenKinds:
+    """What the text tokens of a batch are. clip: so many are CLIP's, the first ones, the others T5's; words: (B, T)
+    bool, no padding; weights: (B, T) factors on the residual weights, None for 1.
+    """
+
+    clip: int
+    words: Tensor | None = None
+    weights: Tensor | None = None
+
+    def share(self, tokens: str, length: int) -> Tensor | None:
+        """The part of a residual weight for each of `length` tokens, (B or 1, T, 1); None: all of it.
+
+        tokens: all, words, padding, clip or t5. Raises ValueError where it is not known which tokens are words.
+        """
+        chosen = None
+        if tokens in ("words", "padding"):
+            if self.words is None:
+                raise ValueError(f"tokens {tokens}: it is not known which tokens are words")
+            chosen = self.words if tokens == "words" else ~self.words
+        elif tokens != "all":
+            clip = torch.arange(length)[None] < self.clip
+            chosen = clip if tokens == "clip" else ~clip
+        if chosen is None:
+            return None if self.weights is None else self.weights[..., None]
+        chosen = chosen.float()
+        return (chosen if self.weights is None else chosen * self.weights.to(chosen.device))[..., None]
+
+    def rows(self, rows: slice) -> TokenKinds:
+        """Of some rows of the batch."""
+        return TokenKinds(self.clip, *(None if part is None else part[rows] for part in (self.words, self.weights)))
+
+
+def share_of(kinds: TokenKinds | None, tokens: str, context: Tensor) -> Tensor | None:
+    """`TokenKinds.share` for tokens like context (B, T, D), on its device and in its dtype. Raises ValueError where it
+    must be known what the tokens are, and is not.
+    """
+    if kinds is None:
+        if tokens != "all":
+            raise ValueError(f"tokens {tokens}: it is not known what the text tokens are")
+        return None
+    share = kinds.share(tokens, context.shape[1])
+    return None if share is None else share.to(context.device, context.dtype)
 
 
 def anchored_mix(context: Tensor, direction: Tensor, w: float) -> Tensor:
@@ -228,8 +291,8 @@ class ModelCall:
     """One call of the network, as a stream sees it beforehand.
 
     step: which of `steps`, from 0, a fraction between two; sigma in [0, 1]; cond and uncond: the batch rows of either
-    half of guidance, as slices with both ends, possibly empty; text: what is embedded, None where that is unknown;
-    skip_layers: blocks that do not run.
+    half of guidance, as slices with both ends, possibly empty; text: what is embedded, kinds: what its tokens are, both
+    None where that is unknown; skip_layers: blocks that do not run.
     """
 
     step: float
@@ -239,6 +302,7 @@ class ModelCall:
     uncond: slice
     text: Text | None = None
     skip_layers: Collection[int] = ()
+    kinds: TokenKinds | None = None
 
     @classmethod
     def of_rows(
@@ -592,7 +656,7 @@ class MMDiT(nn.Module):
 class Reuse:
     """First-block caching: where block 0 changes the image tokens almost as it did in the last full step, what the
     other blocks added then is added again. One per kind of call and per picture: the criterion is a single number, so
-    the pictures of a batch would decide for each other.
+    the images of a batch would decide for each other.
 
     threshold: reuse when the relative L1 change of block 0's output is below this (the criterion of ParaAttention's
     first-block cache).

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -371,67 +372,94 @@ def join_text(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
 
 T5_CHARACTERS = 226  # of a prompt that T5 reads, as in the public reference
 LARGE_WORD = 8  # tokens from which on a CLIP word is cut where it does not fit; a smaller one is left out
-NESTING_WEIGHT = 1.1
-_ESCAPES = (("\\(", "\0\1"), ("\\)", "\0\2"))
+COMMA_REACH = 20  # tokens that A1111 looks back for a comma where a chunk is full
 
 
-def weighted_segments(text: str, weight: float = 1.0) -> list[tuple[str, float]]:
-    """Splits a prompt at its parentheses into (text, weight): `(x)` weighs 1.1 times its surroundings, `(x:1.4)`
-    exactly 1.4; `\\(`, `\\)` and everything from an unclosed `(` on are plain text.
+NESTING_WEIGHT = 1.1  # of one pair of brackets without a number
+LONGEST_NUMBER = 400  # characters of a weight; a longer text is not parsed as one
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a prompt. weight: in the text encoders; stream: in residual text streaming; starts: CLIP's tokens begin
+    a new chunk here, as `BREAK` stands before it.
     """
-    for written, hidden in _ESCAPES:
-        text = text.replace(written, hidden)
-    return [(_unescape(t), w) for t, w in _segments(text, weight)]
+
+    text: str
+    weight: float = 1.0
+    stream: float = 1.0
+    starts: bool = False
 
 
-def _unescape(text: str) -> str:
-    for written, hidden in _ESCAPES:
-        text = text.replace(hidden, written[1])
-    return text
+def weighted_segments(text: str) -> list[tuple[str, float]]:
+    """Splits a prompt at its brackets into (text, weight), see `bracketed`."""
+    return [(unescaped(text[a:b]), weight) for a, b, weight, _, _ in bracketed(text)]
 
 
-LONGEST_NUMBER = 400  # characters of a weight; longer text is not parsed as one
+def unescaped(text: str) -> str:
+    """A text with its escaped brackets as brackets."""
+    return text.replace("\\(", "(").replace("\\)", ")")
 
 
-def _segments(text: str, weight: float) -> list[tuple[str, float]]:
-    """Without recursion: a prompt may be nested as deeply as it is long."""
-    closing = _closing(text)
+def bracketed(
+    text: str,
+    in_stream: Callable[[int], float | None] = lambda place: None,
+    only: Collection[int] | None = None,
+) -> Iterator[tuple[int, int, float, float, bool]]:
+    """(from, to, weight, weight in the stream, whether outside all brackets) of the parts of a prompt. By
+    ComfyUI's rule `(x)` weighs 1.1 times its surroundings and `(x:1.4)` exactly 1.4; `\\(`, `\\)` and everything from
+    an unclosed `(` on are text.
+
+    in_stream: the weight in the stream of brackets that end at a place, None where they have none; only: other brackets
+    than those that end at these places are text. Without recursion: a prompt may be nested as deeply as it is long.
+    """
+    comfy = only is None
+    escaped = {i + 1 for i in range(len(text) - 1) if text[i] == "\\" and text[i + 1] in "()"} if comfy else set()
+    closing = _closing(text, escaped)
+    if not comfy:
+        closing = {a: b for a, b in closing.items() if b in only}
     colons = [i for i, char in enumerate(text) if char == ":"]
-    out: list[tuple[str, float]] = []
-    todo = [(0, len(text), weight, True)]  # from, to, weight, whether there may be parentheses inside
+    todo = [(0, len(text), 1.0, 1.0, True, True)]  # from, to, weights, outermost, whether there may be brackets inside
     while todo:
-        start, end, weight, nested = todo.pop()
+        start, end, weight, stream, outermost, nested = todo.pop()
         if not nested:
-            out.append((text[start:end], weight))
+            yield start, end, weight, stream, outermost
             continue
         inside = []
-        for a, b in _pieces(text, start, end, closing):
-            if b - a < 2 or text[a] != "(" or text[b - 1] != ")":
-                inside.append((a, b, weight, False))
-            else:
-                inside.append((a + 1, *_weighted(text, a + 1, b - 1, weight, colons), True))
+        for a, b in _pieces(text, start, end, closing, escaped, comfy):
+            bracketed = b - a > 1 and text[a] == "(" and text[b - 1] == ")" and b - 1 not in escaped
+            if not bracketed or not (comfy or closing.get(a) == b - 1):
+                inside.append((a, b, weight, stream, outermost, False))
+                continue
+            own, stop, number = in_stream(b - 1), b - 1, None
+            if comfy:
+                stop, number = _number(text, a + 1, b - 1, colons)
+            usual = weight * NESTING_WEIGHT if comfy and own is None else weight
+            inner = usual if number is None else number, stream if own is None else own
+            inside.append((a + 1, stop, *inner, False, True))
         todo += inside[::-1]
-    return out
 
 
-def _closing(text: str) -> dict[int, int]:
+def _closing(text: str, escaped: set[int]) -> dict[int, int]:
     """Place of the `)` by place of its `(`."""
     closing, opened = {}, []
     for i, char in enumerate(text):
-        if char == "(":
+        if char == "(" and i not in escaped:
             opened.append(i)
-        elif char == ")" and opened:
+        elif char == ")" and i not in escaped and opened:
             closing[opened.pop()] = i
     return closing
 
 
-def _pieces(text: str, start: int, end: int, closing: dict[int, int]) -> list[tuple[int, int]]:
-    """Splits text[start:end] into parenthesised pieces, with the parentheses, and the pieces between. An unclosed `(`
-    starts one last piece; after a surplus `)` the next `(` only balances it.
+def _pieces(
+    text: str, start: int, end: int, closing: dict[int, int], escaped: set[int], comfy: bool
+) -> list[tuple[int, int]]:
+    """Splits text[start:end] into bracketed pieces, with the brackets, and the pieces between. With ComfyUI an unclosed
+    `(` starts one last piece; after a surplus `)` the next `(` only balances it.
     """
     pieces, depth, i = [], 0, start
     while i < end:
-        if text[i] == "(" and depth == 0:
+        if text[i] == "(" and depth == 0 and i not in escaped and (comfy or i in closing):
             pieces.append((start, i))
             start, close = i, closing.get(i, end)
             if close >= end:
@@ -439,41 +467,92 @@ def _pieces(text: str, start: int, end: int, closing: dict[int, int]) -> list[tu
             pieces.append((start, close + 1))
             start = i = close + 1
             continue
-        depth += {"(": 1, ")": -1}.get(text[i], 0)
+        if comfy and i not in escaped:
+            depth += {"(": 1, ")": -1}.get(text[i], 0)
         i += 1
     pieces.append((start, end))
     return [(a, b) for a, b in pieces if a < b]
 
 
-def _weighted(text: str, start: int, end: int, weight: float, colons: list[int]) -> tuple[int, float]:
-    """End and weight of a text in parentheses: the number after its last colon, else 1.1 times the surroundings'."""
+def _number(text: str, start: int, end: int, colons: list[int]) -> tuple[int, float | None]:
+    """The end of a bracketed text and its weight: the number after its last colon, None without one."""
     place = bisect.bisect_left(colons, end) - 1
     colon = colons[place] if place >= 0 else -1
-    if colon > start and end - colon <= LONGEST_NUMBER:
-        try:
-            return colon, float(text[colon + 1 : end])
-        except ValueError:
-            pass  # not a number: the colon is text
-    return end, weight * NESTING_WEIGHT
+    number = read_number(text[colon + 1 : end]) if colon > start and end - colon <= LONGEST_NUMBER else None
+    return (end, None) if number is None else (colon, number)
+
+
+def read_number(number: str | None) -> float | None:
+    """The number that a text is, None where it is none."""
+    if number is None or len(number) > LONGEST_NUMBER:
+        return None
+    try:
+        return float(number)
+    except ValueError:
+        return None
 
 
 def weighted_words(text: str) -> list[tuple[str, float]]:
     """The words of a prompt, split at spaces, newlines and segment borders, each with its weight."""
-    return [
-        (word, weight)
-        for segment, weight in weighted_segments(text)
-        for word in segment.replace("\n", " ").split(" ")
-        if word
-    ]
+    return [(word, weight) for segment, weight in weighted_segments(text) for word in words_of(segment)]
+
+
+def words_of(text: str) -> list[str]:
+    """A text split at spaces and newlines."""
+    return [word for _, word in words_in(text)]
+
+
+def words_in(text: str) -> list[tuple[int, str]]:
+    """The words of a text between spaces and newlines, with their places."""
+    return [(match.start(), match[0]) for match in re.finditer(r"[^ \n]+", text)]
+
+
+class Run:
+    """Spans of a prompt as one text."""
+
+    def __init__(self, spans: Sequence[Span], at_break: str = ""):
+        """at_break: what stands in the text where `BREAK` stood."""
+        texts = [at_break + span.text if span.starts else span.text for span in spans]
+        self.spans, self.text = list(spans), "".join(texts)
+        self.ends = list(itertools.accumulate(map(len, texts)))
+        self.starts = bool(spans) and spans[0].starts
+
+    def at(self, place: int) -> Span:
+        """The span of a character."""
+        return self.spans[min(bisect.bisect_right(self.ends, max(place, 0)), len(self.spans) - 1)]
+
+
+def runs_of(spans: Sequence[Span]) -> list[Run]:
+    """Neighbours of one weight, between `BREAK`s, together: a weight in the stream alone does not part a word."""
+    groups: list[list[Span]] = []
+    for span in spans:
+        if groups and not span.starts and groups[-1][-1].weight == span.weight:
+            groups[-1].append(span)
+        else:
+            groups.append([span])
+    return [Run(group) for group in groups]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids and weights of one prompt; cut: whether some of the prompt did not fit."""
+    """Token ids and weights of one prompt, or of one chunk of it; cut: whether some of the prompt did not fit; words:
+    how many are no padding, the first; stream: weights in residual text streaming, of the first ones (others: 1).
+    """
 
     ids: list[int]
     weights: list[float]
     cut: bool
+    words: int
+    stream: list[float] = field(default_factory=list)
+
+    def plain(self) -> Tokens:
+        """Without weights, which the public reference reads and does not use."""
+        return replace(self, weights=[1.0] * len(self.ids))
+
+    @property
+    def weighted(self) -> bool:
+        """Whether any token has a weight."""
+        return any(weight != 1 for weight in self.weights)
 
 
 class CLIPTokenizer:
@@ -500,9 +579,77 @@ class CLIPTokenizer:
             weights += [weight] * len(tokens)
             if cut:
                 break
-        ids.append(self.end)
-        ids += [self.end if pad is None else pad] * (length - len(ids))
-        return Tokens(ids, weights + [1.0] * (length - len(weights)), cut)
+        return self._filled(ids, weights, [], length, pad, cut)
+
+    def chunks(self, spans: Sequence[Span], length: int, pad: int | None = None, commas: bool = False) -> list[Tokens]:
+        """All tokens, in chunks of `length` with start, end and padding each; at least one chunk.
+
+        commas: where a chunk is full, what follows its last comma goes to the next, by A1111's rule; else a word that
+        does not fit does, or is cut there if it is long, by ComfyUI's.
+        """
+        room = length - 2
+        places = self._by_commas(spans, room) if commas else self._by_words(spans, room)
+        return [
+            self._filled(
+                [self.start, *(i for i, _ in own)],
+                [1.0, *(s.weight for _, s in own)],
+                [1.0, *(s.stream for _, s in own)],
+                length,
+                pad,
+            )
+            for own in places
+        ]
+
+    def _by_words(self, spans: Sequence[Span], room: int) -> list[list[tuple[int, Span]]]:
+        out: list[list[tuple[int, Span]]] = [[]]
+        for run in runs_of(spans):
+            if run.starts and out[-1]:
+                out.append([])
+            for place, word in words_in(run.text):
+                tokens = self._tokens(word, run, place)
+                if out[-1] and len(out[-1]) + len(tokens) > room and len(tokens) < LARGE_WORD:
+                    out.append([])
+                while tokens:
+                    if len(out[-1]) == room:
+                        out.append([])
+                    fitting = room - len(out[-1])
+                    out[-1] += tokens[:fitting]
+                    tokens = tokens[fitting:]
+        return out if out[-1] or len(out) == 1 else out[:-1]
+
+    def _by_commas(self, spans: Sequence[Span], room: int) -> list[list[tuple[int, Span]]]:
+        out: list[list[tuple[int, Span]]] = [[]]
+        comma, last = self.tokenizer.token_to_id(",</w>"), -1
+        for run in runs_of(spans):
+            if run.starts:
+                out.append([])
+                last = -1
+            for token, span in self._tokens(run.text, run):
+                full = len(out[-1]) == room
+                if token == comma:
+                    last = len(out[-1])
+                elif full and last != -1 and room - last <= COMMA_REACH:
+                    moved = out[-1][last + 1 :]
+                    del out[-1][last + 1 :]
+                    out.append(moved)
+                    last = -1
+                if len(out[-1]) == room:
+                    out.append([])
+                    last = -1
+                out[-1].append((token, span))
+        return out if out[-1] or len(out) == 1 else out[:-1]
+
+    def _tokens(self, text: str, run: Run, place: int = 0) -> list[tuple[int, Span]]:
+        """The tokens of a text that stands at a place of a run, each with its span."""
+        got = self.tokenizer.encode(text, add_special_tokens=False)
+        return [(token, run.at(place + end - 1)) for token, (_, end) in zip(got.ids, got.offsets, strict=True)]
+
+    def _filled(
+        self, ids: list[int], weights: list[float], stream: list[float], length: int, pad: int | None, cut: bool = False
+    ) -> Tokens:
+        words = len(ids) + 1
+        ids = [*ids, self.end, *[self.end if pad is None else pad] * (length - words)]
+        return Tokens(ids, weights + [1.0] * (length - len(weights)), cut, words, stream)
 
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
@@ -529,12 +676,18 @@ def clip_pipeline(bpe: models.BPE) -> Tokenizer:
 
 
 class T5Tokenizer:
-    """T5's unigram pieces: `split` turns a word into piece ids, this adds weights, the end token and padding."""
+    """T5's unigram pieces: `places` turns a text into piece ids and the places in it where they end; this adds weights,
+    the end token and padding.
+    """
 
     end, pad = 1, 0
 
-    def __init__(self, split: Callable[[str], list[int]]):
-        self.split = split
+    def __init__(self, places: Callable[[str], list[tuple[int, int]]]):
+        self.places = places
+
+    def split(self, text: str) -> list[int]:
+        """The piece ids of a text."""
+        return [token for token, _ in self.places(text)]
 
     def tokenize(self, prompt: str, minimum: int) -> Tokens:
         """The first 226 characters' tokens and the end token, padded with 0 to at least `minimum`."""
@@ -543,13 +696,30 @@ class T5Tokenizer:
             tokens = self.split(word)
             ids += tokens
             weights += [weight] * len(tokens)
-        ids.append(self.end)
-        ids += [self.pad] * (minimum - len(ids))
-        return Tokens(ids, weights + [1.0] * (len(ids) - len(weights)), len(prompt) > T5_CHARACTERS)
+        return self._filled(ids, weights, [], minimum, len(prompt) > T5_CHARACTERS)
+
+    def whole(self, spans: Sequence[Span], length: int) -> Tokens:
+        """Exactly `length` tokens: as many as fit, the end token and padding. The prompt is one text, which white space
+        splits into words; in place of `BREAK` there is a space. A token has the weight of the span in which it ends.
+        """
+        run = Run(spans, " ")
+        words = re.finditer(r"\S+", run.text)
+        rows = [(token, run.at(word.start() + end - 1)) for word in words for token, end in self.places(word[0])]
+        own = rows[: length - 1]
+        weights, stream = [s.weight for _, s in own], [s.stream for _, s in own]
+        return self._filled([token for token, _ in own], weights, stream, length, len(own) < len(rows))
+
+    def _filled(self, ids: list[int], weights: list[float], stream: list[float], minimum: int, cut: bool) -> Tokens:
+        words = len(ids) + 1
+        ids = [*ids, self.end, *[self.pad] * (minimum - words)]
+        return Tokens(ids, weights + [1.0] * (len(ids) - len(weights)), cut, words, stream)
 
 
-def sentencepiece_split(model: SentencePieceProcessor, rows: int | None = None) -> Callable[[str], list[int]]:
-    """A function from a word to its piece ids; `</s>` and the like in a word are their own ids, as on the hub.
+def sentencepiece_places(
+    model: SentencePieceProcessor, rows: int | None = None
+) -> Callable[[str], list[tuple[int, int]]]:
+    """A function from a word to its piece ids, each with the place where it ends (in a word that is normalised to
+    another length: about there); `</s>` and the like are their own ids, as on the hub.
 
     rows: of the encoder's embedding table, where known; extra ids beyond it are not used.
     """
@@ -558,8 +728,16 @@ def sentencepiece_split(model: SentencePieceProcessor, rows: int | None = None) 
     special = {model.id_to_piece(i): i for i in range(3)} | extra
     borders = re.compile("(" + "|".join(map(re.escape, special)) + ")")
 
-    def split(word: str) -> list[int]:
-        parts = [p for p in borders.split(word) if p]
-        return [i for p in parts for i in ([special[p]] if p in special else model.encode(p))]
+    def places(text: str) -> list[tuple[int, int]]:
+        out, start = [], 0
+        for part in borders.split(text):
+            if part in special:
+                out.append((special[part], start + len(part)))
+            elif part:
+                lengths = (len(piece.lstrip("\u2581")) for piece in model.encode(part, out_type=str))
+                ends = (start + min(end, len(part)) for end in itertools.accumulate(lengths))
+                out += zip(model.encode(part), ends, strict=True)
+            start += len(part)
+        return out
 
-    return split
+    return places

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes a picture: run_inference.sh <sd3|sd3.5|demo> "prompt" [any flag of sd3_infer.py]
+# Makes an image: run_inference.sh <sd3|sd3.5|demo> "prompt" [any flag of sd3_infer.py]
 set -euo pipefail
 
 here=$(cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd)
@@ -14,8 +14,8 @@ environment (default):
   MODEL_FOLDER     folder of the text encoders and tokenizers (\$MODEL_DIR)
   SD3_MODEL_PATH   (\$MODEL_DIR/sd3_medium.safetensors)    SD3_SHIFT   (1.0)
   SD35_MODEL_PATH  (\$MODEL_DIR/sd3.5_large.safetensors)   SD35_SHIFT  (3.0)
-  VAE_PATH         a VAE of its own (\$MODEL_DIR/sd3_vae.safetensors where that exists)
-  PYTHON           the Python to use (one with the packages, else a .venv that is made on the first run)
+  VAE_PATH         a separate VAE file (\$MODEL_DIR/sd3_vae.safetensors if it exists)
+  PYTHON           the Python to use (one that has the packages, else a .venv created on the first run)
 TEXT
 }
 
@@ -38,7 +38,7 @@ if [ "${1:-}" = "--" ]; then
   shift
 fi
 if [ $# -lt 1 ] || { [ -z "$literal" ] && [[ $1 == --* ]]; }; then
-  fail "the prompt is missing: run_inference.sh $which \"prompt\" [flags]; one that begins with -- goes behind a -- of its own"
+  fail "the prompt is missing: run_inference.sh $which \"prompt\" [flags]; put -- before a prompt that begins with --"
 fi
 prompt=$1
 shift
@@ -68,12 +68,12 @@ if [ "$which" != demo ]; then
   fi
 fi
 
-# What keeps a Python from running sd3_infer.py, in one line; nothing, and status 0, where it can. Any Python reads it.
+# Prints in one line why a Python cannot run sd3_infer.py; status 0 and no output if it can. Runs on any Python.
 lacks() {
   "$1" - "$here/requirements.txt" 2>/dev/null <<'CODE'
 import re, sys
 if sys.version_info < (3, 10):
-    print("is Python %d.%d; 3.10 or later is needed" % sys.version_info[:2])
+    print("is Python %d.%d; 3.10 or later is required" % sys.version_info[:2])
     sys.exit(1)
 import importlib.metadata, importlib.util
 imported = {"pillow": "PIL"}
@@ -94,59 +94,59 @@ for line in open(sys.argv[1]):
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        continue  # it can be imported; how it was installed is its own business
+        continue  # importable without package metadata: accept it
     for sign, bound in re.findall(r"(>=|<)\s*([\d.]+)", bounds):
         if below(numbers(version), numbers(bound)) == (sign == ">="):
-            wrong.append("%s is %s, %s is needed" % (name, version, bounds))
+            wrong.append("%s is %s, %s is required" % (name, version, bounds))
             break
-told = (["lacks " + ", ".join(missing)] if missing else []) + wrong
-print("; ".join(told))
-sys.exit(bool(told))
+problems = (["lacks " + ", ".join(missing)] if missing else []) + wrong
+print("; ".join(problems))
+sys.exit(bool(problems))
 CODE
 }
 
 venv=$here/.venv
-half=$venv/.half-made # there while the packages are being installed
+half=$venv/.half-made # exists while packages are being installed
 
-# One at a time: the lock is of this shell's descriptor 9, so it ends with this shell and with what it started.
+# One installation at a time. The lock is on descriptor 9, so it is released when this shell and its children end.
 lock_venv() {
-  { : >>"$here/.venv.lock"; } 2>/dev/null || fail "$here: cannot be written, so no .venv can be made there; set PYTHON"
+  { : >>"$here/.venv.lock"; } 2>/dev/null || fail "$here: cannot be written, so .venv cannot be created there; set PYTHON"
   exec 9>>"$here/.venv.lock"
   local take='import fcntl, sys; fcntl.flock(9, fcntl.LOCK_EX | (fcntl.LOCK_NB if sys.argv[1] == "now" else 0))'
   if ! python3 -c "$take" now 2>/dev/null; then
     say "another first run is installing into $venv; waiting for it"
-    python3 -c "$take" wait 2>/dev/null || true # where there are no such locks, there is no waiting
+    python3 -c "$take" wait 2>/dev/null || true # without lock support, do not wait
   fi
 }
 
 make_venv() {
-  say "first run: installing what is needed into $venv (once)"
+  say "first run: installing the required packages into $venv"
   if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; then
-    fail "there is no python3 of version 3.10 or later; install one, or set PYTHON"
+    fail "Python 3.10 or later was not found; install it, or set PYTHON"
   fi
   local new=
-  if [ -e "$half" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # none, or one that a kill left
+  if [ -e "$half" ] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then # missing, or left half-made by a kill
     if [ -e "$venv" ] && [ ! -d "$venv" ]; then
       fail "$venv: is not a folder; move it away, or set PYTHON"
     fi
     rm -rf -- "$venv"
     new=yes
     if ! python3 -m venv "$venv" >&2; then
-      fail "no virtual environment could be made; install Python 3.10 or later with its venv module, or set PYTHON"
+      fail "could not create a virtual environment; install Python 3.10 or later with its venv module, or set PYTHON"
     fi
   fi
   : >"$half"
   if ! "$venv/bin/python" -m pip install --disable-pip-version-check -r "$here/requirements.txt" >&2; then
-    [ -n "$new" ] || rm -f -- "$half" # somebody else's environment is not thrown away
-    fail "the packages of requirements.txt could not be installed; see above"
+    [ -n "$new" ] || rm -f -- "$half" # keep an environment that was there before
+    fail "the packages of requirements.txt could not be installed; see the output above"
   fi
   rm -f -- "$half"
 }
 
 python=${PYTHON:-}
 if [ -n "$python" ]; then
-  [ ! -d "$python" ] || fail "PYTHON=$python: is a folder; name the program in it, such as $python/bin/python"
-  command -v -- "$python" >/dev/null 2>&1 || fail "PYTHON=$python: no such program, or it may not be run"
+  [ ! -d "$python" ] || fail "PYTHON=$python: is a folder; give the program in it, such as $python/bin/python"
+  command -v -- "$python" >/dev/null 2>&1 || fail "PYTHON=$python: not found or not executable"
   if ! why=$(lacks "$python"); then
     fail "PYTHON=$python: ${why:-does not work as a Python}; install with: $python -m pip install -r $here/requirements.txt"
   fi
@@ -164,7 +164,7 @@ fi
 if [ -z "$python" ]; then
   lock_venv
   python=$venv/bin/python
-  if [ -e "$half" ] || ! lacks "$python" >/dev/null; then # another run may have made it meanwhile
+  if [ -e "$half" ] || ! lacks "$python" >/dev/null; then # another run may have created it meanwhile
     make_venv
   fi
   exec 9>&-

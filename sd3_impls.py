@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from dit_embedder import ControlNet, spread
-from mmditx import TIMESTEPS, ContextHook, MMDiT, ModelCall, Reuse, Stream, Streams, run_blocks
+from mmditx import TIMESTEPS, ContextHook, MMDiT, ModelCall, Reuse, Stream, Streams, TokenKinds, run_blocks
 
 LATENT_SHIFT = 0.0609
 LATENT_SCALE = 1.5305
-# denoise(x, sigma) -> the denoised picture, both (B, C, h, w): what a sampler calls, as often as it likes
+# denoise(x, sigma) -> the denoised image, both (B, C, h, w): what a sampler calls, as often as it likes
 Denoise = Callable[[Tensor, float], Tensor]
 # noise(sigma, following) -> fresh standard normal noise like x, for a step between two levels
 Noise = Callable[[float, float], Tensor]
@@ -149,7 +149,7 @@ def start_noise(seeds: Sequence[int], shape: Sequence[int], stream: str = "") ->
 
 def step_noise(seeds: Sequence[int], like: Tensor) -> Noise:
     """The noise that samplers add in their steps, shaped as `like` (len(seeds), C, h, w) and on its device: each row is
-    the next draw of its own seed's stream, so that a picture does not depend on its batch.
+    the next draw of its own seed's stream, so that an image does not depend on its batch.
     """
     generators = [seeded_generator(seed, "step noise") for seed in seeds]
 
@@ -162,10 +162,16 @@ def step_noise(seeds: Sequence[int], like: Tensor) -> Noise:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded text of a batch: tokens (B, T, X) and pooled (B, Y)."""
+    """Encoded text of a batch: tokens (B, T, X), pooled (B, Y) and what the tokens are, None where that is unknown."""
 
     context: Tensor
     pooled: Tensor
+    kinds: TokenKinds | None = None
+
+    def row(self, i: int) -> Conditioning:
+        """Row i; what has one row serves for all."""
+        own = slice(i, i + 1) if self.context.shape[0] > 1 else slice(0, 1)
+        return Conditioning(self.context[own], self.pooled[own], self.kinds and self.kinds.rows(own))
 
 
 def stack_halves(first: Conditioning, second: Conditioning) -> Conditioning:
@@ -175,7 +181,19 @@ def stack_halves(first: Conditioning, second: Conditioning) -> Conditioning:
             f"prompt and negative prompt have {first.context.shape[1]} and {second.context.shape[1]} text tokens; "
             "encode both at the longer length"
         )
-    return Conditioning(torch.cat([first.context, second.context]), torch.cat([first.pooled, second.pooled]))
+    context, pooled = torch.cat([first.context, second.context]), torch.cat([first.pooled, second.pooled])
+    return Conditioning(context, pooled, stack_kinds([first.kinds, second.kinds]))
+
+
+def stack_kinds(kinds: Sequence[TokenKinds | None]) -> TokenKinds | None:
+    """The kinds of the tokens of several texts as one batch; None where those of one are unknown."""
+    if any(one is None or one.words is None for one in kinds):
+        return None
+    words, weights = torch.cat([one.words for one in kinds]), None
+    if any(one.weights is not None for one in kinds):
+        ones = (torch.ones(one.words.shape) if one.weights is None else one.weights for one in kinds)
+        weights = torch.cat(list(ones))
+    return TokenKinds(kinds[0].clip, words, weights)
 
 
 # ---- guidance: a class each -----------------------------------------------------------------------
@@ -211,7 +229,7 @@ class Guidance(Protocol):
         """The passes that it needs beside the conditional one, which always runs."""
 
     def combine(self, at: Place, x: Tensor, denoised: Mapping[Pass, Tensor], guided: Tensor) -> Tensor:
-        """The guided picture; denoised: x - sigma v of each pass; guided: that of the methods before it, at first that
+        """The guided image; denoised: x - sigma v of each pass; guided: that of the methods before it, at first that
         of the conditional pass; all (B, C, h, w) float32.
         """
 
@@ -270,7 +288,7 @@ class SkipLayerGuidance:
 
 
 class GuidanceRescale:
-    """Gives each picture's guided velocity v a share of the conditional one's deviation: share std(cond) / std(v) v +
+    """Gives each image's guided velocity v a share of the conditional one's deviation: share std(cond) / std(v) v +
     (1 - share) v, Lin et al. 2023, arXiv 2305.08891, section 3.4; a share of 0 is off.
     """
 
@@ -324,6 +342,7 @@ class Denoiser:
         if neg_cond is not None:
             texts |= {"uncond": neg_cond, "both": stack_halves(cond, neg_cond)}
         self.texts = {name: model.embed_text(text.pooled, text.context) for name, text in texts.items()}
+        self.kinds = {name: text.kinds for name, text in texts.items()}
         self.sigmas, self.levels = sigmas, sigmas.tolist()
         self.guidance = guidance
         self.controlnet = controlnet
@@ -353,7 +372,7 @@ class Denoiser:
             states = self.controlnet(self.model, x, t, self.texts[text].y, latent, self.control_strength)
             controls = spread(states, self.model.config.depth)
         first, embedded = "uncond" if text == "uncond" else "cond", self.texts[text]
-        halves, given = text == "both", {"text": embedded, "skip_layers": skip}
+        halves, given = text == "both", {"text": embedded, "skip_layers": skip, "kinds": self.kinds[text]}
         call = ModelCall.of_rows(self.step, self.steps_run, sigma, x.shape[0], first, halves, **given)
         stream = self.streams if self.streams.begin(call) else None
         run = run_blocks
@@ -375,7 +394,7 @@ class Denoiser:
         return denoised
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """The guided picture; x (B, C, h, w) float32, sigma a number or (B,) of one value."""
+        """The guided image; x (B, C, h, w) float32, sigma a number or (B,) of one value."""
         sigma = sigma if isinstance(sigma, float) else float(sigma.reshape(-1)[0])
         self._report(sigma)
         self.step = place_in(self.levels, sigma)

@@ -26,7 +26,7 @@ from sd3.api import Pipeline
 from sd3.device import available_devices, choose_device, choose_dtype
 from sd3.effects import needs_uncond
 from sd3.engine import Engine, NotLoaded, about
-from sd3.flags import DEFAULT_DENOISE, DEFAULT_SEED, FLAGS, names, read_values
+from sd3.flags import DEFAULT_DENOISE, DEFAULT_SEED, FLAGS, names, places, read_values
 from sd3.mistakes import Mistake, check_parameters
 from sd3.models import SkipLayerConfig, read_skip_layer_config
 from sd3.planning import residual_settings
@@ -42,7 +42,7 @@ __all__ = ["SD3Inferencer", "build_residual_config", "choose_device", "choose_dt
 
 
 class SD3Inferencer:
-    """A model, loaded once, and pictures made with it, under the names of the public reference."""
+    """A model, loaded once, and images made with it, under the names of the public reference."""
 
     def __init__(self) -> None:
         self.tell = Terminal()  # notes and progress go to stderr; `tell.quiet = True` drops them
@@ -80,7 +80,7 @@ class SD3Inferencer:
             "model": model, "vae": vae, "controlnet_ckpt": controlnet_ckpt, "model_folder": model_folder,
             "text_encoder_device": text_encoder_device,
         }  # fmt: skip
-        check_parameters("load", others, names("load"))
+        check_parameters("load", others, (*names("load"), "shift", "verbose"), elsewhere=PLACES)
         read = read_values({"shift": shift, "verbose": verbose})
         setup = Setup(**{name: value for name, value in given.items() if value is not None})
         engine = Engine(setup, self.tell, load_tokenizers)
@@ -90,7 +90,7 @@ class SD3Inferencer:
         self._engine = engine
         return self
 
-    # -- prompts and pictures to what the model takes --
+    # -- prompts and images to what the model takes --
 
     def get_cond(self, prompt: str, length: int | None = None) -> tuple[Tensor, Tensor]:
         """Text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths) of a prompt.
@@ -144,7 +144,7 @@ class SD3Inferencer:
         streams and on_step: see `Network.sample`; others: further flags of sampling (`SAMPLING`). Raises Mistake, and
         StopSampling where on_step returns False.
         """
-        check_parameters("do_sampling", others, SAMPLING, {"cfg": "cfg_scale"})
+        check_parameters("do_sampling", others, SAMPLING, {"cfg": "cfg_scale"}, PLACES | RESIDUAL)
         seeds = read_row_seeds(seed)
         if not isinstance(latent, Tensor) or latent.ndim != 4:
             raise Mistake("latent", "", "must be a tensor (B, channels, height, width)")
@@ -202,9 +202,8 @@ class SD3Inferencer:
         Returns the paths. Settings left out (None) are the loaded model's usual ones. Raises Mistake before any weights
         load for settings that do not fit.
         """
-        elsewhere = ("prompt", "cfg", *names("picture", group=FLAGS["residual_weights"].group))  # under other names
-        known = [name for name in names("picture") if name not in elsewhere]
-        check_parameters("gen_image", others, known, REFERENCE_NAMES)
+        known = [name for name in names("picture") if name not in REFERENCE_NAMES.keys() | RESIDUAL.keys()]
+        check_parameters("gen_image", others, known, REFERENCE_NAMES, PLACES | RESIDUAL)
         given = others | {
             "width": width, "height": height, "steps": steps, "cfg": cfg_scale, "sampler": sampler, "seed": seed,
             "seed_type": seed_type, "controlnet_cond_image": controlnet_cond_image, "init_image": init_image,
@@ -221,10 +220,15 @@ class SD3Inferencer:
         return [made.path for made in making]
 
 
-# Flags that `gen_image` has under the reference's names, and its folder.
-REFERENCE_NAMES = {"cfg": "cfg_scale", "prompt": "prompts", "out_dir": "out_dir"}
+# Flags that `gen_image` has under the reference's names, and its parameters that are no flags of an image.
+OWN = ("out_dir", "skip_layer_config", "residual_config", "with_metadata")
+REFERENCE_NAMES = {"cfg": "cfg_scale", "prompt": "prompts"} | {name: name for name in OWN}
+# Where flags belong that a function does not take.
+PLACES = places(load="SD3Inferencer.load", picture="gen_image")
+RESIDUAL = dict.fromkeys(names("picture", group=FLAGS["residual_weights"].group), "belongs to residual_config")
 # Flags that `do_sampling` takes by their names, beside those that it has under the reference's.
-SAMPLING = ("shift", "controlnet_strength", "cache", *names("picture", group=FLAGS["sampler"].group, field=""))
+SAMPLING = {"shift", "controlnet_strength", "cache", *names("picture", group=FLAGS["sampler"].group, field="")}
+SAMPLING -= REFERENCE_NAMES.keys()
 
 
 # ---- the command line ----------------------------------------------------------------------------

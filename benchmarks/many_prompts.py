@@ -92,7 +92,10 @@ def compare(prompts: int = 10_000, few: int = 100, side: int = 64) -> None:
     """Prints the table, and what the kill kept."""
     with tempfile.TemporaryDirectory() as place:
         peaks = []
-        print("| prompts | peak memory | a picture | the record | written in | of the run |")
+        print(
+            "| prompts | peak memory | time per image | size of `run.json` | time to write the record | "
+            "that time, share of the run |"
+        )
         print("| --- | --- | --- | --- | --- | --- |", flush=True)
         for count in (few, prompts):
             run = Run(Path(place), f"of_{count}", count, side)

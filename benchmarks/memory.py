@@ -147,7 +147,10 @@ def main(folder: str = "", size: int = 512, steps: int = 1, rounds: int = 2) -> 
     print(
         f"SD3 Medium with CLIP-L, CLIP-G, T5-XXL, {size} x {size}, bfloat16, {steps} step(s), both passes of guidance"
     )
-    print("| | peak resident, mapped pages too (over diffusers') | to the first step, over diffusers' | all, over it |")
+    print(
+        "| program, run | peak memory with mapped files (ratio to diffusers) | time to the first step, ratio to "
+        "diffusers | total time, ratio to diffusers |"
+    )
     print("| --- | --- | --- | --- |")
     base = [statistics.mean(values) for values in zip(*got["diffusers"], strict=True)]
     for name, runs in got.items():

@@ -1,4 +1,4 @@
-"""One picture by diffusers' StableDiffusion3Pipeline in the leanest way its documentation gives for a CPU: encode the
+"""One image by diffusers' StableDiffusion3Pipeline in the leanest way its documentation gives for a CPU: encode the
 prompt, delete the text encoders, then load the transformer and the VAE.
 
     python benchmarks/peer_lean.py FOLDER --size 512 --steps 1
@@ -17,7 +17,7 @@ import torch
 
 @torch.no_grad()
 def main(folder: str, size: int = 512, steps: int = 1, prompt: str = "a red circle left of a blue square") -> None:
-    """Makes a picture from a folder in diffusers layout; prints the seconds to the first step and in all."""
+    """Makes an image from a folder in diffusers layout; prints the seconds to the first step and in all."""
     from diffusers import StableDiffusion3Pipeline
 
     started, first = time.time(), []

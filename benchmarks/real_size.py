@@ -57,7 +57,7 @@ def measure(command: list[str]) -> tuple[dict[str, int], float]:
 def main(
     folder: str = "", size: int = 256, steps: int = 1, keep: bool = False, residual: bool = True, dtype: str = "auto"
 ) -> None:
-    """Writes the weights (to `folder`, kept there with `keep`), makes one picture and prints what it took."""
+    """Writes the weights (to `folder`, kept there with `keep`), makes one image and prints what it took."""
     place = Path(folder or tempfile.mkdtemp(prefix="sd3-real-size-"))
     try:
         place.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A sweep's report with 2,000 small pictures in headless Chromium: time to first paint, and to flip and to filter.
+"""A sweep's report with 2,000 small images in headless Chromium: time to first paint, and to flip and to filter.
 
 python benchmarks/report_page.py
 """
@@ -30,7 +30,7 @@ FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startT
 
 
 def write(folder: Path, prompts: int, seeds: int) -> int:
-    """A report of pictures of noise, 96 x 96, as a sweep of the small model would have; returns how many."""
+    """A report of images of noise, 96 x 96, as a sweep of the small model would have; returns how many."""
     raw = {
         "model": str(ROOT / "models" / "demo" / "demo.safetensors"),
         "device": "cpu",
@@ -75,7 +75,7 @@ def measure(folder: Path, count: int) -> None:
             flip = page.evaluate(script % "turn(1)")
             only = page.evaluate(script % "document.getElementById('search').value = '7'; drawGrid()")
             print(
-                f"{attempt} opening, {count} pictures, {cells} shown at once: first paint after {paint:.0f} ms, "
+                f"{attempt} opening, {count} images, {cells} shown at once: first paint after {paint:.0f} ms, "
                 f"grid filled before {grid:.0f} ms; next seed in {flip:.0f} ms, filter in {only:.0f} ms"
             )
             page.close()

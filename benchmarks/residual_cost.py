@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mmditx import ModelCall, ResidualStream, Stream
+from mmditx import ModelCall, ResidualStream, Stream, TokenKinds
 from sd3.engine import Engine
 from sd3.residual import ResidualConfig, residual_stream
 from sd3.rotations import Rotations
@@ -33,6 +33,7 @@ from sd3.settings import Setup
 from sd3_impls import ClassifierFreeGuidance, Conditioning, Denoiser, seeded_noise
 
 TOKENS = 154
+WORDS = 12  # of CLIP's tokens, and of T5's, that are no padding
 TARGETS = tuple(range(2, 23))
 SETTINGS = {
     "A/A": ResidualConfig(),
@@ -42,6 +43,9 @@ SETTINGS = {
     "anchored, origin 1": ResidualConfig(1, TARGETS, "each:0.1", mode="anchored"),
     "aligned, origin 0": ResidualConfig(0, TARGETS, "each:0.1", mode="aligned"),
     "aligned, origin 1": ResidualConfig(1, TARGETS, "each:0.1", mode="aligned"),
+    "add, words": ResidualConfig(1, TARGETS, "each:0.1", tokens="words"),
+    "anchored, words": ResidualConfig(1, TARGETS, "each:0.1", mode="anchored", tokens="words"),
+    "anchored, padding": ResidualConfig(1, TARGETS, "each:0.1", mode="anchored", tokens="padding"),
 }
 
 
@@ -89,14 +93,16 @@ def main(rounds: int = 7, size: int = 512, dtype: str = "bfloat16", folder: str 
             for origin in (0, 1)
         }
         draw = lambda seed, *shape: seeded_noise(seed, shape).to(engine.dtype)  # noqa: E731
+        kinds = TokenKinds(TOKENS // 2, torch.arange(TOKENS)[None] % (TOKENS // 2) < WORDS)
         texts = [
-            Conditioning(draw(i, 1, TOKENS, config.context_width), draw(9 + i, 1, config.pooled_width)) for i in (0, 1)
+            Conditioning(draw(i, 1, TOKENS, config.context_width), draw(9 + i, 1, config.pooled_width), kinds)
+            for i in (0, 1)
         ]
         sigmas = torch.tensor([1.0, 0.7, 0.0])
         x = seeded_noise(5, (1, config.latent_channels, size // 8, size // 8))
 
         def stepper(setting: ResidualConfig, clock: dict[str, Timed], name: str) -> Callable[[], object]:
-            """One step of a run under a setting; the run's once-per-picture work is done by the first call."""
+            """One step of a run under a setting; the run's once-per-image work is done by the first call."""
             stream = residual_stream(setting, rotations[setting.origin])
             if stream is not None:
                 clock[name] = Timed(stream)
@@ -123,7 +129,10 @@ def main(rounds: int = 7, size: int = 512, dtype: str = "bfloat16", folder: str 
                     bar.update()
         step = statistics.median(without)
     print(f"SD3 Medium's size, {size} x {size}, 2 x {TOKENS} text tokens, {dtype}, {torch.get_num_threads()} threads")
-    print("| setting | step with / step without | middle half | pairs | in the stream / step | in the first step |")
+    print(
+        "| setting | step with the setting / step without: median | middle half | pairs | "
+        "time in the stream, share of a step | the same in the first step |"
+    )
     print("| --- | --- | --- | --- | --- | --- |")
     for name, values in ratios.items():
         low, middle, high = statistics.quantiles(values, n=4)

@@ -1,6 +1,6 @@
 """What step caching (`--cache`) and 8-bit weights (`--weights`) save, and the error they make.
 
-    python benchmarks/shortcuts.py            the shipped model: pictures that mean something
+    python benchmarks/shortcuts.py            the shipped model: images that mean something
     python benchmarks/shortcuts.py weights    SD3 Medium at real size: memory of the MMDiT, error and time of a step
 
 Pictures: 12 prompts, 24 Euler steps, cfg 2.5; the error is of the final latents against those of full runs with the
@@ -68,7 +68,10 @@ class Bench:
                 times[name].append(own / ((before + after) / 2))
                 errors[name].append(relative(got[0]))
         print("the shipped model, 12 images, 24 steps, bfloat16")
-        print("| | sampling time relative to a full run | middle half | error, median | largest |")
+        print(
+            "| flags | sampling time, ratio to a full run: median | middle half | relative error of the latent: "
+            "median | largest |"
+        )
         print("| --- | --- | --- | --- | --- |")
         for name, values in times.items():
             low, middle, high = statistics.quantiles(values, n=4)
@@ -94,8 +97,11 @@ class Bench:
             packed = [m.packed for m in model_.modules() if hasattr(m, "packed")]
             held[kind] = sum(p.nbytes for p in joint) + sum(p.numel() * DTYPE.itemsize for p in packed)
         ratios = compare({kind: (step, steps["full"]) for kind, step in steps.items()}, rounds)
-        print(f"{model}, {size} x {size}, batch of 2, bfloat16; full over full is the A/A")
-        print("| weights | blocks in memory | step time over full | error of the velocity |\n| --- | --- | --- | --- |")
+        print(f'{model}, {size} x {size}, batch of 2, bfloat16; the row "full" is the A/A')
+        print(
+            "| `--weights` | memory of the blocks | time of a step, ratio to full | relative error of the velocity |\n"
+            "| --- | --- | --- | --- |"
+        )
         for kind, values in ratios.items():
             error = ((results[kind] - results["full"]).norm() / results["full"].norm()).item()
             spread = f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"

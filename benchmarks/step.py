@@ -123,7 +123,7 @@ class Bench:
         pairs, errors = {}, {}
         for size in [int(s) for s in str(sizes).strip("()").split(",")]:
             x, t, y, context = inputs(engine.config, size)
-            text = ours.embed_text(y, context)  # once per picture; the peer has no place for that
+            text = ours.embed_text(y, context)  # once per image; the peer has no place for that
             mine = lambda x=x, t=t, text=text: ours.velocity(x, t, text)  # noqa: E731
             theirs = lambda x=x, t=t, y=y, c=context: peer(x, c, y, t, return_dict=False)[0]  # noqa: E731
             errors[size] = ((mine() - theirs()).float().norm() / theirs().float().norm()).item()
@@ -131,7 +131,7 @@ class Bench:
             pairs[f"{size} x {size}, A/A: diffusers / diffusers"] = (theirs, theirs)
         how = "compiled" if compiled else "eager"
         print(f"{model}, batch of 2, {TOKENS} text tokens, bfloat16, {how}, {torch.get_num_threads()} threads")
-        table(compare(pairs, rounds), "step time")
+        table(compare(pairs, rounds), "time of a step, ratio")
         print("relative difference of the velocities: " + ", ".join(f"{n}: {e:.2g}" for n, e in errors.items()))
 
     @torch.no_grad()
@@ -156,7 +156,9 @@ class Bench:
             for name, run in tqdm(runs.items(), desc="measuring", leave=False):
                 before = seconds(base)
                 ratios[name].append(seconds(run) / before)
-        print(f"{model}, relative to a step of 512 x 512, batch 2, right before it (that row is A/A), bfloat16, eager")
+        print(
+            f"{model}, bfloat16, eager; ratio to a step of 512 x 512, batch 2, measured right before (that row is A/A)"
+        )
         table(ratios, "step")
 
     @torch.no_grad()
@@ -203,7 +205,8 @@ class Bench:
         )
         print(f"x 4096 runs at {peak / 1e9:.0f} GFLOP/s")
         print(
-            "| part | operations | rate | share of the time | at that product's rate |\n| --- | --- | --- | --- | --- |"
+            "| part of a step | operations | rate | share of the step's time | "
+            "share it would take at the large product's rate |\n| --- | --- | --- | --- | --- |"
         )
         operations = {"matrix products": products, "attention": attention}
         total = sum(spent.values())

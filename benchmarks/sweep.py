@@ -41,7 +41,7 @@ def working(folder: Path) -> float:
 
 
 def separate_runs(place: Path) -> None:
-    """Twelve pictures in one sweep and in twelve runs of sd3_infer.py."""
+    """Twelve images in one sweep and in twelve runs of sd3_infer.py."""
     (place / "prompts.txt").write_text("\n".join(PROMPTS))
     grid = ["--seed", "0-1", "--prompt", place / "prompts.txt", "--residual_target_layers", "3,5"]
     sweep = run("sd3_sweep.py", "--out", place / "swept", "--model", MODEL, *grid)
@@ -49,9 +49,9 @@ def separate_runs(place: Path) -> None:
     apart = sum(run("sd3_infer.py", "--replay", p, "--out_dir", place / "apart") for p in pictures)
     encode = lines(place / "swept", "encode")
     texts = encode[0]["prompts"]
-    print(f"{len(pictures)} pictures of {len(PROMPTS)} prompts: {len(lines(place / 'swept', 'load'))} load,")
+    print(f"{len(pictures)} images of {len(PROMPTS)} prompts: {len(lines(place / 'swept', 'load'))} load,")
     print(f"{len(encode)} encoding of {len(texts)} distinct texts: {', '.join(map(repr, texts))}")
-    print(f"time per picture, the sweep over separate runs of sd3_infer.py: {sweep / apart:.2f}")
+    print(f"time per image, the sweep over separate runs of sd3_infer.py: {sweep / apart:.2f}")
 
 
 def workers(place: Path) -> None:
@@ -64,8 +64,8 @@ def workers(place: Path) -> None:
         whole[name] = run("sd3_sweep.py", "--out", place / name, *grid, *more, env=ONE_THREAD)
         alone[name] = working(place / name)
     count = len(list((place / "one" / "pictures").iterdir()))
-    print(f"{count} pictures, one one-thread process and two one-thread workers on Ray:")
-    for what, times in (("making pictures", alone), ("whole command, start of Ray and report included", whole)):
+    print(f"{count} images, one one-thread process and two one-thread workers on Ray:")
+    for what, times in (("making images", alone), ("whole command, start of Ray and report included", whole)):
         print(
             f"  speed-up, {what}: {times['one'] / times['two']:.2f} and {times['one again'] / times['two again']:.2f} "
             f"(A/A: {times['one'] / times['one again']:.2f}, {times['two'] / times['two again']:.2f})"

@@ -1,7 +1,7 @@
-"""Makes docs/tutorial.md anew, for instance after the shipped model changed: runs its commands in their order, and
-replaces what they printed and their images. The sentences between them are checked by whoever runs it.
+"""Makes docs/tutorial.md again, for instance after a change of the shipped model: runs its commands in their order and
+replaces their output and their images. Check the sentences between them yourself: they quote numbers.
 
-python benchmarks/tutorial.py        about ten minutes on two cores; leaves its folders in ./tutorial
+python benchmarks/tutorial.py        two to three minutes; leaves its folders in ./tutorial
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "tutorial.md"
 WORK = Path("tutorial")  # where the commands run
-# A block of commands and the block of what they printed; an image and the file that it is a copy of.
+# A block of commands and the block with their output; an image and the file that it is copied from.
 PRINTED = re.compile(r"```sh\n(.*?)```\n\n```text\n.*?```\n", re.DOTALL)
 IMAGE = re.compile(r"!\[[^\]]*\]\(([\w./]+)\) <!-- ([\w./*]+)(?: top (\d+))? -->")
 SMALL = 100  # pixels; a narrower image is enlarged
-PROGRESS = re.compile(r"%\||/s\]|^looking at")  # progress bars
+PROGRESS = re.compile(r"%\||/s\]| \.\.\. [\d.]+ s$")  # progress bars, and the lines that replace them in a log
 ESCAPE = re.compile(r"\x1b\[\w")  # moves of the cursor
 
 
 def printed_by(commands: str) -> str:
-    """What commands print, without progress bars. Raises RuntimeError where one fails."""
+    """The output of commands, without their progress. Raises RuntimeError if one fails."""
     joined = commands.replace("\\\n", "")
     done = subprocess.run(["bash", "-ec", joined], capture_output=True, text=True, cwd=WORK, env=environment())
     if done.returncode:
@@ -46,7 +46,7 @@ def environment() -> dict[str, str]:
 
 
 def copy_image(source: Path, target: Path, top: str = "") -> None:
-    """Copies an image, or its uppermost `top` pixels, in 256 colours; a single small image three times as large."""
+    """Copies an image, or its top `top` rows, in 256 colours; a narrow image is enlarged three times."""
     image = Image.open(source).convert("RGB")
     if top:
         image = image.crop((0, 0, image.width, int(top)))

@@ -3,8 +3,8 @@
     python benchmarks/vae_tiles.py
 
 Memory and time: SD3's VAE at real size (random weights), float32, each way in a process of its own, interleaved.
-Differences: the shipped small VAE, which is trained, on a picture of 1024 x 1024 of shapes and ramps; random weights
-would show no picture to see seams in. A seam shows as a jump between neighbouring pixels, where a tile begins or ends,
+Differences: the shipped small VAE, which is trained, on an image of 1024 x 1024 of shapes and ramps; random weights
+would show no image to see seams in. A seam shows as a jump between neighbouring pixels, where a tile begins or ends,
 that the whole decoding does not have: the last column is the largest one. From one 255th on it could be seen.
 """
 
@@ -83,7 +83,7 @@ def main(size: int = 1024, tiles="576,256", rounds: int = 2, folder: str = "") -
     mean, _ = vae.moments(picture)
     whole = vae.decode(mean)
     print(f"\nthe shipped VAE, {size} x {size}, pixels from 0 to 255")
-    print("| decoding | largest difference | mean difference | largest jump where tiles begin or end |")
+    print("| decoding | largest difference to whole | mean difference to whole | largest jump at an edge of a tile |")
     print("| --- | --- | --- | --- |")
     for way in ways:
         got_pixels = vae.decode(mean, way)
@@ -95,8 +95,8 @@ def main(size: int = 1024, tiles="576,256", rounds: int = 2, folder: str = "") -
 def costs(got: dict[int, list[list[float]]], size: int) -> None:
     """Prints memory and time of every run."""
     base = [statistics.mean(v) for v in zip(*got[0], strict=True)]
-    print(f"SD3's VAE, {size} x {size}, float32; relative to the mean of the whole runs (their rows are the A/A)")
-    print("| decoding | peak memory beside the weights | time |\n| --- | --- | --- |")
+    print(f"SD3's VAE, {size} x {size}, float32; ratios to the mean of the runs without tiles (their rows are the A/A)")
+    print("| decoding | peak memory beside the weights (ratio) | time, ratio |\n| --- | --- | --- |")
     for way, runs in got.items():
         for peak, spent in runs:
             print(f"| {_name(way)} | {peak / 1e9:.2f} GB ({peak / base[0]:.2f}) | {spent / base[1]:.2f} |")

@@ -53,9 +53,14 @@ def main(folder: str = "", prompts: int = 10, size: int = 256, steps: int = 1, r
             plain, again = seconds(text), seconds(text)
             unknown, found = seconds(text, "--embed_cache", cache), seconds(text, "--embed_cache", cache)
             known.append((again / plain, unknown / plain, found / plain))
-        print("one prompt in a process of its own, relative to the same without the cache")
-        print("| | " + " | ".join(f"prompt {i + 1}" for i in range(rounds)) + " |\n| --- |" + " --- |" * rounds)
-        for i, name in enumerate(("A/A: without, again", "unknown, to be kept", "known")):
+        print("one prompt in one process with `--embed_cache`; ratio to the same without it")
+        print(
+            "| the prompt | "
+            + " | ".join(f"time, ratio: prompt {i + 1}" for i in range(rounds))
+            + " |\n| --- |"
+            + " --- |" * rounds
+        )
+        for i, name in enumerate(("A/A: without the cache again", "not in the cache yet", "in the cache")):
             print(f"| {name} | " + " | ".join(f"{row[i]:.2f}" for row in known) + " |")
         apart = [seconds(text) for text in texts]
         file = Path(temporary) / "prompts.txt"
@@ -63,11 +68,13 @@ def main(folder: str = "", prompts: int = 10, size: int = 256, steps: int = 1, r
         together = [seconds(str(file)) for _ in range(rounds)]
         served = serve(command, texts)
         spread = statistics.pstdev(apart) / statistics.mean(apart)
-        print(f"\n{prompts} prompts in one process, over {prompts} processes (spread between processes: {spread:.0%})")
-        print("| | time |\n| --- | --- |")
+        print(
+            f"\n{prompts} prompts in one process; ratio to {prompts} processes (spread between processes: {spread:.0%})"
+        )
+        print("| | time, ratio |\n| --- | --- |")
         for i, spent in enumerate(together):
             print(f"| one process, run {i + 1} | {spent / sum(apart):.2f} |")
-        print(f"| `--serve_stdin --t5_resident`, a line each | {served / sum(apart):.2f} |")
+        print(f"| `--serve_stdin --t5_resident`, one line per prompt | {served / sum(apart):.2f} |")
 
 
 def serve(command: list[str], texts: list[str]) -> float:

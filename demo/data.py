@@ -38,7 +38,7 @@ def load(path: Path) -> dict | None:
 
 
 def to_unit(pictures: list[np.ndarray]) -> Tensor:
-    """uint8 pictures (H, W, 3) -> (B, 3, H, W) in [-1, 1]."""
+    """uint8 images (H, W, 3) -> (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 

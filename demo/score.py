@@ -27,7 +27,7 @@ from sd3_infer import SD3Inferencer
 def table(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
     """Markdown: a row per kind and one overall, a column per setting, share of hits with its bootstrap interval.
 
-    Overall is the mean over pictures; all kinds have as many.
+    Overall is the mean over images; all kinds have as many.
     """
     lines = [
         "| kind | " + " | ".join(results) + " |",
@@ -75,7 +75,7 @@ def check(per_kind: int = 40, seed: int = 3) -> dict[str, list[bool]]:
 
 
 def shuffled(prompts: Sequence[Prompt], seen: Sequence[list[Seen]], seed: int = 5) -> list[bool]:
-    """Scores against prompts of the same kind, moved to other pictures."""
+    """Scores against prompts of the same kind, moved to other images."""
     rng = random.Random(seed)
     order = list(range(len(prompts)))
     for kind in KINDS:
@@ -102,7 +102,7 @@ def residual_of(setting: str, rotations: str | None = None):
 def sample(
     engine, prompts: Sequence[Prompt], setting: str, seed: int, batch: int, rotations: str | None = None, **values
 ) -> list[np.ndarray]:
-    """A picture for every prompt (seeds count up from `seed`) under `off` or `[MODE:]ORIGIN:TARGETS:WEIGHTS`."""
+    """An image for every prompt (seeds count up from `seed`) under `off` or `[MODE:]ORIGIN:TARGETS:WEIGHTS`."""
     pictures = plan_pictures(
         engine.engine,
         [p.text for p in prompts],

@@ -1,6 +1,6 @@
 """Trains the small model that ships, from nothing: `python -m demo.train all --work FOLDER`.
 
-Stages: `vae` (autoencoder), `encode` (pictures to latents, sets of scenes), `text` (the text encoders alone, which
+Stages: `vae` (autoencoder), `encode` (images to latents, sets of scenes), `text` (the text encoders alone, which
 shows what they learn), `flow` (MMDiT and text encoders together) and `export` (one safetensors file and the
 tokenizers). Each saves often and goes on from its last save.
 
@@ -88,7 +88,7 @@ def init_vae(model: VAE) -> None:
 
 
 def vae(work: str, steps: int = 2000, batch: int = 32, kl: float = 1e-3, seed: int = 0) -> None:
-    """Trains the autoencoder: MSE + mean absolute error + kl * KL, on crops, then on whole pictures."""
+    """Trains the autoencoder: MSE + mean absolute error + kl * KL, on crops, then on whole images."""
     path = Path(work) / "vae.pt"
     torch.manual_seed(seed)
     model = VAE(VAE_CONFIG)
@@ -149,7 +149,7 @@ def vae(work: str, steps: int = 2000, batch: int = 32, kl: float = 1e-3, seed: i
 
 @torch.no_grad()
 def validate_vae(weights: dict[str, Tensor], count: int = 32) -> None:
-    """Prints how well whole pictures come back and how the latents are spread."""
+    """Prints how well whole images come back and how the latents are spread."""
     model = VAE(VAE_CONFIG)
     model.load_state_dict(weights)
     rng = random.Random(VALIDATION_SEED)
@@ -157,11 +157,11 @@ def validate_vae(weights: dict[str, Tensor], count: int = 32) -> None:
     mean, logvar = model.moments(images)
     error = F.mse_loss(model.decode(mean).clamp(-1, 1), images).item()
     spread = mean.std(dim=(0, 2, 3)).sort(descending=True).values
-    print(f"whole pictures: mse {error:.5f}, {10 * np.log10(4 / error):.1f} dB; latent mean {mean.mean():.3f}")
+    print(f"whole images: mse {error:.5f}, {10 * np.log10(4 / error):.1f} dB; latent mean {mean.mean():.3f}")
     print("channel spread", [round(s, 2) for s in spread.tolist()], "posterior", logvar.exp().sqrt().mean().item())
 
 
-# ---- pictures to latents -------------------------------------------------------------------------
+# ---- images to latents -------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -199,7 +199,7 @@ def text(work: str, steps: int = 250, batch: int = 128, scenes: int = 20000, see
     """Trains the text encoders on their heads alone, and prints how many words know side and number of their object:
     of captions as they are trained on, and last of short ones whose shape-colour combinations training never saw.
 
-    Right from the start: with another initialisation T5 is a bag of words, and no picture will show which comes first.
+    Right from the start: with another initialisation T5 is a bag of words, and no image will show which comes first.
     """
     folder = Path(work)
     if (folder / "text.pt").exists():

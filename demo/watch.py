@@ -46,14 +46,14 @@ def watched() -> tuple[list, list[tuple[str, Scene]]]:
 
 @lru_cache
 def _middle_area(shape: str) -> float:
-    """Share of the picture that an object between small and normal covers."""
+    """Share of the image that an object between small and normal covers."""
     radius = (SMALL[shape][1] + NORMAL[shape][0]) / 2
     picture = render(Scene("", "", (Thing("red", shape, SIZE / 2, SIZE / 2, radius),), "white"))
     return float((np.abs(picture.astype(float) - 245).sum(-1) > 100).mean()) * 0.95
 
 
 def shown(scene: Scene, seen: list[Seen]) -> bool:
-    """Whether a picture in which `seen` was found shows what the scene's caption says: all objects and no other, their
+    """Whether an image in which `seen` was found shows what the scene's caption says: all objects and no other, their
     sizes and relations.
     """
 
@@ -70,7 +70,7 @@ def shown(scene: Scene, seen: list[Seen]) -> bool:
 
 
 def look(model: Path, folder: Path, seed: int = 9000, batch: int = 48, **values) -> dict[str, float]:
-    """The share of right pictures by kind; `reversed`: of relations the other way round. Draws all of them to
+    """The share of right images by kind; `reversed`: of relations the other way round. Draws all of them to
     `FOLDER/watch/STEP.png`; values: as of `demo.score.sample`.
     """
     started = time.time()

@@ -23,6 +23,7 @@ _PLACES = {
     "Reporter": "sd3.telling",
     "Terminal": "sd3.telling",
     "apply_residual": "sd3.diffusers_hooks",  # needs diffusers
+    "token_kinds": "sd3.diffusers_hooks",
     "__version__": "sd3.versions",
 }
 __all__ = list(_PLACES)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sd3 import png, writing
 from sd3.engine import Engine
-from sd3.flags import FLAGS, names, read_values
+from sd3.flags import FLAGS, names, places, read_values
 from sd3.mistakes import Mistake, check_parameters
 from sd3.models import SkipLayerConfig, read_skip_layer_config
 from sd3.planning import plan_for
@@ -25,11 +25,13 @@ from sd3.telling import SILENT, Reporter
 from sd3_impls import OnStep
 
 OUTPUTS = ("pil", "latent")
-OPTIONS = ("out_dir", "output")  # parameters of a call that are no settings
+# Parameters of a call that are no settings.
+OPTIONS = ("prompt", "output", "out_dir", "metadata", "on_step", "residual", "skip_layer")
+PLACES = places(load="sd3.load", picture="the call of the pipeline")
 
 
 class Made(NamedTuple):
-    """One image, the settings that make it again, and where it was saved."""
+    """One image, its settings, and where it was saved."""
 
     image: Image.Image
     settings: Settings
@@ -38,7 +40,7 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Output:
-    """What a call made, prompt by prompt."""
+    """The results of a call, in the order of the prompts."""
 
     images: list[Image.Image]
     settings: list[Settings]  # of each
@@ -47,21 +49,21 @@ class Output:
 
 
 class Pipeline:
-    """A loaded model. Call it with a prompt, or a list of prompts, and settings under the names of the flags."""
+    """A loaded model. Call it with a prompt or a list of prompts, and with settings named like the flags."""
 
     def __init__(self, engine: Engine, shift: float | None = None):
-        """shift: of images that name none; None: the model's usual one."""
+        """shift: the default for images; None: the model's usual one."""
         self.engine, self.shift = engine, shift
 
     def __call__(self, prompt: str | Sequence[str], *, output: str = "pil", **options: Any) -> Output:
         """Makes an image (or `num_images`) of every prompt.
 
-        output: pil, or latent for latents in place of images; options: see `stream`.
+        output: `pil` for images or `latent` for latents; options: see `stream`.
         """
         if output not in OUTPUTS:
             raise Mistake("output", output, f"must be {' or '.join(OUTPUTS)}")
         if output == "latent" and options.get("out_dir") is not None:
-            raise Mistake("out_dir", options["out_dir"], "goes with images; latents are not saved")
+            raise Mistake("out_dir", options["out_dir"], "cannot be used with latents: only images are saved")
         made = list(self._make(prompt, output == "pil", **options))
         settings = [m.settings for m in made]
         if output == "latent":
@@ -79,14 +81,14 @@ class Pipeline:
         skip_layer: SkipLayerConfig | None = None,
         **settings: Any,
     ) -> Iterator[Made]:
-        """Makes the images one at a time, for as many as do not fit into memory; what is wrong is said at once.
+        """Yields the images one at a time, for runs that do not fit into memory. Checks all settings when called.
 
-        out_dir: a folder to save 000000.png and on in, with their settings unless `metadata` is False;
-        on_step(step, x, sigma, denoised) hears of every step: False ends the call with the images that are finished;
-        residual: in place of the residual_* settings; skip_layer: in place of the model's own; settings: seed, steps,
-        cfg, width, residual_target_layers and all other flags of an image (`docs/flags.md`). Those left out are the
-        model's usual ones, and a seed left out is drawn. Raises Mistake before any weights load for what does not fit,
-        TypeError for a setting that does not exist.
+        out_dir: the folder for 000000.png, 000001.png ..., with their settings unless `metadata` is False;
+        on_step(step, x, sigma, denoised): called after every step; if it returns False, the call ends with the images
+        finished so far; residual: replaces the residual_* settings; skip_layer: replaces the model's own; settings:
+        seed, steps, cfg, width, residual_target_layers and all other flags of an image (`docs/flags.md`). Defaults are
+        the model's usual settings and a random seed. Raises Mistake for a bad value before any weights load, TypeError
+        for a setting that does not exist.
         """
         options = {"out_dir": out_dir, "metadata": metadata, "on_step": on_step}
         return self._make(prompt, True, residual=residual, skip_layer=skip_layer, **options, **settings)
@@ -103,7 +105,7 @@ class Pipeline:
         skip_layer: SkipLayerConfig | None = None,
         **settings: Any,
     ) -> Iterator[Made]:
-        """As `stream`; with `decode` False latents (16, h, w) in place of images, which are not saved."""
+        """As `stream`; with `decode` False yields latents (16, h, w) and saves nothing."""
         flags, pictures = self._plan(prompt, residual, read_skip_layer_config(skip_layer), settings)
         folder = None if out_dir is None else writing.open_folder(FLAGS["out_dir"].read("out_dir", out_dir))
         made_with = MadeWith(self.engine, pictures[0], hashed=metadata and folder is not None)
@@ -125,10 +127,10 @@ class Pipeline:
         settings: dict[str, Any],
     ) -> tuple[Flags, list[Settings]]:
         """The flags of a call, and the settings of its images."""
-        check_parameters("Pipeline", settings, names("picture"), dict(zip(OPTIONS, OPTIONS, strict=True)))
+        check_parameters("Pipeline", settings, names("picture"), {name: name for name in OPTIONS}, PLACES)
         given = [name for name in settings if name.startswith("residual_")]
         if residual is not None and given:
-            raise Mistake(given[0], settings[given[0]], "is given beside `residual`, which has it already")
+            raise Mistake(given[0], settings[given[0]], "cannot be combined with `residual`, which already sets it")
         loaded, prompts = self.engine.loaded_settings(), read_texts(prompt)
         own = {"model": loaded["model"]}
         if settings.get("controlnet_cond_image") is not None:  # a loaded ControlNet without an image is not used
@@ -142,15 +144,14 @@ class Pipeline:
 
 
 def load(model: str | Path = FLAGS["model"].default, *, tell: Reporter = SILENT, **settings: Any) -> Pipeline:
-    """Opens a model: reads headers and checks that all files are there and fit each other; weights are read when they
-    are first needed.
+    """Opens a model: reads headers and checks that all files exist and fit each other. Weights are read on first use.
 
-    model: a file, a folder in diffusers layout, or `demo`, the small model that ships. settings: further flags that
-    decide what is loaded (`docs/flags.md`): device, dtype, vae, controlnet_ckpt, weights, ... and `shift`, for images
-    that name none. tell: who hears of notes and progress, such as `sd3.Terminal()`; silent by default. Raises Mistake
-    that names the file and what is wrong with it.
+    model: a file, a folder in diffusers layout, or `demo`, the small model that ships. settings: the flags that decide
+    what is loaded (`docs/flags.md`): device, dtype, vae, controlnet_ckpt, weights ..., and `shift`, the default for
+    images. tell: receives notes and progress, such as `sd3.Terminal()`; silent by default. Raises Mistake, which names
+    the file and the problem.
     """
-    check_parameters("load", settings, ("shift", *names("load")))
+    check_parameters("load", settings, ("shift", *names("load")), {"tell": "tell"}, PLACES)
     shift = read_values({"shift": settings.pop("shift", None)}).get("shift")
     given = {name: value for name, value in settings.items() if value is not None}
     return Pipeline(Engine(Setup(model=model, **given), tell), shift)

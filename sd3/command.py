@@ -22,7 +22,7 @@ from sd3.flag_files import read_flag_file
 from sd3.flags import FLAGS, Flag, check_flag
 from sd3.info import as_word
 from sd3.memory import OutOfMemory, one_line, out_of_memory
-from sd3.mistakes import Mistake, flag_name, spell
+from sd3.mistakes import Mistake, flag_name, spell, verbatim
 from sd3.reading import Note
 from sd3.settings import Flags
 from sd3.versions import NAME, __version__
@@ -42,9 +42,9 @@ def begin(
     help_text: Callable[[], str],
     answer: Callable[[Read], str | None] = lambda request: None,
 ) -> Read:
-    """Reads the words of the process. A program calls it first, before it imports torch.
+    """Reads the command line of the process; a program calls it before it imports torch.
 
-    Ends the process on --help, --version, a mistake in the words, and where `answer` returns a text to print.
+    Exits on --help, --version, a mistake in the words, and if `answer` returns a text to print.
     """
     status, request = answer_early(None, read, help_text, answer)
     if status is not None:
@@ -59,11 +59,12 @@ def answer_early(
     answer: Callable[[Read], str | None] = lambda request: None,
     bare: bool = True,
 ) -> tuple[int | None, Read | None]:
-    """The exit status where the words alone decide it (else None), and what `read` made of them.
+    """Handles what needs no model: help, version, mistakes. Returns the exit status if that ends the command, else
+    None; and the result of `read`.
 
-    words: None for those of the process. The process is then a program of its own, and torch is asked, before its
-    import, for large pages: page faults take most of the time of loading on a CPU. answer: the text to print where the
-    request needs no model, else None. bare: whether the command runs without any words; else the help is shown.
+    words: None for those of the process; then torch, not yet imported, is also asked for large pages, because page
+    faults dominate the time of loading on a CPU. answer: returns the text to print if the request needs no model, else
+    None. bare: whether the command runs without any words; otherwise the help is shown.
     """
     if words is None:
         streams.begin()
@@ -91,19 +92,20 @@ def read_arguments(
 ) -> dict[str, str]:
     """Flags and their values exactly as typed: `--name value`, `--name=value`, a switch, one word for flag `bare`.
 
-    The word after a flag is its value whatever it looks like (`-0.5`, `-`, `None`), unless it is a flag itself. Of a
-    repeated flag the last value counts. Raises Mistake for an unknown flag, a missing value and stray words.
+    The word after a flag is its value, whatever it looks like (`-0.5`, `-`, `None`), unless it is a flag itself. The
+    last value of a repeated flag counts. Raises Mistake for an unknown flag, a missing value and stray words.
     """
     switches = [name for name, row in flags.items() if row.read.kind == "switch"]
     is_flag = lambda word: word.startswith("--") and word[2:].partition("=")[0].replace("-", "_") in flags  # noqa: E731
     out: dict[str, str] = {}
+    previous: tuple[str, str] | None = None  # the text that the next word follows
     words = list(arguments)
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
             if bare is None or bare in out or word.startswith("-"):
-                raise Mistake("", word, "not understood; flags start with --, and lists with spaces need quotes")
-            out[bare] = word
+                raise _stray(word, previous)
+            out[bare], previous = word, (bare, word)
             continue
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
@@ -119,6 +121,7 @@ def read_arguments(
             else:
                 value = words.pop(0)
         out[name] = value
+        previous = (name, value) if flags[name].read.kind == "text" else None
     return out
 
 
@@ -126,8 +129,8 @@ def read_arguments(
 class Request:
     """The flags of `sd3_infer.py`.
 
-    values: of the flags that were given, read; words: the same as `--name=value`, for records; flags: all flags,
-    checked together; None with `--replay`, where the image's settings are still to be read.
+    values: the given flags, read; words: the same as `--name=value`, for records; flags: all flags, checked together;
+    None with `--replay`, because the image's settings have not been read yet.
     """
 
     values: Values
@@ -138,7 +141,7 @@ class Request:
 def read_infer_flags(words: Sequence[str]) -> Request:
     """Reads the words of `sd3_infer.py`, each value by its flag's reader; raises Mistake.
 
-    The flags of a file of settings become flags as if they had been typed first: a record names them, not the file.
+    Flags in a settings file count as if typed first: records list these flags, not the file.
     """
     typed = read_arguments(words)
     spelled = [f"--{name}={value}" for name, value in typed.items() if name != "settings"]
@@ -165,6 +168,17 @@ _collect.__signature__ = inspect.Signature(
 )
 
 
+def _stray(word: str, previous: tuple[str, str] | None) -> Mistake:
+    """The mistake of a word that belongs to no flag: most often a part of a text or a list without quotes.
+
+    previous: name and value of the text that it follows; None after anything else.
+    """
+    if previous is None or word.startswith("-"):
+        return Mistake("", word, "not understood; flags start with --, and lists with spaces need quotes")
+    name, text = previous
+    return Mistake("", word, f'not understood; a text with spaces needs quotes: `{name}` "{verbatim(text)} {word} ..."')
+
+
 def _is_bool(word: str) -> bool:
     """Whether a word is the value of a switch, or several values separated by `;`, as in a sweep."""
     values = word.strip().lower().removesuffix(";").split(";")
@@ -178,10 +192,10 @@ def fail(mistake: Mistake) -> int:
 
 
 def execute(work: Callable[[], Any], smaller: str, words: Sequence[str] = ()) -> int:
-    """Runs a command; returns the exit status: 0; 2 for a mistake in flags or files; 1 where memory ran out, the work
-    failed, or for a bug; 130 and 143 where it was stopped.
+    """Runs a command; returns the exit status: 0; 2 for a mistake in flags or files; 1 if memory ran out, the work
+    failed, or for a bug; 130 or 143 if stopped.
 
-    smaller: the flags to turn down where memory runs out; words: the command's, for the report of a bug.
+    smaller: the flags to reduce if memory runs out; words: the command line, for bug reports.
     """
     previous = None
     if threading.current_thread() is threading.main_thread():
@@ -190,7 +204,7 @@ def execute(work: Callable[[], Any], smaller: str, words: Sequence[str] = ()) ->
     try:
         with streams.bearing(), warnings.catch_warnings():
             warnings.showwarning = _note_once()
-            warnings.simplefilter("always", Note)  # whatever PYTHONWARNINGS says
+            warnings.simplefilter("always", Note)  # regardless of PYTHONWARNINGS
             work()
         return 0
     except Failed:
@@ -234,8 +248,8 @@ def _stop(*_: Any) -> None:
 
 
 def _note_once() -> Callable[..., None]:
-    """Prints warnings as notes, each once, although a file is opened several times."""
-    from tqdm import tqdm  # here: --help and mistakes in flags do without it
+    """Prints each warning once, as a note: a file may be opened several times."""
+    from tqdm import tqdm  # imported late: --help and mistakes in flags do not need it
 
     first = streams.Once()
 

@@ -18,7 +18,7 @@ import torch
 from sd3.mistakes import Mistake
 from sd3.readers import read_device
 
-# Variables by which torch and its libraries choose how they multiply. torch tells of the first one's effect only.
+# Environment variables that select instruction sets. torch reports the effect of the first only.
 DECIDING = (
     "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE",
     "DNNL_DEFAULT_FPMATH_MODE", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "NVIDIA_TF32_OVERRIDE",
@@ -27,7 +27,7 @@ DECIDING = (
 
 
 def choose_device(name: str | torch.device = "auto", flag: str = "device") -> torch.device:
-    """The device for `auto`, cpu, cuda, cuda:N or mps; raises Mistake where it is not there."""
+    """The device for `auto`, cpu, cuda, cuda:N or mps; raises Mistake if it is not available."""
     if isinstance(name, torch.device):
         return name
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
@@ -43,7 +43,7 @@ def choose_device(name: str | torch.device = "auto", flag: str = "device") -> to
 
 def choose_dtype(name: str, device: torch.device, stored: str = "F16") -> torch.dtype:
     """The compute dtype. auto: on a GPU the file's own (`stored`, as its header spells it; bfloat16 for float8), on
-    a CPU bfloat16 where it has instructions for it, else float32.
+    a CPU bfloat16 if the CPU supports it, else float32.
     """
     if name != "auto":
         return getattr(torch, name)
@@ -53,28 +53,28 @@ def choose_dtype(name: str, device: torch.device, stored: str = "F16") -> torch.
     return own.get(stored, torch.bfloat16)
 
 
-SMALL_MODEL = 100_000_000  # parameters; threads that share a busy core wait for each other longer than they compute
+SMALL_MODEL = 100_000_000  # parameters; below, threads wait for each other longer than they compute
 
 
 def choose_threads(given: int | None, parameters: int) -> int:
-    """How many threads of the CPU compute: the number given, else one for a model of few parameters and as many as
-    this process is set to for a larger one.
+    """Number of CPU threads to compute on: the given number, else one for a small model and the process's setting for
+    a larger one.
     """
     return given or (1 if parameters < SMALL_MODEL else _process.threads())
 
 
 class _Process:
-    """The number of threads that this process is set to by its user, while engines compute on numbers of their own: a
-    new Python thread starts with whatever number was set last, by whichever thread.
+    """The number of threads set for this process by its user. Engines change torch's setting while they compute, and
+    a new Python thread starts with the number set last by any thread, so the user's number is kept here.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.computing = 0  # engines at the moment
+        self.computing = 0  # number of engines computing now
         self.number: int | None = None
 
     def threads(self) -> int:
-        """The number; read anew where nothing computes, in the main thread."""
+        """The number; read anew in the main thread while no engine computes."""
         with self.lock:
             in_main = threading.current_thread() is threading.main_thread()
             if self.number is None or (in_main and not self.computing):
@@ -87,7 +87,7 @@ _process = _Process()
 
 @contextlib.contextmanager
 def computing_on(threads: int) -> Iterator[None]:
-    """Computes on so many threads inside; afterwards this thread has the process's own number again."""
+    """Sets the number of CPU threads inside; restores the process's own number afterwards."""
     own, before = _process.threads(), torch.get_num_threads()
     with _process.lock:
         _process.computing += 1
@@ -105,8 +105,8 @@ def computing_on(threads: int) -> Iterator[None]:
 
 
 def device_record(device: torch.device, threads: int) -> dict[str, Any]:
-    """What a device is called, and on a CPU how many threads compute, with which instructions, and what in the
-    environment decides that: all of it can change the last bits of a picture.
+    """The device's name, and for a CPU the number of threads, the instruction set and the environment variables that
+    select it: all of these can change the last bits of an image.
     """
     environment = " ".join(f"{name}={value}" for name in DECIDING if (value := os.environ.get(name)))
     if device.type == "cuda":
@@ -123,7 +123,7 @@ def device_record(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of memory that a device has in all, whoever uses them now; without a way to know, 8 GB."""
+    """Total memory of a device in bytes, used or not; 8 GB if unknown."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if device.type == "mps":
@@ -137,19 +137,19 @@ CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.l
 
 
 def container_memory(limits: Sequence[str | Path] = CONTAINER_LIMITS) -> float:
-    """Bytes of main memory that the container of this process may use (Linux control groups, the files `limits`);
-    without a limit, inf.
+    """Memory limit of this process's container in bytes (Linux control groups, the files `limits`); inf without a
+    limit.
     """
     for path in limits:
         try:
             return int(Path(path).read_text(encoding="ascii"))
-        except (OSError, ValueError):  # no such group, or the word max
+        except (OSError, ValueError):  # no such file, or the word max
             continue
     return math.inf
 
 
 def memory_peak(device: torch.device) -> int:
-    """Most bytes that were in use so far: on a CUDA device there, else resident in this process; 0 where unknown."""
+    """Peak memory so far in bytes: allocated on a CUDA device, else resident in this process; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -168,12 +168,12 @@ def _cpuinfo() -> str:
 
 
 def encoder_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Text encoders run in float32 where the MMDiT runs in float16: T5 overflows there."""
+    """Text encoders run in float32 if the MMDiT runs in float16, in which T5 overflows."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 
 def available_devices(settings: Mapping[str, Any]) -> dict[str, str]:
-    """`auto` for each device that an image was made on and that is not here; other words stay, to be named."""
+    """`auto` for each recorded device that this machine lacks; invalid names stay, so that they are reported."""
     out = {}
     for name in ("device", "text_encoder_device"):
         try:

@@ -7,8 +7,8 @@
         image = pipe("a red circle left of a blue square").images[0]
 
 Works on any transformer whose `transformer_blocks` take `encoder_hidden_states`: SD3 and SD3.5, FLUX, Qwen-Image. The
-hooks sit in diffusers' own registry, beside its caching and offloading; on blocks that are compiled already they wrap
-the compiled code.
+hooks are in diffusers' own registry, so its caching and offloading still work; on blocks that are already compiled they
+wrap the compiled code.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import StateManager
 from torch import Tensor, nn
 
-from mmditx import ModelCall, ResidualStream
+from mmditx import ModelCall, ResidualStream, TokenKinds
 from sd3.mistakes import Mistake
 from sd3.readers import read_path
 from sd3.residual import ResidualConfig, residual_stream
 from sd3.rotations import Rotations, read_rotations
+from sd3_impls import stack_kinds
 
 NAME = "residual_text_streaming"
 TEXT = "encoder_hidden_states"
@@ -36,15 +37,20 @@ TIMESTEPS = {"SD3Transformer2DModel": 1000.0, "FluxTransformer2DModel": 1.0, "Qw
 
 
 def apply_residual(
-    pipe: Any, config: ResidualConfig | None, rotations: Rotations | str | Path | None = None
+    pipe: Any,
+    config: ResidualConfig | None,
+    rotations: Rotations | str | Path | None = None,
+    kinds: TokenKinds | None = None,
 ) -> ResidualHandle:
     """Turns residual text streaming on for a pipeline (or a bare transformer) until the handle's `remove()`.
 
     Layer numbers count `transformer_blocks`. config: None means off, as from `build_residual_config`. rotations: for
-    the mode aligned, where `config` names no file. A scheduler that replaces the pipeline's later is followed.
-    Without a pipeline there is no scheduler, so start and end cannot be used, and the branch only where the caller sets
-    diffusers' `cache_context`. Raises Mistake where the transformer is not of this kind, has other layers or another
-    width, or has residual text streaming on already.
+    the mode aligned, where `config` names no file. The pipeline's scheduler may be replaced later.
+    A bare transformer has no scheduler, so start and end cannot be used, and branch only if the caller sets diffusers'
+    `cache_context`. kinds: what the text tokens are, see `token_kinds`; `config.tokens` other than all needs it.
+
+    Raises Mistake if the transformer has no such blocks, if layers or rotations do not fit it, or if residual text
+    streaming is already on.
     """
     transformer = getattr(pipe, "transformer", None) if not isinstance(pipe, nn.Module) else pipe
     blocks = getattr(transformer, "transformer_blocks", None)
@@ -53,20 +59,22 @@ def apply_residual(
     if not blocks or TEXT not in _parameters(_unwrapped(blocks[0])):
         raise Mistake("", name, f"has no transformer_blocks that take {TEXT}")
     if config is not None and not isinstance(config, ResidualConfig):
-        raise Mistake("config", config, "must be a ResidualConfig, as build_residual_config makes one")
+        raise Mistake("config", config, "must be a ResidualConfig; build_residual_config makes one")
     if config is None or not config.active:
         return ResidualHandle([])
     config.check(len(blocks))
     rotations = _rotations_for(config, rotations, getattr(bare, "inner_dim", None))
     if getattr(pipe, "scheduler", None) is None and (config.start, config.end) != (0.0, 1.0):
-        raise Mistake("", "", "`start`, `end`: need the pipeline, whose scheduler knows the step")
-    shared = _Shared(config, residual_stream(config, rotations), pipe, bare)
+        raise Mistake("", "", "`start` and `end` need a pipeline, whose scheduler knows the step")
+    if kinds is None and config.tokens != "all":
+        raise Mistake("tokens", config.tokens, "needs `kinds`: token_kinds(pipe, prompt, negative_prompt) tells them")
+    shared = _Shared(config, residual_stream(config, rotations), pipe, bare, kinds)
     removals: list[Callable[[], None]] = []
     if NAME in HookRegistry.check_if_exists_or_initialize(transformer).hooks:
-        raise Mistake("", name, "has residual text streaming on already; remove() that first")
+        raise Mistake("", name, "already has residual text streaming; call remove() first")
     removals.append(_register(transformer, _CallHook(shared)))
     for i, block in enumerate(blocks):
-        if i >= config.origin:  # those before see nothing; a block that a call skips is made up for at the next
+        if i >= config.origin:  # blocks before the origin need no hook; `mix` catches up on skipped blocks
             removals.append(_attach(block, _BlockHook(shared, i, _parameters(_unwrapped(block)))))
     return ResidualHandle(removals)
 
@@ -74,7 +82,7 @@ def apply_residual(
 def _rotations_for(
     config: ResidualConfig, rotations: Rotations | str | Path | None, width: int | None
 ) -> Rotations | None:
-    """The rotations that a configuration needs, from a file or as they are, checked; None where there are none."""
+    """The rotations that a configuration needs, read and checked; None if the mode needs none."""
     if not config.aligned:
         return None
     if isinstance(rotations, Rotations):
@@ -84,8 +92,29 @@ def _rotations_for(
     return None if path is None else read_rotations(path, config, width)
 
 
+def token_kinds(
+    pipe: Any, prompt: str, negative_prompt: str | None = None, max_sequence_length: int = 256
+) -> TokenKinds:
+    """What the text tokens of a StableDiffusion3Pipeline's prompt are, for `apply_residual`: one row for the negative
+    prompt and one for the prompt, or one for both where no negative prompt is given.
+
+    max_sequence_length: as in the pipeline's call. Start and end tokens count as words; without T5 its zeros are
+    padding.
+    """
+    texts = [prompt] if negative_prompt is None else [negative_prompt, prompt]
+    clip = pipe.tokenizer.model_max_length
+    rows = []
+    for text in texts:
+        words = len(pipe.tokenizer(text, truncation=True, max_length=clip).input_ids)
+        pieces = 0
+        if getattr(pipe, "text_encoder_3", None) is not None:
+            pieces = len(pipe.tokenizer_3(text, truncation=True, max_length=max_sequence_length).input_ids)
+        rows.append(torch.cat([torch.arange(clip) < words, torch.arange(max_sequence_length) < pieces]))
+    return TokenKinds(clip, torch.stack(rows))
+
+
 class ResidualHandle:
-    """What `apply_residual` returns: `remove()` takes every hook off; as a context manager, at its end."""
+    """Removes the hooks of `apply_residual`: by `remove()`, or at the end of a `with` block."""
 
     def __init__(self, removals: list[Callable[[], None]]):
         self._removals = removals
@@ -103,7 +132,7 @@ class ResidualHandle:
 
 
 class _CallName(StateManager):
-    """The name that a pipeline gives a call by `cache_context`: cond, uncond, cond_uncond."""
+    """The name of the current call, which pipelines set by `cache_context`: cond, uncond or cond_uncond."""
 
     def __init__(self) -> None:
         self.name = ""
@@ -116,38 +145,41 @@ class _CallName(StateManager):
 
 
 class _Shared:
-    """What the hooks of one pipeline share: the stream, and how far the running call has come."""
+    """State shared by the hooks of a pipeline: the stream, and the next block of the current call."""
 
-    def __init__(self, config: ResidualConfig, stream: ResidualStream, pipe: Any, transformer: Any):
-        self.config = config
+    def __init__(
+        self, config: ResidualConfig, stream: ResidualStream, pipe: Any, transformer: Any, kinds: TokenKinds | None
+    ):
+        self.config, self.kinds = config, kinds
         self.stream = stream
         self.pipe = pipe
         self.scale = TIMESTEPS.get(type(transformer).__name__)
         self.arguments = _parameters(transformer)
         self.call = _CallName()
         self.timed = config.schedule != "constant" or bool(stream.rotations is not None and stream.rotations.edges)
-        self.active = False  # in the running call
+        self.active = False  # in the current call
         self.next = 0
 
     @property
     def scheduler(self) -> Any:
-        """The pipeline's current one: `pipe.scheduler = Other.from_config(...)` is usual."""
+        """The pipeline's current scheduler; users often replace it: `pipe.scheduler = Other.from_config(...)`."""
         return getattr(self.pipe, "scheduler", None)
 
     @torch.compiler.disable
     def begin(self, args: tuple, kwargs: dict) -> None:
-        """Reads a call off the transformer's arguments."""
+        """Begins a call of the transformer with these arguments."""
         given = dict(zip(self.arguments, args, strict=False)) | kwargs
         step, steps = self._step()
         sigma = self._sigma(given["timestep"]) if self.timed else 1.0
         first, halves = self._branches(given) if self.config.branch != "both" else ("cond", False)
         rows = given["hidden_states"].shape[0]
-        self.active = self.stream.begin(ModelCall.of_rows(step, steps, sigma, rows, first, halves))
+        call = ModelCall.of_rows(step, steps, sigma, rows, first, halves, kinds=self._kinds(rows, given))
+        self.active = self.stream.begin(call)
         self.next = self.config.origin
 
     @torch.compiler.disable
     def mix(self, i: int, context: Tensor) -> Tensor:
-        """The text tokens that enter block i, mixed for it and for the blocks that were skipped before it."""
+        """The text tokens that enter block i, after the mixing due there and at blocks skipped since the last one."""
         if self.active:
             for layer in range(self.next, i + 1):
                 self.stream.keep(layer, context)
@@ -155,8 +187,23 @@ class _Shared:
             self.next = i + 1
         return context
 
+    def _kinds(self, rows: int, given: dict) -> TokenKinds | None:
+        """The kinds of the tokens of a call's rows: those of the negative prompt, then the prompt's, each for
+        half of the rows; for a call with one half of guidance, that half's.
+        """
+        kinds = self.kinds
+        if kinds is None or kinds.words is None or kinds.words.shape[0] == 1:
+            return kinds
+        first, halves = self._branches(given)
+        if halves:
+            parts = [kinds.rows(slice(i, i + 1)) for i in (0, 1) for _ in range(rows // 2)]
+        else:
+            place = 0 if first == "uncond" else 1
+            parts = [kinds.rows(slice(place, place + 1))] * rows
+        return stack_kinds(parts)
+
     def _step(self) -> tuple[int, int]:
-        """The number of the step, of those that run, and how many run."""
+        """The index of the current step among those that run, and their number."""
         if self.scheduler is None:
             return 0, 1
         first = getattr(self.scheduler, "begin_index", None) or 0
@@ -170,25 +217,25 @@ class _Shared:
         return value / (self.scale or (1000.0 if value > 1 else 1.0))
 
     def _branches(self, given: dict) -> tuple[str, bool]:
-        """The branch of the first rows, and whether the other branch is the second half of the rows."""
+        """The branch of the first rows, and whether the second half of the batch is the other branch."""
         name = self.call.name
         guided = getattr(self.pipe, "do_classifier_free_guidance", None)
         if given.get("skip_layers") is not None:
-            return "cond", False  # skip-layer guidance is conditional only
+            return "cond", False  # the pass of skip-layer guidance is conditional
         if "uncond" in name and name != "cond_uncond":
             return "uncond", False
         if "cond" in name and name != "cond_uncond":
             return "cond", False
         if guided is None and not name:
-            why = "cannot tell the halves of guidance apart: no pipeline that says whether it is guided, and no "
+            why = "cannot tell conditional from unconditional rows: there is no pipeline to ask, and no "
             raise Mistake("branch", self.config.branch, f"{why}cache_context around the call")
         return ("uncond", True) if guided or name else ("cond", False)  # diffusers puts the unconditional half first
 
 
 class _CallHook(ModelHook):
-    """On the transformer: a call begins."""
+    """Hook on the transformer: begins a call."""
 
-    _is_stateful = True  # so that diffusers passes it the name of the call
+    _is_stateful = True  # then diffusers tells it the name of the call
 
     def __init__(self, shared: _Shared):
         super().__init__()
@@ -205,7 +252,7 @@ class _CallHook(ModelHook):
 
 
 class _BlockHook(ModelHook):
-    """On a block: its text tokens pass through the stream first."""
+    """Hook on a block: passes its text tokens through the stream."""
 
     def __init__(self, shared: _Shared, i: int, arguments: list[str]):
         super().__init__()
@@ -233,12 +280,14 @@ def _parameters(module: nn.Module) -> list[str]:
 
 
 def _attach(block: nn.Module, hook: ModelHook) -> Callable[[], None]:
-    """Puts a hook on a block; returns what takes it off."""
+    """Adds a hook to a block; returns the function that removes it."""
     compiled = getattr(block, "_compiled_call_impl", None)
     if compiled is None:
         return _register(block, hook)
 
-    def call(*args: Any, **kwargs: Any) -> Any:  # outside the compiled code, which may be one graph
+    def call(
+        *args: Any, **kwargs: Any
+    ) -> Any:  # outside the compiled code: it may have been compiled as a single graph
         args, kwargs = hook.pre_forward(block, *args, **kwargs)
         return compiled(*args, **kwargs)
 
@@ -251,7 +300,7 @@ def _attach(block: nn.Module, hook: ModelHook) -> Callable[[], None]:
 
 
 def _register(module: nn.Module, hook: ModelHook) -> Callable[[], None]:
-    """Puts a hook into a module's registry; returns what takes it out, and the registry too where it is then empty."""
+    """Adds a hook to a module's registry; returns a function that removes it, and the registry once it is empty."""
     registry = HookRegistry.check_if_exists_or_initialize(module)
     own_forward = module.__dict__.get("forward")
     registry.register_hook(hook, NAME)
@@ -259,7 +308,7 @@ def _register(module: nn.Module, hook: ModelHook) -> Callable[[], None]:
 
     def remove() -> None:
         index = registry._hook_order.index(NAME)
-        # A later hook that replaces the forward keeps the one below it apart; the registry would drop its own.
+        # A later hook that replaces forward stores the one below it elsewhere; the registry would lose that one.
         later = registry._fn_refs[index + 1] if index + 1 < len(registry._fn_refs) else None
         replaced = later.forward if later is not None and later.original_forward is not None else None
         registry.remove_hook(NAME, recurse=False)

@@ -1,5 +1,5 @@
-"""Rules that find flags without effect on an image. A rule takes an image's settings and returns the fields to set to
-their defaults (a dictionary: to other values), and a line that says why (empty where no note is needed). No torch.
+"""Rules that find flags without effect on an image. A rule takes an image's settings and returns the fields to reset (a
+dictionary: to these values; else to their defaults) and a note that says why, or an empty text. Needs no torch.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 from sd3.methods import make_guidance
 
 Effect = tuple[Sequence[str] | Mapping[str, Any], str]
-Rule = Callable[[Any], Effect]  # takes `Settings`; cannot be imported here, as its fields come from the flag table
+Rule = Callable[[Any], Effect]  # takes `Settings`, which cannot be imported here: its fields come from the flag table
 
 
 @functools.lru_cache(maxsize=1024)
 def _levels(scheduler: str, steps: int, shift: float, denoise: float = 1.0) -> tuple[float, ...]:
     """The sigmas of a run, with 0 at the end."""
-    from sd3_impls import img2img_sigmas, schedule  # imports torch; checking flags does not need it
+    from sd3_impls import img2img_sigmas, schedule  # imports torch, which checking flags does not need
 
     return tuple(img2img_sigmas(schedule(scheduler, steps, shift), denoise).tolist())
 
@@ -37,9 +37,17 @@ def planned_steps(s: Any) -> int:
     return len(_levels(s.scheduler, s.steps, s.shift)) - 1
 
 
+def whole_prompts(s: Any) -> Effect:
+    """Settings of whole prompts have no effect where prompts are read as the reference reads them."""
+    if s.prompt_mode == "whole":
+        return (), ""
+    why = "`t5_tokens` and `prompt_weights` have no effect: `prompt_mode` is reference, not whole"
+    return ("t5_tokens", "prompt_weights"), why
+
+
 def guidance(s: Any) -> Effect:
-    """The negative prompt has no effect where no unconditional pass runs; an interval without steps turns guidance off,
-    as `cfg` 1 does.
+    """The negative prompt has no effect if no unconditional pass runs; an interval that contains no step turns guidance
+    off, as `cfg` 1 does.
     """
     if needs_uncond(s):
         return (), ""
@@ -48,12 +56,12 @@ def guidance(s: Any) -> Effect:
     if executed_steps(s) == 0:
         return (), ""
     interval = f"`guidance_start` {s.guidance_start:g} to `guidance_end` {s.guidance_end:g}"
-    why = f"`cfg` has no effect: {interval} holds none of the {executed_steps(s)} steps; it is 1 (guidance is off)"
+    why = f"`cfg` has no effect: {interval} contains none of the {executed_steps(s)} steps (guidance is off)"
     return {"cfg": 1.0, "negative_prompt": "", "guidance_start": 0.0, "guidance_end": 1.0}, why
 
 
 def guidance_interval(s: Any) -> Effect:
-    """The guidance interval has no effect without guidance; one of its ends where it excludes no step."""
+    """The guidance interval has no effect without guidance; an end of it has none if it excludes no step."""
     if s.cfg == 1:
         return ("guidance_start", "guidance_end"), "`guidance_start` and `guidance_end` have no effect at `cfg` 1"
     steps = executed_steps(s)
@@ -65,7 +73,7 @@ def guidance_interval(s: Any) -> Effect:
 
 
 def initial_image(s: Any) -> Effect:
-    """`denoise` has no effect without an initial image; the image has none where sampling starts from pure noise."""
+    """`denoise` has no effect without an initial image; the image has none if sampling starts from pure noise."""
     if s.init_image is None:
         return ("denoise",), "`denoise` has no effect without `init_image`"
     if executed_levels(s)[0] == 1:
@@ -87,14 +95,14 @@ def control(s: Any) -> Effect:
 
 
 def schedule(s: Any) -> Effect:
-    """A note where the schedule has fewer noise levels than `steps`; no field is reset."""
+    """Notes that the schedule has fewer noise levels than `steps`; resets nothing."""
     if (steps := planned_steps(s)) == s.steps:
         return (), ""
     return (), f"{steps} steps run instead of {s.steps}: `scheduler` {s.scheduler} has no more noise levels"
 
 
 def skip_layer(s: Any) -> Effect:
-    """Skip-layer guidance has no effect at scale 0 or where no step lies in its window."""
+    """Skip-layer guidance has no effect at scale 0 or if its window contains no step."""
     config = s.skip_layer
     if config is None or (
         config.scale != 0 and any(config.acts(i, planned_steps(s)) for i in range(executed_steps(s)))
@@ -103,11 +111,11 @@ def skip_layer(s: Any) -> Effect:
     if config.scale == 0:
         return ("skip_layer",), "skip-layer guidance has no effect at scale 0"
     window = f"between {config.start:g} and {config.end:g} of {planned_steps(s)} steps"
-    return ("skip_layer",), f"skip-layer guidance has no effect: it acts {window}, and no step lies there"
+    return ("skip_layer",), f"skip-layer guidance has no effect: it acts {window}, which contains no step"
 
 
 def residual(s: Any) -> Effect:
-    """Residual text streaming has no effect where it mixes nothing in; single settings where they change nothing."""
+    """Residual text streaming has no effect if nothing is mixed in; single settings may have none either."""
     config, every = s.residual, [name for name in s.__dataclass_fields__ if name.startswith("residual_")]
     if not config.active:
         return every, ""
@@ -119,7 +127,7 @@ def residual(s: Any) -> Effect:
     acts = [config.acts(i, steps) for i in range(steps)]
     if not any(acts):
         window = f"`residual_start` {config.start:g} to `residual_end` {config.end:g}"
-        return every, f"residual text streaming has no effect: {window} holds none of the {steps} steps"
+        return every, f"residual text streaming has no effect: {window} contains none of the {steps} steps"
     guided = any(acts[i] for i in guided_steps(s))
     if not guided and config.branch == "uncond":
         why = "`guidance_start` to `guidance_end` runs no unconditional pass in its steps"
@@ -130,7 +138,7 @@ def residual(s: Any) -> Effect:
 
 
 def step_cache(s: Any) -> Effect:
-    """The step cache has no effect on a single step; `batch_size` has none with a cache, which decides per image."""
+    """The step cache has no effect on a single step. `batch_size` has none with a cache, which decides per image."""
     if not s.cache:
         return (), ""
     if executed_steps(s) < 2:
@@ -140,12 +148,12 @@ def step_cache(s: Any) -> Effect:
 
 
 def tiles(s: Any) -> Effect:
-    """A VAE tile has no effect where it is as large as the image."""
+    """A VAE tile has no effect if it is as large as the image."""
     return (("vae_tile",) if s.vae_tile >= max(s.width, s.height) else (), "")
 
 
 def guided_steps(s: Any) -> list[int]:
-    """The steps in which an unconditional pass runs, whichever method of guidance needs it."""
+    """The steps in which any guidance method needs an unconditional pass."""
     return list(_guided_steps(s))
 
 
@@ -165,7 +173,7 @@ def _guided_steps(s: Any) -> Iterator[int]:
 
 
 def only_guided(field: str) -> Rule:
-    """The rule of a field that has no effect where only the conditional pass runs."""
+    """The rule of a field that has no effect if only the conditional pass runs."""
 
     def rule(s: Any) -> Effect:
         return ((), "") if guided_steps(s) or s.skip_layer else ((field,), f"`{field}` has no effect without guidance")

@@ -1,4 +1,4 @@
-"""The engine: one model, opened once, and the pictures that are made with it."""
+"""The engine: one model, opened once, and the images that are made with it."""
 
 from __future__ import annotations
 
@@ -27,18 +27,20 @@ from sd3.network import Network
 from sd3.patches import patched
 from sd3.pixels import Pixels, check_finite, open_images, to_image
 from sd3.planning import batches, usual_settings
+from sd3.prompt_tokens import Key
 from sd3.residual import RESIDUAL_FLAGS
 from sd3.settings import FILE_SETTINGS, Flags, Settings, Setup
 from sd3.telling import SILENT, Reporter, Terminal
-from sd3.text import Key, Text, TextEncoders, in_groups
+from sd3.text import TextEncoders, in_groups
 from sd3.weights import ModelTensors
+from sd3_impls import Conditioning
 
 LOADED_FILES = tuple(name for name in FILE_SETTINGS if FLAGS[name].scope == "load" and name != "model")
-Opened = Mapping[tuple, Image.Image]  # pictures that settings name, see `open_images`
+Opened = Mapping[tuple, Image.Image]  # opened images, see `open_images`
 
 
 class NotLoaded(AttributeError, ValueError):
-    """What was asked for needs a model, or a part of it, that is not loaded."""
+    """A model, or the part of it that was asked for, is not loaded."""
 
 
 class Busy(RuntimeError):
@@ -46,7 +48,7 @@ class Busy(RuntimeError):
 
 
 class Owner:
-    """The thread that uses an engine, for as long as it does; it may come in again meanwhile."""
+    """A reentrant lock that records which thread uses an engine."""
 
     def __init__(self) -> None:
         self.thread: int | None = None
@@ -55,10 +57,10 @@ class Owner:
 
     @contextlib.contextmanager
     def present(self) -> Iterator[None]:
-        """Around a use, which may end in another thread, as a generator does that is closed there. Raises Busy."""
+        """Holds the lock; may be released by another thread, as when a generator is closed there. Raises Busy."""
         with self.lock:
             if self.thread not in (None, threading.get_ident()):
-                raise Busy("this engine is making something for another thread; make one engine per thread, or queue")
+                raise Busy("another thread is using this engine; use one engine per thread, or a queue")
             self.thread = threading.get_ident()
             self.entries += 1
         try:
@@ -71,15 +73,15 @@ class Owner:
 
 
 class Engine:
-    """Makes pictures with one model. Headers are read and everything is checked when it is made; weights are read when
-    they are needed: each text encoder while prompts are encoded, then the MMDiT and the autoencoder, which stay.
+    """Makes images with one model. The constructor reads headers and checks everything. Weights are read on first use:
+    text encoders while prompts are encoded, then the MMDiT and the autoencoder, which stay in memory.
 
-    One thread at a time: a second one gets `Busy`, also between the images of a generator that the first one has begun;
-    give each its own engine, or let them queue.
+    One thread at a time: a second thread gets `Busy`, also while a generator of the first one is suspended. Use one
+    engine per thread, or a queue.
     """
 
     def __init__(self, setup: Setup, tell: Reporter = SILENT, load_tokenizers: bool = True):
-        """tell: who hears of notes and progress; load_tokenizers: whether there are text encoders and tokenizers.
+        """tell: receives notes and progress; load_tokenizers: whether to open text encoders and tokenizers.
 
         Raises Mistake that names a file and what is wrong with it.
         """
@@ -98,7 +100,7 @@ class Engine:
         if self.threads > (cores := os.cpu_count() or self.threads):
             tell.note(f"note: `threads` {self.threads}: this machine has {cores} CPUs")
         self._text = self._open_text() if load_tokenizers else None
-        for field in LOADED_FILES:  # those that no part opened, such as a patch's
+        for field in LOADED_FILES:  # files that no part opened, such as those of patches
             path = getattr(setup, field)
             if path and all(where.field != field for where in self.files.stamps):
                 self.files.add(Where(field, path), path)
@@ -124,7 +126,7 @@ class Engine:
         )
 
     def _patch(self) -> None:
-        """Adds the changes of weights that flags ask for, before any weights load."""
+        """Adds the weight patches that flags ask for, before any weights load."""
         parts = patched(self.parts, self.setup)
         self.network.part, self.pixels.part = parts["mmdit"], parts["vae"]
         if self.network.control:
@@ -134,15 +136,15 @@ class Engine:
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
-        """Around every use of the models: they compute on the engine's own number of threads. Raises Busy while another
-        thread of the process uses them.
+        """Encloses every use of the models: locks the engine and sets its number of CPU threads. Raises Busy while
+        another thread uses it.
         """
         with self._owner.present(), computing_on(self.threads):
             yield
 
     @property
     def text(self) -> TextEncoders:
-        """The text encoders; raises NotLoaded where the model was loaded without."""
+        """The text encoders; raises NotLoaded if the model was loaded without them."""
         if self._text is None:
             raise NotLoaded("this model was loaded without text encoders (load_tokenizers=False)")
         return self._text
@@ -151,7 +153,7 @@ class Engine:
 
     @property
     def parts(self) -> dict[str, ModelTensors]:
-        """The models that are used, by role."""
+        """The models in use, by role."""
         parts = {"mmdit": self.network.part, "vae": self.pixels.part}
         if self.network.control:
             parts["controlnet"] = self.network.control.part
@@ -159,11 +161,11 @@ class Engine:
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """What the model is usually run with: shift, steps, cfg, sampler, width and height."""
+        """The usual settings of the model: shift, steps, cfg, sampler, width and height."""
         return usual_settings(str(self.model_file.path), self.model_file.metadata, self.network.large_controlnet)
 
     def loaded_settings(self) -> dict[str, Any]:
-        """The settings of a picture that loading decides."""
+        """The settings of an image that are fixed by loading."""
         control = self.network.control
         return self.setup.seen_in_images() | {
             "model": str(self.model_file.path),
@@ -175,8 +177,8 @@ class Engine:
         }
 
     def damage(self) -> str:
-        """A line about the first weight in a file that is NaN or infinite, or ``: then the dtype is to blame. Reads all
-        files, once.
+        """A line about the first NaN or infinite weight in a file; empty if there is none: then the dtype is to blame.
+        Reads all files, once.
         """
         if self._damage is None:
             self._damage = ""
@@ -190,7 +192,7 @@ class Engine:
     # -- checks --
 
     def check_settings(self, s: Settings) -> None:
-        """Raises Mistake where settings do not fit the loaded model."""
+        """Raises Mistake for settings that do not fit the loaded model."""
         cell = self.pixels.config.downscale * self.config.patch
         for field, size in (("width", s.width), ("height", s.height)):
             if size % cell:
@@ -200,14 +202,16 @@ class Engine:
         with renaming(RESIDUAL_FLAGS):
             self.network.residual_stream(s.residual)
         self.network.check_layers(s)
+        if s.prompt_mode == "whole":
+            self.text.keys(s)
         if self.network.control is None:
             if s.controlnet_ckpt:
                 raise Mistake("controlnet_ckpt", "", "no ControlNet is loaded")
             if s.controlnet_cond_image:
-                why = "no ControlNet is loaded that could read it; load one with `controlnet_ckpt`"
+                why = "no ControlNet is loaded; load one with `controlnet_ckpt`"
                 raise Mistake("controlnet_cond_image", s.controlnet_cond_image, why)
 
-    # -- pictures --
+    # -- images --
 
     def make(
         self,
@@ -216,20 +220,20 @@ class Engine:
         on_step: sd3_impls.OnStep | None = None,
         decode: bool = True,
     ) -> Iterator[tuple[int, Settings, Image.Image | Tensor]]:
-        """Makes every picture; yields (number, settings, image) as each is done, or with `decode` False its latent (16,
-        h, w) in VAE space. Where `on_step`, which hears of every step, returns False, there are no more.
+        """Makes the images; yields (number, settings, image) as each is finished, or with `decode` False its latent
+        (16, h, w) in VAE space. on_step is called after every step; if it returns False, the run ends.
 
-        The settings' batch_size is then the number of rows that ran at once. pad_batch: fills a partial batch up to
-        batch_size, so that a picture does not depend, in its last bits, on how many were made with it.
-        Prompts are encoded as many at a time as are held, before the pictures of them. Raises Mistake before any
-        weights load where a setting does not fit the model, and where a latent turns NaN or infinite.
+        The batch_size in the settings it yields is the number of rows that ran together. pad_batch: fills a partial
+        batch up to batch_size, so that the last bits of an image do not depend on how many were made with it.
+        Prompts are encoded in groups that fit the cache, each before its images. Raises Mistake for settings that do
+        not fit the model, before any weights load, and for a latent that becomes NaN or infinite.
         """
         for s in pictures:
             self.check_settings(s)
         images, make = open_images(pictures), self.make_batch if decode else self.make_latents
         with self._owner.present(), contextlib.suppress(sd3_impls.StopSampling):
             for batch in self.encoded(pictures):
-                with self.owned():  # before sampling, whose time and memory are another stage's
+                with self.owned():  # before sampling, so that loading is not counted as sampling
                     _ = self.network.mmdit, self.network.controlnet
                 numbers, settings = zip(*batch, strict=True)
                 more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
@@ -237,14 +241,14 @@ class Engine:
                 of_batch = make(settings, images, what, pad_batch, on_step)
                 for number, (made, result) in zip(numbers, of_batch, strict=True):
                     if isinstance(result, Mistake):
-                        with self.files.watch():  # weights that another program overwrites become NaN, too
+                        with self.files.watch():  # weights overwritten by another program also give NaN
                             raise result
                     yield number, made, result
 
     def encoded(self, pictures: Sequence[Settings]) -> Iterator[list[tuple[int, Settings]]]:
-        """The batches of pictures (see `batches`), the prompts of each encoded: as many at a time as are kept."""
+        """The batches of images (see `batches`), their prompts encoded in groups that fit the cache."""
         texts = lambda batch: [text for _, s in batch for text in self.texts(s)]  # noqa: E731
-        for group in in_groups(batches(pictures, self.text.pair_length), texts, self.text.most):
+        for group in in_groups(batches(pictures, self.text.shape), texts, self.text.most, self.text.cost):
             self.encode([text for batch in group for text in texts(batch)])
             yield from group
 
@@ -254,14 +258,13 @@ class Engine:
             self.text.encode(texts)
 
     def load(self) -> None:
-        """Loads the weights of the network and the autoencoder, where they are not in memory yet."""
+        """Loads the weights of the network and the autoencoder, unless they are in memory."""
         with self.owned():
             _ = self.network.mmdit, self.network.controlnet, self.pixels.vae
 
     def texts(self, s: Settings) -> list[Key]:
-        """What has to be encoded for a picture: (prompt, T5 length), see `TextEncoders.encode`."""
-        length = self.text.pair_length(s.prompt, s.negative_prompt)
-        return [(s.prompt, length)] + ([(s.negative_prompt, length)] if needs_uncond(s) else [])
+        """The texts to encode for an image, see `TextEncoders.keys`."""
+        return list(self.text.keys(s)[: 2 if needs_uncond(s) else 1])
 
     def make_batch(
         self,
@@ -271,9 +274,9 @@ class Engine:
         pad_batch: bool = False,
         on_step: sd3_impls.OnStep | None = None,
     ) -> Iterator[tuple[Settings, Image.Image | Mistake]]:
-        """The pictures of one batch (see `batches`); in place of one that turned NaN or infinite its error.
+        """The images of one batch (see `batches`), or a Mistake in place of an image that became NaN or infinite.
 
-        images, what: see `sample`; pad_batch, on_step: see `make`. Raises StopSampling where on_step returns False.
+        images, what: see `sample`; pad_batch, on_step: see `make`. Raises StopSampling if on_step returns False.
         """
         for s, latent in self.make_latents(batch, images, what, pad_batch, on_step):
             if isinstance(latent, Mistake):
@@ -325,7 +328,7 @@ class Engine:
         streams: Sequence[Stream | ContextHook] = (),
         on_step: sd3_impls.OnStep | None = None,
     ) -> Tensor:
-        """Latents (B, 16, h, w) in VAE space of pictures that can share a run (see `batches`).
+        """Latents (B, 16, h, w) in VAE space of images that can share a run (see `batches`).
 
         images: opened ones by (flag, path, width, height); what: the progress bar's name; streams and on_step: see
         `Network.sample`.
@@ -350,17 +353,20 @@ class Engine:
                 denoise = s.denoise if s.init_image else 1.0
                 return network.sample(s, start, seeds, cond, uncond, control, denoise, streams, tick)
 
-    def _encoded(self, batch: Sequence[Settings]) -> tuple[Text, Text | None]:
-        """The encoded prompts of a batch, and the negative one where a pass needs it."""
-        negative = batch[0].negative_prompt
-        length = self.text.pair_length(batch[0].prompt, negative)
-        conds = [self.text.get_cond(s.prompt, length) for s in batch]
-        cond = tuple(torch.cat(parts) for parts in zip(*conds, strict=True))
-        return cond, self.text.get_cond(negative, length) if needs_uncond(batch[0]) else None
+    def _encoded(self, batch: Sequence[Settings]) -> tuple[Conditioning, Conditioning | None]:
+        """The encoded prompts of a batch, and the negative prompt if a pass needs it."""
+        halves = zip(*(self.texts(s) for s in batch), strict=True)
+        cond, *uncond = (self._conditioning(keys) for keys in halves)
+        return cond, uncond[0].row(0) if uncond else None
+
+    def _conditioning(self, keys: Sequence[Key]) -> Conditioning:
+        texts = [self.text.get(key) for key in keys]
+        context, pooled = (torch.cat(parts) for parts in zip(*texts, strict=True))
+        return Conditioning(context, pooled, sd3_impls.stack_kinds([self.text.kinds(key) for key in keys]))
 
 
 def load_for(flags: Flags) -> Engine:
-    """An engine with the files, the device and the dtype that flags name, for a command; raises as `Engine` does."""
+    """The engine of a command, for its flags; raises as `Engine` does."""
     tell = Terminal(flag_name)
     engine = Engine(Setup.of(flags), tell)
     for line in about(engine) if flags.verbose else ():

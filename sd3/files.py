@@ -1,4 +1,4 @@
-"""Files of weights: their formats, folders in diffusers' layout, name prefixes, hashes. Needs no torch."""
+"""Weight files: formats, folders in diffusers layout, name prefixes, hashes. Needs no torch."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMATS: list[Format] = [SAFETENSORS]
-START = 72  # bytes of a file by which its format is recognised
+START = 72  # first bytes of a file, enough to recognise its format
 MMDIT_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 ENCODERS = ("clip_l", "clip_g", "t5xxl")
 ENCODER_PREFIX = "text_encoders.{}.transformer."
 TRANSFORMER = "transformer/"  # prefix of its tensors in a diffusers folder
 ENCODER_FOLDERS = {"clip_l": "text_encoder/", "clip_g": "text_encoder_2/", "t5xxl": "text_encoder_3/"}
-# Parts of tensor names by kind of model, in the published and in diffusers' layout, behind any prefix.
+# Starts of tensor names, after any prefix, by kind of model, in the published and in diffusers layout.
 STEMS = {
     "mmdit": ("joint_blocks.",),
     "vae": ("encoder.down.", "encoder.down_blocks.", "decoder.up.", "decoder.up_blocks."),
@@ -39,7 +39,7 @@ STEMS = {
 
 
 def file_sha256(*paths: Path) -> str:
-    """Hash of a file, or of several one after the other; raises `Mistake` where one cannot be read."""
+    """sha256 of a file, or of several files concatenated; raises `Mistake` if one cannot be read."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         with reading(Where("", path)), open(path, "rb") as f:
@@ -52,7 +52,7 @@ def file_sha256(*paths: Path) -> str:
 
 
 def find_format(where: Where, path: Path) -> Format | None:
-    """The format of a file, by its first bytes, or None; raises `Missing`, or `Mistake` for what is no file."""
+    """The format of a file by its first bytes, or None; raises `Missing`, or `Mistake` if it is not a regular file."""
     check_file(where, path)
     with reading(where, "cannot be read"), open(path, "rb") as f:
         start = f.read(START)
@@ -60,7 +60,7 @@ def find_format(where: Where, path: Path) -> Format | None:
 
 
 def recognise(where: Where, path: Path) -> Format:
-    """As `find_format`; raises `Mistake` that says what another file is."""
+    """As `find_format`, but raises `Mistake` for an unknown format, saying what the file is."""
     if found := find_format(where, path):
         return found
     raise Mistake(*where, f"is not a {' or '.join(row.name for row in FORMATS)} file{_hint(path)}")
@@ -70,31 +70,31 @@ def read_entries(where: Where, path: Path) -> tuple[dict[str, Entry], dict[str, 
     """The tensors of a file by name, and its metadata.
 
     where: the field that names the file, and its path. Raises `Missing`, or another `Mistake` for a file that is
-    damaged, holds no tensors or is no file of weights.
+    damaged, has no tensors or is not a weight file.
     """
     return recognise(where, path).read_header(where, path)
 
 
 def open_tensors(where: Where, path: Path) -> AbstractContextManager[Callable[[Entry], Tensor]]:
-    """What reads the tensors of a file, see `Format`; raises as `read_entries` does."""
+    """A context manager that reads the tensors of a file, see `Format`; raises as `read_entries` does."""
     return recognise(where, path).open(path)
 
 
 def readable_dtypes() -> tuple[str, ...]:
-    """The dtypes, in their formats' spelling, that become numbers with a point."""
+    """The dtypes that are read as floating-point numbers, as their formats spell them."""
     return tuple(dtype for row in FORMATS for dtype in row.floats)
 
 
 def weight_paths(folder: Path, *patterns: str) -> list[Path]:
-    """Files in a folder that may hold weights, by their suffixes; patterns: of the paths before those, such as `*`."""
+    """Files in a folder with a suffix of a weight format; patterns: of the path before the suffix, such as `*`."""
     suffixes = {row.suffix for row in FORMATS}
     return sorted(path for pattern in patterns for suffix in suffixes for path in folder.glob(pattern + suffix))
 
 
 _PICKLED = "pickled checkpoints are not loaded"
 _STARTS: tuple[tuple[bytes, str], ...] = (
-    (b"GGUF", "a GGUF file, which is not supported; take the .safetensors"),
-    (b"GGML", "a GGML file, which is not supported; take the .safetensors"),
+    (b"GGUF", "a GGUF file, which is not supported; use the .safetensors file"),
+    (b"GGML", "a GGML file, which is not supported; use the .safetensors file"),
     (b"PK\x03\x04", f"a zip archive, as torch.save writes them; {_PICKLED}"),
     (b"PK\x05\x06", "an empty zip archive"),
     (b"\x1f\x8b", "a gzip archive; unpack it"),
@@ -104,14 +104,14 @@ _STARTS: tuple[tuple[bytes, str], ...] = (
     (b"Rar!", "a RAR archive; unpack it"),
     (b"BZh", "a bzip2 archive; unpack it"),
     (b"\x89HDF", "an HDF5 file, which is not supported"),
-    (b"\x89PNG", "a picture"),
-    (b"\xff\xd8\xff", "a picture"),
+    (b"\x89PNG", "an image"),
+    (b"\xff\xd8\xff", "an image"),
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself; get it with: git lfs pull"),
 )
 
 
 def describe(start: bytes, size: int, end: bytes = b"") -> str:
-    """What kind of file this is, by its first few hundred bytes and its last one; `` for an unknown kind."""
+    """What kind of file this is, from its first few hundred bytes and its last byte; empty if unknown."""
     if size == 0:
         return "empty; download it again"
     for magic, what in _STARTS:
@@ -121,21 +121,21 @@ def describe(start: bytes, size: int, end: bytes = b"") -> str:
         return f"a pickle; {_PICKLED}"
     text = start.removeprefix(b"\xef\xbb\xbf").lstrip()[:64].lower()
     if text.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml")):
-        return "a web page, such as a site shows for a refused download; download it again"
+        return "a web page, probably from a refused download; download it again"
     if text[:1] in (b"{", b"["):
         return "JSON"
-    return "" if start.strip(b"\0") else "nothing but zeros at its beginning: a download that never filled"
+    return "" if start.strip(b"\0") else "nothing but zeros at its beginning: an unfinished download"
 
 
 def is_pickle(start: bytes, end: bytes = b"") -> bool:
-    """Whether a file is a pickle of protocol 2 or later, or of an older one, which ends with a dot."""
+    """Whether a file is a pickle: protocol 2 or later, or an older one, which ends with a dot."""
     if re.match(rb"\x80[\x02-\x0f]", start):
         return True
     return end == b"." and bool(re.match(rb"[(\]}][\x00-\x7f]?(q|p\d|d|l|t|i|c)|c[\w.]+\n[\w.]+\n", start))
 
 
 def _hint(path: Path) -> str:
-    """`: it is a ...` for a known kind of file, the size of another small file, else ``."""
+    """`: it is a ...` for a known kind of file, the size of an unknown small file, else an empty text."""
     size, start, end = 0, b"", b""
     with contextlib.suppress(OSError), open(path, "rb") as f:
         size, start = os.fstat(f.fileno()).st_size, f.read(512)
@@ -149,14 +149,14 @@ def _hint(path: Path) -> str:
 
 
 class WeightFile:
-    """The headers of a file of weights, or of a folder in diffusers' layout.
+    """The headers of a weight file, or of a folder in diffusers layout.
 
-    entries: every tensor by name; those of a folder are named `transformer/...`, `vae/...`, `text_encoder/...` and so
-    on; metadata: texts by name.
+    entries: every tensor by name; in a folder their names start with the component: `transformer/...`, `vae/...`,
+    `text_encoder/...`; metadata: texts by name.
     """
 
     def __init__(self, path: str | Path, field: str = "", folder: bool = True):
-        """field: the setting that names the file, for mistakes; folder: whether it may be one.
+        """field: the setting that names the file, for messages; folder: whether a folder is allowed.
 
         Raises as `read_entries` does.
         """
@@ -165,14 +165,14 @@ class WeightFile:
         self.field = field
         self.folder = folder and os.path.isdir(self.path)
         if self.folder:
-            with reading(self.where):  # a folder inside it may not be readable
+            with reading(self.where):  # a folder inside it may be unreadable
                 self.entries, self.metadata = _read_folder(self.path, field)
         else:
             self.entries, self.metadata = read_entries(self.where, self.path)
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the whole file, as A1111-style tools compute it; of a folder, hash of its transformer's files."""
+        """sha256 of the whole file, as A1111 computes it; for a folder, of its transformer's files."""
         prefix = TRANSFORMER if self.has(TRANSFORMER) else ""
         return file_sha256(*{e.path for n, e in self.entries.items() if n.startswith(prefix)})
 
@@ -223,13 +223,13 @@ _COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_enc
 
 
 def _read_folder(folder: Path, field: str) -> tuple[dict[str, Entry], dict[str, str]]:
-    """All tensors of a diffusers folder by `<component>/<name>`, and the scheduler's shift as metadata."""
-    os.listdir(folder / "")  # else a folder without read permission would look empty
+    """All tensors of a diffusers folder as `<component>/<name>`, and the scheduler's shift as metadata."""
+    os.listdir(folder / "")  # raises for a folder without read permission, which would otherwise look empty
     if not os.path.isdir(folder / "transformer"):
-        if any(folder.glob("diffusion_pytorch_model*")) or folder.name in _COMPONENTS:  # one component alone
+        if any(folder.glob("diffusion_pytorch_model*")) or folder.name in _COMPONENTS:  # a single component
             headers = [read_entries(Where(field, path), path)[0] for path in weight_files(folder, field)]
             return {name: entry for header in headers for name, entry in header.items()}, {}
-        why = "is a folder without transformer/; a .safetensors file or a diffusers folder is needed"
+        why = "is a folder without transformer/; give a .safetensors file or a diffusers folder"
         raise Mistake(field, folder, why)
     entries: dict[str, Entry] = {}
     for component in _COMPONENTS:
@@ -241,7 +241,7 @@ def _read_folder(folder: Path, field: str) -> tuple[dict[str, Entry], dict[str, 
 
 
 def _scheduler(path: Path, field: str) -> dict[str, str]:
-    """The shift in a scheduler's configuration, as metadata; {} where there is none."""
+    """The shift in a scheduler's configuration, as metadata; empty if there is none."""
     where = Where(field, path)
     if not path.exists():
         return {}
@@ -256,7 +256,7 @@ _SHARD = re.compile(r"-(\d{5})-of-(\d{5})")
 
 
 def weight_files(folder: Path, field: str = "") -> list[Path]:
-    """The safetensors files of one component, whole or in shards; the plain variant if there is one, else any other.
+    """The safetensors files of a component, single or in shards; the plain variant if there is one, else any other.
 
     Raises `Missing` where there is none, or a shard is missing.
     """
@@ -277,7 +277,7 @@ def weight_files(folder: Path, field: str = "") -> list[Path]:
 
 
 def _shards(folder: Path, index: Path, field: str) -> list[Path]:
-    """The files that an index of shards names; they must be in its folder."""
+    """The files listed in a shard index; they must be in its folder."""
     where = Where(field, index)
     check_file(where, index)
     with reading(where, "is damaged"):
@@ -287,10 +287,10 @@ def _shards(folder: Path, index: Path, field: str) -> list[Path]:
         raise Mistake(*where, "is damaged: no weight_map in it")
     for name, file in named.items():
         if not isinstance(file, str) or not file or re.search(r"[/\\\x00]", file) or file in (".", ".."):
-            claim = verbatim(f"{name} is said to lie in {file!r}")
-            raise Mistake(*where, f"is damaged: {claim}, which is no file beside it")
+            claim = verbatim(f"{name} is said to be in {file!r}")
+            raise Mistake(*where, f"is damaged: {claim}, which is not a file in that folder")
     names = sorted(set(named.values()))
     for name in names:
-        if not os.path.exists(folder / name):  # also where no file can have such a name
+        if not os.path.exists(folder / name):  # also for impossible file names
             raise Missing(field, folder / name, f"no such file, though {verbatim(index.name)} names it")
     return [folder / name for name in names]

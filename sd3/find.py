@@ -16,10 +16,10 @@ from sd3.weights import ModelTensors
 
 
 def models_folder(folder: str) -> Path:
-    """The folder that `model_folder` names; raises `Missing`, or `Mistake` where it cannot be read."""
+    """The folder that `model_folder` names; raises `Missing`, or `Mistake` if it cannot be read."""
     if os.path.isdir(folder):
         if not os.access(folder, os.R_OK | os.X_OK):
-            raise Mistake("model_folder", folder, "may not be read")
+            raise Mistake("model_folder", folder, "cannot be read")
         return Path(folder)
     if os.path.lexists(folder):
         raise Mistake("model_folder", folder, "is not a folder")
@@ -29,7 +29,7 @@ def models_folder(folder: str) -> Path:
 def model_folders(given: str | None) -> list[Path]:
     """The folders to look for models in, each once: `given` (`model_folder`), ./models, and the clone's own models.
 
-    Raises Missing, or Mistake where `given` cannot be read.
+    Raises Missing, or Mistake if `given` cannot be read.
     """
     folders = [models_folder(given)] if given else []
     folders += [folder for folder in (Path("models"), own_models_folder()) if os.path.isdir(folder)]
@@ -45,8 +45,8 @@ def list_models(*folders: str | Path) -> str:
     """
     places = [models_folder(str(folder)) for folder in folders]
     lines: list[str] = []
-    names: set[str] = set()  # of the files that were found
-    roles: set[str] = set()  # of the text encoders that were found, by their contents
+    names: set[str] = set()  # files found
+    roles: set[str] = set()  # text encoders found, by their contents
     for place in places:
         lines.append(f"{place}:")
         for path in sorted(p.parent for p in place.glob("*/transformer") if os.path.isdir(p)):
@@ -67,7 +67,7 @@ def list_models(*folders: str | Path) -> str:
 
 @contextlib.contextmanager
 def _damage_listed(lines: list[str]) -> Iterator[None]:
-    """Around reading a file: one that cannot be read becomes a line."""
+    """Encloses reading a file: an error becomes a line."""
     try:
         yield
     except (Mistake, OSError) as error:
@@ -122,7 +122,7 @@ class Fit:
     context: int
 
     def fits(self, role: str, encoder: ModelTensors, other: int | None) -> bool:
-        """Whether an encoder's width allows it to be `role`; other: the width of the other CLIP, where known."""
+        """Whether an encoder's width fits `role`; other: the width of the other CLIP, if known."""
         width = encoder_width(role, encoder)
         if role == "t5xxl":
             return width == self.context
@@ -139,7 +139,7 @@ CLIP_WIDTHS = {"clip_l": 768, "clip_g": 1280}  # of the released models
 
 
 def encoder_width(role: str, encoder: ModelTensors) -> int | None:
-    """Width of a text encoder, or None where the tensors are not of such an encoder."""
+    """Width of a text encoder; None if the tensors are not such an encoder's."""
     names = {"t5xxl": "encoder.embed_tokens.weight"}
     shape = encoder.shapes.get(names.get(role, "text_model.embeddings.token_embedding.weight"), ())
     return shape[1] if len(shape) == 2 else None
@@ -150,10 +150,9 @@ def find_encoders(
 ) -> dict[str, ModelTensors]:
     """The text encoders by role (clip_l, clip_g, t5xxl).
 
-    Searched in this order: the given file; the model's own file or folder; `folders`, their `text_encoders/` and
-    `clip/`, by a known file name; a folder of diffusers' layout there; any file there, by its contents.
-    Raises `Mistake` for a damaged file or where several files fit; `Missing` says where it searched and how to get the
-    encoder.
+    Search order: the given file; the model's own file or folder; in `folders` and their `text_encoders/` and `clip/`,
+    a known file name, then a folder in diffusers layout, then any file by its contents. Raises `Mistake` for a damaged
+    file or if several files fit; `Missing` says where it searched and how to get the encoder.
     """
     roles = list(roles)
     out: dict[str, ModelTensors] = {}
@@ -171,8 +170,8 @@ def find_encoders(
 
 
 def _prefix_inside(role: str, file: WeightFile, fit: Fit) -> list[str]:
-    """The prefix of an encoder in a file of several models, or []: a usual prefix, one that contains the role, or one
-    below which an encoder of the right width is stored.
+    """The prefix of an encoder in a file of several models, or []: a usual one, one that contains the role, or one
+    under which an encoder of the right width is stored.
     """
     usual = [p for p in (ENCODER_PREFIX.format(role), ENCODER_FOLDERS[role]) if file.has(p)]
     if usual:
@@ -197,8 +196,8 @@ def _find_by_name(role: str, folders: list[Path]) -> ModelTensors | None:
 
 
 def _find_by_folder(role: str, folders: list[Path], fit: Fit) -> ModelTensors | None:
-    """The encoder in a folder named as in diffusers' layout, whole or in shards. One that does not fit is passed over:
-    FLUX keeps its T5 in `text_encoder_2`.
+    """The encoder in a folder named as in diffusers layout, single file or shards. Skips one that does not fit: FLUX
+    keeps its T5 in `text_encoder_2`.
     """
     for place in (f / ENCODER_FOLDERS[role] for f in folders):
         if any(place.glob("*.safetensors")):
@@ -211,9 +210,9 @@ def _find_by_folder(role: str, folders: list[Path], fit: Fit) -> ModelTensors | 
 def _find_by_contents(
     role: str, model_file: WeightFile, folders: list[Path], encoders: dict[str, ModelTensors], fit: Fit
 ) -> ModelTensors:
-    """The one file of a folder that holds such an encoder and nothing else, in the first folder that has any.
+    """The only file that contains such an encoder and nothing else, in the first folder that has one.
 
-    encoders: those found already, by role.
+    encoders: those already found, by role.
     """
     other = {"clip_l": "clip_g", "clip_g": "clip_l"}.get(role)
     width = encoder_width(other, encoders[other]) if other in encoders else None
@@ -231,20 +230,20 @@ def _find_by_contents(
                     found.setdefault(os.path.realpath(path), encoder)
         if len(found) > 1:
             names = " and ".join(str(encoder.file.path) for encoder in found.values())
-            raise Mistake(role, "", f"{verbatim(names)} may both be meant; name the right one with `{role}`")
+            raise Mistake(role, "", f"{verbatim(names)} both fit; name the right one with `{role}`")
         if found:
             return next(iter(found.values()))
     where = ", ".join(f"{f}/ and {f}/text_encoders/ and {f}/clip/" for f in folders)
     skip = ", or give `no_t5`" if role == "t5xxl" else ""
     why = (
-        f"no {' or '.join(ENCODER_FILES[role][:3])} in {verbatim(where)}, nor another file that holds one; name it "
+        f"no {' or '.join(ENCODER_FILES[role][:3])} in {verbatim(where)}, and no other file contains one; name it "
         f"with `{role}`, or {fetch_encoder(role, folders[0])}{skip}"
     )
     raise Missing("model_folder", "", why)
 
 
 def _sole_encoder(role: str, file: WeightFile) -> ModelTensors | None:
-    """The encoder of a file that holds nothing else; None for other files."""
+    """The encoder in a file that contains nothing else; None for other files."""
     prefixes = file.prefixes(role)
     if len(prefixes) != 1 or sum(n.startswith(prefixes[0]) for n in file.entries) < 0.9 * len(file.entries):
         return None
@@ -253,7 +252,7 @@ def _sole_encoder(role: str, file: WeightFile) -> ModelTensors | None:
 
 
 def list_roles(file: WeightFile) -> set[str]:
-    """Roles of the text encoders in a file, beside other models or alone, by the widths of the released models."""
+    """Roles of the text encoders in a file, by the widths of the released models."""
     fit, out = Fit(sum(CLIP_WIDTHS.values()), 4096), set()
     for role in ENCODERS:
         encoder = _sole_encoder(role, file)
@@ -263,7 +262,7 @@ def list_roles(file: WeightFile) -> set[str]:
 
 
 def select_encoder(role: str, file: WeightFile, prefix: str) -> ModelTensors:
-    """The encoder's tensors; T5's embedding is `encoder.embed_tokens.weight` or `shared.weight`, either or both."""
+    """The encoder's tensors; T5's embedding is called `encoder.embed_tokens.weight`, `shared.weight` or both."""
     if role == "t5xxl" and prefix + "encoder.embed_tokens.weight" not in file.entries:
         return ModelTensors(file, prefix, {"encoder.embed_tokens.weight": StoredAs(("shared.weight",))})
     return ModelTensors(file, prefix)

@@ -10,17 +10,17 @@ from sd3.flags import FLAGS, check_flag
 from sd3.mistakes import Mistake, Where, verbatim
 from sd3.models import model_row, read_skip_layer
 from sd3.reading import check_file, parse_json, reading
-from sd3.settings import IMAGE_ROWS
+from sd3.settings import IMAGE_ROWS, LEFT_OUT
 
 RESIDUAL = FLAGS["residual_weights"].group
 COMMANDS = ("settings", *(name for name, row in FLAGS.items() if row.group == FLAGS["replay"].group))
 
 
 def read_flag_file(path: str) -> dict[str, Any]:
-    """Flags by name, each read by its reader; those that are null are left out. Raises Mistake naming file and key.
+    """Flags by name, each read by its reader; null values are left out. Raises Mistake naming file and key.
 
-    The file holds an object of flags; or is a run.json, whose `flags` count; or an image's record, whose `settings`
-    count. Paths in it are relative to the current folder, as on the command line.
+    The file is an object of flags, a run.json (its `flags` are used) or an image's record (its `settings` are used).
+    Paths in it are relative to the current folder, as on the command line.
     """
     where = Where("settings", path)
     check_file(where, path)
@@ -31,7 +31,7 @@ def read_flag_file(path: str) -> dict[str, Any]:
     of_run = isinstance(value.get("flags"), dict)
     raw = value["flags"] if of_run else value
     if not of_run and isinstance(value.get("settings"), dict):
-        raw = {"vae_tile": "off"} | value["settings"]  # a record leaves a tile out where there was none; unset is auto
+        raw = LEFT_OUT | value["settings"]
     try:
         return _without_idle_residual(_read(raw, of_run))
     except Mistake as mistake:
@@ -39,7 +39,7 @@ def read_flag_file(path: str) -> dict[str, Any]:
 
 
 def _read(raw: Mapping[str, Any], of_run: bool) -> dict[str, Any]:
-    """of_run: the flags are all of a run's: those at their defaults, and what started the run, do not count."""
+    """of_run: these are all flags of a run: ignores those at their defaults and those that start another command."""
     out: dict[str, Any] = {}
     for name, value in raw.items():
         if name == "skip_layer" and name in IMAGE_ROWS:
@@ -50,7 +50,7 @@ def _read(raw: Mapping[str, Any], of_run: bool) -> dict[str, Any]:
         if name in COMMANDS:
             if of_run or value is False:
                 continue
-            raise Mistake(name, "", "does not belong in a file of settings")
+            raise Mistake(name, "", "does not belong in a settings file")
         read = FLAGS[name].read(name, value)
         if not (of_run and read == FLAGS[name].unset):
             out[name] = read
@@ -58,7 +58,7 @@ def _read(raw: Mapping[str, Any], of_run: bool) -> dict[str, Any]:
 
 
 def _own_skip_layer(value: Any, raw: Mapping[str, Any]) -> bool | None:
-    """Whether recorded skip-layer guidance is the model's own, which a flag turns on; None where there is none."""
+    """True if the recorded skip-layer guidance is the model's own, which a flag turns on; None if there is none."""
     if not value:
         return None
     if not isinstance(value, dict) or read_skip_layer(value) != model_row(str(raw.get("model"))).skip_layer:
@@ -67,7 +67,8 @@ def _own_skip_layer(value: Any, raw: Mapping[str, Any]) -> bool | None:
 
 
 def _without_idle_residual(values: dict[str, Any]) -> dict[str, Any]:
-    """An image's record names all residual settings; without targets they say that it was off."""
+    """The values without residual settings if they are off: an image's record lists all of them."""
     if values.get("residual_target_layers", True):
         return values
-    return {n: v for n, v in values.items() if FLAGS[n].group != RESIDUAL or n == "residual_config"}
+    files = ("residual_config", "residual_preset")
+    return {n: v for n, v in values.items() if FLAGS[n].group != RESIDUAL or n in files}

@@ -15,9 +15,11 @@ from sd3 import aliases, effects
 from sd3.effects import Rule
 from sd3.methods import SAMPLERS, SCHEDULES
 from sd3.mistakes import Mistake, display, nearest
-from sd3.models import DEFAULT_SIZE, OTHER_MODEL
+from sd3.models import DEFAULT_MODEL, DEFAULT_SIZE, OTHER_MODEL
+from sd3.presets import PRESETS
 from sd3.readers import (
     DEVICE,
+    DIALECTS,
     DTYPE,
     FILE,
     FOLDER,
@@ -47,6 +49,8 @@ DEFAULT_SEED = 23
 DEFAULT_DENOISE = 0.8
 SEED_TYPES = ("fixed", "rand", "roll")
 RESIDUAL_MODES = ("add", "anchored", "aligned")
+RESIDUAL_TOKENS = ("all", "words", "padding", "clip", "t5")
+PROMPT_MODES = ("reference", "whole")
 RESIDUAL_BRANCHES = ("both", "cond", "uncond")
 MOST_PICTURES = 100_000  # of a run, and of a sweep's grid
 
@@ -100,6 +104,18 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
             "what the image shows, or a .txt file with one prompt a line", always=True),
     picture("negative_prompt", TEXT, "", "what the image does not show", always=True, matters=effects.guidance,
             also="probe"),
+    picture("prompt_mode", choice(*PROMPT_MODES), "reference",
+            "reference: as the public reference reads it (the first 77 CLIP tokens and 226 characters, no weights); "
+            "whole: every token, weights such as (red:1.3), and BREAK",
+            usual="reference, or what the model file names", also="probe"),
+    picture("t5_tokens", whole(77, 512), 256,
+            "T5 tokens to which whole prompts are padded, and cut where they are longer",
+            matters=effects.whole_prompts, also="probe"),
+    picture("prompt_weights", choice(*DIALECTS), "comfy",
+            "brackets in whole prompts: as comfy or a1111 read them, or off, where they are text",
+            matters=effects.whole_prompts, also="probe"),
+    picture("clip_prompt", TEXT, None, "what the CLIP encoders read in place of the prompt"),
+    picture("t5_prompt", TEXT, None, "what T5 reads in place of the prompt"),
     picture("seed", whole(0, SEED_LIMIT - 1), DEFAULT_SEED, "the first seed; images of one prompt count up from it",
             usual="drawn; 23 for seed_type fixed and roll", always=True, also="probe"),
     picture("seed_type", choice(*SEED_TYPES), None,
@@ -174,12 +190,17 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
     picture("residual_rotations", OPTIONAL_FILE, None,
             "the rotation file for mode aligned; sd3_probe.py calibrate makes one", always=True,
             matters=effects.residual, also="measure"),
+    picture("residual_tokens", choice(*RESIDUAL_TOKENS), "all",
+            "the text tokens that are mixed: all, words (all but padding), padding, clip or t5", usual="all",
+            matters=effects.residual, also="measure"),
     picture("residual_config", OPTIONAL_FILE, None,
             "a file with all of these, such as residual.json in a run's folder; flags replace its values",
             pixels=False, also="measure"),
+    picture("residual_preset", choice(*PRESETS), None,
+            "published settings by name, see `list_presets`; flags replace its values", pixels=False, also="measure"),
 ),
 "model and text encoders": (
-    load("model", FILE, "models/sd3_medium.safetensors",
+    load("model", FILE, DEFAULT_MODEL,
          "a .safetensors file with the MMDiT, a folder in diffusers layout, or demo, the small model that ships",
          always=True, also="probe"),
     load("vae", OPTIONAL_FILE, None, "a VAE file, in place of the one in the model file", always=True, also="probe"),
@@ -250,6 +271,9 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         pixels=False, sweep="that is for sd3_infer.py", also="self_check"),
     run("info", FILE, None, "prints the settings of an image, and the command that makes it again", pixels=False,
         sweep="that is for sd3_infer.py"),
+    run("list_presets", SWITCH, False,
+        "lists the settings that `residual_preset` names, where they come from, and what was measured", pixels=False,
+        sweep="that is for sd3_infer.py"),
     run("list_models", SWITCH, False,
         "lists the models in `model_folder`, ./models and the clone, and how to download those that are missing",
         pixels=False, sweep="that is for sd3_infer.py"),
@@ -270,6 +294,15 @@ def names(scope: str = "", **wanted: Any) -> tuple[str, ...]:
     )
 
 
+def places(load: str, picture: str) -> dict[str, str]:
+    """Where a flag that a function does not take belongs, for `check_parameters`.
+
+    load, picture: the functions that take the flags of these scopes.
+    """
+    where = {"load": f"belongs to {load}", "picture": f"belongs to {picture}", "run": "is for the command line only"}
+    return {name: where[row.scope] for name, row in FLAGS.items()}
+
+
 def read_values(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Values read by their flags' readers; those that are None are left out. Raises Mistake for an unknown flag and
     for a value out of its range. `Flags.of` checks how they go together.
@@ -282,5 +315,5 @@ def read_values(raw: Mapping[str, Any]) -> dict[str, Any]:
 def check_flag(name: Any, flags: Mapping[str, Any] = FLAGS) -> None:
     """Raises Mistake where there is no such flag, with the flag that another program calls so, or the nearest one."""
     if name not in flags:
-        why = aliases.answer(name, flags) or f"unknown flag{nearest(name, flags)} (`help` lists all)"
+        why = aliases.answer(name, flags) or f"unknown flag{nearest(name, flags, fields=True)} (`help` lists all)"
         raise Mistake(display(name), "", why)

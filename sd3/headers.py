@@ -1,5 +1,5 @@
-"""What a format of weight files is, and the first one: safetensors, its headers read by the rules of the safetensors
-library. Needs no torch.
+"""The interface of a weight file format, and its first implementation, safetensors. Headers are checked by the rules of
+the safetensors library. Needs no torch.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor in a file's header. name: as the header lists it; size, place: bytes that it takes, and bytes before
-    them in the file, whatever a format stores there.
+    """One tensor in a file's header. name: as in the header; size: bytes of its data; place: offset of the data in the
+    file.
     """
 
     dtype: str
@@ -50,16 +50,16 @@ class Entry:
 class Format:
     """A format of weight files: a row of `sd3.files.FORMATS`, which is all that a new one needs.
 
-    `open` gives a function from an entry to its tensor on the CPU, of the entry's shape, for as long as it is open. A
-    format that stores blocks of fewer bits gives float32 made of them. The entry's dtype names the blocks.
+    `open` is a context manager that gives a function from an entry to its tensor on the CPU, with the entry's shape. A
+    quantised format returns dequantised float32; the entry's dtype then names the kind of block.
     """
 
     name: str  # in messages
-    suffix: str  # of files that are looked at in a folder of models; what a file is its contents decide
+    suffix: str  # of the files listed in a models folder; the contents decide what a file is
     recognise: Callable[[bytes], bool]  # by its first `START` bytes
     read_header: Callable[[Where, Path], tuple[dict[str, Entry], dict[str, str]]]  # tensors by name, texts by name
     open: Callable[[Path], AbstractContextManager[Callable[[Entry], Tensor]]]
-    floats: tuple[str, ...]  # dtypes that become numbers with a point
+    floats: tuple[str, ...]  # dtypes that are read as floating-point numbers
 
 
 def is_safetensors(start: bytes) -> bool:
@@ -70,7 +70,7 @@ def is_safetensors(start: bytes) -> bool:
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator[Callable[[Entry], Tensor]]:
     """Tensors are views of a memory mapping, which lasts as long as any of them."""
-    from safetensors import safe_open  # a mistake in the flags is answered where the package is not installed
+    from safetensors import safe_open  # mistakes in the flags are reported even if the package is not installed
 
     with safe_open(path, framework="pt", device="cpu") as file:
         yield lambda entry: file.get_tensor(entry.name)
@@ -79,16 +79,16 @@ def open_safetensors(path: Path) -> Iterator[Callable[[Entry], Tensor]]:
 def read_header(where: Where, path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of a safetensors file by name, and its metadata.
 
-    where: the field that names the file, and its path. Raises `Mistake` for everything that the library would refuse
+    where: the field that names the file, and its path. Raises `Mistake` for every file that the library refuses
     and for a file without tensors.
     """
     with reading(where, "cannot be read"), open(path, "rb") as f:
         size = os.fstat(f.fileno()).st_size
         length = int.from_bytes(f.read(8), "little")
         if length > MOST_HEADER:
-            raise Mistake(*where, f"its header is damaged (it is said to have {length:,} bytes)")
+            raise Mistake(*where, f"its header is damaged (it claims {length:,} bytes)")
         if 8 + length > size:
-            raise Mistake(*where, f"is truncated: its header alone needs {8 + length} bytes, there are {size}")
+            raise Mistake(*where, f"is truncated: its header alone needs {8 + length} bytes, the file has {size}")
         text = f.read(length)
     try:
         metadata, tensors = _parse(text)
@@ -101,7 +101,7 @@ def read_header(where: Where, path: Path) -> tuple[dict[str, Entry], dict[str, s
     if size < needed:
         raise Mistake(*where, f"is truncated: {size} bytes of {needed}; download it again")
     if size > needed:
-        raise Mistake(*where, f"its header is damaged ({size - needed} bytes follow on the last tensor)")
+        raise Mistake(*where, f"its header is damaged ({size - needed} bytes follow the last tensor)")
     if not tensors:
         raise Mistake(*where, "holds no usable tensors")
     return {
@@ -142,7 +142,7 @@ def _read_float(text: str) -> float:
 
 
 def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not JSON")
 
 
 Tensors = dict[str, tuple[str, tuple[int, ...], tuple[int, int]]]
@@ -162,14 +162,14 @@ def _parse(text: bytes) -> tuple[dict[str, str], Tensors]:
         parse_constant=_refuse_constant,
     )
     if not isinstance(header, _Object):
-        raise ValueError("it is no object")
+        raise ValueError("it is not an object")
     header.check_unique(["__metadata__"])
     metadata = header.pop("__metadata__", None)
     if metadata is not None and not isinstance(metadata, _Object):
-        raise ValueError("__metadata__ is no object")
+        raise ValueError("__metadata__ is not an object")
     for name, value in metadata.pairs if metadata else ():
         if not isinstance(value, str):
-            raise ValueError(f"__metadata__ {name} is no text")
+            raise ValueError(f"__metadata__ {name} is not text")
         value.encode()
     tensors = {name: _read_tensor(name, value) for name, value in header.pairs if name != "__metadata__"}
     return dict(metadata or {}), tensors
@@ -179,7 +179,7 @@ def _read_tensor(name: str, value: Any) -> tuple[str, tuple[int, ...], tuple[int
     if isinstance(value, list) and len(value) == len(FIELDS):  # the library accepts that too
         value = _Object(list(zip(FIELDS, value, strict=True)))
     if not isinstance(value, _Object):
-        raise ValueError(f"{name} is no object")
+        raise ValueError(f"{name} is not an object")
     value.check_unique(FIELDS)
     if missing := [field for field in FIELDS if field not in value]:
         raise ValueError(f"{name} has no {missing[0]}")
@@ -192,9 +192,9 @@ def _read_tensor(name: str, value: Any) -> tuple[str, tuple[int, ...], tuple[int
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"{name} has an unknown dtype {dtype!r}")
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
-        raise ValueError(f"{name} has the shape {shape}")
+        raise ValueError(f"{name} has an invalid shape {shape}")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise ValueError(f"{name} has the data_offsets {offsets}")
+        raise ValueError(f"{name} has invalid data_offsets {offsets}")
     return dtype, tuple(shape), tuple(offsets)
 
 
@@ -203,7 +203,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _check_unknown_field(value: Any) -> None:
-    """Raises ValueError for a value that the library would refuse, though nothing uses it."""
+    """Raises ValueError for an unused value that the library refuses."""
     level = [value]
     for _ in range(DEEPEST + 1):
         following: list[Any] = []
@@ -225,7 +225,7 @@ def _check_places(tensors: Tensors) -> int:
     end = 0
     for name, (dtype, shape, (first, last)) in sorted(tensors.items(), key=lambda item: item[1][2]):
         if first != end or last < first:
-            raise ValueError(f"{name} lies at {first} to {last}; {end} was to come")
+            raise ValueError(f"{name} lies at {first} to {last}, expected to start at {end}")
         bits = DTYPE_BITS[dtype]
         count = 1
         for side in shape:
@@ -233,7 +233,7 @@ def _check_places(tensors: Tensors) -> int:
             if count >= WORD:
                 raise ValueError(f"{name} is too large")
         if count * bits >= WORD or count * bits % 8:
-            raise ValueError(f"{name} is no whole number of bytes")
+            raise ValueError(f"{name} does not fill whole bytes")
         if last - first != count * bits // 8:
             raise ValueError(f"{name} has {last - first} bytes; its shape needs {count * bits // 8}")
         end = last

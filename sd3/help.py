@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from sd3.flags import FLAGS, GROUPS, Flag
 from sd3.methods import GUIDANCE, SAMPLERS, SCHEDULES
 from sd3.mistakes import flag_name, spell
 
+REQUIRED = "required"  # `usual` of a flag that has to be given
 WIDTH = 110
 COLUMN = 35
 # What stands for a value, by the kind of its reader; a switch needs none.
@@ -98,12 +100,16 @@ def _usual(row: Flag) -> str:
     """The default in words; empty where there is none."""
     if row.usual:
         return row.usual
-    return "" if row.default in (None, False, "") else str(row.default)
+    return "" if row.default is None or row.default is False or row.default == "" else _value(row.default)
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _default(row: Flag) -> str:
     usual = _usual(row)
-    return f" ({usual})" if usual == "needed" else f" (default: {usual})" if usual else ""
+    return f" ({usual})" if usual == REQUIRED else f" (default: {usual})" if usual else ""
 
 
 def _uses(row: Flag) -> list[str]:

@@ -1,4 +1,4 @@
-"""`--info PICTURE`: the settings that an image carries, and the commands that make it again. Needs no torch."""
+"""`--info FILE.png`: the settings that an image carries, and the commands that make it again. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from sd3 import png
 from sd3.flags import FLAGS, GROUPS
-from sd3.mistakes import Missing, Mistake, display
+from sd3.headers import read_header
+from sd3.mistakes import Missing, Mistake, Where, display
 from sd3.models import model_row, read_skip_layer
 from sd3.replay import Replay
 from sd3.settings import FILE_SETTINGS, IMAGE_ROWS
@@ -20,7 +21,7 @@ ALWAYS = ("seed", "width", "height", "sampler", "steps", "cfg", "shift", "model"
 
 
 def answer(values: Mapping[str, Any]) -> str | None:
-    """The text that `--info` asks for; None where the flags ask for something else. Raises Mistake."""
+    """The reply to `--info`; None if that flag is not given. Raises Mistake."""
     return text(values["info"]) if "info" in values else None
 
 
@@ -50,7 +51,7 @@ def _made_with(record: Mapping[str, Any]) -> str:
 
 
 def _rows(settings: Mapping[str, Any], group: str) -> Iterator[str]:
-    """A line for every setting of a group but for those at their defaults; unknown ones stand in the last group."""
+    """A line for every setting of a group that is not at its default; unknown settings are in the last group."""
     off = group == RESIDUAL and not settings.get("residual_target_layers")
     for name, value in settings.items():
         row = IMAGE_ROWS.get(name)
@@ -63,11 +64,13 @@ def _rows(settings: Mapping[str, Any], group: str) -> Iterator[str]:
 def _is_default(name: str, value: Any) -> bool:
     row = IMAGE_ROWS[name]
     default = None if row.field else row.default
+    if row.read.kind == "text" and default is None:
+        return value is None  # an empty text is another prompt
     return value == default or (value in (None, [], "") and default in (None, (), ""))
 
 
 def _shown(value: Any) -> str:
-    """A value on one line; a prompt in full, whatever its length."""
+    """A value on one line; text in full."""
     if isinstance(value, str):
         return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in value)
     if isinstance(value, list):
@@ -76,8 +79,8 @@ def _shown(value: Any) -> str:
 
 
 def command(path: Path, record: Mapping[str, Any]) -> list[str]:
-    """The words of the command that makes an image of the settings in its record. A file that is not found where the
-    run or the image lies is named as recorded, without its folder.
+    """The words of the command for an image's recorded settings. A file that cannot be found beside the run or the
+    image is named as recorded, without its folder.
     """
     words = ["python", "sd3_infer.py"]
     image, settings = Replay(path, record, {}), dict(record["settings"])
@@ -92,8 +95,10 @@ def command(path: Path, record: Mapping[str, Any]) -> list[str]:
             continue
         if row.group != RESIDUAL or residual:
             words.append(f"--{name}={as_word(value)}")
-    if "vae_tile" not in settings:  # recorded where it is not 0; the flag's default is auto
+    if "vae_tile" not in settings:  # recorded unless 0; the flag's default is auto
         words.append("--vae_tile=off")
+    if "prompt_mode" not in settings and _names_mode(settings.get("model")):
+        words.append("--prompt_mode=reference")
     if settings.get("batch_size", 1) != 1:
         words.append("--pad_batch")
     if (threads := png.recorded_threads(record)) is not None:
@@ -101,8 +106,15 @@ def command(path: Path, record: Mapping[str, Any]) -> list[str]:
     return [*words, *_skip_layer(settings)]
 
 
+def _names_mode(model: Any) -> bool:
+    """Whether a model file names a prompt mode of its own."""
+    with contextlib.suppress(Mistake, TypeError, OSError):
+        return "prompt_mode" in read_header(Where("model", model), Path(model))[1]
+    return False
+
+
 def _skip_layer(settings: Mapping[str, Any]) -> list[str]:
-    """The flag of skip-layer guidance, where the recorded one is the model's own."""
+    """The flag of skip-layer guidance, if the recorded one is the model's own."""
     values = settings.get("skip_layer")
     try:
         usual = isinstance(values, dict) and read_skip_layer(values) == model_row(str(settings.get("model"))).skip_layer

@@ -29,7 +29,7 @@ class StoredLinear(nn.Linear, ABC):
         self.activation = activation
 
     def store(self, leaf: str, tensor: Tensor) -> None:
-        """Stores a loaded `weight` or `bias`, which is on the device and in the dtype of the computation."""
+        """Stores a loaded `weight` or `bias`, already on the compute device and in the compute dtype."""
         if leaf == "bias":
             self.bias = nn.Parameter(tensor, requires_grad=False)
             return
@@ -46,9 +46,9 @@ _numbers = itertools.count()
 
 
 class PackedLinear(StoredLinear):
-    """oneDNN's blocked layout, made once instead of in every product; the activation is fused into the product."""
+    """Weights in oneDNN's blocked layout, converted once rather than in every product; the activation is fused."""
 
-    # Without it a step of SD3 Medium takes 1.07 as long at 512 x 512, 1.06 at 256 x 256 (benchmarks/cleverness.py).
+    # Without it a step of SD3 Medium takes 1.07 times as long at 512 x 512, 1.06 at 256 (benchmarks/cleverness.py).
     def store_weight(self, weight: Tensor) -> None:
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         number = next(_numbers)
@@ -62,7 +62,7 @@ class PackedLinear(StoredLinear):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, kind, [], approximate)
 
 
-# torch.compile cannot see into a packed weight. Compiled without packing, a step takes 1.04 as long at 256 x 256.
+# torch.compile cannot trace a packed weight. Compiled without packing, a step takes 1.04 times as long at 256 x 256.
 @torch.library.custom_op("sd3::packed_linear", mutates_args=())
 def _packed_linear(x: Tensor, number: Tensor, bias: Tensor | None, out: int, activation: str) -> Tensor:
     kind, approximate = FUSED[activation]
@@ -75,7 +75,7 @@ def _(x: Tensor, number: Tensor, bias: Tensor | None, out: int, activation: str)
 
 
 def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packing pays: bfloat16 on a CPU, in a torch that has the calls (they are not public)."""
+    """Whether packing is faster: bfloat16 on a CPU, if this torch has the (private) operators."""
     ops = torch.ops.mkldnn
     available = all(hasattr(ops, name) for name in ("_reorder_linear_weight", "_linear_pointwise"))
     fast = available and dtype == torch.bfloat16 and torch.device(device).type == "cpu"
@@ -83,7 +83,7 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 class QuantLinear(StoredLinear):
-    """8-bit weights with a scale per row, converted to the computation's dtype for each product."""
+    """8-bit weights with one scale per row, converted to the compute dtype for each product."""
 
     def __init__(self, layer: nn.Linear, activation: str = "", kind: str = "int8"):
         super().__init__(layer, activation)
@@ -106,7 +106,7 @@ def quantise(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     weights from a float8 file stay exact. Raises TypeError for integers, whose dtype cannot hold a scale.
     """
     if not weight.is_floating_point():
-        raise TypeError(f"weights in {weight.dtype} are not held in 8 bits: they have no scale")
+        raise TypeError(f"integer weights ({weight.dtype}) cannot be quantised to 8 bits")
     largest = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12)
     if kind == "int8":
         scale = (largest / 127).to(weight.dtype)
@@ -118,7 +118,7 @@ def quantise(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 def replace_linears(blocks: Iterable[nn.Module], kind: str) -> None:
     """Replaces the linear layers of blocks by `StoredLinear`s of a kind: packed, int8 or fp8.
 
-    Layers that have memory already are left: they share it with others.
+    Skips layers that already have storage: they share it with other modules.
     """
     for block in blocks:
         for module in list(block.modules()):

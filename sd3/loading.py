@@ -1,4 +1,4 @@
-"""Opens weight files and gives modules their weights, with progress, times and advice where memory runs out."""
+"""Opens weight files and loads modules, with progress, times and advice if memory runs out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Loader:
-    """What the parts of an engine share: the files opened so far, which must not change, and who hears of the work."""
+    """What the parts of an engine share: the files opened so far, which must not change, and the reporter."""
 
     def __init__(self, tell: Reporter):
         self.tell = tell
@@ -28,7 +28,7 @@ class Loader:
         self.files = Unchanged()
 
     def open(self, field: str, path: str | Path, fetch: str = "") -> WeightFile:
-        """Opens a weight file or a diffusers folder. fetch: how to get it where it is missing, as the end of a line.
+        """Opens a weight file or a diffusers folder. fetch: how to get a missing file, as the end of the message.
 
         Raises Missing or Mistake, which names `field`.
         """
@@ -41,7 +41,7 @@ class Loader:
         return file
 
     def load(self, part: ModelTensors, model: Model, what: str, device: torch.device, dtype: torch.dtype) -> Model:
-        """Gives a module on the meta device its weights. what: its name in messages."""
+        """Loads the weights of a module on the meta device. what: its name in messages."""
         size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
         turn = "`weights` int8, `dtype` bfloat16 or, with a GPU, `offload` True"
         bar = self.tell.progress(size, f"loading {what}", "B")

@@ -1,4 +1,4 @@
-"""Running out of memory, said in one line. Needs no torch."""
+"""Reports running out of memory in one line. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from sd3.mistakes import Mistake, flag_name, spell, verbatim
 
 
 class OutOfMemory(MemoryError):
-    """Memory ran out; `why` says while doing what, and which settings to turn down, their names between backquotes."""
+    """Memory ran out. The text says during which work and which settings to reduce, with their names between
+    backquotes.
+    """
 
     def __init__(self, why: str):
         super().__init__(why)
@@ -31,7 +33,7 @@ NO_MEMORY = (
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; torch has a type for that on GPUs only."""
+    """Whether an error means that memory ran out; torch has a type for it on GPUs only."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
@@ -41,7 +43,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """What an error says, in one line."""
+    """The message of an error, on one line."""
     text = error.spelled(flag_name) if isinstance(error, (Mistake, OutOfMemory)) else str(error)
     text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= most else f"{text[:most]} ..."
@@ -49,10 +51,10 @@ def one_line(error: BaseException, most: int = 300) -> str:
 
 @contextlib.contextmanager
 def explained(doing: str, turn: str) -> Iterator[None]:
-    """Turns what torch raises without saying what to do about it into one line.
+    """Turns torch's errors about memory and compiling into one line with advice.
 
-    turn: the settings to turn down where memory runs out, their names between backquotes. Raises `OutOfMemory`, and
-    Mistake where nothing can be compiled.
+    turn: the settings to reduce if memory runs out, their names between backquotes. Raises `OutOfMemory`, and Mistake
+    if the blocks cannot be compiled.
     """
     try:
         yield

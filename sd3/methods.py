@@ -1,5 +1,5 @@
-"""The samplers, schedules and methods of guidance that can be asked for: one row each. What a row names is a function
-or a class of `sd3_impls`, found by its name. Needs no torch.
+"""The samplers, schedules and guidance methods, one row each. A row names a function or class of `sd3_impls`. Needs no
+torch.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ class Sampler:
     """How to step from noise to an image: `sd3_impls.sample_NAME`."""
 
     name: str
-    title: str  # what A1111 and its kin call it, in the text of a PNG
+    title: str  # its name in A1111 and similar programs, for the text in a PNG
     help: str
-    noise: bool = False  # whether it adds noise in its steps, from a stream of the seed of its own
+    noise: bool = False  # whether its steps add noise, drawn from a separate stream of the seed
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class Schedule:
     """How the noise levels of the steps are spaced: `sd3_impls.sigmas_NAME`."""
 
     name: str
-    title: str  # as a sampler's
+    title: str  # see `Sampler`
     help: str
 
 
 @dataclass(frozen=True)
 class GuidanceMethod:
-    """A method of guidance: the class `sd3_impls.NAME`, made with the values of some settings in this order."""
+    """A method of guidance: the class `sd3_impls.NAME`, constructed with the values of `settings`, in order."""
 
     name: str
     settings: tuple[str, ...]

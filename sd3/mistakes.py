@@ -1,4 +1,4 @@
-"""The user's mistakes: one line each, with the field, its value and what would be right. Needs no torch."""
+"""User mistakes: one line each, with the field, its value and what would be right. Needs no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Where(NamedTuple):
 
 
 class Mistake(ValueError):
-    """A mistake of the user's. `str` gives `field value: why`; the command line puts dashes before the field.
+    """A user's mistake. `str` gives `field value: why`; the command line puts dashes before the field.
 
     field: a name such as `seed`, perhaps followed by a part of it (`skip_layer_cfg scale`); empty where the value alone
     is clear (a path, a line of a file). value: as the user gave it; an empty text is not shown. why: what is wrong and
@@ -65,7 +65,7 @@ class Mistake(ValueError):
 
 def _rebuilt(kind: type[Mistake], args: tuple[str, str, str]) -> Mistake:
     mistake = kind(args[0], "", args[2])
-    mistake.args = args  # the value was made text before
+    mistake.args = args  # the value is already text
     return mistake
 
 
@@ -97,7 +97,7 @@ def flag_name(field: str) -> str:
 
 @contextlib.contextmanager
 def renaming(names: Mapping[str, str]) -> Iterator[None]:
-    """Renames the fields of mistakes that are raised inside to the caller's names."""
+    """Renames the fields of mistakes raised inside to the caller's names."""
     try:
         yield
     except Mistake as mistake:
@@ -106,7 +106,7 @@ def renaming(names: Mapping[str, str]) -> Iterator[None]:
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 3, 8, 8, 4, 60, 60
-SHOWN = 200  # letters of a value that an error line shows
+SHOWN = 200  # letters of a value shown in an error line
 
 
 def display(value: Any) -> str:
@@ -133,26 +133,54 @@ def plain_scalar(value: Any) -> Any:
     return value
 
 
-def nearest(name: Any, known: Iterable[str]) -> str:
-    """`; did you mean X?` where one of the `known` names is close, else an empty text."""
+def nearest(name: Any, candidates: Iterable[str], fields: bool = False) -> str:
+    """`; did you mean X?` where one of the candidates is close, else an empty text.
+
+    fields: the candidates are names of fields; X then stands between backquotes, and the command line adds its dashes.
+    """
+    close = _closest(name, candidates)
+    return f"; did you mean {f'`{close}`' if fields else close}?" if close else ""
+
+
+def _closest(name: Any, candidates: Iterable[str]) -> str:
     if not isinstance(name, str) or len(name) > 100:
         return ""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else ""
+    return next(iter(difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.5)), "")
 
 
 def check_parameters(
-    function: str, given: Iterable[str], names: Iterable[str], renamed: Mapping[str, str] | None = None
+    function: str,
+    given: Iterable[str],
+    names: Iterable[str],
+    renamed: Mapping[str, str] | None = None,
+    elsewhere: Mapping[str, str] | None = None,
 ) -> None:
-    """Raises TypeError, as Python does, for a parameter that a function does not have.
+    """Raises TypeError, as Python does, for an unknown parameter; the message names the right one if there is one.
 
-    renamed: what else it takes that an answer may name: flags under other names, and parameters that are no flags.
+    renamed: flags that the function takes under other names, and its parameters that are no flags (by their own names).
+    elsewhere: flags that the function does not take, each with where it belongs: "belongs to sd3.load".
     """
     names, renamed = set(names), dict(renamed or {})
-    if not (unknown := sorted(set(given) - names)):
-        return
-    name = unknown[0]
-    other_name = renamed.get(name, name) != name
-    reply = f"is called `{name}` here" if other_name else aliases.answer(name, names | renamed.keys())
-    reply = f"; {'it ' if reply.startswith('is ') else ''}{reply}" if reply else nearest(name, names)
-    raise TypeError(f"{function}() has no parameter {name}{spell(reply, lambda field: renamed.get(field, field))}")
+    elsewhere = {flag: place for flag, place in (elsewhere or {}).items() if flag not in names | renamed.keys()}
+    unknown = sorted(set(given) - names)
+    if unknown:
+        reply = spell(_reply(unknown[0], names, renamed, elsewhere), lambda field: renamed.get(field, field))
+        raise TypeError(f"{function}() has no parameter {unknown[0]}{reply}")
+
+
+def _reply(name: str, names: set[str], renamed: Mapping[str, str], elsewhere: Mapping[str, str]) -> str:
+    """The end of a message about an unknown parameter; names of fields between backquotes."""
+    if renamed.get(name, name) != name:
+        return f"; it is called `{name}` here"
+    if name in elsewhere:
+        return f"; it {elsewhere[name]}"
+    reply = aliases.answer(name, names | renamed.keys() | elsewhere.keys())
+    if reply:
+        reply = f"; {'it ' if reply.startswith('is ') else ''}{reply}"
+    elif close := _closest(name, [*sorted(names | set(renamed.values())), *elsewhere]):
+        return f"; did you mean `{close}`?" + (f" It {elsewhere[close]}" if close in elsewhere else "")
+    else:
+        return ""
+    fields = dict.fromkeys(re.findall(_BACKQUOTED, reply))
+    places = [f"`{field}` {elsewhere[field]}" for field in fields if field in elsewhere]
+    return "; ".join([reply, *places])

@@ -1,4 +1,4 @@
-"""The released models: what they are usually run with, and where they are. Needs no torch."""
+"""The released models: their usual settings, and where to download them. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from sd3.mistakes import Mistake, nearest
 from sd3.readers import read_float, read_layers, read_weight
 
 DEFAULT_SIZE = 1024  # pixels
+DEFAULT_MODEL = "models/sd3_medium.safetensors"
 SHIPPED = "demo"
 
 
@@ -24,10 +25,10 @@ class SkipLayerConfig:
     start: float
     end: float
     layers: tuple[int, ...]
-    cfg: float  # classifier-free guidance used with it, unless one is given
+    cfg: float  # cfg used with it, unless one is given
 
     def __post_init__(self) -> None:
-        """Reads every field and keeps what was read; raises Mistake."""
+        """Replaces every field by its checked value; raises Mistake."""
         field = "skip_layer_cfg"
         read = {
             "scale": read_weight(f"{field} scale", self.scale),
@@ -41,17 +42,17 @@ class SkipLayerConfig:
         if not read["layers"]:
             raise Mistake(f"{field} layers", "", "names no layer to skip")
         if len(set(read["layers"])) < len(read["layers"]):
-            raise Mistake(f"{field} layers", self.layers, "name every layer once")
+            raise Mistake(f"{field} layers", self.layers, "lists a layer more than once")
         for name, value in read.items():
             object.__setattr__(self, name, value)
 
     def acts(self, step: float, steps: int) -> bool:
-        """Whether it acts in `step` (from 0) of a schedule of `steps`."""
+        """Whether it acts at `step` (from 0) of a schedule of `steps`."""
         return self.start * steps < step < self.end * steps
 
 
 def read_skip_layer(values: Mapping[str, Any]) -> SkipLayerConfig:
-    """Skip-layer guidance from its fields by name; raises Mistake for a field too many or too few."""
+    """Skip-layer guidance from its fields by name; raises Mistake for unknown and missing fields."""
     names = [f.name for f in dataclasses.fields(SkipLayerConfig)]
     for name in values:
         if name not in names:
@@ -75,7 +76,7 @@ def read_skip_layer_config(config: SkipLayerConfig | Mapping[str, Any] | None) -
 
 @dataclass(frozen=True)
 class Model:
-    """One row of a model: what it is usually run with, the hub's repository, its skip-layer guidance."""
+    """The row of a model: its usual settings, its repository on the hub, its skip-layer guidance."""
 
     shift: float = 3.0
     steps: int = 50
@@ -103,13 +104,13 @@ CONTROLNET = Model(steps=60, cfg=3.5, sampler="euler")  # the released SD3.5 Lar
 
 
 def own_models_folder() -> Path:
-    """The models folder of the clone; of an installed package the folder with the small model that ships."""
+    """The models folder of the clone; for an installed package, the folder of the small model that ships."""
     folder = shipped_folder()
     return folder.parent if folder.name == SHIPPED else folder
 
 
 def shipped_folder() -> Path:
-    """Where the small model that ships is: in a clone `models/demo`, in an installed package beside this file."""
+    """The folder of the small model that ships: `models/demo` in a clone, beside this file in an installed package."""
     clone = Path(__file__).parent.parent / "models" / "demo"
     return clone if clone.is_dir() else Path(__file__).parent / "shipped"
 
@@ -120,8 +121,8 @@ def model_path(model: str) -> str:
 
 
 def model_key(model: str | Path) -> str:
-    """The released model that a file's name starts with (`sd3_medium_incl_clips` -> `sd3_medium`), or a folder's, as
-    the hub or its cache names it (`stable-diffusion-3.5-medium` -> `sd3.5_medium`), or ``.
+    """The released model that a file's name starts with (`sd3_medium_incl_clips` -> `sd3_medium`), or the name of a
+    folder, as on the hub or in its cache (`stable-diffusion-3.5-medium` -> `sd3.5_medium`); empty if none.
     """
     path = Path(model)
     names = [path.name.removesuffix(".safetensors")]
@@ -141,9 +142,10 @@ def model_row(model: str | Path) -> Model:
 
 
 def fetch_model(path: str) -> str:
-    """How to get a released model, as the end of an error line."""
+    """How to download a released model, as the end of an error line."""
     name = Path(path).name
     row = MODELS.get(name.removesuffix(".safetensors"), OTHER_MODEL)
     if not row.hub:
-        return "; `list_models` shows what there is"
-    return f"; get it with: hf download {row.hub} {name} --local-dir {Path(path).parent}"
+        return "; `list_models` lists the models"
+    small = f"; `model` {SHIPPED} is the small model that ships" if Path(path) == Path(DEFAULT_MODEL) else ""
+    return f"; get it with: hf download {row.hub} {name} --local-dir {Path(path).parent}{small}"

@@ -1,4 +1,4 @@
-"""The network: the MMDiT and, where one is given, a ControlNet."""
+"""The network: the MMDiT and an optional ControlNet."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ from sd3.settings import Settings, Setup
 from sd3.text import Text
 from sd3.unchanged import stamp
 from sd3.weights import ModelTensors, check_part, find_controlnet, find_mmdit, on_meta, read_control_kind
+from sd3_impls import Conditioning
 
 
 class Network:
-    """An MMDiT and its ControlNet: headers are checked when it is made, weights are loaded on first use and stay."""
+    """An MMDiT and its ControlNet. The constructor checks headers; weights are loaded on first use and stay loaded."""
 
     def __init__(self, setup: Setup, file: WeightFile, device: torch.device, loader: Loader):
-        """file: with the MMDiT. Raises Mistake for a file that is no model of this kind."""
+        """file: contains the MMDiT. Raises Mistake if it is not a model of this kind."""
         self.setup, self.device, self.loader = setup, device, loader
         self.part = find_mmdit(file)
         self.config: MMDiTConfig = self.part.config(MMDiTConfig.from_shapes, "an SD3 or SD3.5 model")
@@ -41,7 +42,7 @@ class Network:
         self.control = ControlPart(path, self.config, loader) if path else None
         self._mmdit: MMDiT | None = None
         self._controlnet: ControlNet | None = None
-        self._rotations: tuple[tuple, Rotations] | None = None  # those used last, with what they were read for
+        self._rotations: tuple[tuple, Rotations] | None = None  # the last ones used, with their key
 
     @property
     def mmdit(self) -> MMDiT:
@@ -61,7 +62,7 @@ class Network:
 
     @property
     def large_controlnet(self) -> bool:
-        """Whether a ControlNet of the 8B kind is given: its usual settings then hold."""
+        """Whether there is a ControlNet of the 8B kind, whose usual settings then apply."""
         return self.control is not None and self.control.chained
 
     @property
@@ -69,21 +70,21 @@ class Network:
         """Whether the MMDiT's weights are in memory."""
         return self._mmdit is not None
 
-    # -- what it is run with --
+    # -- checks --
 
     def check_layers(self, s: Settings) -> None:
-        """Raises Mistake where skip-layer guidance names a block that this model does not have."""
+        """Raises Mistake if skip-layer guidance names a block that this model does not have."""
         if s.skip_layer and max(s.skip_layer.layers) >= self.config.depth:
-            why = f"needs layers {s.skip_layer.layers}, this model has {self.config.depth}"
+            why = f"skips layers {s.skip_layer.layers}, but this model has {self.config.depth}"
             raise Mistake("skip_layer_cfg", "", why)
 
     def residual_stream(self, config: ResidualConfig) -> ResidualStream | None:
-        """The stream of a configuration, checked against this model, or None where nothing is mixed; raises Mistake."""
+        """The stream of a configuration, checked against this model; None if it is off. Raises Mistake."""
         config.check(self.config.depth)
         return residual_stream(config, self._rotations_for(config))
 
     def _rotations_for(self, config: ResidualConfig) -> Rotations | None:
-        """The rotations that a configuration needs, read and checked once; None where it needs none."""
+        """The rotations that a configuration needs, read and checked once; None if it needs none."""
         if not config.aligned:
             return None
         config.check_rotations()
@@ -98,20 +99,20 @@ class Network:
         s: Settings,
         start: Tensor,
         seeds: Sequence[int],
-        cond: Text,
-        uncond: Text | None = None,
+        cond: Conditioning | Text,
+        uncond: Conditioning | Text | None = None,
         control: Tensor | None = None,
         denoise: float = 1.0,
         streams: Sequence[Stream | ContextHook] = (),
         on_step: sd3_impls.OnStep | None = None,
     ) -> Tensor:
-        """Latents (B, 16, h, w) in VAE space, float32, sampled as settings say; their prompt, seed, size and pictures
-        are not used. With a step cache, rows run one by one.
+        """Latents (B, 16, h, w) in VAE space, float32, sampled as settings say; their prompt, seed, size and images
+        are ignored. With a step cache, rows run one at a time.
 
-        start: (B, 16, h, w) in model space, zeros for text to image; seeds: one per row; cond and uncond: (text tokens
-        (1 or B, T, X), pooled (1 or B, Y)), uncond None where no pass needs it; control: latents of the control image
-        in model space; denoise: the part of the schedule that runs; streams: see the text tokens entering every block,
-        after residual streaming. Raises StopSampling where on_step returns False.
+        start: (B, 16, h, w) in model space, zeros for text to image; seeds: one per row; cond and uncond: text tokens
+        (1 or B, T, X) and pooled text (1 or B, Y), uncond None where no pass needs it; control: latents of the control
+        image in model space; denoise: the part of the schedule that runs; streams: see the text tokens entering every
+        block, after residual streaming. Raises StopSampling where on_step returns False.
         """
         if s.cache and len(seeds) > 1:
             rows = []
@@ -120,6 +121,9 @@ class Network:
                 rows.append(self.sample(s, row_of(start, i), [seed], *own, denoise, streams, on_step))
             return torch.cat(rows)
         self.check_layers(s)
+        if s.residual.active and s.residual.tokens != "all" and getattr(cond, "kinds", None) is None:
+            why = "needs a prompt, not its encoded tokens: which of them are words is not known"
+            raise Mistake("residual_tokens", s.residual.tokens, why)
         stream = self.residual_stream(s.residual)
         schedule = sd3_impls.schedule(s.scheduler, s.steps, s.shift)
         denoiser = sd3_impls.Denoiser(
@@ -139,9 +143,13 @@ class Network:
         start = start.to(self.device)
         return sd3_impls.latent_out(sd3_impls.guided_sampling(denoiser, s.sampler, start, seeds))
 
-    def _conditioning(self, text: Text, rows: int) -> sd3_impls.Conditioning:
-        context, pooled = (t.to(self.device, self.dtype) for t in text)
-        return sd3_impls.Conditioning(context.expand(rows, -1, -1), pooled.expand(rows, -1))
+    def _conditioning(self, text: Conditioning | Text, rows: int) -> Conditioning:
+        text = text if isinstance(text, Conditioning) else Conditioning(*text)
+        context, pooled = (t.to(self.device, self.dtype) for t in (text.context, text.pooled))
+        kinds = text.kinds
+        if kinds is not None and context.shape[0] < rows:
+            kinds = sd3_impls.stack_kinds([kinds] * rows)
+        return Conditioning(context.expand(rows, -1, -1), pooled.expand(rows, -1), kinds)
 
     # -- loading --
 
@@ -166,14 +174,16 @@ class Network:
 
 
 def row_of(part: Any, i: int) -> Any:
-    """Row i of a tensor, or of each tensor of a tuple; what has one row serves for all."""
+    """Row i of a tensor, or of each tensor of a tuple; a single row is used for every i."""
+    if isinstance(part, Conditioning):
+        return part.row(i)
     if isinstance(part, tuple):
         return tuple(row_of(one, i) for one in part)
     return part if part is None or part.shape[0] == 1 else part[i : i + 1]
 
 
 class ControlPart:
-    """A ControlNet's part of a file, checked against the MMDiT that it is for. chained: the 8B kind."""
+    """The tensors of a ControlNet, checked against its MMDiT. chained: the 8B kind."""
 
     def __init__(self, path: str, base: MMDiTConfig, loader: Loader):
         self.part: ModelTensors = find_controlnet(loader.open("controlnet_ckpt", path))

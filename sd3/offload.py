@@ -1,6 +1,6 @@
-"""Keeps the MMDiT's blocks in main memory (`offload`); each is copied to the device while the one before it runs.
+"""Keeps the MMDiT's blocks in main memory (`offload`); each is copied to the device while the previous one runs.
 
-On a CUDA device copies run on a stream of their own, from pinned memory. Elsewhere they are plain copies.
+On a CUDA device, copies run on a separate stream, from pinned memory. Elsewhere they are plain copies.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Offload:
         self.blocks = list(blocks)
         self.device = torch.device(device)
         self.streams = self.device.type == "cuda"
-        self.places: list[list[tuple[dict, str]]] = []  # where each block's parameters and buffers are
+        self.places: list[list[tuple[dict, str]]] = []  # locations of each block's parameters and buffers
         self.host: list[list[Tensor]] = []
         for block in self.blocks:
             owners = [owned for module in block.modules() for owned in (module._parameters, module._buffers)]
@@ -40,8 +40,8 @@ class Offload:
             return copies, self.copies.record_event()
 
     def bring(self, skip: Collection[int] = ()) -> Iterator[nn.Module]:
-        """The blocks in order, each with its weights on the device until the next is asked for; those of `skip`, which
-        do not run, without.
+        """Yields the blocks in order, each with its weights on the device until the next is requested; blocks in
+        `skip`, which do not run, are not copied.
         """
         copied = map(self._start_copy, [i for i in range(len(self.blocks)) if i not in skip])  # started when asked for
         following = next(copied, None)
@@ -54,7 +54,7 @@ class Offload:
                 current = torch.accelerator.current_stream(self.device)
                 current.wait_event(ready)
                 for t in copies:
-                    t.record_stream(current)  # its memory is not reused before this stream is done with it
+                    t.record_stream(current)  # keeps its memory until this stream has finished with it
             self._place(i, copies)
             following = next(copied, None)
             try:

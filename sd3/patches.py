@@ -1,4 +1,4 @@
-"""What changes weights while they load: a row for each flag that asks for it."""
+"""Weight patches, applied while weights load: one row per flag."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from sd3.settings import Setup
 from sd3.weights import ModelTensors, Patch
 
-Models = Mapping[str, ModelTensors]  # by part: mmdit, vae, controlnet, clip_l, clip_g, t5xxl, as far as they are there
-# From a flag's value and the models, whose headers have been read, to a patch for each model that it changes. Raises
-# Mistake where it fits none of them.
+Models = Mapping[str, ModelTensors]  # by part, those present: mmdit, vae, controlnet, clip_l, clip_g, t5xxl
+# Flag -> function from its value and the models (headers only) to a patch for each model that it changes. The function
+# raises Mistake if the value fits none of them.
 PATCHES: dict[str, Callable[[Any, Models], Mapping[str, Patch]]] = {}
 
 
 def patched(models: Models, setup: Setup) -> dict[str, ModelTensors]:
-    """The models with the patches that flags ask for, in the order of the table."""
+    """The models with the patches of all given flags, in the order of the table."""
     out = dict(models)
     for flag, read in PATCHES.items():
         if value := getattr(setup, flag):

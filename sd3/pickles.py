@@ -1,6 +1,6 @@
-"""Files of torch.save, as the published weights and rotations come: recognised, and read without running their code.
+"""Recognises files of torch.save (published weights and rotations), and reads them without running code in them.
 
-Torch is imported only where such a file is met: a JSON configuration needs none.
+Imports torch only for such a file: a JSON configuration does not need it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from sd3.reading import check_file, reading
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_VALUES = 100_000  # in a list of a file
+MOST_VALUES = 100_000  # of a list in a file
 
 
 def is_pickle(where: Where, path: str | Path) -> bool:
     """Whether torch.save wrote a file: a zip archive or a bare pickle. A safetensors file may start with the same two
     bytes, its header's length, but has the header's brace after eight.
 
-    Raises Missing, or Mistake for what is no file.
+    Raises Missing, or Mistake if it is not a regular file.
     """
     check_file(where, path)
     with reading(where, "cannot be read"), open(path, "rb") as f:
@@ -32,20 +32,20 @@ def is_pickle(where: Where, path: str | Path) -> bool:
 
 
 def read_pickle(where: Where, path: str | Path) -> Any:
-    """What a file of torch.save holds: tensors, numbers, texts, lists and dictionaries; raises Mistake for more."""
+    """The contents of a torch.save file: tensors, numbers, texts, lists, dictionaries. Raises Mistake for more."""
     import torch
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about kinds of pickles
+            warnings.simplefilter("ignore")  # torch's warnings about pickle formats
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch's own words are many lines about how to load it all the same
-        raise Mistake(*where, "is damaged, or holds more than tensors and numbers; it is not loaded") from None
+    except Exception:  # torch's own message explains at length how to load it anyway
+        raise Mistake(*where, "is damaged, or contains more than tensors and numbers; it is not loaded") from None
 
 
 def plain_value(value: Any, where: Where, name: str) -> Any:
-    """A tensor as numbers and lists, anything else as it is; raises Mistake for a tensor that is no plain list of real
-    numbers. name: the value's, in the file.
+    """A tensor as numbers and lists, anything else unchanged; raises Mistake for a tensor that is not a plain list of
+    real numbers. name: of the value in the file.
     """
     if not hasattr(value, "tolist"):
         return value
@@ -56,7 +56,7 @@ def plain_value(value: Any, where: Where, name: str) -> Any:
 
 
 def check_tensor(tensor: Tensor, where: Where, name: str) -> None:
-    """Raises Mistake for a tensor that is sparse, without memory, quantised, complex or nested."""
+    """Raises Mistake for a sparse, meta, quantised, complex or nested tensor."""
     import torch
 
     wrong = tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex()

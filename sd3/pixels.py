@@ -1,4 +1,4 @@
-"""Pictures to latents in VAE space and back: reading files, encoding, decoding."""
+"""Images to latents in VAE space and back: reading files, encoding, decoding."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from sd3.vae import VAE, VAEConfig
 from sd3.weights import check_part, find_vae, has_vae, on_meta
 from sd3_impls import start_noise
 
-VAE_TILE = 576  # pixels, where a picture is too large to be decoded whole: 1024 and 2048 divide well with the overlap
+VAE_TILE = 576  # pixels, for images too large to decode whole: 1024 and 2048 divide well with the overlap
 
 
 def open_image(field: str, path: str, width: int, height: int) -> Image.Image:
-    """An image as every viewer shows it, RGB, resized with Lanczos: rotated as its EXIF says, transparent pixels over
+    """An image as viewers show it, in RGB, resized with Lanczos: rotated by its EXIF data, transparent pixels over
     white, the first frame of an animation. Raises Missing or Mistake, which names `field`.
     """
     where = Where(field, path)
@@ -36,24 +36,24 @@ def open_image(field: str, path: str, width: int, height: int) -> Image.Image:
         opaque = opaque.resize((width, height), Image.Resampling.LANCZOS)
     if transparent and where not in _TRANSPARENT:
         _TRANSPARENT.add(where)
-        why = "is transparent in places; white is taken for what lies behind"
+        why = "is partly transparent; it is placed on white"
         warnings.warn(f"`{field}` {verbatim(display(path))}: {why}", Note, stacklevel=2)
     return opaque
 
 
-_TRANSPARENT: set[Where] = set()  # pictures with a warning already: they are opened for every batch
-_FEW_GREYS = {"L;2": 3, "L;4": 15}  # the highest value of a grey PNG of so few bits, by Pillow's name for it
+_TRANSPARENT: set[Where] = set()  # images already warned about: they are opened for every batch
+_FEW_GREYS = {"L;2": 3, "L;4": 15}  # the highest value of a grey PNG with few bits, by Pillow's name for it
 
 
 def as_shown(image: Image.Image) -> tuple[Image.Image, bool]:
     """An opened image as RGB, see `open_image`, and whether any of it was transparent.
 
-    Raises ValueError for grey values of 32 bits: which of them is white is unknown.
+    Raises ValueError for 32-bit grey values: the value of white is unknown.
     """
     levels = _FEW_GREYS.get(image.tile[0].args if image.format == "PNG" and image.tile else None)
     image = ImageOps.exif_transpose(image)
     key = image.info.get("transparency")
-    if levels and isinstance(key, int):  # Pillow widens the values and leaves the clear one as it stands in the file
+    if levels and isinstance(key, int):  # Pillow scales the values but not the transparent one
         key = image.info["transparency"] = key * 255 // levels
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
@@ -71,9 +71,7 @@ def as_shown(image: Image.Image) -> tuple[Image.Image, bool]:
 
 
 def open_images(pictures: Sequence[Settings]) -> dict[tuple[str, str, int, int], Image.Image]:
-    """The images that settings start from or are guided by: {(field, path, width, height): image}; raises as
-    `open_image`.
-    """
+    """The initial and control images of settings: {(field, path, width, height): image}; raises as `open_image`."""
     wanted = {
         (field, path, s.width, s.height)
         for s in pictures
@@ -96,23 +94,23 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def check_finite(x: Tensor, what: str, dtype: torch.dtype, cause: Callable[[], str] = str) -> None:
-    """Raises Mistake where `x` holds NaN or infinity: with the cause, where it is known, else the dtype to try."""
+    """Raises Mistake if `x` contains NaN or infinity: with the cause if it is known, else with a dtype to try."""
     if not torch.isfinite(x).all():
         if line := cause():
-            raise Mistake("", "", f"{line}; {what} became NaN or infinite by it; no picture is saved")
+            raise Mistake("", "", f"{line}; it made {what} NaN or infinite; no image is saved")
         others = {torch.float16: "try `dtype` bfloat16 or float32", torch.bfloat16: "try `dtype` float32"}
         advice = others.get(dtype, "the model file may be damaged: download it again")
         name = str(dtype).removeprefix("torch.")
-        raise Mistake("", "", f"{what} became NaN or infinite in {name}; no picture is saved; {advice}")
+        raise Mistake("", "", f"{what} became NaN or infinite in {name}; no image is saved; {advice}")
 
 
 class Pixels:
-    """The autoencoder between pixels and latents: its header is checked when it is made, its weights are loaded on
-    first use and stay.
+    """Converts between pixels and latents with the autoencoder. The constructor checks its header; weights are loaded
+    on first use and stay loaded.
     """
 
     def __init__(self, path: str | None, model: WeightFile, network: Network, loader: Loader):
-        """path: of a VAE file, None for the one in the model's file. Raises Missing or Mistake."""
+        """path: of a VAE file; None for the VAE in the model file. Raises Missing or Mistake."""
         file = loader.open("vae", path) if path else model
         self.part = find_vae(file)
         if not path and not has_vae(file):
@@ -123,7 +121,7 @@ class Pixels:
         if channels[0] != channels[1]:
             raise Mistake("vae", file.path, "has {} latent channels, the model has {}".format(*channels))
         self.device, self.loader = network.device, loader
-        # bfloat16 would show as banding
+        # bfloat16 would cause visible banding
         half = network.dtype == torch.float16 and self.device.type != "cpu"
         self.dtype = torch.float16 if half else torch.float32
         self._vae: VAE | None = None
@@ -133,7 +131,7 @@ class Pixels:
         """The autoencoder, with its weights."""
         if self._vae is None:
             vae = self.loader.load(self.part, on_meta(lambda: VAE(self.config)), "VAE", self.device, self.dtype)
-            self._vae = vae.to(memory_format=torch.channels_last)  # the order that convolutions are fastest in
+            self._vae = vae.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
         return self._vae
 
     @torch.no_grad()
@@ -142,8 +140,8 @@ class Pixels:
     ) -> Tensor:
         """Latents (one per seed, 16, H/8, W/8), in VAE space, of an RGB image.
 
-        The encoding noise is a stream of the seed apart from the start noise; control: the ControlNet that the image
-        is for, whose kind decides the pixel range; tile: side of a tile in pixels, 0 for none.
+        The encoding noise is drawn from a different stream of the seed than the start noise. control: the ControlNet
+        that reads the image; its kind decides the pixel range; tile: side of a tile in pixels, 0 for no tiles.
         """
         pixels = unit_pixels(image)  # (1, 3, H, W)
         pixels = control_pixels(pixels, control.chained, control.kind) if control else pixels * 2 - 1
@@ -153,13 +151,13 @@ class Pixels:
 
     @torch.no_grad()
     def decode(self, latent: Tensor, tile: int = 0) -> Tensor:
-        """Pixels (B, 3, H, W), about [-1, 1], of latents in VAE space, one at a time; tile: see `encode`."""
+        """Pixels (B, 3, H, W), about [-1, 1], of latents in VAE space, decoded one at a time; tile: see `encode`."""
         rows = [self.vae.decode(row[None].to(self.device, self.dtype), tile) for row in latent]
         return torch.cat(rows)
 
     def tile_for(self, width: int, height: int) -> int:
-        """Side in pixels of the tiles that a picture is decoded in: 0 (none) where what decoding it whole needs is
-        less than a third of the device's memory.
+        """Side in pixels of the tiles for decoding an image: 0 (no tiles) if decoding it whole takes less than a third
+        of the device's memory.
         """
         needed = self.config.decoding_bytes(width, height, self.dtype)
         return 0 if needed <= device_memory(self.device) / 3 else VAE_TILE

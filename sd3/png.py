@@ -66,7 +66,14 @@ def parameters(settings: Settings, model_hash: str, software: Mapping[str, str])
         pairs["Residual origin layer"] = settings.residual_origin_layer
         pairs["Residual target layers"] = ", ".join(map(str, settings.residual_target_layers))
         pairs["Residual weights"] = ", ".join(f"{w:.6g}" for w in settings.residual_weights)
-        for name, usual in (("mode", "add"), ("schedule", "constant"), ("start", 0), ("end", 1), ("branch", "both")):
+        for name, usual in (
+            ("mode", "add"),
+            ("schedule", "constant"),
+            ("start", 0),
+            ("end", 1),
+            ("branch", "both"),
+            ("tokens", "all"),
+        ):
             if (value := getattr(settings, f"residual_{name}")) != usual:
                 pairs[f"Residual {name}"] = value
         if settings.residual_rotations:
@@ -105,7 +112,7 @@ def encode_picture(image: Image.Image, settings: Settings, made_with: Mapping[st
 
 @contextlib.contextmanager
 def open_picture(where: Where, path: str | Path) -> Iterator[Image.Image]:
-    """A picture file, opened by Pillow; raises Missing, or Mistake for whatever goes wrong inside."""
+    """Opens an image file with Pillow; raises Missing, or Mistake for any error inside."""
     check_file(where, path)
     with reading(where, "cannot be read"):
         try:
@@ -115,7 +122,7 @@ def open_picture(where: Where, path: str | Path) -> Iterator[Image.Image]:
                 with open(path, "rb") as file, Image.open(file) as image:
                     yield image
         except UnidentifiedImageError:
-            raise Mistake(*where, "is not a picture") from None
+            raise Mistake(*where, "is not an image") from None
 
 
 def read_record(path: str | Path, field: str = "replay") -> dict[str, Any]:
@@ -138,7 +145,7 @@ def read_record(path: str | Path, field: str = "replay") -> dict[str, Any]:
 
 
 def recorded_threads(record: Mapping[str, Any]) -> Any:
-    """How many threads of a CPU made a picture, or else encoded its text, as its record says; None where none did."""
+    """The recorded number of CPU threads that made an image, or else encoded its text; None if a CPU did neither."""
     hardware = record.get("hardware")
     hardware = hardware if isinstance(hardware, dict) else {}
     return hardware.get("threads", hardware.get("text_encoder_threads"))

@@ -13,7 +13,7 @@ from sd3.mistakes import Missing, Mistake, Where
 from sd3.readers import read_path, read_text
 from sd3.reading import check_file, parse_json, reading
 
-PROMPT_FILES = (".txt", ".jsonl")  # a prompt that ends so names a file of prompts, where such files are taken
+PROMPT_FILES = (".txt", ".jsonl")  # a prompt with such an ending names a file of prompts
 
 
 def read_prompts(prompt: Any, flag: str = "prompt") -> tuple[list[str], str]:
@@ -24,7 +24,7 @@ def read_prompts(prompt: Any, flag: str = "prompt") -> tuple[list[str], str]:
     text = read_text(flag, os.fspath(prompt) if isinstance(prompt, os.PathLike) else prompt)
     if not text.lower().endswith(".txt"):
         if not text.strip():
-            raise Mistake(flag, "", "is empty; say what the picture should show, or name a .txt file")
+            raise Mistake(flag, "", "is empty; say what the image should show, or name a .txt file")
         return [text], folder_name(text)
     path = read_path(flag, text)
     if not os.path.lexists(path):
@@ -36,7 +36,7 @@ def read_prompts(prompt: Any, flag: str = "prompt") -> tuple[list[str], str]:
 
 
 def read_texts(prompts: Any) -> list[str]:
-    """Prompts from one text or several; raises Mistake where there is none, or something else among them."""
+    """Prompts from one text or several; raises Mistake for none, and for anything that is not text."""
     if isinstance(prompts, str):
         prompts = [prompts]
     if isinstance(prompts, (bytes, Mapping)) or not isinstance(prompts, Iterable):
@@ -48,27 +48,27 @@ def read_texts(prompts: Any) -> list[str]:
 
 
 def shortened(prompt: str) -> str:
-    """The beginning of a prompt, for a line about it."""
+    """The beginning of a prompt, for messages."""
     return prompt if len(prompt) <= 40 else prompt[:37] + "..."
 
 
 def read_lines(flag: str, path: str | Path) -> list[str]:
-    """The lines of a text file, as `wc -l` counts them; raises Missing, or Mistake where it is none.
+    """The lines of a UTF-8 text file; raises Missing, or Mistake if it is not text.
 
-    A line ends with \\n or \\r\\n. Other marks that Unicode counts as ends of lines may stand inside one.
+    Lines end with \\n or \\r\\n only; other Unicode line separators may occur in a line.
     """
     where = Where(flag, path)
     check_file(where, path)
     with reading(where, "cannot be read as UTF-8 text"):
         text = Path(path).read_bytes().decode("utf-8-sig")
         if "\0" in text:
-            raise ValueError("it holds null characters, as UTF-16 and programs do")
+            raise ValueError("it contains null characters, like UTF-16 text or a binary file")
     lines = text.split("\n")
     return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
 
 
 def read_jsonl(flag: str, path: str, fits: Callable[[dict[str, Any]], bool], form: str) -> list[dict[str, Any]]:
-    """The objects of a file with one JSON object a line. fits: whether an object is as it should be, see `form`.
+    """The objects of a file with one JSON object per line. fits: whether an object has the form described by `form`.
 
     Raises Missing, or Mistake naming the line.
     """
@@ -94,8 +94,8 @@ def read_jsonl(flag: str, path: str, fits: Callable[[dict[str, Any]], bool], for
 
 
 def folder_name(text: str) -> str:
-    """A folder name from a prompt, or from a prompt file's base name without extension: others than letters, digits,
-    `_`, `-`, `.` turned into `_`, at most 50 characters and 150 bytes.
+    """A folder name from a prompt, or from a prompt file's base name without extension: characters other than
+    letters, digits, `_`, `-` and `.` become `_`; at most 50 characters and 150 bytes.
     """
     stem = text
     if text.lower().endswith(PROMPT_FILES):
@@ -103,4 +103,4 @@ def folder_name(text: str) -> str:
     name = re.sub(r"[^\w\-.]", "_", stem[:50])
     while len(name.encode()) > 150:
         name = name[:-1]
-    return name if name.strip(".") else name.replace(".", "_")  # `..` would be another folder
+    return name if name.strip(".") else name.replace(".", "_")  # `..` would name the parent folder

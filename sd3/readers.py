@@ -13,6 +13,7 @@ from typing import Any
 from sd3.mistakes import Mistake, nearest, plain_scalar
 
 RESIDUAL_SCHEDULES = ("constant", "linear", "cosine")  # and exp:ALPHA
+DIALECTS = ("comfy", "a1111", "off")  # whose rule of brackets in a prompt; off: they are text
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 STORAGES = ("full", "int8", "fp8")  # of the blocks' weights
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
@@ -35,7 +36,7 @@ def read_int(flag: str, value: Any, low: int | None = None, high: int | None = N
     number: float = read_float(flag, value, what="a whole number")
     plain = plain_scalar(value)
     if isinstance(plain, int) or (isinstance(plain, str) and re.fullmatch(r"\s*[+-]?\d+\s*", plain)):
-        number = int(plain)  # a float has too few digits
+        number = int(plain)  # a float would lose digits
     if number != int(number):
         raise Mistake(flag, value, "must be a whole number")
     number = int(number)
@@ -138,7 +139,7 @@ def read_device(flag: str, value: Any) -> str:
 def read_text(flag: str, value: Any) -> str:
     """A text that can be written as UTF-8; raises Mistake.
 
-    Python turns bytes of the command line that are not UTF-8 into lone surrogates, and so `\\ud800` in a JSON file.
+    Python turns command-line bytes that are not UTF-8, and `\\ud800` in a JSON file, into lone surrogates.
     """
     if not isinstance(value, str):
         raise Mistake(flag, value, "must be text")
@@ -173,7 +174,7 @@ def home(path: str) -> str:
 
 
 def read_list(flag: str, value: Any) -> list[Any]:
-    """The items of a list in any form that comes from a shell, fire or Python.
+    """The items of a list, in any form from a shell, fire or Python.
 
     `3,5,7`, `3 5 7`, `3, 5 7`, `[3,5,7]`, `(3,5,7)`, `3`, `` and None; tuples, lists, arrays, ints and floats.
     """
@@ -186,7 +187,7 @@ def read_list(flag: str, value: Any) -> list[Any]:
         raise Mistake(flag, value, "must be a list such as 3,5,7")
     elif isinstance(value, Iterable):
         items = []
-        for part in value:  # perhaps endless
+        for part in value:  # may be endless
             items += _split_list(flag, part) if isinstance(part, str) else [part]
             if len(items) > MOST_ITEMS:
                 break
@@ -232,7 +233,7 @@ def read_layers(flag: str, value: Any) -> tuple[int, ...]:
 
 
 def read_layer(flag: str, value: Any) -> int:
-    """A layer number; whether the model has such a layer is checked later. Raises Mistake."""
+    """A layer number; the model's depth is checked later. Raises Mistake."""
     layer = read_int(flag, value, 0)
     if layer >= LAYER_LIMIT:
         raise Mistake(flag, value, f"must be below {LAYER_LIMIT}")
@@ -274,7 +275,7 @@ def _named_numbers(text: str) -> tuple[str, tuple[float, ...]]:
 
 
 def spread_weights(weights: Sequence[float] | str, count: int) -> tuple[float, ...]:
-    """One weight for each of `count` targets: 1.0 where none is given; `each:W` and ramps, as `read_weights` returns
+    """One weight for each of `count` targets: 1.0 if none is given; `each:W` and ramps, as `read_weights` returns
     them, are expanded.
 
     A wrong number of weights is returned unchanged: `ResidualConfig` reports it.
@@ -355,7 +356,7 @@ def read_filled(flag: str, value: Any) -> str:
 @dataclass(frozen=True)
 class Reader:
     """Reads one kind of value: called with a field's name and a value of any type, it returns the checked value or
-    raises Mistake. kind, low, high and choices are for forms and documents.
+    raises Mistake. kind, low, high and choices serve forms and documentation.
     """
 
     kind: str  # switch, whole, number, choice, text, file, folder, layers, weights, size, device
@@ -369,7 +370,9 @@ class Reader:
         return self.read(field, value)
 
     def range(self) -> str:
-        """The allowed values in words; empty where the kind says enough."""
+        """The allowed values in words; empty if the kind is enough."""
+        if self.kind == "switch":
+            return "switch"
         words = ", ".join(self.choices)
         if self.low is None:
             return words
@@ -394,8 +397,8 @@ def choice(*choices: str) -> Reader:
 
 
 def read_storage(flag: str, value: Any) -> str:
-    """How the blocks' weights are stored: full, int8 or fp8; raises Mistake, for a number with the flag it is meant
-    for.
+    """How the blocks' weights are stored: full, int8 or fp8; raises Mistake; if the value looks like
+    residual weights, it names that flag.
     """
     try:
         return read_choice(flag, value, STORAGES)

@@ -1,4 +1,4 @@
-"""How files of other people are read: whatever goes wrong becomes one `Mistake` that names the file. Needs no torch.
+"""Reads files that users supply: every error becomes one `Mistake` that names the file. Needs no torch.
 
 A reader calls `check_file`, then opens the file inside `reading`.
 """
@@ -25,10 +25,10 @@ class Note(UserWarning):
 
 @contextlib.contextmanager
 def reading(where: Where, why: str = "cannot be read") -> Iterator[None]:
-    """Turns whatever a library raises inside into a `Mistake`: where, why and what the library said.
+    """Turns errors raised inside into a `Mistake`: where, why and the error's message.
 
     where: the field that names the file, and its path. A `Mistake` and running out of memory pass
-    unchanged, and so does everything that is not an error (Ctrl-C, SIGTERM). A file that disappears is `Missing`.
+    unchanged, as do Ctrl-C and SIGTERM. A file that disappears becomes `Missing`.
     """
     try:
         yield
@@ -36,13 +36,13 @@ def reading(where: Where, why: str = "cannot be read") -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         reason = error.strerror or " ".join(str(error).split())[:200] or "no such file"
-        raise Missing(*where, f"{verbatim(reason)}: it went away while it was read") from None
+        raise Missing(*where, f"{verbatim(reason)}: it disappeared while it was read") from None
     except RecursionError:
         raise Mistake(*where, f"{why} (it is nested too deeply)") from None
     except Exception as error:
         raise Mistake(*where, f"{why}{_reason(error)}") from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # what a library written in Rust raises where it fails
+        if type(error).__name__ != "PanicException":  # raised by libraries written in Rust
             raise
         raise Mistake(*where, f"{why}{_reason(error)}") from None
 
@@ -54,7 +54,7 @@ def _reason(error: BaseException) -> str:
 
 
 def check_file(where: Where, path: str | Path) -> None:
-    """Raises `Missing` or another `Mistake` where `path` is no plain file: a pipe or a device would never end."""
+    """Raises `Missing`, or `Mistake` if `path` is not a regular file: a pipe or a device might never end."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def check_file(where: Where, path: str | Path) -> None:
     except (OSError, ValueError) as error:  # ValueError: a name with a null character
         raise Mistake(*where, f"cannot be opened{_reason(error)}") from None
     if stat.S_ISDIR(mode):
-        raise Mistake(*where, "is a folder; a file is needed")
+        raise Mistake(*where, "is a folder, not a file")
     if not stat.S_ISREG(mode):
         raise Mistake(*where, "is not a file (a pipe, a socket or a device)")
 
@@ -70,7 +70,7 @@ def check_file(where: Where, path: str | Path) -> None:
 def parse_json(text: str | bytes, once: bool = False) -> Any:
     """The value of a JSON text. Raises ValueError for text that is not JSON or is nested too deeply.
 
-    once: refuse an object with a repeated key, a likely slip in a file written by hand; else the last one counts.
+    once: refuses repeated keys, a likely mistake in a file written by hand; otherwise the last one counts.
     """
     try:
         return json.loads(text, object_pairs_hook=_refuse_repeats if once else None)

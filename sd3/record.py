@@ -1,4 +1,4 @@
-"""The record of a run: `run.jsonl` while images are made, `run.json` after it ended."""
+"""The record of a run: `run.jsonl` while images are made, `run.json` after the run."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ RUNNING = "running"
 
 
 class Picture(NamedTuple):
-    """A finished image: its number in the run, its settings, its pixels (or the mistake that left none), and the record
-    of what it was made with beside its settings (hashes of files, text encoders, device).
+    """A finished image: its number in the run, its settings, its pixels (or a Mistake if it
+    failed), and the record of files, text encoders and device.
     """
 
     number: int
@@ -35,18 +35,18 @@ class Picture(NamedTuple):
 
 
 class SingleFile:
-    """Saves one image as a file of a given name, without a folder and without a run record."""
+    """Saves one image to a given file, without a run folder or record."""
 
     def __init__(self, path: Path, no_metadata: bool):
         self.path, self.no_metadata, self.count = path, no_metadata, 0
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Around the making of the image, as `RunRecord.recording`; there is no record to write."""
+        """As `RunRecord.recording`, but there is no record to write."""
         yield
 
     def save(self, picture: Picture) -> Path:
-        """Writes the image and the folder that it lies in; returns its path. Raises Unwritable."""
+        """Writes the image, creating its folder; returns its path. Raises Unwritable."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -57,17 +57,17 @@ class SingleFile:
 
 
 class RunRecord:
-    """Saves a run's images and keeps their record: `run.jsonl` has a first line about the run, then a line per image.
-    When the run ends, or when the next one starts after a kill (see `finish_killed`), it is turned into `run.json`.
+    """Saves a run's images and keeps their record: `run.jsonl` has a line about the run, then a line per image.
+    At the end of the run, or at the start of the next one after a kill (see `finish_killed`), it becomes `run.json`.
     """
 
     def __init__(self, folder: Path, flags: Flags, given: Sequence[str], total: int, engine: Engine):
-        """total: number of planned images, 0 where it is not known; given: the flags as typed."""
+        """total: number of planned images, 0 if unknown; given: the flags as typed."""
         self.folder, self.flags, self.given, self.total, self.engine = folder, flags, list(given), total, engine
         self.count = 0
         self.made_with: Mapping[str, Any] = {}
-        self.beside: dict[str, Any] = {}  # further files by name, written with the first picture
-        self.unwritten: list[Any] = []  # lines that a full disk kept from being written
+        self.beside: dict[str, Any] = {}  # additional files by name, written with the first image
+        self.unwritten: list[Any] = []  # lines not written because the disk was full
         self.started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         self.start = time.monotonic()
         self.lock = FileLock(folder / LOCK, timeout=0)  # released by the system when the process is killed
@@ -97,7 +97,7 @@ class RunRecord:
         return path
 
     def add(self, path: Path, settings: Settings, made_with: Mapping[str, Any]) -> None:
-        """Adds a finished image to the record. A full disk is reported by the next image, or by `end`."""
+        """Adds a finished image to the record. A full disk is reported at the next image or in `end`."""
         self.made_with = made_with
         if not self.count:
             self._take_lock()
@@ -150,7 +150,7 @@ class RunRecord:
                 writing.write_json(self.folder / name, value)
 
     def _take_lock(self) -> None:
-        with contextlib.suppress(OSError, NotImplementedError):  # a file system without locks
+        with contextlib.suppress(OSError, NotImplementedError):  # the file system has no locks
             self.lock.acquire()
 
     def _release_lock(self) -> None:
@@ -166,7 +166,7 @@ def give_back(lock: FileLock) -> None:
 
 
 def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """The objects of a run.jsonl and their lines; a line that a kill cut short is left out."""
+    """The objects of a run.jsonl and their lines; skips a line that was cut short by a kill."""
     with open(path, "rb") as file:
         for line in file:
             with contextlib.suppress(ValueError):
@@ -178,8 +178,8 @@ def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], bytes]]:
 def finish(folder: Path) -> int:
     """Turns a folder's run.jsonl into run.json; returns the number of images.
 
-    The last line that is not about an image says how the run ended; where that is the first line, it was killed. Raises
-    Unwritable, and KeyError where there is no such line. Reads one line at a time.
+    The last line that is not about an image says how the run ended; if it is the first line, the run was killed. Raises
+    Unwritable, and KeyError if there is no such line. Reads one line at a time.
     """
     lines, head, count = folder / LINES, {}, 0
     for value, _ in read_lines(lines):
@@ -189,7 +189,7 @@ def finish(folder: Path) -> int:
             head = value
     if head["status"] == RUNNING:
         last = lines.stat().st_mtime - datetime.datetime.fromisoformat(head["started"]).timestamp()
-        head |= {"status": "killed", "seconds": round(max(last, 0.0), 2), "stages": {}}  # written only when a run ends
+        head |= {"status": "killed", "seconds": round(max(last, 0.0), 2), "stages": {}}  # only written when a run ends
     head["planned"] = max(head["planned"], count)
     start = writing.json_bytes(head, indent=1).removesuffix(b"\n}")
 
@@ -211,19 +211,19 @@ def finish(folder: Path) -> int:
 def finish_killed(parent: Path) -> list[str]:
     """Writes run.json for every run in the folders of `parent` that was killed; returns a line for each.
 
-    Skips a running run, which holds its folder's lock, and a record that cannot be read. Raises nothing.
+    Skips runs in progress, which lock their folder, and unreadable records. Raises nothing.
     """
     reports = []
     with contextlib.suppress(OSError):
         for lines in sorted(parent.glob(f"*/{LINES}")):
-            with contextlib.suppress(Exception):  # whatever a damaged record makes a reader raise
+            with contextlib.suppress(Exception):  # a damaged record may raise anything
                 reports.append(_finish_if_killed(lines))
     return [line for line in reports if line]
 
 
 def _finish_if_killed(lines: Path) -> str:
     """Writes the run.json of a run that was killed and returns a line about it; empty for another run."""
-    if not lines.is_file():  # a pipe would never end
+    if not lines.is_file():  # a pipe might never end
         return ""
     lock = FileLock(lines.with_name(LOCK), timeout=0)
     try:
@@ -231,7 +231,7 @@ def _finish_if_killed(lines: Path) -> str:
     except Timeout:
         return ""
     try:
-        if not lines.exists():  # the run ended, or another process was first
+        if not lines.exists():  # the run ended, or another process finished it
             return ""
         count = finish(lines.parent)
         images = f"{count} image{'s' if count != 1 else ''}"

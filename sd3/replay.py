@@ -1,4 +1,4 @@
-"""`--replay FILE.png`: turns the settings in an image into flags again, and reports what is different since."""
+"""`--replay FILE.png`: turns the settings in an image back into flags, and reports what differs now."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sd3.flags import FLAGS
 from sd3.mistakes import Missing, Mistake, display, verbatim
 from sd3.models import SkipLayerConfig, read_skip_layer, shipped_folder
 from sd3.reading import parse_json
-from sd3.settings import FILE_SETTINGS, TEXT_FILES, Settings, base_name, effective
+from sd3.settings import FILE_SETTINGS, LEFT_OUT, TEXT_FILES, Settings, base_name, effective
 from sd3.versions import versions
 
 LISTS = tuple(name for name, row in FLAGS.items() if row.read.kind in ("layers", "weights"))
@@ -32,7 +32,7 @@ RECORDS = ("run.json", "run.jsonl", "sweep.json")
 
 @dataclass(frozen=True)
 class Replay:
-    """An image's record, and the flags given with `--replay`, which replace single settings."""
+    """An image's record, and the flags given with `--replay`, which override its settings."""
 
     path: Path
     record: Mapping[str, Any]
@@ -40,8 +40,8 @@ class Replay:
 
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Replay:
-        """From the flags that were given, `replay` among them; raises Missing, or Mistake where the file holds no
-        settings that this version can use.
+        """From the given flags, including `replay`; raises Missing, or Mistake if the file has no settings that this
+        version can use.
         """
         path = FLAGS["replay"].read("replay", given["replay"])
         record = png.read_record(path)
@@ -53,21 +53,21 @@ class Replay:
             raise Mistake("replay", path, f"its settings cannot be read: {', '.join(missing)} missing")
         replay = cls(Path(path), record, given)
         replay._flags()
-        replay.settings()  # raises a mistake in them before anything is loaded
+        replay.settings()  # raises mistakes in them before anything is loaded
         return replay
 
     def flags(self, available: Mapping[str, str]) -> dict[str, Any]:
-        """Flags that make the image again, with those that were given in place of the recorded ones.
+        """Flags that make the image again; given flags override recorded ones.
 
-        available: devices to use in place of the recorded ones, by flag. Raises Missing for a file that is not found
-        by its name (see `find`), Mistake for a recorded value that is out of range.
+        available: replacements for recorded devices, by flag. Raises Missing for a file that `find` does not find,
+        Mistake for a recorded value that is out of range.
         """
         raw = self._flags() | dict(available)
         found = {n: self._found(n, raw[n]) for n in FILE_SETTINGS if raw.get(n) is not None and n not in self.given}
         return raw | found | self._text_files() | dict(self.given)
 
     def _found(self, flag: str, name: str) -> str | None:
-        """As `find`; None for a missing file that had no effect: earlier versions recorded those too."""
+        """As `find`; None for a missing file without effect: earlier versions recorded those too."""
         try:
             return self.find(flag, name)
         except FileNotFoundError:
@@ -85,19 +85,19 @@ class Replay:
             raise Mistake("replay", self.path, f"its settings cannot be read: {mistake.nested()}") from None
 
     def _given(self, name: str) -> Any:
-        """The value of a flag given with --replay; None where it is not given."""
+        """The value of a flag given with --replay, else None."""
         value = self.given.get(name)
         return None if value is None else FLAGS[name].read(name, value)
 
     def _flags(self) -> dict[str, Any]:
         recorded = self.record["settings"]
         raw = {n: self._read(n, v) for n, v in recorded.items() if v is not None and n in FLAGS and n not in self.given}
-        if "residual_config" in self.given:
+        if {"residual_config", "residual_preset"} & self.given.keys():
             raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
         targets = self._given("residual_target_layers")
         if not (
             raw.get("residual_target_layers") if targets is None else targets
-        ):  # off: the other settings would raise a mistake
+        ):  # off: the other residual settings would be mistakes
             raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
         weights = raw.get("residual_weights")
         if weights and len(set(weights)) == 1:
@@ -107,12 +107,12 @@ class Replay:
         if raw.get("controlnet_ckpt") and not (
             raw.get("controlnet_cond_image") or self.given.get("controlnet_cond_image")
         ):
-            raw.pop("controlnet_ckpt")  # earlier versions recorded a ControlNet that was given no image
+            raw.pop("controlnet_ckpt")  # earlier versions recorded a ControlNet without an image
         raw["skip_layer_cfg"] = self.record["settings"].get("skip_layer") is not None
-        return {"vae_tile": 0, "offload": self._offload()} | self._threads() | raw | {"pad_batch": True}
+        return LEFT_OUT | {"offload": self._offload()} | self._threads() | raw | {"pad_batch": True}
 
     def _threads(self) -> dict[str, int]:
-        """The number of CPU threads that made the image or encoded its text; empty where a GPU did both."""
+        """The number of CPU threads that made the image or encoded its text; empty if a GPU did both."""
         threads = png.recorded_threads(self.record)
         return {} if threads is None else {"threads": self._read("threads", threads)}
 
@@ -132,7 +132,7 @@ class Replay:
         return out
 
     def skip_layer(self) -> SkipLayerConfig | None:
-        """The recorded skip-layer guidance; None where its flag was given."""
+        """The recorded skip-layer guidance; None if its flag was given."""
         return None if "skip_layer_cfg" in self.given else self._skip_layer()
 
     def settings(self) -> Settings:
@@ -159,7 +159,7 @@ class Replay:
             raise Mistake("replay", self.path, f"{why}: {mistake.nested()}") from None
 
     def find(self, flag: str, name: str) -> str:
-        """The path of a file that the image names without its folder. Looks where the record of the run says, beside
+        """The path of a file that the image names without its folder. Searches where the record of the run says, beside
         the image, in the current folder, in `models` (or --model_folder), and beside the model that ships. Raises
         Missing.
         """
@@ -181,7 +181,7 @@ class Replay:
         yield shipped_folder() / name
 
     def _records(self) -> Iterator[dict[str, Any]]:
-        """The run's records in the image's folder and the folder above."""
+        """The run records in the image's folder and its parent."""
         for folder in (self.path.parent, self.path.parent.parent):
             for record in RECORDS:
                 values: Any = None
@@ -193,14 +193,16 @@ class Replay:
                     yield values
 
     def changed(self, settings: Settings) -> list[str]:
-        """Settings of the new image that differ from the recorded ones, without those that had no effect."""
+        """Settings that differ from the recorded ones, without those that had no effect."""
         recorded = self.settings()
-        had_effect = dataclasses.replace(effective(recorded)[0], batch_size=recorded.batch_size)  # has one with a cache
+        had_effect = dataclasses.replace(
+            effective(recorded)[0], batch_size=recorded.batch_size
+        )  # batch_size matters with a cache
         now, then = (json.loads(json.dumps(s.by_file_names())) for s in (effective(settings)[0], had_effect))
         return [f"{n} {then[n]} -> {now[n]}" for n in now if then[n] != now[n]]
 
     def differs(self, made_with: Mapping[str, Any]) -> list[str]:
-        """What else differs between the record and now: files, versions, the device."""
+        """Other differences from the record: files, versions, the device."""
         now = json.loads(json.dumps({**made_with, "versions": versions()}))
         out = []
         if self.record.get("model_sha256") and now.get("model_sha256") != self.record["model_sha256"]:
@@ -217,7 +219,7 @@ class Replay:
         then, here = _object(self.record.get("encoders")), now.get("encoders", {})
         for name in ENCODERS if "clip tokenizer" in then else ():  # earlier records have no tokenizers
             if name in here and name not in then and not (name == "t5xxl" and had_effect.no_t5):
-                out.append(f"text encoder {name}")  # it was in the model's own file
+                out.append(f"text encoder {name}")  # it was in the model file
         if "environment" not in _object(self.record.get("hardware")) and _changing_while_cached(had_effect):
             out.append(
                 "which steps the cache reuses while residual text streaming changes"
@@ -228,7 +230,7 @@ class Replay:
         return out
 
     def report(self, image: Image.Image, settings: Settings, made_with: Mapping[str, Any]) -> list[str]:
-        """Lines for the user: whether `image` is the recorded one bit for bit, and what is known to differ."""
+        """Lines for the user: whether `image` is the recorded one bit for bit, and the known differences."""
         changed, differs = self.changed(settings), self.differs(made_with)
         lines = [f"replay: changed {', '.join(changed)}"] if changed else []
         lines += [f"replay: different from the record: {', '.join(differs)}"] if differs else []
@@ -245,12 +247,12 @@ def _changing_while_cached(s: Settings) -> bool:
 
 
 def _object(value: Any) -> dict[str, Any]:
-    """A part of a record if it is an object, else an empty one."""
+    """A part of a record if it is an object, else an empty object."""
     return value if isinstance(value, dict) else {}
 
 
 def compare(path: Path, image: Image.Image) -> str:
-    """How an image differs from the one in a file; empty where all pixels are equal."""
+    """How an image differs from the one in a file; empty if all pixels are equal."""
     with Image.open(path) as file:
         then = np.asarray(file.convert("RGB"), dtype=np.int16)
     now = np.asarray(image.convert("RGB"), dtype=np.int16)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sd3.rotations import Rotations
 
 NEEDS_ROTATIONS = "needs `rotations` FILE; `python sd3_probe.py calibrate` makes one for your model"
-GAIN_LIMIT = 60_000.0  # of a weight times its schedule: float16 ends at 65504
+GAIN_LIMIT = 60_000.0  # largest weight times schedule: float16 ends at 65504
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ResidualConfig:
     one per target (`each:W`, a ramp, or none for 1.0 are expanded); mode: add, anchored or aligned; schedule: factor on
     all weights as a function of sigma, see `mmditx.schedule_factor`; start, end: fractions of the steps that run, it
     acts where start <= step / steps < end; branch: the passes in which it acts, both, cond or uncond; rotations: the
-    file for mode aligned.
+    file for mode aligned; tokens: which text tokens are mixed: all, words (all but padding), padding, clip or t5.
     """
 
     origin: int = 0
@@ -47,10 +47,11 @@ class ResidualConfig:
     end: float = 1.0
     branch: str = "both"
     rotations: str | None = None
+    tokens: str = "all"
 
     def __post_init__(self) -> None:
-        """Replaces every field by what its reader returns and expands the weights; raises Mistake for a value out of
-        range and for fields that contradict each other.
+        """Replaces every field by its checked value and expands the weights; raises Mistake for values out of range
+        and for contradictory fields.
         """
         for name, read in _READ.items():
             if (value := getattr(self, name)) is not None or name != "rotations":
@@ -64,7 +65,7 @@ class ResidualConfig:
 
     @classmethod
     def parse(cls, origin: Any = None, targets: Any = None, weights: Any = None, **others: Any) -> ResidualConfig:
-        """From values where None means not given; raises Mistake, for an unknown name too."""
+        """From values; None means not given. Raises Mistake, also for an unknown name."""
         values = {"origin": origin, "targets": targets, "weights": weights, **others}
         for name in values:
             if name not in _READ:
@@ -73,7 +74,7 @@ class ResidualConfig:
 
     @classmethod
     def from_flags(cls, given: Mapping[str, Any], path: str | None = None) -> ResidualConfig:
-        """From the file `path`, and flags that replace its fields, by their names without `residual_` (origin_layer,
+        """From the file `path` and flags that override its fields, under their names without `residual_` (origin_layer,
         target_layers, weights, mode, ...). Raises Mistake, which names flags.
         """
         fields = read_fields(path) if path else {}
@@ -98,11 +99,11 @@ class ResidualConfig:
 
     def acts(self, step: float, steps: int) -> bool:
         """Whether start <= step / steps < end, for `step` (from 0) of the `steps` that run."""
-        place = step + 1e-9  # against rounding: 0.7 * 10 is a little more than 7
+        place = step + 1e-9  # for rounding: 0.7 * 10 is slightly above 7
         return self.start * steps <= place < self.end * steps
 
     def check(self, depth: int) -> None:
-        """Raises Mistake for a layer beyond a model's `depth` joint blocks."""
+        """Raises Mistake for a layer that a model with `depth` joint blocks does not have."""
         if not self.active:
             return
         for name, layers in (("origin", (self.origin,)), ("targets", self.targets)):
@@ -112,7 +113,7 @@ class ResidualConfig:
                     raise Mistake(name, layer, why)
 
     def check_rotations(self) -> None:
-        """Raises Mistake where the mode needs a rotation file and none is given."""
+        """Raises Mistake if the mode needs a rotation file and none is given."""
         if self.aligned and self.rotations is None:
             raise Mistake("mode", self.mode, NEEDS_ROTATIONS)
 
@@ -120,14 +121,14 @@ class ResidualConfig:
         seen: set[int] = set()
         for target in self.targets:
             if target in seen:
-                raise Mistake("targets", "", f"layer {target} is listed twice; name every layer once")
+                raise Mistake("targets", "", f"layer {target} is listed twice")
             if target < self.origin:
                 raise Mistake("targets", target, f"lies below the origin layer {self.origin}")
             seen.add(target)
 
     def _check_weights(self) -> None:
-        """Raises Mistake for a number of weights other than that of targets, and where a weight times its schedule
-        exceeds the range of float16: a negative ALPHA makes it e^-ALPHA times as large.
+        """Raises Mistake if the number of weights is not that of targets, and if a weight times its schedule exceeds
+        the range of float16: a negative ALPHA makes it e^-ALPHA times as large.
         """
         if len(self.weights) != len(self.targets):
             given = f"{len(self.weights)} given for {len(self.targets)} target layers"
@@ -171,7 +172,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     """Fields of a `ResidualConfig` from a file: JSON with the flags' names, with or without `residual_`; or a published
     weight file {"residual_weights", "origin_layer", "target_layers"}, JSON or .pth (read with weights_only).
 
-    In a file of an earlier version of this tool (all keys but no version), a single weight is meant for all targets.
+    In a file by an earlier version of this tool (all keys but no version), a single weight applies to all targets.
     Raises Missing, or Mistake that names file and key.
     """
     where = Where("residual_config", path)
@@ -181,7 +182,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
         raise Mistake(*where, 'must hold an object such as {"origin_layer": 1, "target_layers": "2-22"}')
     fields = {}
     for key, value in raw.items():
-        if key == "version":
+        if key in ("version", "preset"):  # what wrote it; about a published preset
             continue
         key = str(key).removeprefix("residual_")
         name = _NAMES.get(key, key)
@@ -196,7 +197,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
             keys = [_KEYS.get(name, name) for name in _READ]
             others = f"{nearest(key, keys)} (known: {', '.join(keys)})"
             raise Mistake(*where, f"unknown key {verbatim(display(key))}{others}")
-    earlier = "version" not in raw and fields.keys() == _READ.keys()
+    earlier = "version" not in raw and fields.keys() == _READ.keys() - {"tokens"}
     fields = {name: value for name, value in fields.items() if value is not None}
     if isinstance(fields.get("rotations"), str):
         beside = Path(path).parent / fields["rotations"]
@@ -206,7 +207,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
             if earlier and "weights" in fields:
                 fields["weights"] = _one_for_all(fields["weights"])
             ResidualConfig(**fields)
-    except Exception as error:  # values may be of any kind
+    except Exception as error:  # values may have any type
         raise Mistake(*where, verbatim(str(error))) from None
     return fields
 
@@ -227,9 +228,9 @@ def _read_json(where: Where, path: str | Path) -> Any:
 def build_residual_config(
     origin_layer: Any = None, target_layers: Any = None, weights: Sequence[Any] | Any = None, **others: Any
 ) -> ResidualConfig | None:
-    """A configuration from values in any form, or None where no target is given: residual streaming is then off.
+    """A configuration from values in any form; None without targets: residual streaming is then off.
 
-    others: mode, schedule, start, end, branch, rotations.
+    others: mode, schedule, start, end, branch, rotations, tokens.
     """
     config = ResidualConfig.parse(origin_layer, target_layers, weights, **others)
     return config if config.active else None
@@ -239,15 +240,15 @@ def read_residual(config: ResidualConfig | None) -> ResidualConfig:
     """Checks a configuration from Python; None means off. Raises Mistake for another type."""
     if config is None or isinstance(config, ResidualConfig):
         return config or ResidualConfig()
-    raise Mistake("residual_config", config, "must be a ResidualConfig, as build_residual_config makes one")
+    raise Mistake("residual_config", config, "must be a ResidualConfig; build_residual_config makes one")
 
 
 def residual_stream(config: ResidualConfig | None, rotations: Rotations | None = None) -> ResidualStream | None:
-    """The stream of a configuration, or None where it is off.
+    """The stream of a configuration, or None if it is off.
 
-    Raises Mistake where the mode is aligned and no rotations are given.
+    Raises Mistake if the mode is aligned and no rotations are given.
     """
-    from mmditx import ResidualStream  # imports torch; checking settings does not need it
+    from mmditx import ResidualStream  # imports torch, which checking settings does not need
 
     if config is None or not config.active:
         return None
@@ -261,4 +262,5 @@ def residual_stream(config: ResidualConfig | None, rotations: Rotations | None =
         config.branch,
         acts=config.acts,
         rotations=rotations if config.aligned else None,
+        tokens=config.tokens,
     )

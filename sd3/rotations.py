@@ -41,7 +41,7 @@ class Rotations:
     edges: tuple[float, ...] = ()
 
     def bucket(self, sigma: float) -> int:
-        """Which bucket holds sigma; one on an edge belongs to the upper."""
+        """Index of the bucket of sigma; a sigma on an edge belongs to the upper bucket."""
         return bisect.bisect_right(self.edges, sigma)
 
     def matrix(self, target: int, sigma: float) -> Tensor:
@@ -49,7 +49,7 @@ class Rotations:
         return self.matrices[self.bucket(sigma), self.targets.index(target)]
 
     def check(self, config: ResidualConfig, width: int) -> None:
-        """Raises Mistake where they do not fit a configuration and a model of `width`."""
+        """Raises Mistake if they do not fit the configuration or the model width."""
         _check_fit(Where("rotations"), self.origin, self.targets, self.matrices.shape[-1], config, width)
 
 
@@ -70,8 +70,8 @@ def _check_fit(
 
 @dataclass(frozen=True)
 class _Stored:
-    """What a rotation file holds: its notes as they stand there, the shape of its matrices (None: it has none), and
-    `read(places)`, the matrices at some places of target_layers, (..., n, D, D).
+    """The contents of a rotation file: its metadata, the shape of its matrices (None without any), and `read(places)`,
+    which returns the matrices at some indices of target_layers, (..., n, D, D).
     """
 
     where: Where
@@ -96,7 +96,7 @@ def read_rotations(path: str | Path, config: ResidualConfig | None = None, width
     square = len(shape) in (3, 4) and shape[-1] == shape[-2] and shape[-3] == len(targets)
     if not square or 0 in shape:
         sizes = "x".join(map(str, shape))
-        raise Mistake(*where, f"{MATRICES} is {sizes}; {len(targets)} square matrices are needed")
+        raise Mistake(*where, f"{MATRICES} is {sizes}; {len(targets)} square matrices are required")
     edges, falling = _read_edges(stored.notes.get(EDGES), shape[0] if len(shape) == 4 else 1, where)
     if config is not None:
         _check_fit(where, origin, targets, shape[-1], config, width)
@@ -120,7 +120,7 @@ def _open_pickle(where: Where, path: str | Path) -> _Stored:
         return _Stored(where, notes, None, torch.empty)
     check_tensor(matrices, where, MATRICES)
     if not matrices.is_floating_point():
-        raise Mistake(*where, f"{MATRICES} are {matrices.dtype}; numbers with a point are needed")
+        raise Mistake(*where, f"{MATRICES} are {matrices.dtype}; floating-point numbers are required")
     return _Stored(where, notes, tuple(matrices.shape), lambda places: matrices[..., places, :, :])
 
 
@@ -128,7 +128,7 @@ def _open_safetensors(path: str | Path) -> _Stored:
     file = WeightFile(path, "rotations")
     where, entry, edges = Where("rotations", path), file.entries.get(MATRICES), file.entries.get(EDGES)
     if entry is not None and entry.dtype not in FLOATS:
-        raise Mistake(*where, f"{MATRICES} are {entry.dtype}; numbers with a point are needed")
+        raise Mistake(*where, f"{MATRICES} are {entry.dtype}; floating-point numbers are required")
     with reading(where, "its metadata is damaged"):
         notes = {k: parse_json(v) for k, v in file.metadata.items() if k in ("target_layers", "origin_layer")}
     if edges is not None:
@@ -149,7 +149,7 @@ def _open_safetensors(path: str | Path) -> _Stored:
 
 
 def _read_layers(stored: _Stored) -> tuple[int, tuple[int, ...]]:
-    """The origin and the targets that a file names; raises Mistake where they, or the matrices, are missing."""
+    """The origin and targets in a file; raises Mistake if they or the matrices are missing."""
     if stored.shape is None:
         raise Mistake(*stored.where, f"has no {MATRICES}: not a rotation file")
     for name in ("target_layers", "origin_layer"):
@@ -158,10 +158,10 @@ def _read_layers(stored: _Stored) -> tuple[int, tuple[int, ...]]:
     try:
         targets = read_layers("target_layers", stored.notes["target_layers"])
         origin = read_int("origin_layer", stored.notes["origin_layer"], 0)
-    except Exception as error:  # values may be of any kind
+    except Exception as error:  # values may have any type
         raise Mistake(*stored.where, verbatim(str(error))) from None
     if not targets:
-        raise Mistake(*stored.where, "target_layers: none are there")
+        raise Mistake(*stored.where, "target_layers is empty")
     return origin, targets
 
 
@@ -176,11 +176,11 @@ def _read_edges(given: Any, buckets: int, where: Where) -> tuple[tuple[float, ..
     edges = [float(edge) for edge in listed]
     if len(edges) not in (buckets - 1, buckets + 1):
         needed = f"{buckets} timestep buckets need {buckets - 1} or {buckets + 1} {EDGES}"
-        raise Mistake(*where, f"{needed}, there are {len(edges)}")
+        raise Mistake(*where, f"{needed}, the file has {len(edges)}")
     falling = len(edges) > 1 and edges[0] > edges[-1]
     rising = edges[::-1] if falling else edges
     if not all(a < b for a, b in itertools.pairwise(rising)) or not all(map(math.isfinite, edges)):
-        raise Mistake(*where, f"{EDGES} must rise from each to the next: {given}")
+        raise Mistake(*where, f"{EDGES} must be increasing: {given}")
     if max(rising) > 1:
         rising = [e / TIMESTEPS for e in rising]
     return tuple(rising[1:-1] if len(rising) == buckets + 1 else rising), falling

@@ -1,4 +1,4 @@
-"""The loop that makes and saves images, the record of what they are made with, and one run of the command line."""
+"""The loop that makes and saves images, their provenance, and a run of the command line."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from sd3.engine import Engine, load_for
 from sd3.files import file_sha256
 from sd3.find import list_models, model_folders
 from sd3.flags import FLAGS
-from sd3.mistakes import Mistake, Where
-from sd3.planning import plan_for, unknown_words
+from sd3.mistakes import Mistake, Where, flag_name, spell
+from sd3.planning import plan_for, residual_of, unknown_words
+from sd3.presets import list_presets
 from sd3.prompts import folder_name, read_prompts
 from sd3.record import Picture, RunRecord, SingleFile, finish_killed
 from sd3.replay import Replay
-from sd3.residual import ResidualConfig
 from sd3.settings import FILE_SETTINGS, Flags, Settings
+from sd3.spans import plain_text, read_spans
 from sd3.unchanged import Unchanged
 
 Saved = TypeVar("Saved")
@@ -35,19 +36,19 @@ def _sha256(path: Path) -> str:
     return file_sha256(*path.rglob("*.safetensors")) if path.is_dir() else file_sha256(path)
 
 
-# Files that a single image names and that loading does not open: images and rotations.
+# Files of a single image that loading does not open: images and rotations.
 FILES_OF_IMAGES = tuple(name for name in FILE_SETTINGS if FLAGS[name].scope == "picture")
 
 
 class MadeWith:
-    """What images are made with beside their settings: hashes of the files, text encoders and the device. A thread
-    computes the hashes while the first image is made.
+    """What images are made with besides their settings: file hashes, text encoders and the device. A thread computes
+    the hashes while the first image is made.
 
-    Create it before the files that the settings name are read, so that a later change is noticed.
+    Create it before reading the files that the settings name, so that later changes are noticed.
     """
 
     def __init__(self, engine: Engine, settings: Settings, hashed: bool = True):
-        """hashed: whether the hashes are needed for a record; else files are only watched."""
+        """hashed: whether a record needs the hashes; otherwise files are only watched for changes."""
         self.engine, self.settings = engine, settings
         self.value: dict[str, Any] = {}
         self.error: BaseException | None = None
@@ -78,12 +79,12 @@ class MadeWith:
             self.error = error
 
     def _sha256(self, path: str) -> str:
-        """Of a file that the engine opened once for all images."""
+        """The hash of a file that the engine opened once for all images."""
         opened = {str(part.file.path): part.file for part in self.engine.parts.values() if not part.file.folder}
         return opened[path].sha256 if path in opened else _sha256(Path(path))
 
     def check(self) -> None:
-        """Raises `Changed` where a file was changed after it was opened."""
+        """Raises `Changed` if a file changed after it was opened."""
         self.engine.files.check()
         self.files.check()
 
@@ -94,8 +95,8 @@ class MadeWith:
         return {"model": self.value["model_sha256"], **self.value.get("files", {})} if self.value else {}
 
     def wait(self) -> dict[str, Any]:
-        """The record for an image that is saved; waits until it is complete. Raises `Changed` as `check` does, and
-        OSError where a file could not be read.
+        """The record for a saved image; waits until it is complete. Raises `Changed`, see `check`, and OSError if a
+        file could not be read.
         """
         if self.thread:
             self.thread.join()
@@ -106,8 +107,8 @@ class MadeWith:
 
 
 def component_files(engine: Engine) -> dict[str, dict[str, Any]]:
-    """For a model that is a folder: name, size and identity of each component that is used, see `describe_files`. The
-    model's own sha256 covers only the transformer.
+    """For a model folder: name, size and identity of each component in use, see `describe_files`. The model's own
+    sha256 covers only the transformer.
     """
     folder = engine.model_file
     components = {role: part for role, part in engine.parts.items() if folder.folder and part.file is folder}
@@ -124,8 +125,8 @@ def make_pictures(
     of `save`.
 
     pictures: an iterator that makes one image at a time, see `Engine.make`; save: writes an image and its record, or
-    passes it on; a stop waits for it. Raises what making and saving raise, and `Changed` where a file was changed after
-    it was opened.
+    passes it on; Ctrl-C and SIGTERM wait for it. Raises what these raise, and `Changed` if a file changed after it was
+    opened.
     """
     for number, settings, image in pictures:
         picture = Picture(number, settings, image, made_with.wait())
@@ -138,10 +139,13 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
     """Makes the images that flags ask for; returns their folder, or the file that `out` names. Raises Mistake before
     any weights load.
 
-    given: the flags as typed, for the record; replay: the image that is made again, whose settings the flags hold.
+    given: the flags as typed, for the record; replay: the image that is made again; `flags` has its settings.
     """
     if flags.list_models:
         print(list_models(*model_folders(flags.model_folder)))
+        return None
+    if flags.list_presets:
+        print(spell(list_presets(), flag_name))
         return None
     started = time.monotonic()
     if replay and "prompt" not in replay.given:
@@ -151,11 +155,14 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
     seeds = flags.seeds(len(prompts))
     check_out(flags, len(seeds))
     engine = load_for(flags)
-    residual = ResidualConfig.from_flags(flags.residual(), flags.residual_config)
+    residual = residual_of(flags, engine)
     skip_layer = replay.skip_layer() if replay else None
     plan = plan_for(engine, flags, prompts, seeds, skip_layer, residual, recorded=replay is not None)
     pictures = plan.pictures
-    for note in (*plan.notes, *unknown_words(engine.model_file.metadata, [*prompts, flags.negative_prompt])):
+    texts = [*prompts, flags.negative_prompt]
+    if pictures[0].prompt_mode == "whole":
+        texts = [plain_text(read_spans(text, pictures[0].prompt_weights)) for text in texts]
+    for note in (*plan.notes, *unknown_words(engine.model_file.metadata, texts)):
         engine.tell.note(note)
     record = new_record(flags, name, given, len(pictures), engine)
     folder = record.path if isinstance(record, SingleFile) else record.folder
@@ -186,33 +193,33 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
 
 
 def check_out(flags: Flags, count: int) -> None:
-    """Raises Mistake where the images of a run cannot be written where the flags say. count: how many there are."""
+    """Raises Mistake if the run's `count` images cannot be written to the place that flags name."""
     if not flags.out:
         writing.check_writable(flags.out_dir)
         return
     if count != 1:
-        raise Mistake("out", flags.out, f"is for one image, and the flags ask for {count:,}; give `out_dir`")
+        raise Mistake("out", flags.out, f"is for one image, but the flags ask for {count:,}; give `out_dir` instead")
     if Path(flags.out).is_dir():
         raise Mistake("out", flags.out, "is a folder")
     writing.check_writable(str(Path(flags.out).parent), "out")
 
 
 def new_record(flags: Flags, name: str, given: Sequence[str], total: int, engine: Engine) -> RunRecord | SingleFile:
-    """Where the images of a run go: a new folder with a record, or the one file that `out` names."""
+    """Saves the images of a run: to a new folder with a record, or to the file that `out` names."""
     if flags.out:
         return SingleFile(Path(flags.out), flags.no_metadata)
     return RunRecord(new_folder(flags, name, engine), flags, given, total, engine)
 
 
 def drawn_seeds(seeds: Sequence[int], most: int = 16) -> str:
-    """A line with the seeds that were drawn; of many, the first `most`."""
+    """A line with the drawn seeds, at most `most` of them."""
     more = f" and {len(seeds) - most} more, in run.json" if len(seeds) > most else ""
     return f"seed{'s' if len(seeds) > 1 else ''} drawn: {', '.join(map(str, seeds[:most]))}{more}"
 
 
 def new_folder(flags: Flags, name: str, engine: Engine) -> Path:
-    """Makes the folder of a run, in the folder of its model, and completes the records of runs there that were killed.
-    Raises Unwritable.
+    """Creates the folder of a run, in the folder of its model, and finishes the records of killed runs there. Raises
+    Unwritable.
     """
     names = [Path(path).name.removesuffix(".safetensors") for path in (flags.model, flags.controlnet_ckpt) if path]
     parent = Path(flags.out_dir) / "_".join(names)

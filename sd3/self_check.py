@@ -2,8 +2,8 @@
 
     python sd3_infer.py --self_check [--device cuda] [--dtype float16]
 
-For machines that the makers of this tool do not have: it prints what differs, how long a step takes and what memory it
-took, ready to be pasted into an issue. `python -m sd3.self_check` makes the stored results anew.
+For devices that the developers cannot test: prints errors, time per step and peak memory, ready to paste into an issue.
+`python -m sd3.self_check` rebuilds the stored results.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MODEL = shipped_folder() / f"{SHIPPED}.safetensors"
 STORED = MODEL.parent / "self_check" / "float32.safetensors"
 CONTROLNET = MODEL.parent / "self_check" / "controlnet.safetensors"
 PROMPT, SEED, STEPS, CFG, SIDE = "a red circle left of a blue square", 7, 6, 2.5, 12
-# The largest relative error (norm of the difference over norm of the stored) that rounding explains.
+# The largest relative error (norm of the difference over norm of the stored result) explained by rounding.
 LIMITS = {torch.float32: 2e-3, torch.bfloat16: 0.06, torch.float16: 0.01}
 TARGETS = (3, 5, 7)
 
@@ -52,7 +52,7 @@ class Row:
 
 
 def picture() -> Image.Image:
-    """A picture with edges and ramps, 96 x 96."""
+    """An image with edges and ramps, 96 x 96."""
     ramp = torch.linspace(0, 255, 8 * SIDE)
     across, down = torch.meshgrid(ramp, ramp, indexing="xy")
     pixels = torch.stack([across, down, across.flip(1) * down / 255])
@@ -61,7 +61,7 @@ def picture() -> Image.Image:
 
 
 def results(engine: Engine) -> dict[str, tuple[Callable[[], Tensor], int]]:
-    """What is computed, by name, and in how many denoising steps."""
+    """The computations by name, each with its number of denoising steps."""
     length = engine.text.pair_length(PROMPT, "")
     start = torch.zeros(1, engine.config.latent_channels, SIDE, SIDE)
     plain = {"prompt": PROMPT, "steps": STEPS, "cfg": CFG, "sampler": "euler", "shift": engine.defaults["shift"]}
@@ -91,7 +91,7 @@ def results(engine: Engine) -> dict[str, tuple[Callable[[], Tensor], int]]:
 
 
 def check(flags: Flags) -> tuple[list[Row], Engine]:
-    """Runs everything; raises Missing where the shipped model is not there."""
+    """Runs all checks; raises Missing if the shipped model is missing."""
     for path in (MODEL, STORED, CONTROLNET):
         if not path.is_file():
             raise Missing("self_check", "", f"{path} is missing; install the package again")
@@ -101,7 +101,7 @@ def check(flags: Flags) -> tuple[list[Row], Engine]:
         with engine.owned():
             run()  # loads, compiles, warms up
             started = time.perf_counter()
-            got = run().float().cpu()  # which waits for the device
+            got = run().float().cpu()  # waits for the device
         spent = time.perf_counter() - started
         wanted = stored[name]
         error = ((got - wanted).norm() / wanted.norm()).item() if got.shape == wanted.shape else math.inf
@@ -110,7 +110,7 @@ def check(flags: Flags) -> tuple[list[Row], Engine]:
 
 
 def run(flags: Flags) -> bool:
-    """Prints the table; returns whether every error is one that rounding explains."""
+    """Prints the table; returns whether rounding explains every error."""
     given = {"model": str(MODEL), "controlnet_ckpt": str(CONTROLNET), "controlnet_cond_image": "-"}
     rows, engine = check(dataclasses.replace(flags, **given))
     limit = LIMITS[engine.dtype]
@@ -131,7 +131,7 @@ def run(flags: Flags) -> bool:
 
 
 def write() -> None:
-    """Makes the ControlNet and the stored results anew, in float32 on this CPU."""
+    """Rebuilds the ControlNet and the stored results, in float32 on this CPU."""
     engine = load_for(Flags.read({"model": str(MODEL), "device": "cpu", "dtype": "float32"}))
     base = engine.config
     config = ControlNetConfig(

@@ -1,4 +1,4 @@
-"""`--serve_stdin`: loads once, then makes images for every line of JSON, and answers each with a line of JSON.
+"""`--serve_stdin`: loads once, then makes images for every line of JSON and answers it with a line of JSON.
 
 {"prompt": "a red circle", "seed": 3}  ->  {"ok": true, "files": ["outputs/.../000000.png"], "seeds": [3], ...}
 """
@@ -25,11 +25,11 @@ from sd3.settings import FILE_SETTINGS, Flags, Settings
 from sd3.unchanged import stamp
 
 EXAMPLE = json.dumps({"prompt": "a red circle", "seed": 3})
-LONGEST_LINE = 2**24  # bytes; a longer line is refused without being kept in memory
+LONGEST_LINE = 2**24  # bytes; longer lines are refused and not kept in memory
 
 
 class Server:
-    """An engine, the flags of its command line, which a line's own flags replace, and the folder of the images."""
+    """An engine, the flags of its command line, which those of a line override, and the folder of the images."""
 
     def __init__(
         self, engine: Engine, flags: Flags, values: Mapping[str, Any], folder: Path, words: Sequence[str] = ()
@@ -37,12 +37,12 @@ class Server:
         self.engine, self.values, self.folder = engine, dict(values), folder
         self.record = RunRecord(folder, flags, words, 0, engine)
         self.notes: list[str] = []  # about the current line
-        self.made_with: dict[tuple, MadeWith] = {}  # one entry, by the files that images name and their time stamps
+        self.made_with: dict[tuple, MadeWith] = {}  # one entry, by the files of an image and their time stamps
 
     def answer(self, line: str | bytes) -> dict[str, Any]:
         """The answer to a line: files, seeds and seconds, or the error; `id` is returned as given.
 
-        Raises nothing, whatever the line holds, but what stops the process (Ctrl-C, SIGTERM).
+        Raises nothing for any line, only what stops the process (Ctrl-C, SIGTERM).
         """
         answer: dict[str, Any] = {"ok": False}
         made: list[tuple[Path, int]] = []
@@ -59,10 +59,10 @@ class Server:
             answer["error"] = one_line(error)
         except Mistake as error:
             answer["error"] = one_line(error, 2000)
-        except Exception as error:  # one line must not end the service for others
+        except Exception as error:  # one line must not stop the service
             what = "out of memory; try a smaller width, height or batch_size" if out_of_memory(error) else "failed"
             answer["error"] = f"{what} ({type(error).__name__}: {one_line(error)})"
-        if made or answer["ok"]:  # also names what a failed request did make
+        if made or answer["ok"]:  # a failed request also lists the images it made
             answer |= {"files": [str(path) for path, _ in made], "seeds": [seed for _, seed in made]}
             if self.notes:
                 answer["notes"] = self.notes
@@ -71,7 +71,7 @@ class Server:
     def _make(self, wanted: Mapping[str, Any]) -> Iterator[tuple[Path, int]]:
         for name in wanted:
             check_flag(name)
-            if FLAGS[name].scope != "picture":  # it decides what is loaded, or where images go
+            if FLAGS[name].scope != "picture":  # decides what is loaded, or where images go
                 raise Mistake(name, "", "belongs to the whole process; give it on the command line")
         flags = Flags.read({**self.values, **{n: v for n, v in wanted.items() if v is not None}})
         if wanted.get("prompt") is None and "prompt" not in self.values:
@@ -100,7 +100,7 @@ def read_line(line: str | bytes) -> dict[str, Any]:
         raise Mistake("", "", f"not a line of JSON: longer than {LONGEST_LINE} bytes")
     try:
         text = line.decode("utf-8-sig") if isinstance(line, bytes) else line
-        wanted = json.loads(text)  # accepts NaN: the flag's reader then says what is wrong
+        wanted = json.loads(text)  # accepts NaN, which the flag's reader then refuses
     except UnicodeDecodeError as error:
         raise Mistake("", "", f"not a line of JSON: byte {error.start + 1} is not UTF-8") from None
     except RecursionError:
@@ -118,7 +118,7 @@ def read_line(line: str | bytes) -> dict[str, Any]:
 
 
 def lines_of(stream: Any) -> Iterator[bytes]:
-    """The lines of a binary stream; of a line that is too long, its beginning. Raises Mistake where stdin fails."""
+    """The lines of a binary stream; only the beginning of a line that is too long. Raises Mistake if stdin fails."""
     try:
         while line := stream.readline(LONGEST_LINE + 2):
             rest = line
@@ -137,10 +137,10 @@ def serve(
     words: Sequence[str] = (),
 ) -> Path | None:
     """Answers every line of stdin on stdout, in ASCII, until the input ends; skips empty lines. Returns the folder of
-    the images, or None where none was made.
+    the images, or None if none was made.
 
-    values: of the flags that were given, which a line's own flags replace; words: as typed, for the record. Raises what
-    `load_for` raises, before a line is read.
+    values: of the given flags, which those of a line override; words: as typed, for the record. Raises what `load_for`
+    raises, before reading a line.
     """
     lines = lines_of(sys.stdin.buffer) if lines is None else lines
     say = say or (lambda text: print(text, flush=True))

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from sd3.flags import DEFAULT_SEED, FLAGS, MOST_PICTURES, Flag, names, read_values
 from sd3.mistakes import Mistake, renaming
+from sd3.presets import read_preset
 from sd3.readers import SEED_LIMIT, read_list
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
 
@@ -21,16 +22,18 @@ RANDOM_SEEDS = 100_000  # seed_type rand draws seeds below this
 REQUIRED = ("prompt", "model")  # fields of an image's settings without a default
 OF_ONE_IMAGE = {"prompt", "seed", "batch_size"}  # fields that contradict no other field
 IMAGE_ROWS = {row.setting: row for row in FLAGS.values() if row.pixels}
+# What a record leaves out at its default, though a model or a file decides it where the flag is not given.
+LEFT_OUT = {name: row.default for name, row in IMAGE_ROWS.items() if row.usual and not row.always}
 FILE_SETTINGS = tuple(name for name, row in IMAGE_ROWS.items() if row.read.kind == "file")
-# Flags that say where text encoders are. An image does not name them; its record has what was found there.
+# Flags that say where text encoders are. They are not settings of an image; its record lists the encoders found.
 TEXT_FILES = tuple(name for name in names("load", pixels=False) if FLAGS[name].group == FLAGS["model"].group)
 
 Record = TypeVar("Record")
 
 
 def with_fields(rows: Mapping[str, Flag], default: Callable[[Flag], Any], required: Iterable[str] = ()) -> Callable:
-    """A decorator that makes a frozen dataclass of a class: a field for every row, with default `default(row)`; the
-    required ones come first.
+    """A decorator that makes a class a frozen dataclass with a field per row, in which required fields come first;
+    default(row): its default.
     """
     required = tuple(required)
 
@@ -42,7 +45,7 @@ def with_fields(rows: Mapping[str, Flag], default: Callable[[Flag], Any], requir
                 setattr(cls, name, default(rows[name]))
         return dataclasses.dataclass(frozen=True, slots=True)(
             cls
-        )  # slots: a file of prompts makes thousands of objects
+        )  # slots: a file of prompts creates thousands of objects
 
     return make
 
@@ -58,7 +61,7 @@ class Settings:
     """
 
     def __post_init__(self) -> None:
-        """Replaces every field by what its flag's reader returns; raises Mistake."""
+        """Replaces every field by its checked value; raises Mistake."""
         for name, row in IMAGE_ROWS.items():
             value = getattr(self, name)
             if value is not None and not row.field and value is not row.default:  # 5 equals 5.0
@@ -92,7 +95,7 @@ class Settings:
             if not row.field and row.default is not None and getattr(self, name) is None:
                 raise Mistake(name, "None", "is missing")
         if self.vae_tile is None:
-            why = "must be a number; the size of tiles is chosen before settings are made"
+            why = "must be a number: settings are made after the tile size is chosen"
             raise Mistake("vae_tile", "auto", why)
         check_guidance(self.guidance_start, self.guidance_end)
         if self.residual_target_layers:
@@ -111,51 +114,49 @@ class Settings:
         return dataclasses.asdict(self)
 
     def public(self) -> dict[str, Any]:
-        """Plain values for a record that is shared: files by their names, without folders.
+        """Plain values for a shared record: files by name, without folders.
 
-        Fields that the first version did not have are left out at their defaults, so that digests of earlier images
-        stay valid. Flags without effect are not left out: `effective` sets them to their defaults before.
+        Fields newer than the first version are left out at their defaults, so that digests of earlier images stay
+        valid. `effective` sets fields without effect to their defaults.
         """
         rows = IMAGE_ROWS
         return {n: v for n, v in self.by_file_names().items() if rows[n].always or v != rows[n].default}
 
     def by_file_names(self) -> dict[str, Any]:
-        """All plain values, files by their names without folders."""
+        """All plain values, files by name without folders."""
         values = self.asdict()
         return values | {name: base_name(values[name]) for name in FILE_SETTINGS}
 
     def digest(self) -> str:
-        """A hash of the public settings: equal on every machine, wherever its files are."""
+        """A hash of the public settings; it does not depend on the machine or on where files are."""
         return digest_of(self.public())
 
 
 def check_guidance(start: float, end: float) -> None:
-    """Raises Mistake where the guidance interval is empty."""
+    """Raises Mistake if the guidance interval is empty."""
     if start >= end:
         raise Mistake("guidance_start", f"{start:g}", f"must be below `guidance_end` {end:g}; no step is left")
 
 
 def base_name(path: str | None) -> str | None:
-    """The last part of a path from Windows or POSIX."""
+    """The last part of a Windows or POSIX path."""
     return None if path is None else os.path.basename(path.replace("\\", "/").rstrip("/"))
 
 
 def digest_of(public: Mapping[str, Any]) -> str:
-    """The digest of public settings, as an image's record holds them."""
+    """The digest of public settings from an image's record."""
     return hashlib.sha256(json.dumps(public, sort_keys=True).encode()).hexdigest()
 
 
 def earlier_digest(as_given: Settings) -> str:
-    """The digest of these settings in earlier versions, which counted flags without effect and did not count
-    `offload`.
-    """
+    """The digest of these settings in earlier versions, which included flags without effect but not `offload`."""
     return digest_of({n: v for n, v in as_given.public().items() if n != "offload"})
 
 
 def effective(s: Settings) -> tuple[Settings, list[str]]:
-    """Settings with every flag that has no effect on the image set to its default, and notes about them.
+    """The settings with every flag without effect at its default, and notes about those flags.
 
-    The rules run in the order of the flag table; each sees the result of those before it, as one flag can leave another
+    The rules run in the order of the flag table, each on the result of the previous ones: one flag can leave another
     without effect.
     """
     notes: list[str] = []
@@ -176,10 +177,10 @@ def effective(s: Settings) -> tuple[Settings, list[str]]:
 
 @with_fields({name: FLAGS[name] for name in names("load")}, lambda row: row.unset)
 class Setup:
-    """What is loaded and where: the flags that images of one load share."""
+    """What is loaded and on which device: the flags shared by all images of one load."""
 
     def __post_init__(self) -> None:
-        """Replaces every field but torch devices by what its flag's reader returns; raises Mistake."""
+        """Replaces every field except torch devices by its checked value; raises Mistake."""
         for name in names("load"):
             value, row = getattr(self, name), FLAGS[name]
             if value is None and row.unset is None:
@@ -189,7 +190,7 @@ class Setup:
 
     @classmethod
     def of(cls, flags: Flags) -> Setup:
-        """The setup that flags ask for."""
+        """The setup for these flags."""
         return cls(**{name: getattr(flags, name) for name in names("load")})
 
     def seen_in_images(self) -> dict[str, Any]:
@@ -208,20 +209,23 @@ class Flags:
     def read(cls, raw: Mapping[str, Any]) -> Flags:
         """From text as typed, or values from Python; None keeps the default.
 
-        Raises Mistake for an unknown flag, a value out of its range, and flags that do not go together.
+        Raises Mistake for an unknown flag, a value out of its range, and conflicting flags.
         """
         return cls.of(read_values(raw))
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Flags:
-        """From values that readers returned; raises Mistake for flags that do not go together."""
+        """From values that readers returned; raises Mistake for conflicting flags."""
         flags = cls(**values)
         if flags.self_check:
             for name in values:
                 if name not in names(also="self_check"):
                     raise Mistake(name, "", "does not go with `self_check`, which runs the shipped model")
         check_guidance(flags.guidance_start, flags.guidance_end)
-        if not flags.residual_config:  # else they are checked together with the file's values
+        if flags.residual_config and flags.residual_preset:
+            why = "does not go with `residual_config`: both hold all residual settings"
+            raise Mistake("residual_preset", flags.residual_preset, why)
+        if not flags.residual_file:  # else they are checked together with the file's values
             with renaming(RESIDUAL_FLAGS):
                 ResidualConfig.from_flags(flags.residual()).check_rotations()
         if flags.controlnet_cond_image and not flags.controlnet_ckpt:
@@ -239,16 +243,23 @@ class Flags:
 
     @property
     def kind_of_seeds(self) -> str:
-        """The seed_type; its default is fixed where a seed is given, else rand."""
+        """The seed_type; by default fixed if a seed is given, else rand."""
         return self.seed_type or ("rand" if self.seed is None else "fixed")
 
+    @property
+    def residual_file(self) -> str | None:
+        """The file with residual settings that the flags name, None where they name none."""
+        return str(read_preset(self.residual_preset).path) if self.residual_preset else self.residual_config
+
     def residual(self) -> dict[str, Any]:
-        """The residual flags that were given, but residual_config, by their names without `residual_`."""
+        """The residual flags that were given, by their names without `residual_`; without residual_config and
+        residual_preset.
+        """
         given = {name: getattr(self, name) for name in RESIDUAL_FLAGS.values()}
         return {name.removeprefix("residual_"): value for name, value in given.items() if value is not None}
 
     def for_image(self) -> dict[str, Any]:
-        """Image settings from the flags; None where the model, its files or the device decide."""
+        """Image settings from the flags; None if the model, its files or the device decide."""
         residual = RESIDUAL_FLAGS.values()
         others = ("prompt", "seed", *residual)  # prompt and seed differ between images
         return {
@@ -259,7 +270,7 @@ class Flags:
 
 
 def _check_out(flags: Flags, values: Mapping[str, Any]) -> None:
-    """Raises Mistake where the file for one image contradicts another flag, or is one that the image is made from."""
+    """Raises Mistake if `out` contradicts another flag, or would overwrite a file that the image is made from."""
     for name in ("out_dir", "postfix"):
         if values.get(name) is not None:
             raise Mistake("out", flags.out, f"does not go with `{name}`: it names a file, and no folder is made")

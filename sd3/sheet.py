@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 
 def tile(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
-    """Pictures of one size in one, row by row, without gaps."""
+    """Tiles images of one size, row by row, without gaps."""
     width, height = pictures[0].size
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (min(columns, len(pictures)) * width, rows * height))
@@ -23,9 +23,9 @@ def tile(pictures: Sequence[Image.Image], columns: int) -> Image.Image:
 def contact_sheet(
     rows: Sequence[Sequence[Path]], labels: Sequence[str], columns: Sequence[str], size: int = 256
 ) -> Image.Image:
-    """Pictures from files under column names, rows labelled at their left; each at most `size` pixels on a side.
+    """A table of images from files, with column names and row labels; each at most `size` pixels on a side.
 
-    The place of a missing or damaged file stays empty.
+    The cell of a missing or damaged file stays empty.
     """
     shown = [[_thumbnail(path, size) for path in row] for row in rows]
     sizes = [picture.size for row in shown for picture in row if picture is not None] or [(size, size)]
@@ -60,7 +60,7 @@ def _thumbnail(path: Path, size: int) -> Image.Image | None:
 
 
 def _wrap(text: str, font: Any, width: int) -> list[str]:
-    """Lines of a text that fit a width in pixels, cut between words where that is possible."""
+    """Wraps a text to a width in pixels, between words if possible."""
     lines, words = [""], text.replace("\n", " ").split(" ")
     for word in words:
         longer = f"{lines[-1]} {word}".strip()
@@ -75,7 +75,7 @@ def _wrap(text: str, font: Any, width: int) -> list[str]:
 
 
 def heat_map(amount: np.ndarray) -> Image.Image:
-    """(H, W) from 0 to 1 as black, red, yellow and white, of the square root, so that small amounts can be seen."""
+    """Values (H, W) in [0, 1] as black, red, yellow and white, by their square root, so that small ones are visible."""
     x = 3 * np.sqrt(np.clip(amount, 0, 1))[..., None]  # (H, W, 1)
     colours = np.clip(x - np.arange(3), 0, 1) * 255  # red, then green, then blue
     return Image.fromarray(colours.astype(np.uint8))

@@ -79,7 +79,7 @@ class Bearing:
 
 
 def open_descriptors() -> None:
-    """Opens those of stdin, stdout and stderr that are closed: else the next file that is opened, a picture perhaps,
+    """Opens those of stdin, stdout and stderr that are closed: else the next file that is opened, an image perhaps,
     gets their number, and what a library prints goes into it.
     """
     for number in (0, 1, 2):

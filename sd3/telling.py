@@ -1,4 +1,4 @@
-"""Notes, progress and stage times of an engine, which prints nothing itself: a command gives it a `Terminal`."""
+"""Notes, progress and stage times. An engine prints nothing itself: commands give it a `Terminal`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tqdm import tqdm
 from sd3.mistakes import spell
 from sd3.streams import Once
 
-SECONDS_BETWEEN_LINES = 60.0  # of one piece of work, where there is no terminal
+SECONDS_BETWEEN_LINES = 60.0  # for the same work, without a terminal
 SECONDS_WORTH_A_LINE = 1.0
 
 
 class Reporter:
-    """Receives lines, notes and progress. This one drops them."""
+    """Receives lines, notes and progress. This base class ignores them."""
 
     quiet = True
 
@@ -26,11 +26,11 @@ class Reporter:
         """A line about the work."""
 
     def note(self, text: str) -> None:
-        """A line for the user; names of fields stand between backquotes. A repeated one counts once."""
+        """A line for the user, with field names between backquotes; repetitions are shown once."""
 
     @contextlib.contextmanager
     def progress(self, total: int, what: str, unit: str = "step") -> Iterator[Callable[[int], Any]]:
-        """Around work of `total` units, `B` for bytes; gives a function to call with the units done since its last
+        """Encloses work of `total` units (`B`: bytes); yields a function to call with the units done since the last
         call.
         """
         yield lambda done: None
@@ -40,23 +40,23 @@ SILENT = Reporter()
 
 
 class Terminal(Reporter):
-    """Notes on stderr, each once, and progress: bars on a terminal, else lines. quiet: writes nothing; may be set at
-    any time.
+    """Notes on stderr, each once, and progress: bars on a terminal, lines elsewhere. quiet: writes nothing; may be set
+    at any time.
     """
 
     def __init__(self, spelling: Callable[[str], str] = str, quiet: bool = False):
         """spelling: how notes name a field, such as `flag_name`."""
         self.spelling = spelling
-        self.quiet = quiet or sys.stderr is None  # as in programs without a console
+        self.quiet = quiet or sys.stderr is None  # no stderr, as in programs without a console
         self.first = Once()
 
     def say(self, text: str) -> None:
-        """A line as it is, above any progress bar."""
+        """Writes a line above any progress bar."""
         if not self.quiet:
             tqdm.write(text, file=sys.stderr)
 
     def note(self, text: str) -> None:
-        """A line that was not said before, its fields spelled."""
+        """Writes a note once, with its fields spelled."""
         line = spell(text, self.spelling)
         if self.first(line):
             self.say(line)
@@ -72,11 +72,10 @@ class Terminal(Reporter):
 def progress(
     total: int, what: str, unit: str = "step", *, done: int = 0, quiet: bool = False, leave: bool = False
 ) -> Iterator[Callable[[int], Any]]:
-    """Around work of `total` units, `B` for bytes: a bar on a terminal; elsewhere, such as in a log file, one line at
-    the end of work that took a second, and one a minute before. Gives a function to call with the units done since its
-    last call.
+    """Encloses work of `total` units (`B`: bytes). Shows a bar on a terminal; elsewhere writes a line per minute, and a
+    last line if the work took a second. Yields a function to call with the units done since the last call.
 
-    done: units that an earlier run did; leave: whether the bar stays when the work is done.
+    done: units that an earlier run did; leave: whether the bar stays after the work.
     """
     in_bytes = unit == "B"
     if quiet or sys.stderr is None:
@@ -98,7 +97,7 @@ class ProgressLog:
         self.start = self.last = time.monotonic()
 
     def update(self, count: int = 1) -> None:
-        """Counts units that are done; writes a line where the last one is a minute ago."""
+        """Counts finished units; writes a line if the last one is a minute old."""
         self.done += count
         if time.monotonic() - self.last >= SECONDS_BETWEEN_LINES:
             self.last = time.monotonic()
@@ -121,7 +120,7 @@ class Stages(dict[str, float]):
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Adds the time spent inside."""
+        """Adds the time spent inside to a stage."""
         start = time.perf_counter()
         try:
             yield

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from other_impls import CLIP, T5, CLIPConfig, CLIPTokenizer, T5Config, T5Tokenizer, join_text
+from other_impls import CLIP, T5, CLIPConfig, T5Config, Tokens, join_text
 from sd3.device import device_record, encoder_dtype
 from sd3.embed_cache import EmbedCache, describe_files
 from sd3.files import ENCODERS, WeightFile
 from sd3.find import TOKENIZER_FILES, Fit, find_encoders, find_tokenizer
 from sd3.memory import explained
 from sd3.mistakes import Mistake, Where, verbatim
+from sd3.prompt_tokens import EMPTY, Key, PromptTokens
 from sd3.prompts import shortened
 from sd3.settings import Setup
 from sd3.telling import SILENT, Reporter, Stages
@@ -29,11 +30,11 @@ from sd3.weights import ModelTensors, check_part
 TEXTS_AT_ONCE = 256  # encoded prompts that are held in memory: 1.3 MB each at SD3's size
 CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 
-Key = tuple[str, int]  # a prompt, and the T5 tokens that it is padded to
+Row = tuple[int, ...]  # token ids that an encoder runs on at once
 Text = tuple[Tensor, Tensor]  # text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths)
 
 
-class TextEncoders:
+class TextEncoders(PromptTokens):
     """The text encoders and tokenizers of a model. They are found and checked when this is made, from headers alone;
     weights are read whenever prompts are encoded. The `most` prompts that were used last stay encoded.
     """
@@ -74,17 +75,15 @@ class TextEncoders:
             for role, model in models.items()
         }
         clips = [models[role].config for role in CLIP_ACTIVATIONS]
-        self.positions = min(config.positions for config in clips)  # their tokens lie side by side
         places = list(dict.fromkeys([*folders, *(part.file.path.parent for part in self.parts.values())]))
         self.tokenizer_folders = {"clip": find_tokenizer("clip", places)}
+        rows = min(config.vocabulary for config in clips)
+        clip_tokenizer, t5_tokenizer = open_clip_tokenizer(self.tokenizer_folders["clip"], rows=rows), None
         if "t5xxl" in models:
             self.tokenizer_folders["t5"] = find_tokenizer("t5", places)
-        rows = min(config.vocabulary for config in clips)
-        self.clip_tokenizer: CLIPTokenizer = open_clip_tokenizer(self.tokenizer_folders["clip"], rows=rows)
-        self.t5_tokenizer: T5Tokenizer | None = None
-        if "t5xxl" in models:
             rows = models["t5xxl"].config.vocabulary
-            self.t5_tokenizer = open_t5_tokenizer(self.tokenizer_folders["t5"], rows=rows)
+            t5_tokenizer = open_t5_tokenizer(self.tokenizer_folders["t5"], rows=rows)
+        super().__init__(clip_tokenizer, t5_tokenizer, min(config.positions for config in clips))
         own = {entry.path for entry in model_file.entries.values()}
         self.separate_files = {role: sorted(paths - own) for role, paths in self.files().items() if paths - own}
         for role, paths in self.separate_files.items():
@@ -116,8 +115,8 @@ class TextEncoders:
         if any(part.patches for part in self.parts.values()):  # else keys are those of earlier versions
             how["patches"] = {role: [p.identity for p in part.patches] for role, part in self.parts.items()}
 
-        def fits(length: int, context: Tensor, pooled: Tensor) -> bool:
-            shapes = (1, positions + length, fit.context), (1, fit.pooled)
+        def fits(key: Key, context: Tensor, pooled: Tensor) -> bool:
+            shapes = (1, self.clip_length(key) + self.t5_length_of(key), fit.context), (1, fit.pooled)
             return (context.shape, pooled.shape) == shapes and {context.dtype, pooled.dtype} == {dtype}
 
         return EmbedCache(self.cache_folder, self.files(), how, fits)
@@ -139,34 +138,18 @@ class TextEncoders:
         """How often a text encoder was read from disk."""
         return sum(encoder.opened for encoder in self.encoders.values())
 
-    # -- lengths --
-
-    def t5_length(self, prompt: str) -> int:
-        """How many T5 tokens a prompt is encoded at (at least as many as CLIP takes: 77)."""
-        if self.t5_tokenizer is None:
-            return self.positions
-        return len(self.t5_tokenizer.tokenize(prompt, self.positions).ids)
-
-    def pair_length(self, prompt: str, negative: str) -> int:
-        """The T5 length at which both halves of a guided run are encoded."""
-        return max(self.t5_length(prompt), self.t5_length(negative))
-
-    def text_mask(self, prompt: str, length: int) -> Tensor:
-        """Which of a prompt's text tokens, encoded at T5 length `length`, are no padding: (T,) bool on the CPU."""
-        clip = self.clip_tokenizer.tokenize(prompt, self.positions)
-        words = clip.ids.index(self.clip_tokenizer.end, 1) + 1  # start, words and end
-        pieces = 0 if self.t5_tokenizer is None else len(self.t5_tokenizer.tokenize(prompt, 0).ids)
-        rest = self.positions if self.t5_tokenizer is None else length
-        return torch.cat([torch.arange(self.positions) < words, torch.arange(rest) < pieces])
-
     # -- encoded prompts --
 
     def get_cond(self, prompt: str, length: int | None = None) -> Text:
-        """Text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths) of a prompt.
+        """Text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths) of a prompt, which is read as the
+        reference reads it.
 
         length: T5 tokens to pad to (None: as few as usual).
         """
-        key = (prompt, length or self.t5_length(prompt))
+        return self.get(Key(prompt, length or self.t5_length(prompt)))
+
+    def get(self, key: Key) -> Text:
+        """Text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths) of a prompt."""
         if key not in self._texts:
             self.encode([key])
         self._texts.move_to_end(key)
@@ -194,16 +177,20 @@ class TextEncoders:
 
         All wanted ones are held then, others only up to `most` in all: see `in_groups` for many.
         """
-        wanted = dict.fromkeys(wanted)
+        wanted = dict.fromkeys(Key(*key) for key in wanted)
         self._make_room(wanted)
         turn = "`text_encoder_device` cpu, `no_t5` True, or fewer prompts at a time"
         with self.unchanged.watch(), explained("encoding prompts", turn):
             self._encode([key for key in wanted if key not in self._texts])
 
     def _make_room(self, wanted: Mapping[Key, Any]) -> None:
-        """Drops those that were used longest ago, for at most `most` together with the wanted ones."""
+        """Drops those that were used longest ago, for at most the memory of `most` together with the wanted ones."""
         others = [key for key in self._texts if key not in wanted]
-        for key in others[: max(0, len(others) + len(wanted) - self.most)]:
+        held = sum(map(self.cost, [*others, *wanted]))
+        for key in others:
+            if held <= self.most:
+                break
+            held -= self.cost(key)
             del self._texts[key]
 
     def _hold(self, key: Key, text: Text) -> None:
@@ -212,75 +199,120 @@ class TextEncoders:
     def _encode(self, keys: list[Key]) -> None:
         if self.embed_cache is not None:
             for key in keys:
-                if (text := self.embed_cache.read(*key)) is not None:
+                if (text := self.embed_cache.read(key)) is not None:
                     self._hold(key, text)
             keys = [key for key in keys if key not in self._texts]
         if not keys:
             return
-        prompts = list(dict.fromkeys(prompt for prompt, _ in keys))
-        clip = {}
-        for role in CLIP_ACTIVATIONS:
-            with self.stages.timed(f"loading and running {role}"):
-                clip[role] = self._run_clip(role, prompts)
-        with self.stages.timed("loading and running t5xxl"):
-            t5 = self._run_t5(keys)
+        self._tell_of_cuts(keys)
+        clip = {role: self._clip_states(role, keys) for role in CLIP_ACTIVATIONS}
+        t5 = self._t5_states(keys)
         if self.embed_cache is not None:
             self.unchanged.check()  # an entry says which files made it
         for key in keys:
-            (hidden_l, pooled_l), (hidden_g, pooled_g) = clip["clip_l"][key[0]], clip["clip_g"][key[0]]
+            (hidden_l, pooled_l), (hidden_g, pooled_g) = clip["clip_l"][key], clip["clip_g"][key]
             text = join_text(hidden_l, hidden_g, t5[key]), torch.cat([pooled_l, pooled_g], dim=-1)
             self._keep_on_disk(key, text)
             self._hold(key, text)
 
+    def _clip_states(self, role: str, keys: Sequence[Key]) -> dict[Key, Text]:
+        """A CLIP's part of the text tokens (1, L, D) and its pooled text (1, D), the first chunk's, by prompt."""
+        tokens = {key: self.clip_tokens(key, role) for key in keys}
+        empty = row_of(self.clip_tokens(EMPTY, role)[0])
+        wanted = dict.fromkeys(row_of(chunk) for chunks in tokens.values() for chunk in chunks)
+        if any(chunk.weighted for chunks in tokens.values() for chunk in chunks):
+            wanted[empty] = None
+        with self.stages.timed(f"loading and running {role}"):
+            states = self._run_clip(role, list(wanted))
+        out = {}
+        for key, chunks in tokens.items():
+            hidden = [weighted(states[row_of(chunk)][0], states.get(empty, (None,))[0], chunk) for chunk in chunks]
+            out[key] = torch.cat(hidden, dim=1) if len(hidden) > 1 else hidden[0], states[row_of(chunks[0])][1]
+        return out
+
+    def _t5_states(self, keys: Sequence[Key]) -> dict[Key, Tensor]:
+        """T5's part of the text tokens (1, L, D) by prompt; zeros without T5."""
+        if self.t5_tokenizer is None:
+            zeros = functools.partial(torch.zeros, dtype=encoder_dtype(self.dtype), device=self.runs_on)
+            return {key: zeros(1, self.t5_length_of(key), self.fit.context) for key in keys}
+        tokens = {key: self.t5_tokens(key) for key in keys}
+        empty = {key: row_of(self.t5_tokenizer.whole([], key.length)) for key, own in tokens.items() if own.weighted}
+        wanted = dict.fromkeys([*map(row_of, tokens.values()), *empty.values()])
+        with self.stages.timed("loading and running t5xxl"):
+            states = self._run_t5(list(wanted))
+        return {key: weighted(states[row_of(own)], states.get(empty.get(key)), own) for key, own in tokens.items()}
+
     def _keep_on_disk(self, key: Key, text: Text) -> None:
         if self.embed_cache is not None:
             try:
-                self.embed_cache.write(*key, text)
+                self.embed_cache.write(key, text)
             except OSError as error:  # the prompt is encoded; it is only not kept
                 self.tell.note(f"note: `embed_cache`: {verbatim(str(error.strerror or error))}")
 
-    def _run_clip(self, role: str, prompts: list[str]) -> dict[str, Text]:
-        """Hidden states and pooled text of a CLIP by prompt, see `CLIP.encode`."""
-        encoder, limit = self.encoders[role], self.positions
-        pad = 0 if role == "clip_g" else None
-        tokens = [self.clip_tokenizer.tokenize(prompt, limit, pad) for prompt in prompts]
-        for prompt, own in zip(prompts, tokens, strict=True):
-            if own.cut:
-                cut = f"CLIP takes {limit} tokens (T5 reads on)"
-                self.tell.note(f'note: "{verbatim(shortened(prompt))}" is cut: {cut}')
-        (places,) = encoder.embed(1, [range(limit)])
-        words = encoder.embed(0, [own.ids for own in tokens])
-        texts = ((rows + places).to(encoder.device, encoder.dtype)[None] for rows in words)
-        ids = [torch.tensor([own.ids], device=encoder.device) for own in tokens]
-        with self.tell.progress(len(encoder.model.layers), f"encoding {role}", "layer") as update:
-            return dict(zip(prompts, encoder.run(texts, ids, update=update), strict=True))
+    def _tell_of_cuts(self, keys: Iterable[Key]) -> None:
+        """Notes about prompts that are not read to their end."""
+        for key in keys:
+            clip, t5 = key.prompt, key.prompt if key.t5_prompt is None else key.t5_prompt
+            if any(tokens.cut for tokens in self.clip_tokens(key)):
+                why = f"CLIP takes {self.positions} tokens (T5 reads on); `prompt_mode` whole reads all"
+                self.tell.note(f'note: "{verbatim(shortened(clip))}" is cut: {why}')
+            if self.t5_tokenizer is not None and self.t5_tokens(key).cut:
+                why = "T5 reads its first 226 characters; `prompt_mode` whole reads all"
+                if key.dialect:
+                    why = f"T5 takes {key.length} tokens, see `t5_tokens`"
+                self.tell.note(f'note: "{verbatim(shortened(t5))}" is cut: {why}')
 
-    def _run_t5(self, keys: list[Key]) -> dict[Key, Tensor]:
-        """T5's hidden states by prompt and length, see `T5.encode`."""
-        if self.t5_tokenizer is None:
-            shape = (1, self.positions, self.fit.context)
-            return dict.fromkeys(keys, torch.zeros(shape, dtype=encoder_dtype(self.dtype), device=self.runs_on))
+    def _run_clip(self, role: str, rows: Sequence[Row]) -> dict[Row, Text]:
+        """Hidden states and pooled text of a CLIP by token ids, see `CLIP.encode`."""
+        encoder = self.encoders[role]
+        (places,) = encoder.embed(1, [range(self.positions)])
+        words = encoder.embed(0, rows)
+        texts = ((own + places).to(encoder.device, encoder.dtype)[None] for own in words)
+        ids = [torch.tensor([row], device=encoder.device) for row in rows]
+        with self.tell.progress(len(encoder.model.layers), f"encoding {role}", "layer") as update:
+            return dict(zip(rows, encoder.run(texts, ids, update=update), strict=True))
+
+    def _run_t5(self, rows: Sequence[Row]) -> dict[Row, Tensor]:
+        """T5's hidden states by token ids, see `T5.encode`."""
         encoder = self.encoders["t5xxl"]
-        tokens = [self.t5_tokenizer.tokenize(*key) for key in keys]
-        for (prompt, _), own in zip(keys, tokens, strict=True):
-            if own.cut:
-                self.tell.note(f'note: "{verbatim(shortened(prompt))}" is cut: T5 reads its first 226 characters')
-        words = encoder.embed(0, [own.ids for own in tokens])
-        texts = (rows.to(encoder.device)[None] for rows in words)
+        texts = (own.to(encoder.device)[None] for own in encoder.embed(0, rows))
         with self.tell.progress(len(encoder.model.layers), "encoding t5xxl", "layer") as update:
-            return dict(zip(keys, encoder.run(texts, update=update), strict=True))
+            return dict(zip(rows, encoder.run(texts, update=update), strict=True))
+
+
+def row_of(tokens: Tokens) -> Row:
+    """Token ids as a key of what an encoder makes of them."""
+    return tuple(tokens.ids)
+
+
+def weighted(states: Tensor, empty: Tensor | None, tokens: Tokens) -> Tensor:
+    """states (1, L, D) with each token's weight w: e + w (z - e), where e is the state of the empty prompt at the same
+    position (ComfyUI, comfy/sd1_clip.py); a token of weight 1 stays as it is.
+    """
+    if empty is None or not tokens.weighted:
+        return states
+    w = torch.tensor(tokens.weights, device=states.device)[None, :, None]
+    z, e = states.float(), empty.float()
+    return torch.where(w == 1, states, (e + w * (z - e)).to(states.dtype))
 
 
 Batch = TypeVar("Batch")
 
 
-def in_groups(batches: Iterable[Batch], texts: Callable[[Batch], Iterable[Key]], most: int) -> Iterator[list[Batch]]:
-    """Batches in order, in groups of as many as have at most `most` different texts, but at least one batch."""
+def in_groups(
+    batches: Iterable[Batch],
+    texts: Callable[[Batch], Iterable[Key]],
+    most: int,
+    cost: Callable[[Key], int] = lambda key: 1,
+) -> Iterator[list[Batch]]:
+    """Batches in order, in groups of as many as have at most `most` different texts, but at least one batch; cost: for
+    how many a text counts.
+    """
     group: list[Batch] = []
     of_group: set[Key] = set()
     for batch in batches:
         own = set(texts(batch))
-        if group and len(of_group | own) > most:
+        if group and sum(map(cost, of_group | own)) > most:
             yield group
             group, of_group = [], set()
         group.append(batch)

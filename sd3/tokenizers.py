@@ -9,7 +9,7 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models
 
-from other_impls import CLIP_BPE, CLIP_END, CLIP_START, CLIPTokenizer, T5Tokenizer, clip_pipeline, sentencepiece_split
+from other_impls import CLIP_BPE, CLIP_END, CLIP_START, CLIPTokenizer, T5Tokenizer, clip_pipeline, sentencepiece_places
 from sd3.mistakes import Mistake, Where
 from sd3.reading import check_file, parse_json, reading
 
@@ -44,7 +44,7 @@ def open_t5_tokenizer(folder: str | Path, field: str = "model_folder", rows: int
     if whole.exists():
         tokenizer = _read_tokenizer_json(Where(field, whole))
         _check_ids(Where(field, whole), _largest_id(tokenizer), rows)
-        return T5Tokenizer(lambda word: tokenizer.encode(word, add_special_tokens=False).ids)
+        return T5Tokenizer(lambda text: _places(tokenizer, text))
     where = Where(field, Path(folder) / "spiece.model")
     check_file(where, where.value)
     with reading(where, "is no usable tokenizer"):
@@ -52,7 +52,12 @@ def open_t5_tokenizer(folder: str | Path, field: str = "model_folder", rows: int
         model.encode(SAMPLE_TEXT)
         model.id_to_piece(2)
     _check_ids(where, model.get_piece_size() - 1, rows)
-    return T5Tokenizer(sentencepiece_split(model, rows))
+    return T5Tokenizer(sentencepiece_places(model, rows))
+
+
+def _places(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
+    got = tokenizer.encode(text, add_special_tokens=False)
+    return [(token, end) for token, (_, end) in zip(got.ids, got.offsets, strict=True)]
 
 
 def _read_tokenizer_json(where: Where) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Detects files that change while a process uses them; else a picture's record could name the wrong contents."""
+"""Detects files that change while a process uses them, so that an image's record never names the wrong contents."""
 
 from __future__ import annotations
 
@@ -26,29 +26,31 @@ def stamp(path: str | Path) -> Stamp | None:
 
 
 class Unchanged:
-    """Files and the stamps that they had when they were opened."""
+    """Files, and their stamps when they were opened."""
 
     def __init__(self) -> None:
         self.stamps: dict[Where, tuple[str, Stamp | None]] = {}
 
     def add(self, where: Where, path: str | Path, first: Stamp | None = None) -> None:
-        """Adds a file; call before reading it. where: the field that names it, and its path; first: its stamp, where
-        it was read before.
+        """Adds a file; call before reading it. where: the field that names it, and its path; first: its stamp if it was
+        read before.
         """
-        # absolute, as the working folder may change; not abspath, which resolves `link/..` to the folder of the link
+        # absolute, because the working folder may change; abspath would resolve `link/..` to the folder of the link
         self.stamps[where] = os.path.join(os.getcwd(), path), first or stamp(path)
 
     def check(self) -> None:
-        """Raises `Changed` for the first file that is not the same as when it was added."""
+        """Raises `Changed` for the first file that differs from when it was added."""
         for where, (path, then) in self.stamps.items():
             now = stamp(path)
             if now != then:
                 how = "is gone" if now is None else "has changed"
-                raise Changed(*where, f"{how} since it was opened; no picture is made of two files: start again")
+                raise Changed(
+                    *where, f"{how} since it was opened; no image is made from two versions of a file; start again"
+                )
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Where what is inside fails because a file is another one by now, says that and not what came of it."""
+        """If the code inside fails and a file has changed, raises `Changed` instead."""
         try:
             yield
         except Exception:

@@ -1,7 +1,7 @@
 """The autoencoder: pixels (B, 3, H, W) in [-1, 1] <-> latents (B, 16, H/8, W/8).
 
-The usual KL autoencoder of latent diffusion models. Its width, levels and block counts are read off the
-tensors, so released files and the small demo model load through the same path.
+The usual KL autoencoder of latent diffusion models. Its width, levels and block counts are read from the tensors, so
+released files and the small demo model load through the same path.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from other_impls import Shapes, attention
 
-OVERLAP = 64  # pixels that neighbouring tiles share: a tile's edge lacks about 26 pixels of context
-_ONE_AT_A_TIME = threading.Lock()  # during a tiled run the norms keep its statistics: no other thread may use them
-LARGE_LEVELS = 2  # levels of full and half size: tiles save memory in these only
-PEAK_TENSORS = 3.5  # of the widest full-size tensor, alive at once while decoding
+OVERLAP = 64  # pixels shared by neighbouring tiles: about 26 at a tile's edge lack context
+_ONE_AT_A_TIME = threading.Lock()  # in a tiled run the norms store its statistics, so no other thread may use them
+LARGE_LEVELS = 2  # levels of full and half size: only these are tiled
+PEAK_TENSORS = 3.5  # peak memory of decoding, in widest full-size tensors
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,12 @@ class VAEConfig:
         )
 
     def decoding_bytes(self, width: int, height: int, dtype: torch.dtype) -> int:
-        """Peak memory of decoding a picture of this size without tiles, beside the weights (an estimate, measured in
+        """Peak memory of decoding an image of this size without tiles, without the weights (an estimate, measured in
         docs/performance.md).
         """
-        widest = self.widths[1] if len(self.widths) > 1 else self.widths[0]  # its width enters the blocks of full size
+        widest = (
+            self.widths[1] if len(self.widths) > 1 else self.widths[0]
+        )  # the input of the full-size blocks has its width
         return int(PEAK_TENSORS * width * height * widest * torch.empty((), dtype=dtype).element_size())
 
     @property
@@ -70,12 +72,12 @@ class VAEConfig:
 
 
 class Norm(nn.GroupNorm):
-    """Group norm that can take its mean and deviation from another input: a tile must be normalised with the whole
-    picture's, else neighbouring tiles differ in tone.
+    """Group norm that can take its mean and deviation from another input: tiles must be normalised with the
+    statistics of the whole image, or neighbouring tiles differ in tone.
     """
 
     fixed: tuple[Tensor, Tensor] | None = None  # factor and offset of every channel, (B, C, 1, 1)
-    fixes_next = False  # whether the next input sets them
+    fixes_next = False  # whether the next input sets `fixed`
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fixes_next:
@@ -92,7 +94,7 @@ class Norm(nn.GroupNorm):
 
 
 def _norm(channels: int) -> Norm:
-    # 32 groups at the released widths (128 and up); fewer where a group would hold under 4 channels.
+    # 32 groups at the released widths (128 and up); fewer if a group would have under 4 channels.
     return Norm(min(32, channels // 4), channels, eps=1e-6)
 
 
@@ -101,7 +103,7 @@ def _conv3(inp: int, out: int) -> nn.Conv2d:
 
 
 class ResnetBlock(nn.Module):
-    """(norm, SiLU, conv) twice, added to the input (through a 1x1 convolution where the width changes)."""
+    """(norm, SiLU, conv) twice, added to the input (through a 1x1 convolution if the width changes)."""
 
     def __init__(self, inp: int, out: int):
         super().__init__()
@@ -152,7 +154,7 @@ class Resample(nn.Module):
 
 
 class _Group(nn.Module):
-    """A container of named children, nested as the names in the file are (`mid.block_1`, `down.0.block.1`)."""
+    """A container of named children, nested like the names in the file (`mid.block_1`, `down.0.block.1`)."""
 
     def __init__(self, **children: nn.Module):
         super().__init__()
@@ -266,7 +268,7 @@ class VAE(nn.Module):
     def moments(self, image: Tensor, tile: int = 0) -> tuple[Tensor, Tensor]:
         """Mean and raw log-variance, each (B, 16, H/8, W/8), of `image` (B, 3, H, W) in [-1, 1].
 
-        tile: side in pixels of the tiles that are encoded one at a time and blended; 0: the whole at once.
+        tile: side in pixels of the tiles, which are encoded one at a time and blended; 0: no tiles.
         """
         with _ONE_AT_A_TIME:
             return self._moments(image, tile)
@@ -303,12 +305,12 @@ def tiled(
     scale: Callable[[int], int],
     align: int = 1,
 ) -> Tensor:
-    """run(x), computed from overlapping pieces of x (B, C, H, W) of at most `tile` by `tile`, one at a time; from the
-    whole where tile is 0 or x is no larger. run: a method of a module.
+    """run(x), computed one tile at a time from overlapping tiles of x (B, C, H, W), at most `tile` by `tile`; directly
+    if tile is 0 or x is no larger. run: a method of a module.
 
-    scale: position in x -> position in the result, for multiples of `align`. Neighbours share at least `overlap`; there
-    the result changes from one to the next along a linear ramp. All norms take mean and deviation from a small copy of
-    x, so that all pieces are normalised alike.
+    scale: position in x -> position in the result, for multiples of `align`. Neighbouring tiles share at least
+    `overlap` and are blended there by a linear ramp. All norms take mean and deviation from a small copy of x, so that
+    all tiles are normalised alike.
     """
     if not tile or max(x.shape[2:]) <= tile:
         return run(x)
@@ -317,11 +319,11 @@ def tiled(
         for norm in norms:
             norm.fixes_next = True
         step = math.ceil(max(x.shape[2:]) / tile)
-        copy = x[:, :, step // 2 :: step, step // 2 :: step]  # sampled: averages would be smoother than the picture
+        copy = x[:, :, step // 2 :: step, step // 2 :: step]  # subsampled: averaging would smooth the image
         copy = copy[:, :, : copy.shape[2] // align * align, : copy.shape[3] // align * align]
         run(copy.contiguous(memory_format=torch.channels_last))
         for norm in norms:
-            norm.fixes_next = False  # of norms that `run` does not use
+            norm.fixes_next = False  # for norms that `run` did not use
         return _blended(run, x, tile, overlap, scale, align)
     finally:
         for norm in norms:
@@ -349,8 +351,8 @@ def _blended(
 
 
 def pieces(size: int, tile: int, overlap: int, align: int = 1) -> list[tuple[int, int]]:
-    """(start, end) of the fewest pieces of length `tile` (or `size`) that cover `size`, evenly spread, with overlaps of
-    about `overlap` or more; all are multiples of `align` where the lengths are.
+    """(start, end) of the fewest tiles of length `tile` (or `size`) that cover `size`, evenly spread, with overlaps of
+    about `overlap` or more; all are multiples of `align` if the lengths are.
     """
     if size <= tile:
         return [(0, size)]
@@ -360,7 +362,7 @@ def pieces(size: int, tile: int, overlap: int, align: int = 1) -> list[tuple[int
 
 
 def ramp(start: int, end: int, size: int, overlap: int, scale: Callable[[int], int]) -> Tensor:
-    """Weight of each position of a piece's result along one side: a ramp over `overlap` at inner edges, else 1."""
+    """Weight of each position of a tile's result along one side: a ramp over `overlap` at inner edges, else 1."""
     length, rise = scale(end - start), scale(overlap)
     places = torch.arange(length) + 0.5
     weight = torch.ones(length)

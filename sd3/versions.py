@@ -1,4 +1,4 @@
-"""Versions of this tool and of what it computes with. Needs no torch."""
+"""Versions of this tool and of the packages it uses. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __version__ = "0.2.0"
 PACKAGES = ("torch", "safetensors", "tokenizers", "numpy", "pillow")
 
 
-@functools.cache  # finding them takes 2 ms, and every picture names them
+@functools.cache  # takes 2 ms, and every image records them
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that can change a picture."""
+    """Versions of Python and of the packages that can change an image."""
     out = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

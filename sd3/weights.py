@@ -21,26 +21,26 @@ from sd3.headers import Entry
 from sd3.mistakes import Mistake, Where, verbatim
 from sd3.reading import Note, reading
 
-# Tensors that released files carry and no model needs.
+# Tensors in released files that no model needs.
 HARMLESS = (
     "position_ids", "logit_scale", "control_type", "scaled_fp8", "scale_input", "input_scale", "scale_weight",
     "weight_scale", "comfy_quant",
 )  # fmt: skip
 HARMLESS_PREFIXES = ("loss.", "cond_stage_model.", "model_ema.")
-SCALES = ("scale_weight", "weight_scale")  # factors stored beside a `weight`
+SCALES = ("scale_weight", "weight_scale")  # names of scale factors stored beside a `weight`
 OTHER_SCALES = ("weight_scale_2", "weight_scale_inv")  # of formats that are not supported
-CHUNK = 256 * 2**20  # bytes read from one mapping before it is dropped and its pages are freed
-SAMPLE = 4096  # bytes at each end of a tensor that are checked before weights load
+CHUNK = 256 * 2**20  # bytes read before the file is mapped anew, which frees its pages
+SAMPLE = 4096  # bytes checked at each end of a tensor before weights load
 MOST_SAMPLED = 64  # tensors of a model
 Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Patch:
-    """Changes of one model's weights, made while they load, such as a LoRA's.
+    """Changes to one model's weights, such as a LoRA's, applied while they load.
 
-    changes: by our name, from the tensor in float32 to a new one of its shape (the argument may be a view of the file);
-    identity: differs between patches that change weights differently, such as a file's hash with a strength.
+    changes: by our name, a function from the float32 tensor to a new one of the same shape (it must not modify its
+    argument, which may be a view of the file); identity: distinguishes patches, such as a file's hash with a strength.
     """
 
     changes: Mapping[str, Callable[[Tensor], Tensor]]
@@ -51,8 +51,8 @@ class Patch:
 class ModelTensors:
     """The tensors of one model in a file, under our names.
 
-    prefix: what the file puts before every name of this model; layout: those of our names that the file stores under
-    another name, joined or transposed; patches: applied in order.
+    prefix: common start of this model's names in the file; layout: how the file stores our tensors that have another
+    name there, are joined or transposed; patches: applied in order.
     """
 
     file: WeightFile
@@ -79,7 +79,7 @@ class ModelTensors:
         return self.layout.get(name) or StoredAs((name,))
 
     def entries(self, name: str) -> list[Entry]:
-        """The file's entries of a tensor, several where it is stored in pieces."""
+        """The file's entries for a tensor: several if it is stored in pieces."""
         return [self.file.entries[self.prefix + piece] for piece in self.storage(name).names]
 
     def paths(self) -> set[Path]:
@@ -99,21 +99,21 @@ class ModelTensors:
         return max(sizes, key=lambda k: sizes[k])
 
     def config(self, read: Callable[[dict[str, tuple[int, ...]]], Any], what: str) -> Any:
-        """The sizes that `read` finds in the shapes; raises `Mistake` where this is no such model."""
+        """The sizes that `read` finds in the shapes; raises `Mistake` if this is not such a model."""
         try:
             return read(self.shapes)
-        except Exception as error:  # a file may hold any names and shapes
+        except Exception as error:  # names and shapes in a file may be anything
             like = self.file.looks_like()
-            it = "it is damaged, or of another kind" if like == what else f"it looks like {like}"
+            it = "it is damaged, or another kind of file" if like == what else f"it looks like {like}"
             raise Mistake(*self.file.where, f"is not {what}: {it} (no usable {verbatim(str(error))})") from None
 
     # -- checks before anything is loaded --
 
     def check(self, model: nn.Module) -> None:
-        """Compares with what `model` (on any device, meta too) needs, from the header alone.
+        """Compares the header with what `model` (on any device, including meta) needs.
 
-        Raises one `Mistake` that lists missing tensors, wrong shapes and dtypes or scales that are not supported;
-        warns of unknown extras.
+        Raises one `Mistake` listing missing tensors, wrong shapes and unsupported dtypes and scales; warns about
+        unknown tensors.
         """
         state = model.state_dict()
         problems = self._problems({name: tuple(t.shape) for name, t in state.items()})
@@ -126,21 +126,21 @@ class ModelTensors:
             warnings.warn(verbatim(f"{self.file.path}: not used, unknown: {_first_few(extra)}"), Note, stacklevel=2)
 
     def _problems(self, wanted: dict[str, tuple[int, ...]]) -> dict[str, list[str]]:
-        """What is wrong with the wanted tensors (shape by name), by kind of problem."""
+        """Problems with the wanted tensors (shape by name), by kind."""
         present = [name for name in wanted if name in self.shapes]
         pieces = [entry for name in present for entry in self.entries(name)]
         return {
             "missing": [self.full_name(name) for name in wanted if name not in self.shapes],
-            "of a wrong shape": [
+            "wrong shape": [
                 f"{self.full_name(name)} has {_shape_text(self.shapes[name])}, needs {_shape_text(wanted[name])}"
                 for name in present
                 if self.shapes[name] != wanted[name]
             ],
-            "without a number in them": [self.full_name(name) for name in present if 0 in wanted[name]],
-            f"of a dtype that is not read ({', '.join(readable_dtypes())} are)": [
+            "empty": [self.full_name(name) for name in present if 0 in wanted[name]],
+            f"unsupported dtype (supported: {', '.join(readable_dtypes())})": [
                 f"{e.name} is {e.dtype}" for e in pieces if e.dtype not in readable_dtypes()
             ],
-            "scales that are not read": [line for e in pieces for line in self._wrong_scales(e)],
+            "unsupported scales": [line for e in pieces for line in self._wrong_scales(e)],
         }
 
     def _scales(self, entry: Entry) -> list[Entry]:
@@ -171,8 +171,8 @@ class ModelTensors:
         return leaf in HARMLESS or name.startswith(HARMLESS_PREFIXES) or name in _UNUSED
 
     def check_filled(self, some_may_be_empty: bool = False) -> None:
-        """Reads both ends of some of the weights. Raises `Mistake` where all are zero and warns where some are: a
-        download that reserved its space and stopped. some_may_be_empty: training began with zeros (a ControlNet).
+        """Reads both ends of some weights. Raises `Mistake` if all are zero, and warns if some are: a download that
+        reserved its space and stopped. some_may_be_empty: the model was initialised with zeros (a ControlNet).
         """
         entries = [entry for name in self.shapes for entry in self.entries(name)]
         weights = sorted({e for e in entries if len(e.shape) > 1 and e.size}, key=lambda e: (str(e.path), e.place))
@@ -188,9 +188,11 @@ class ModelTensors:
                 if not ends.strip(b"\0"):
                     zero.append(entry.name)
         if weights and len(zero) == len(weights):
-            raise Mistake(*self.file.where, "holds nothing but zeros: its download never filled it; get it again")
+            raise Mistake(
+                *self.file.where, "holds nothing but zeros, probably from an unfinished download; download it again"
+            )
         if zero and not some_may_be_empty:
-            some = f"{len(zero)} of {len(weights)} weights looked at hold nothing but zeros, such as {zero[0]}"
+            some = f"{len(zero)} of {len(weights)} checked weights hold nothing but zeros, such as {zero[0]}"
             warnings.warn(
                 f"{verbatim(str(self.file.path))}: {verbatim(some)}; its download may have stopped early",
                 Note,
@@ -198,7 +200,7 @@ class ModelTensors:
             )
 
     def not_finite(self) -> str:
-        """The name of the first tensor in the file that holds NaN or infinity, or ``; reads all of them."""
+        """The name of the first tensor with NaN or infinity, or empty; reads all tensors."""
         for name, tensor in replace(self, patches=()).read(list(self.shapes), "cpu", None):
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 return self.full_name(name)
@@ -210,9 +212,9 @@ class ModelTensors:
         """The named tensors on `device` in `dtype` (None: as stored; float32 where scaled or patched), in the file's
         order. Every tensor of every model passes here: stored, named, scaled, patched.
 
-        A tensor that keeps its dtype on the CPU is a view of the file, where its format maps it into memory. Every
-        `CHUNK` bytes the file is opened anew, so that pages already converted are freed. A patched tensor is rounded
-        once, after its patches.
+        On the CPU, a tensor that keeps its dtype is a view of the file if its format maps it into memory. The file is
+        reopened every `CHUNK` bytes, which frees the pages already converted. A patched tensor is rounded once, after
+        its patches.
         """
 
         def place(name: str) -> tuple[str, int]:
@@ -257,8 +259,8 @@ class ModelTensors:
     ) -> nn.Module:
         """Gives `model` (built on the meta device) its weights, one tensor at a time; `progress` counts bytes.
 
-        Parameters that have memory already are filled. Layers with a `store` method (packed, 8-bit) store the weight
-        themselves. names: the tensors to load, None for all.
+        Fills parameters that already have storage in place. Layers with a `store` method (packed, 8-bit) store the
+        weight themselves. names: the tensors to load, None for all.
         """
         for name, tensor in self.read(list(model.state_dict() if names is None else names), device, dtype):
             owner, _, leaf = name.rpartition(".")
@@ -281,18 +283,18 @@ def on_meta(make: Callable[[], Model]) -> Model:
 
 
 def check_part(part: ModelTensors, make: Callable[[], Model], some_may_be_empty: bool = False) -> Model:
-    """The module of a part, without its weights; raises Mistake where they do not fit it, or hold nothing.
+    """The module for a part, without weights; raises Mistake if the file's tensors do not fit it or are all zero.
 
     some_may_be_empty: see `ModelTensors.check_filled`.
     """
-    with reading(part.file.where, "has sizes of no model"):
+    with reading(part.file.where, "its tensor sizes fit no model"):
         model = on_meta(make)
     part.check(model)
     part.check_filled(some_may_be_empty)
     return model
 
 
-# Tensors of a model that some files carry and ours does not use.
+# Tensors in some files that our model does not use.
 _UNUSED = (
     "text_projection.weight",
     "shared.weight",
@@ -332,7 +334,7 @@ def _first_few(names: list[str], most: int = 5) -> str:
 
 
 def find_mmdit(file: WeightFile) -> ModelTensors:
-    """The MMDiT of a file or a diffusers folder, under whatever prefix."""
+    """The MMDiT of a file or a diffusers folder, with any prefix."""
     usual = [p for p in (MMDIT_PREFIX, TRANSFORMER) if file.has(p)]
     prefix = [*usual, *file.prefixes("mmdit"), *file.prefixes("mmdit", "transformer_blocks."), ""][0]
     in_diffusers_layout = file.has(prefix + "transformer_blocks.")
@@ -340,7 +342,7 @@ def find_mmdit(file: WeightFile) -> ModelTensors:
 
 
 def find_vae(file: WeightFile) -> ModelTensors:
-    """The VAE of a file or a diffusers folder, under whatever prefix."""
+    """The VAE of a file or a diffusers folder, with any prefix."""
     prefix = [*[p for p in (VAE_PREFIX, "vae/") if file.has(p)], *file.prefixes("vae"), ""][0]
     in_diffusers_layout = file.has(prefix + "encoder.down_blocks.")
     return ModelTensors(file, prefix, diffusers_vae(file, prefix) if in_diffusers_layout else {})
@@ -353,7 +355,7 @@ def has_vae(file: WeightFile) -> bool:
 
 CONTROL_TYPES = {0: "blur", 1: "canny", 2: "depth"}
 LAYOUTS = (
-    "those load that stabilityai publishes as .safetensors (8B and 2B), and diffusers' layout without text blocks "
+    "supported: those that stabilityai publishes as .safetensors (8B and 2B), and diffusers layout without text blocks "
     "(that of SD3.5 Large)"
 )
 
@@ -369,7 +371,7 @@ def find_controlnet(file: WeightFile) -> ModelTensors:
     if "controlnet_blocks.0.weight" in names and "transformer_blocks.0.attn.to_q.weight" in names:
         other = next((n for n in ("context_embedder.weight", "pos_embed.proj.weight") if n in names), None)
         if other is not None:
-            kind = "text blocks" if other.startswith("context") else "positions of its own"
+            kind = "text blocks" if other.startswith("context") else "its own position embedding"
             raise Mistake(*file.where, f"is a ControlNet in diffusers' layout with {kind} ({other}); {LAYOUTS}")
         for i in range(count_layers(names, "transformer_blocks.")):
             for ours, theirs in BLOCK.items():
@@ -382,15 +384,15 @@ def find_controlnet(file: WeightFile) -> ModelTensors:
 
 
 def read_control_kind(tensors: ModelTensors) -> str:
-    """blur, canny or depth, as the file says (canny images get another range in the 8B kind), or `` where it does not.
+    """blur, canny or depth, if the file says so, else empty (8B ControlNets take canny images in another range).
 
-    Raises `Mistake` where the file's value is no number.
+    Raises `Mistake` if the file's value is not a number.
     """
     shape = tensors.shapes.get("control_type")
     if shape is None:
         return ""
     (entry,) = tensors.entries("control_type")
     if shape not in ((), (1,)) or (entry.dtype not in readable_dtypes() and entry.dtype[0] not in "IU"):
-        raise Mistake(*tensors.file.where, f"its control_type is no number: {entry.dtype} {list(shape)}")
+        raise Mistake(*tensors.file.where, f"its control_type is not a number: {entry.dtype} {list(shape)}")
     ((_, value),) = tensors.read(["control_type"], "cpu", None)
     return CONTROL_TYPES.get(value.item(), "")

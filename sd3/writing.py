@@ -18,11 +18,11 @@ import numpy as np
 
 from sd3.mistakes import Unwritable, verbatim
 
-_umask_lock = threading.Lock()  # reading the umask sets it for a moment
+_umask_lock = threading.Lock()  # reading the umask changes it briefly
 
 
 def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file under a temporary name and renames it, so that no half-written file is ever seen.
+    """Writes a file under a temporary name and renames it, so that no half-written file is visible.
 
     Raises Unwritable naming the file; nothing is left behind.
     """
@@ -44,13 +44,13 @@ def atomic_write(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> Unwritable:
-    """The mistake that names a file which could not be written, and why."""
+    """The Mistake for a file that could not be written, with the reason."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return Unwritable("", path, f"cannot be written: {'the disk is full' if full else error.strerror or error}")
 
 
 def open_folder(path: str) -> Path:
-    """A folder to write in, made if it is not there. Raises Unwritable."""
+    """A folder to write in, created if it does not exist. Raises Unwritable."""
     check_writable(path)
     folder = Path(path)
     try:
@@ -61,7 +61,7 @@ def open_folder(path: str) -> Path:
 
 
 def _sync(handle: int) -> None:
-    """Waits until a file is on its disk, on file systems that have such a call."""
+    """Flushes a file to disk, if the file system supports it."""
     try:
         os.fsync(handle)
     except OSError as error:
@@ -70,7 +70,7 @@ def _sync(handle: int) -> None:
 
 
 def rename_finished(partial: Path, path: Path) -> None:
-    """Gives a finished temporary file its name, and the rights of any new file where the file system has rights."""
+    """Renames a finished temporary file, and gives it the permissions of a new file if the file system has any."""
     with _umask_lock:
         umask = os.umask(0)
         os.umask(umask)
@@ -80,9 +80,9 @@ def rename_finished(partial: Path, path: Path) -> None:
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Adds a value as a line of JSON to a file, and ends a line before it that a kill cut short.
+    """Appends a value to a file as a line of JSON; first ends a line that a kill cut short.
 
-    Raises Unwritable naming the file, which is then unchanged.
+    Raises Unwritable naming the file, and leaves it unchanged.
     """
     try:
         with open(path, "ab") as f:
@@ -108,7 +108,7 @@ def _ends_with_newline(path: Path) -> bool:
 
 
 def make_folder(parent: Path, name: str, postfix: str | None, now: datetime.datetime | None = None) -> Path:
-    """Makes `parent/<name><postfix or _date-time>`, with a number behind it where that exists already.
+    """Creates `parent/<name><postfix or _date-time>`, with a number appended if that exists.
 
     Raises Unwritable, which names the field out_dir.
     """
@@ -124,15 +124,15 @@ def make_folder(parent: Path, name: str, postfix: str | None, now: datetime.date
             if not parent.is_dir():
                 raise Unwritable("out_dir", "", f"{verbatim(str(parent))} is not a folder") from None
             number += 1
-        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        except (OSError, ValueError) as error:  # ValueError: an impossible file name
             why = getattr(error, "strerror", None) or error
-            raise Unwritable("out_dir", "", f"cannot make {verbatim(str(folder))} ({why})") from None
+            raise Unwritable("out_dir", "", f"cannot create {verbatim(str(folder))} ({why})") from None
 
 
 def check_writable(out_dir: str, field: str = "out_dir") -> None:
-    """Raises Unwritable where nothing could be written below a folder, which need not exist; makes nothing."""
+    """Raises Unwritable if a folder, which need not exist, cannot be written; creates nothing."""
     place = Path(out_dir)
-    while not os.path.exists(place):  # also below a folder without the right to look
+    while not os.path.exists(place):  # also false below a folder without permission to list it
         if os.path.islink(place) or place == place.parent:
             break
         place = place.parent
@@ -143,18 +143,18 @@ def check_writable(out_dir: str, field: str = "out_dir") -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes readable JSON atomically; dataclasses become objects, paths and what JSON does not know text."""
+    """Writes readable JSON atomically; dataclasses become objects; paths and other types become text."""
     data = json_bytes(value, indent=1) + b"\n"
     atomic_write(path, lambda f: f.write(data))
 
 
 def json_bytes(value: Any, indent: int | None = None) -> bytes:
-    """A value as JSON in UTF-8; a part of it that JSON cannot hold becomes its description."""
+    """A value as JSON in UTF-8; parts that JSON cannot represent become their descriptions."""
     try:
         text = json.dumps(value, indent=indent, ensure_ascii=False, default=_plain)
     except (TypeError, ValueError, RecursionError):
         text = json.dumps(_writable(value), indent=indent, ensure_ascii=False)
-    return text.encode("utf-8", "backslashreplace")  # lone surrogates come out as JSON writes them
+    return text.encode("utf-8", "backslashreplace")  # lone surrogates are escaped as in JSON
 
 
 def _plain(value: Any) -> Any:
@@ -168,18 +168,18 @@ def _plain(value: Any) -> Any:
 def _described(value: Any) -> str:
     try:
         return str(value)
-    except Exception:  # a foreign object's own text
+    except Exception:  # an object's own text may fail
         return f"<{type(value).__name__}>"
 
 
 def _writable(value: Any, depth: int = 0) -> Any:
-    """A value in which everything that JSON cannot hold is replaced."""
+    """A value with everything that JSON cannot represent replaced."""
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, (int, float)):
         try:
             json.dumps(value)
-        except ValueError:  # a whole number with more digits than Python prints
+        except ValueError:  # an integer with more digits than Python prints
             return f"<{type(value).__name__}>"
         return value
     if depth > 20:

@@ -125,7 +125,7 @@ def main() -> dict:
         FOLDER / "sweep",
     ]
     got["swept"] = [sweep(list(map(str, words))), len(list((FOLDER / "sweep" / "pictures").iterdir()))]
-    got["help"] = ["--nudge" in sd3.help.text(), "| `--nudge` |" in sd3.help.markdown()]
+    got["help"] = ["  --nudge FILE " in sd3.help.text(), "| `--nudge` |" in sd3.help.markdown()]
     server = sd3.serve.Server(None, sd3_infer.Flags(), {}, Path("out"))
     got["served"] = server.answer('{"nudge": "x", "prompt": "a"}')["error"]
     return got

@@ -12,6 +12,7 @@ from PIL import Image
 
 import sd3
 import sd3.png
+import sd3.weights
 from sd3_infer import SD3Inferencer
 
 FEW = {"steps": 2, "width": 64, "height": 64}
@@ -20,6 +21,11 @@ FEW = {"steps": 2, "width": 64, "height": 64}
 @pytest.fixture(scope="module")
 def pipe() -> sd3.Pipeline:
     return sd3.load(DEMO, device="cpu", dtype="float32")
+
+
+def difference(a: Image.Image, b: Image.Image) -> int:
+    """The largest difference of a pixel's channel, of 255."""
+    return int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:
@@ -46,6 +52,33 @@ def test_images_are_those_of_the_reference_names_and_of_a_config(pipe, tmp_path)
         ["a red circle", "a star"], seed=5, num_images=2, **FEW, residual_config=config, out_dir=tmp_path
     )
     assert all(same(Image.open(path), image) for path, image in zip(paths, out.images, strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"residual_target_layers": "3-7", "residual_weights": "each:0.5"},
+        {"residual": sd3.ResidualConfig(targets="3-7", weights="each:0.5")},
+        {"skip_layer": sd3.SkipLayerConfig(scale=3.0, start=0.0, end=1.0, layers=(3, 4), cfg=4.0)},
+        {"shift": 1.0},
+    ],
+    ids=["residual settings", "residual config", "skip_layer", "shift"],
+)
+def test_a_setting_changes_the_image(pipe, settings):
+    few = FEW | {"steps": 4, "seed": 5}
+    (plain,), (changed,) = pipe("a red circle", **few).images, pipe("a red circle", **few, **settings).images
+    assert difference(plain, changed) > 8
+    assert same(plain, pipe("a red circle", **few).images[0])
+
+
+def test_the_shift_of_load_is_that_of_images_that_name_none(pipe):
+    few = FEW | {"steps": 4, "seed": 5}
+    other = sd3.load(DEMO, device="cpu", dtype="float32", shift=1.0)
+    out = other("a red circle", **few)
+    assert out.settings[0].shift == 1.0
+    assert same(out.images[0], pipe("a red circle", **few, shift=1.0).images[0])
+    assert same(other("a red circle", **few, shift=pipe.engine.defaults["shift"]).images[0],
+                pipe("a red circle", **few).images[0])  # fmt: skip
 
 
 def test_images_are_saved_only_where_asked(pipe, tmp_path, monkeypatch):
@@ -99,16 +132,20 @@ def test_images_come_one_at_a_time(pipe):
         ({"residual_start": 0.8, "residual_end": 0.2}, "residual_start 0.8: must be below residual_end"),
         ({"guidance_start": 0.8, "guidance_end": 0.2}, "guidance_start 0.8: must be below guidance_end"),
         ({"init_image": "nothing.png"}, "init_image nothing.png: no such file"),
-        ({"residual": sd3.ResidualConfig(), "residual_mode": "add"}, "is given beside residual"),
+        ({"residual": sd3.ResidualConfig(), "residual_mode": "add"}, "cannot be combined with residual"),
         ({"residual": "3-7"}, "must be a ResidualConfig"),
         ({"width": 100}, "width 100: must be"),
     ],
 )
-def test_mistakes_speak_of_settings_and_not_of_flags(pipe, values, told):
+def test_mistakes_speak_of_settings_and_come_before_weights_load(values, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(sd3.weights.ModelTensors, "load_into", lambda *_, **__: pytest.fail("weights were loaded"))
+    pipe = sd3.load(DEMO, device="cpu")
+    values = {"out_dir": tmp_path / "out"} | values
     with pytest.raises(sd3.Mistake) as error:
         pipe("a star", **FEW | values)
     assert told in str(error.value)
     assert "--" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_that_do_not_exist(pipe):

@@ -212,7 +212,8 @@ def engine(path, **options) -> SD3Inferencer:
 def test_encoders_in_the_hubs_folders_beside_a_model_file(tmp_path, small_model, whole, shards):
     got = engine(in_hub_folders(tmp_path, whole, shards)).get_cond("a red circle")
     wanted = engine(small_model, model_folder=str(TOKENIZERS)).get_cond("a red circle")
-    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    # not bit for bit: the last bits of a product may depend on where in memory the weights of a file lie
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-5) for a, b in zip(got, wanted, strict=True))
 
 
 def test_encoders_in_the_hubs_folders_of_a_model_folder(tmp_path, small_model, whole):
@@ -220,7 +221,8 @@ def test_encoders_in_the_hubs_folders_of_a_model_folder(tmp_path, small_model, w
     (tmp_path / "elsewhere").mkdir()
     shutil.move(path, tmp_path / "elsewhere" / "m.safetensors")
     got = engine(tmp_path / "elsewhere" / "m.safetensors", model_folder=str(tmp_path)).get_cond("a red circle")
-    assert torch.equal(got[0], engine(small_model, model_folder=str(TOKENIZERS)).get_cond("a red circle")[0])
+    wanted = engine(small_model, model_folder=str(TOKENIZERS)).get_cond("a red circle")[0]
+    assert torch.allclose(got[0], wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_hub_folder_with_another_encoder_does_not_count(tmp_path, whole):
@@ -266,7 +268,7 @@ def grey_png(path: Path, bits: int, values: list[int], clear: int | None) -> Non
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*transparent in places")
+@pytest.mark.filterwarnings("ignore:.*partly transparent")
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_a_clear_grey_of_few_bits_is_white(tmp_path, bits):
     most = 2**bits - 1
@@ -352,12 +354,12 @@ def test_notes_are_notes_whatever_is_said_of_warnings(tmp_path):
         "    assert sd3.command.execute(look, '') == 0\n"
     )
     got = python("-c", program)
-    assert got.returncode == 0 and got.stderr.count("note: ") == 2 and "is transparent in places" in got.stderr
+    assert got.returncode == 0 and got.stderr.count("note: ") == 2 and "is partly transparent" in got.stderr
 
 
 def test_a_file_that_goes_away_between_two_looks(tmp_path):
     for read in (lambda p: p.read_bytes(), lambda p: p.open(), lambda p: [*os.scandir(p)], lambda p: np.load(p)):
-        with pytest.raises(FileNotFoundError, match=r"^flag name: .*went away"), reading(Where("flag", "name")):
+        with pytest.raises(FileNotFoundError, match=r"^flag name: .*disappeared"), reading(Where("flag", "name")):
             read(tmp_path / "gone")
     with pytest.raises(FileNotFoundError, match=r"^flag name: no such file$"), reading(Where("other")):
         check_file(Where("flag", "name"), tmp_path / "gone")

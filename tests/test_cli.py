@@ -24,6 +24,7 @@ import sd3.weights
 import sd3.writing
 import sd3_infer
 from sd3.command import read_arguments
+from sd3.mistakes import Mistake
 from sd3.models import SkipLayerConfig
 from sd3.planning import resolve
 from sd3.prompts import folder_name, read_prompts
@@ -106,8 +107,7 @@ def test_every_flag_of_the_table_is_taken_and_documented(monkeypatch, capsys):
     names = set(Flags.__dataclass_fields__)
     assert cli("--help") == 0
     shown = capsys.readouterr()
-    for name in names:
-        assert name.upper() in shown.out + shown.err or name in shown.out + shown.err
+    assert names <= set(re.findall(r"^  --(\w+)", shown.out, re.MULTILINE))
     page = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
     assert not [n for n in names if f"`--{n}`" not in page]
 
@@ -121,11 +121,20 @@ def test_switches_and_repeats():
     }  # fmt: skip
 
 
+def test_a_prompt_without_quotes_is_recognised():
+    with pytest.raises(Mistake, match=r'^circle: not understood; a text with spaces needs quotes: prompt "red circle'):
+        read_arguments(["--steps", "3", "red", "circle"])
+
+
 # ---- one bad input for every rule ----------------------------------------------------------------
 
 BAD_FLAGS = [
-    (["--promt", "x"], "--promt: unknown flag; did you mean prompt?"),
-    (["--residual_target_layer", "3"], "did you mean residual_target_layers?"),
+    (["--prompt", "a", "red", "circle"],
+     'error: red: not understood; a text with spaces needs quotes: --prompt "a red ..."'),
+    (["--negative_prompt", "dull", "gray"], 'needs quotes: --negative_prompt "dull gray ..."'),
+    (["--steps", "3", "-x"], "-x: not understood; flags start with --"),
+    (["--promt", "x"], "--promt: unknown flag; did you mean --prompt?"),
+    (["--residual_target_layer", "3"], "did you mean --residual_target_layers?"),
     (["--seed"], "--seed: needs a value"),
     (["--prompt", "--seed", "3"], "--prompt: needs a value"),
     (["--residual_target_layers", "3", "5", "-7"], "lists with spaces need quotes"),
@@ -225,7 +234,7 @@ def bad_files(tmp_path: Path, small_model: Path) -> dict[str, tuple[list[str], s
     return {
         "empty prompt file": (["--prompt", "blank.txt"], "the file holds no prompt"),
         "binary prompt file": (["--prompt", "binary.txt"], "cannot be read as UTF-8"),
-        "no picture": (["--init_image", "notes.png"], "--init_image notes.png: is not a picture"),
+        "no picture": (["--init_image", "notes.png"], "--init_image notes.png: is not an image"),
         "half a picture": (["--init_image", "half.png"], "--init_image half.png: cannot be read"),
         "a file for a folder": (["--out_dir", "file/below"], "is not a folder"),
         "words for a model": (["--model", "words.safetensors"], "is not a safetensors file"),
@@ -302,7 +311,7 @@ def test_a_folder_that_cannot_be_written(small_model, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--stepz", "3"], "--stepz: unknown flag; did you mean steps?"),
+        (["--stepz", "3"], "--stepz: unknown flag; did you mean --steps?"),
         (["--model", "nothing.safetensors", "--prompt", "x"], "--model nothing.safetensors: no such file"),
         (["--prompt", "a dog", "--model", str(DEMO), "--residual_target_layers", "8"], "8 joint blocks: 0 to 7"),
     ],
@@ -439,7 +448,7 @@ def test_a_nan_latent_saves_nothing_and_names_the_dtype_to_try(small_model, tmp_
         (tmp_path / name).symlink_to(small_model.parent / name)
     flags = ["--model", tmp_path / "nan.safetensors", "--prompt", "x", "--out_dir", tmp_path / "out", "--width", 32]
     assert cli(*flags, "--height", 32, "--steps", 1, "--dtype", "float16", "--device", "cpu") == 2
-    assert "NaN or infinite in float16; no picture is saved; try --dtype bfloat16 or float32" in capsys.readouterr().err
+    assert "NaN or infinite in float16; no image is saved; try --dtype bfloat16 or float32" in capsys.readouterr().err
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
 
 
@@ -533,7 +542,8 @@ def test_defaults_per_model(name, shift, steps, cfg, sampler):
     values, skip_layer = resolve(flags)
     assert skip_layer is None
     assert values == {
-        "shift": shift, "steps": steps, "cfg": cfg, "sampler": sampler, "width": 1024, "height": 1024
+        "shift": shift, "steps": steps, "cfg": cfg, "sampler": sampler, "width": 1024, "height": 1024,
+        "prompt_mode": "reference",
     }  # fmt: skip
 
 

@@ -472,6 +472,7 @@ def test_a_fresh_checkout_goes_on_from_the_unfinished_weights(captions, tmp_path
     assert flow.newest(tmp_path, tmp_path / "none.safetensors")["step"] == 25
 
 
+@pytest.mark.slow
 def test_text_alone_teaches_t5_which_side_an_object_is_on(captions):
     """It takes T5's own initialisation: with Xavier the head stays at one in two."""
     rng = random.Random(7)

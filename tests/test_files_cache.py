@@ -115,12 +115,12 @@ def test_an_entry_that_is_no_file(small_model, filled, kind):
 def test_any_changed_byte_is_noticed(tmp_path, place, byte):
     cache = EmbedCache(tmp_path / "c", {}, {})
     text = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0)), torch.ones(1, 2)
-    cache.write("a", 3, text)
-    path = cache.path("a", 3)
+    cache.write(("a", 3), text)
+    path = cache.path(("a", 3))
     data = bytearray(path.read_bytes())
     data[place % len(data)] ^= byte
     path.write_bytes(bytes(data))
-    read = cache.read("a", 3)
+    read = cache.read(("a", 3))
     assert read is None or all(torch.equal(a, b) for a, b in zip(read, text, strict=True))
     assert read is not None or byte
 
@@ -225,12 +225,12 @@ def test_text_that_is_no_number_is_never_kept_and_never_taken(tmp_path, value, p
     cache = EmbedCache(tmp_path / "c", {}, {})
     text = [torch.ones(1, 2, 3), torch.ones(1, 4)]
     text[place].view(-1)[1] = value
-    cache.write("a", 2, tuple(text))
+    cache.write(("a", 2), tuple(text))
     assert list((tmp_path / "c").iterdir()) == []
     tensors = dict(zip(sd3.embed_cache.NAMES, text, strict=True))
-    notes = {"key": cache.key("a", 2), "checksum": sd3.embed_cache._checksum(tensors)}
-    save_file(tensors, cache.path("a", 2), notes)
-    assert cache.read("a", 2) is None
+    notes = {"key": cache.key(("a", 2)), "checksum": sd3.embed_cache._checksum(tensors)}
+    save_file(tensors, cache.path(("a", 2)), notes)
+    assert cache.read(("a", 2)) is None
 
 
 def test_a_run_that_failed_with_nan_leaves_no_poison(tmp_path, small_model):

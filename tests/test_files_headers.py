@@ -197,9 +197,9 @@ def test_a_header_beyond_what_the_library_reads(tmp_path):
     ("changes", "line"),
     [
         ({"data_offsets": [0, 12]}, "a has 12 bytes; its shape needs 24"),
-        ({"data_offsets": [1, 25]}, "a lies at 1 to 25; 0 was to come"),
+        ({"data_offsets": [1, 25]}, "a lies at 1 to 25, expected to start at 0"),
         ({"dtype": "I4"}, "a has an unknown dtype 'I4'"),
-        ({"shape": [2, 3.5]}, "a has the shape [2, 3.5]"),
+        ({"shape": [2, 3.5]}, "a has an invalid shape [2, 3.5]"),
     ],
 )
 def test_the_line_names_the_tensor(tmp_path, changes, line):

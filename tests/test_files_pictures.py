@@ -125,7 +125,7 @@ def test_what_is_transparent_lies_over_white_and_is_said(tmp_path, kind):
     else:
         picture = upright().convert(kind.split()[0])
         picture.save(path, transparency=picture.getpixel((0, 11)))
-    with pytest.warns(UserWarning, match="is transparent in places; white is taken") as said:
+    with pytest.warns(UserWarning, match="is partly transparent; it is placed on white") as said:
         got = opened(path)
     assert len(said) == 1
     assert (got[11, 0] == 255).all()
@@ -137,7 +137,7 @@ def test_it_is_said_once_in_a_run(small_model, tmp_path, capsys):
     words = ["--model", str(small_model), "--steps", "1", "--prompt", "x", "--device", "cpu", "--num_images", "3"]
     words += ["--dtype", "float32", "--init_image", str(tmp_path / "a.png"), "--out_dir", str(tmp_path / "o")]
     assert sd3_infer.main(words) == 0
-    assert capsys.readouterr().err.count("is transparent in places") == 1
+    assert capsys.readouterr().err.count("is partly transparent") == 1
 
 
 def test_half_transparent_is_half_white(tmp_path):

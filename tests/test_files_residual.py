@@ -158,7 +158,7 @@ def test_metadata_that_is_no_text(tmp_path):
     header["__metadata__"]["origin_layer"] = 0
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
-    with pytest.raises(Mistake, match=r"its header is damaged \(__metadata__ origin_layer is no text\)"):
+    with pytest.raises(Mistake, match=r"its header is damaged \(__metadata__ origin_layer is not text\)"):
         read_rotations(path)
 
 

@@ -65,14 +65,14 @@ WITHOUT_EFFECT = {
     "negative prompt without guidance": ({"cfg": 1, "negative_prompt": "a star"}, "--negative_prompt has no effect"),
     "window between two steps": (
         TARGETS | {"residual_start": 0.3, "residual_end": 0.45},
-        "--residual_start 0.3 to --residual_end 0.45 holds none of the 4 steps",
+        "--residual_start 0.3 to --residual_end 0.45 contains none of the 4 steps",
     ),
-    "window past the last step": (TARGETS | {"residual_start": 0.8, "residual_end": 0.95}, "holds none"),
+    "window past the last step": (TARGETS | {"residual_start": 0.8, "residual_end": 0.95}, "contains none"),
     "weights of zero": ({"residual_target_layers": (3,), "residual_weights": (0.0,)}, "all weights are 0"),
     "the half that does not run": (TARGETS | {"cfg": 1, "residual_branch": "uncond"}, "no unconditional pass"),
     "skip layers between two steps": (
         {"skip_layer": SkipLayerConfig(2.0, 0.01, 0.2, (3,), cfg=4.0)},
-        "acts between 0.01 and 0.2 of 4 steps, and no step lies there",
+        "acts between 0.01 and 0.2 of 4 steps, which contains no step",
     ),
     "skip layers at scale 0": ({"skip_layer": SkipLayerConfig(0.0, 0.0, 1.0, (3,), cfg=4.0)}, "at scale 0"),
     "all of a picture made anew": ({"init_image": "photo.png", "denoise": 0.9}, "--init_image has no effect"),
@@ -82,7 +82,7 @@ WITHOUT_EFFECT = {
     ),
     "an interval between two steps": (
         {"guidance_start": 0.3, "guidance_end": 0.45, "negative_prompt": "a star"},
-        "--cfg has no effect: --guidance_start 0.3 to --guidance_end 0.45 holds none of the 4 steps",
+        "--cfg has no effect: --guidance_start 0.3 to --guidance_end 0.45 contains none of the 4 steps",
     ),
     "an interval that holds all steps": ({"guidance_start": 0.2}, ""),
     "a rescale without guidance": ({"cfg": 1, "guidance_rescale": 0.5}, "--guidance_rescale has no effect"),
@@ -486,7 +486,8 @@ def test_a_record_that_knows_less_of_the_text_encoders_is_no_difference(apart, t
 @pytest.mark.parametrize("prompt", ["a (red:1.9) circle", "a ((red)) circle", "(a red circle)"])
 def test_weights_of_words_are_told_to_have_no_effect(engine, prompt):
     plan = plan_pictures(engine.engine, ["a red circle", prompt], [1, 1], **engine.engine.defaults)
-    assert plan.notes == [f'note: "{prompt}": weights of words have no effect, and brackets are left out']
+    why = "word weights have no effect, and the brackets are removed; `prompt_mode` whole reads them"
+    assert plan.notes == [f'note: "{prompt}": {why}']
     plan = plan_pictures(engine.engine, [r"a \(red\) circle", "a red circle)"], [1, 1], **engine.engine.defaults)
     assert plan.notes == []
 

@@ -138,7 +138,7 @@ if [ "$1" = "-" ]; then exit 1; fi
     command = ["bash", str(copy / "run_inference.sh"), "demo", "x"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "first run: installing what is needed" in done.stderr
+    assert "first run: installing the required packages" in done.stderr
     calls = log.read_text()
     assert f"-m venv {copy}/.venv" in calls
     assert f"{copy}/.venv/bin/python -m pip install" in calls

@@ -119,7 +119,7 @@ def test_packages_that_cannot_be_installed_are_tried_again_the_next_time(tmp_pat
     for _ in range(2):
         done = clone.run()
         assert done.returncode == 2
-        assert "could not be installed; see above" in done.stderr
+        assert "could not be installed; see the output above" in done.stderr
     assert clone.calls("-m pip install") == 2
 
 
@@ -142,10 +142,10 @@ def one_line(done: subprocess.CompletedProcess) -> str:
 @pytest.mark.parametrize(
     ("python", "told"),
     [
-        ("/no/python", "PYTHON=/no/python: no such program"),
-        ("no-such-python", "PYTHON=no-such-python: no such program"),
+        ("/no/python", "PYTHON=/no/python: not found or not executable"),
+        ("no-such-python", "PYTHON=no-such-python: not found or not executable"),
         ("/usr", "PYTHON=/usr: is a folder"),
-        (str(ROOT / "README.md"), "no such program, or it may not be run"),
+        (str(ROOT / "README.md"), "not found or not executable"),
         ("/bin/false", "PYTHON=/bin/false: does not work as a Python"),
     ],
 )
@@ -183,8 +183,8 @@ GOOD = {"torch": "2.6", "safetensors": "0.4.3", "tokenizers": "0.20.1rc1", "hugg
 @pytest.mark.parametrize(
     ("name", "version", "told"),
     [
-        ("torch", "2.14.0+cpu", "torch is 2.14.0+cpu, >=2.6,<2.14 is needed"),
-        ("torch", "2.5.9", "torch is 2.5.9, >=2.6,<2.14 is needed"),
+        ("torch", "2.14.0+cpu", "torch is 2.14.0+cpu, >=2.6,<2.14 is required"),
+        ("torch", "2.5.9", "torch is 2.5.9, >=2.6,<2.14 is required"),
         ("pillow", "9.5.0", "pillow is 9.5.0"),
         ("sentencepiece", "0.3", "sentencepiece is 0.3"),
         ("numpy", "3.0.0", "numpy is 3.0.0"),
@@ -201,7 +201,7 @@ def test_packages_within_their_bounds_are_not_complained_about(tmp_path, bare):
         package(tmp_path, name, version, "PIL" if name == "pillow" else "")
     (tmp_path / "site" / "fire" / "__init__.py").write_text("raise SystemExit('fire was imported')")
     done = launch("demo", "x", "--steps", "1", cwd=tmp_path, PYTHON=str(bare))
-    assert "is needed" not in done.stderr
+    assert "is required" not in done.stderr
     assert "fire was imported" in done.stderr
 
 

@@ -394,7 +394,7 @@ def test_a_schedule_with_fewer_levels_than_steps_is_told_and_recorded():
 C, U = torch.tensor([[1.0, 2, 3, 4]]).double(), torch.tensor([[0.5, 1.5, -1, 2]]).double()
 
 
-def guide(guidance, step: float = 0, steps: int = 10, passes=None) -> torch.Tensor:
+def guide(guidance, step: float = 0, steps: int = 10) -> torch.Tensor:
     """The guided velocity of c and u at sigma 1 from x 0, where a denoised picture is -v."""
     at = sd3_impls.Place(step, steps, steps, 1.0)
     asked = {sd3_impls.COND, *(one for method in guidance for one in method.passes(at))}

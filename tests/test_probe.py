@@ -30,6 +30,7 @@ from sd3.probe.measuring import Measurement, Sums, cka, linear_probe, neighbour_
 from sd3.probe.procrustes import Calibration
 from sd3.probe.running import Collector, LabelledPrompt, read_labelled, run_prompts
 from sd3.probe.suggesting import suggest
+from sd3.prompt_tokens import Key
 from sd3.residual import ResidualConfig
 from sd3.rotations import orthogonality, read_rotations
 
@@ -153,7 +154,7 @@ def test_a_measurement_equals_direct_computing(small_engine, monkeypatch, group)
 def test_masks_leave_padding_out(small_engine):
     prompt = "a red circle"
     length = small_engine.engine.text.pair_length(prompt, "a star left of a blue square")
-    mask = small_engine.engine.text.text_mask(prompt, length)
+    mask = small_engine.engine.text.kinds(Key(prompt, length)).words[0]
     clip = small_engine.engine.text.clip_tokenizer.tokenize(prompt, small_engine.engine.text.positions)
     t5 = small_engine.engine.text.t5_tokenizer.tokenize(prompt, length)
     assert len(mask) == small_engine.engine.text.positions + length
@@ -444,8 +445,8 @@ def test_rotations_and_settings_files_make_pictures(small_model, tmp_path, capsy
 BAD = [
     ([], "usage: sd3_probe.py"),
     (["meassure"], "meassure: must be measure, suggest, calibrate; did you mean measure?"),
-    (["measure"], "--prompts: is needed by measure"),
-    (["measure", "--prompt", "x.txt"], "--prompt: unknown flag; did you mean prompts?"),
+    (["measure"], "--prompts: is required by measure"),
+    (["measure", "--prompt", "x.txt"], "--prompt: unknown flag; did you mean --prompts?"),
     (["measure", "stray"], "stray: not understood"),
     (["measure", "--prompts", "none.txt"], "--prompts none.txt: no such file"),
     (["measure", "--prompts", "none.jsonl"], "--prompts none.jsonl: no such file"),
@@ -459,12 +460,12 @@ BAD = [
     (["measure", "--prompts", "p.txt", "--out", "p.txt/x"], "is not a folder"),
     (["measure", "--prompts", "p.txt", "--residual_target_layers", "7"], "7: no such layer (this model has 4"),
     (["measure", "--prompts", "p.txt", "--width", "40"], "--width 40: must be a multiple of 16"),
-    (["suggest"], "--measurement: is needed by suggest"),
+    (["suggest"], "--measurement: is required by suggest"),
     (["suggest", "--measurement", "none.json"], "--measurement none.json: no such file"),
     (["suggest", "--measurement", "p.txt"], "--measurement p.txt: is not a measurement"),
     (["suggest", "--measurement", "empty.json"], "--measurement empty.json: is not a measurement"),
-    (["calibrate", "--prompts", "p.txt"], "--targets: is needed by calibrate"),
-    (["calibrate", "--prompts", "p.txt", "--targets", "2-3"], "--out: is needed by calibrate"),
+    (["calibrate", "--prompts", "p.txt"], "--targets: is required by calibrate"),
+    (["calibrate", "--prompts", "p.txt", "--targets", "2-3"], "--out: is required by calibrate"),
     (["calibrate", "--prompts", "p.txt", "--targets", "2", "--out", "r.pt"], "--out r.pt: must end in .safetensors"),
     (["calibrate", "--prompts", "p.txt", "--targets", "1", "--origin", "2", "--out", "r.safetensors"],
      "--targets 1: lies below the origin layer 2"),
@@ -505,7 +506,7 @@ def test_as_a_real_process(tmp_path):
         [sys.executable, ROOT / "sd3_probe.py", "calibrate", "--promts", "x"], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr == "error: --promts: unknown flag; did you mean prompts? (--help lists all)\n"
+    assert done.stderr == "error: --promts: unknown flag; did you mean --prompts? (--help lists all)\n"
     shown = subprocess.run([sys.executable, ROOT / "sd3_probe.py", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
     for readers in sd3.probe.command.COMMANDS.values():

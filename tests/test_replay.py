@@ -179,7 +179,7 @@ def test_bad_pictures(tmp_path, capsys):
     for name, message in {
         "none": "no such file",
         "plain": "holds no settings",
-        "words": "is not a picture",
+        "words": "is not an image",
         "half": "cannot be read",
         "newer": "was made by another version; unknown here: hat",
         "odd": "--steps many: must be a whole number",

@@ -48,7 +48,7 @@ def mixes(draw):
     return origin, targets, weights, skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(mixes())
 @torch.no_grad()
 def test_equals_the_definition(mix):

@@ -280,7 +280,7 @@ MISTAKES = [
     ({"targets": "2-5:0"}, "targets 2-5:0: a range counts up"),
     ({"targets": "1-99999999999"}, "a range counts up"),
     ({"targets": "2-"}, "targets 2-: must be a whole number"),
-    ({"targets": "1-3,2"}, "targets: layer 2 is listed twice; name every layer once"),
+    ({"targets": "1-3,2"}, "targets: layer 2 is listed twice"),
     ({"targets": "1-3", "weights": "0.5,0.4"}, "weights: 2 given for 3 target layers; give one each, each:0.5 for all"),
     (
         {"targets": "3,5", "weights": "1"},
@@ -431,7 +431,7 @@ class Harmful:
 def bad_configs(tmp_path) -> dict[str, tuple[object, str]]:
     return {
         "missing": (None, "no such file"),
-        "a folder": (..., "is a folder; a file is needed"),
+        "a folder": (..., "is a folder, not a file"),
         "no JSON": ("{origin: 1}", "is neither JSON nor a .pth file"),
         "a list": ("[1, 2]", "must hold an object"),
         "a typo": ('{"mod": "add"}', "unknown key mod; did you mean mode? (known: origin_layer, target_layers"),
@@ -441,7 +441,7 @@ def bad_configs(tmp_path) -> dict[str, tuple[object, str]]:
             "residual_weights: 2 given for 3 target layers",
         ),
         "a bad layer": ('{"target_layers": [1.5]}', "residual_target_layers 1.5: must be a whole number"),
-        "code": ({"residual_weights": Harmful()}, "holds more than tensors and numbers; it is not loaded"),
+        "code": ({"residual_weights": Harmful()}, "contains more than tensors and numbers; it is not loaded"),
         "a cut pickle": (b"PK\x03\x04and no more", "is damaged"),
     }
 
@@ -545,23 +545,23 @@ def bad_rotations(path):
         "another origin": (lambda: write(path, good, origin=0), "was made for origin layer 0, not 1"),
         "not orthogonal": (lambda: write(path, bent), "the matrix for target layer 4 is not orthogonal"),
         "NaN": (lambda: write(path, good * float("nan")), "the matrix for target layer 2 is not orthogonal"),
-        "not square": (lambda: write(path, torch.zeros(3, 16, 8)), "is 3x16x8; 3 square matrices are needed"),
-        "too few matrices": (lambda: write(path, good[:2]), "is 2x16x16; 3 square matrices are needed"),
+        "not square": (lambda: write(path, torch.zeros(3, 16, 8)), "is 3x16x8; 3 square matrices are required"),
+        "too few matrices": (lambda: write(path, good[:2]), "is 2x16x16; 3 square matrices are required"),
         "no layers": (lambda: write(path, good, target_layers=None), "does not say its target_layers"),
         "no origin": (lambda: write(path, good, origin_layer=None), "does not say its origin_layer"),
         "no edges": (
             lambda: write(path, orthogonal(2, 3, 16, 16)),
-            "2 timestep buckets need 1 or 3 timestep_bucket_edges, there are 0",
+            "2 timestep buckets need 1 or 3 timestep_bucket_edges, the file has 0",
         ),
         "edges that turn": (
             lambda: write(path, orthogonal(2, 3, 16, 16), [0.0, 500.0, 400.0]),
-            "must rise from each to the next",
+            "must be increasing",
         ),
         "code": (
             lambda: (
                 torch.save({"rotation_matrices": Harmful()}, path) if path.suffix == ".pt" else path.write_text("x")
             ),
-            "holds more than tensors" if path.suffix == ".pt" else "is not a safetensors file",
+            "contains more than tensors" if path.suffix == ".pt" else "is not a safetensors file",
         ),
     }
 

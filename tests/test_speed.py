@@ -76,12 +76,12 @@ def test_the_cache_tells_files_and_ways_apart(tmp_path):
     other.write_text("12")
     text = torch.zeros(1, 2, 3), torch.zeros(1, 4)
     cache = EmbedCache(tmp_path / "c", {"clip": [one]}, {"dtype": "float32"})
-    cache.write("a", 77, text)
-    assert torch.equal(cache.read("a", 77)[0], text[0])
-    assert cache.read("a", 78) is None
-    assert cache.read("b", 77) is None
-    assert EmbedCache(tmp_path / "c", {"clip": [other]}, {"dtype": "float32"}).read("a", 77) is None
-    assert EmbedCache(tmp_path / "c", {"clip": [one]}, {"dtype": "bfloat16"}).read("a", 77) is None
+    cache.write(("a", 77), text)
+    assert torch.equal(cache.read(("a", 77))[0], text[0])
+    assert cache.read(("a", 78)) is None
+    assert cache.read(("b", 77)) is None
+    assert EmbedCache(tmp_path / "c", {"clip": [other]}, {"dtype": "float32"}).read(("a", 77)) is None
+    assert EmbedCache(tmp_path / "c", {"clip": [one]}, {"dtype": "bfloat16"}).read(("a", 77)) is None
     with pytest.raises(ValueError, match=r"^embed_cache"):
         EmbedCache(one / "c", {}, {})
 

@@ -81,10 +81,10 @@ def test_prompts_are_rows_and_variants_columns(page, swept):
     heads = page.locator(".row.head .name")
     assert [h.split("\n")[0].removesuffix("baseline") for h in heads.all_inner_texts()] == [
         "off",
-        "from 0 into 3, 5 and 7, 0.1",
-        "from 0 into 3, 5 and 7, 1.5",
-        "from 0 into 4, 0.1",
-        "from 0 into 4, 1.5",
+        "block 0 into 3, 5 and 7, weight 0.1",
+        "block 0 into 3, 5 and 7, weight 1.5",
+        "block 0 into 4, weight 0.1",
+        "block 0 into 4, weight 1.5",
     ]
     assert heads.nth(1).get_attribute("title") == "0:3,5,7:each:0.1"
     loaded = page.eval_on_selector(f"{cell(0, 0)} img", "i => i.decode().then(() => i.naturalWidth)")
@@ -163,10 +163,27 @@ def test_scores_are_those_of_the_table(page, swept):
     assert float(row.locator(".whisker").evaluate("e => parseFloat(e.style.left)")) == pytest.approx(
         100 * low, abs=0.01
     )
-    best = [[int(e.get_attribute("data-variant")), "overall"] for e in page.locator("#table .best").all()]
-    assert best == [b for b in data_of(swept)["best"] if b[1] == "overall"]
+    assert page.locator("#table .best").count() == 0
+    assert "here 6 have one, too few for a ★" in page.inner_text("#legend")
     marks = page.locator(".note").all_inner_texts()
     assert all("✓" in m or "✗" in m for m in marks)
+
+
+def test_a_star_marks_the_best_row_of_the_kind_that_is_shown(browser, swept, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(swept, copy)
+    data = data_of(swept)
+    data["rows"] = [[*row[:9], 10 if row[6] is not None else 0] for row in data["rows"]]
+    (copy / "data.js").write_text(
+        f"window.sweepData({json.dumps(data | {'best': [[2, 'overall'], [3, 'position']]})});"
+    )
+    page = browser.new_page()
+    page.goto((copy / "index.html").as_uri())
+    page.wait_for_selector("#table .line")
+    assert [e.get_attribute("data-variant") for e in page.locator("#table .best").all()] == ["2"]
+    assert "★ best" in page.locator("#table .best .name").inner_text()
+    assert "too few" not in page.inner_text("#legend")
+    page.close()
 
 
 def test_the_header_says_what_was_made(page):

@@ -119,6 +119,7 @@ def test_gains_are_paired_with_the_same_prompt_and_seed():
     del scores["0-0-0"]  # not made yet: its partner counts for the mean, not for the gain
     off, residual = summarise(plan, scores)
     assert (off.count, residual.count) == (59, 60)
+    assert (off.pairs, residual.pairs) == (0, 59)
     assert residual.gain == pytest.approx(0.5)
 
 
@@ -147,6 +148,7 @@ def test_the_mean_over_kinds_and_the_table():
     assert {k for _, k in rows} == {"overall", *(k for k in KINDS if k in ("colours", "single object", "position"))}
     assert rows[0, "position"].mean == 0
     assert rows[1, "overall"].gain == pytest.approx((0.5 + 1) / 2)
+    assert (rows[1, "overall"].pairs, rows[1, "colours"].pairs) == (2, 1)  # images, not scores
     text = table(plan, list(rows.values()))
     assert text.count("\n") == 3
     assert "+1.00 (+1.00 to +1.00)" in text

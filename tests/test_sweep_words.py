@@ -40,15 +40,17 @@ def test_layers(numbers, said):
 
 
 def test_variants_in_words():
-    assert words(**STREAMING, residual_mode="anchored") == ["off", "anchored, from 0 into 2 to 7, 0.1"]
+    assert words(**STREAMING, residual_mode="anchored") == ["off", "anchored, block 0 into 2 to 7, weight 0.1"]
     assert words(**STREAMING, cfg="3;5") == [
-        "off, cfg 3", "off, cfg 5", "from 0 into 2 to 7, 0.1, cfg 3", "from 0 into 2 to 7, 0.1, cfg 5"
+        "off, cfg 3", "off, cfg 5", "block 0 into 2 to 7, weight 0.1, cfg 3", "block 0 into 2 to 7, weight 0.1, cfg 5"
     ]  # fmt: skip
     assert words(**STREAMING, residual_start="0;0.5", residual_end="0.75")[1:] == [
-        "from 0 into 2 to 7, 0.1, steps 0 % to 75 %",
-        "from 0 into 2 to 7, 0.1, steps 50 % to 75 %",
+        "block 0 into 2 to 7, weight 0.1, steps 0 % to 75 %",
+        "block 0 into 2 to 7, weight 0.1, steps 50 % to 75 %",
     ]
-    assert words(**STREAMING, residual_branch="cond")[1] == "from 0 into 2 to 7, 0.1, cond pass only"
+    several = words(residual_target_layers="3,5,7", residual_weights="0.1,0.2,0.1")
+    assert several == ["off", "block 0 into 3, 5 and 7, weights 0.1, 0.2 and 0.1"]
+    assert words(**STREAMING, residual_branch="cond")[1] == "block 0 into 2 to 7, weight 0.1, cond pass only"
 
 
 def test_a_named_variant_keeps_its_name(tmp_path):
@@ -67,20 +69,23 @@ def test_the_choices_of_a_filter():
     assert (streaming["residual_mode"], streaming["residual_target_layers"]) == ("add", "2 to 7")
 
 
+def row(variant: int, mean: float, low: float, high: float, pairs: int = 10) -> Row:
+    return Row(variant, "clip", 10, mean, low, high, pairs=pairs)
+
+
 @pytest.mark.parametrize(
-    ("low", "marked"), [(0.6, [(1, "clip")]), (0.5, []), (0.3, [])], ids=["above", "at its end", "overlapping"]
+    ("low", "pairs", "marked"),
+    [(0.6, 10, [(1, "clip")]), (0.5, 10, []), (0.3, 10, []), (0.6, 9, [])],
+    ids=["above", "at its end", "overlapping", "too few pairs"],
 )
-def test_the_best_row_clears_the_baselines_interval(low, marked):
-    plan = Plan(None, (), (0, 0, 0), (), (), ())
-    rows = [Row(0, "clip", 4, 0.4, 0.2, 0.5), Row(1, "clip", 4, 0.7, low, 0.8), Row(2, "clip", 4, 0.55, 0.51, 0.6)]
-    assert best(plan, rows) == marked
+def test_the_best_row_clears_the_baselines_interval_over_enough_pairs(low, pairs, marked):
+    rows = [row(0, 0.4, 0.2, 0.5), row(1, 0.7, low, 0.8, pairs), row(2, 0.55, 0.51, 0.6)]
+    assert best(Plan(None, (), (0, 0, 0), (), (), ()), rows) == marked
 
 
 def test_a_baseline_is_never_marked():
-    assert (
-        best(Plan(None, (), (0, 0), (), (), ()), [Row(0, "clip", 4, 0.9, 0.8, 1.0), Row(1, "clip", 4, 0.5, 0.4, 0.6)])
-        == []
-    )
+    rows = [row(0, 0.9, 0.8, 1.0), row(1, 0.5, 0.4, 0.6)]
+    assert best(Plan(None, (), (0, 0), (), (), ()), rows) == []
 
 
 def test_dates_of_a_sweep(tmp_path):

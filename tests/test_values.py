@@ -79,27 +79,28 @@ TARGETS = {"residual_target_layers": "3"}
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (TARGETS | {"residual_weights": "1e39"}, "--residual_weights 1e39: must be from -1000.0 to 1000.0"),  # E1
-        (TARGETS | {"residual_weights": "1000.5"}, "--residual_weights 1000.5"),
-        ({"residual_weights": [1.0, -1001]}, "--residual_weights -1001"),
-        ({"residual_weights": "linear:0:2000"}, "--residual_weights linear:0:2000"),
-        (TARGETS | {"residual_schedule": "exp:-10000"}, "--residual_schedule -10000"),  # E3
-        (TARGETS | {"residual_schedule": "exp:-800"}, "--residual_schedule exp:-800"),
+        (TARGETS | {"residual_weights": "1e39"}, "residual_weights 1e39: must be from -1000.0 to 1000.0"),  # E1
+        (TARGETS | {"residual_weights": "1000.5"}, "residual_weights 1000.5"),
+        ({"residual_weights": [1.0, -1001]}, "residual_weights -1001"),
+        ({"residual_weights": "linear:0:2000"}, "residual_weights linear:0:2000"),
+        (TARGETS | {"residual_schedule": "exp:-10000"}, "residual_schedule -10000"),  # E3
+        (TARGETS | {"residual_schedule": "exp:-800"}, "residual_schedule exp:-800"),
         (TARGETS | {"residual_schedule": "exp:-4.2", "residual_weights": "1000"}, "larger than 60,000"),
-        (TARGETS | {"residual_schedule": "exp:1e9"}, "--residual_schedule 1e9"),
-        ({"shift": "1e-20"}, "--shift 1e-20: must be from 0.001 to 1000.0"),  # E4
-        ({"shift": "1e39"}, "--shift 1e39"),  # E6
-        ({"shift": "1e8"}, "--shift 1e8"),  # reading.md 9
-        ({"shift": 5e-4}, "--shift 0.0005"),
-        ({"shift": np.float32(1001)}, "--shift 1001"),
-        ({"controlnet_strength": "-1e6"}, "--controlnet_strength -1e6"),
-        ({"num_images": "100001"}, "--num_images 100001"),
+        (TARGETS | {"residual_schedule": "exp:1e9"}, "residual_schedule 1e9"),
+        ({"shift": "1e-20"}, "shift 1e-20: must be from 0.001 to 1000.0"),  # E4
+        ({"shift": "1e39"}, "shift 1e39"),  # E6
+        ({"shift": "1e8"}, "shift 1e8"),  # reading.md 9
+        ({"shift": 5e-4}, "shift 0.0005"),
+        ({"shift": np.float32(1001)}, "shift 1001"),
+        ({"controlnet_strength": "-1e6"}, "controlnet_strength -1e6"),
+        ({"num_images": "100001"}, "num_images 100001"),
     ],
 )
 def test_numbers_are_bounded(flags, told):
     with pytest.raises(ValueError) as error:
         Flags.read(flags)
-    assert told.replace("--", "") in str(error.value)
+    assert told in str(error.value)
+    assert "--" not in str(error.value)
 
 
 def test_what_is_within_the_bounds_is_finite_where_it_is_used():
@@ -226,7 +227,7 @@ SKIP = {"scale": 1.5, "start": 0.0, "end": 0.9, "layers": [2, 3], "cfg": 2.0}
         ({"skip_layer": SKIP | {"end": None}}, "end None: must be a number"),
         ({"skip_layer": SKIP | {"layers": [-3]}}, "layers -3"),  # L6
         ({"skip_layer": SKIP | {"layers": [1.5]}}, "layers 1.5"),
-        ({"skip_layer": SKIP | {"layers": [2, 2]}}, "name every layer once"),
+        ({"skip_layer": SKIP | {"layers": [2, 2]}}, "lists a layer more than once"),
         ({"skip_layer": SKIP | {"start": 1.0}}, "start 1: must be below"),
         ({"skip_layer": SKIP | {"cfg": True}}, "cfg True: must be a number"),
         ({"skip_layer": "on"}, "skip-layer settings cannot be read: on"),
@@ -330,8 +331,8 @@ def test_seeds_and_prompts_of_a_grid_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("layers", "told"),
     [
-        ("0-9999", "1 given for 10000 target layers"),  # N4
-        (range(10_000), "1 given"),
+        ("0-9999", "2 given for 10000 target layers"),  # N4
+        (range(10_000), "2 given for 10000 target layers"),
         ("0-9999,0-9999", "names more than 10,000 layers"),
         ("1,2-4999,4999", "layer 4999 is listed twice"),
         ("1-20000", "a range counts up"),
@@ -342,8 +343,9 @@ def test_seeds_and_prompts_of_a_grid_are_counted(tmp_path):
 )
 def test_many_layers(layers, told):
     with pytest.raises(ValueError) as error:
-        ResidualConfig(0, layers, (1.0, 2.0) if told == "x" else ("linear:1:2" if "twice" in told else (1, 2)))
-    assert told.replace("--", "").replace("1 given", "2 given") in str(error.value)
+        ResidualConfig(0, layers, "linear:1:2" if "twice" in told else (1, 2))
+    assert told in str(error.value)
+    assert "--" not in str(error.value)
 
 
 # ---- P: Python -----------------------------------------------------------------------------------
@@ -364,6 +366,7 @@ def test_a_config_keeps_what_was_read():
         float,
         str,
         type(None),
+        str,
     ]
     assert ResidualConfig(0, (3,), branch="UNCOND").branch == "uncond"
     assert ResidualConfig(0, (3,), mode="ALIGNED", rotations=Path("r.pt")).rotations == "r.pt"
@@ -410,27 +413,27 @@ def test_gen_image_takes_what_python_has(engine, tmp_path):  # P8, reading.md 6
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"prompts": ()}, "--prompt: no prompt is given"),  # P8
-        ({"prompts": [None]}, "--prompt None: must be text"),
-        ({"prompts": {"a": 1}}, "--prompt {'a': 1}: must be a text"),
-        ({"prompts": b"a"}, "--prompt b'a'"),
-        ({"num_images": 0}, "--num_images 0"),
-        ({"seed": -1}, "--seed -1"),  # P5
-        ({"seed": 2**63}, "--seed 9223372036854775808"),
-        ({"seed_type": "ROLLS"}, "--seed_type ROLLS: must be one of fixed, rand, roll; did you mean roll?"),
-        ({"width": 0}, "--width 0"),
-        ({"width": True}, "--width True"),
-        ({"steps": math.nan}, "--steps nan"),
-        ({"cache": np.float32("inf")}, "--cache inf"),
-        ({"skip_layer_config": {"scale": 2}}, "--skip_layer_cfg layers: is missing"),
-        ({"skip_layer_config": {"scale": 2, "layer": [3]}}, "--skip_layer_cfg layer: unknown; did you mean layers?"),
+        ({"prompts": ()}, "prompt: no prompt is given"),  # P8
+        ({"prompts": [None]}, "prompt None: must be text"),
+        ({"prompts": {"a": 1}}, "prompt {'a': 1}: must be a text"),
+        ({"prompts": b"a"}, "prompt b'a'"),
+        ({"num_images": 0}, "num_images 0"),
+        ({"seed": -1}, "seed -1"),  # P5
+        ({"seed": 2**63}, "seed 9223372036854775808"),
+        ({"seed_type": "ROLLS"}, "seed_type ROLLS: must be one of fixed, rand, roll; did you mean roll?"),
+        ({"width": 0}, "width 0"),
+        ({"width": True}, "width True"),
+        ({"steps": math.nan}, "steps nan"),
+        ({"cache": np.float32("inf")}, "cache inf"),
+        ({"skip_layer_config": {"scale": 2}}, "skip_layer_cfg layers: is missing"),
+        ({"skip_layer_config": {"scale": 2, "layer": [3]}}, "skip_layer_cfg layer: unknown; did you mean layers?"),
         ({"skip_layer_config": {"scale": 2, "layers": [8]}}, "this model has 8"),
         ({"skip_layer_config": [1]}, "must be a SkipLayerConfig"),
         ({"residual_config": {"targets": [3]}}, "must be a ResidualConfig"),
-        ({"controlnet_cond_image": "x.png"}, "--controlnet_cond_image: needs --controlnet_ckpt"),  # reading.md 7
-        ({"init_image": "none.png"}, "--init_image none.png: no such file"),
-        ({"out_dir": 5}, "--out_dir 5: must be a path"),
-        ({"with_metadata": "perhaps"}, "--with_metadata perhaps"),
+        ({"controlnet_cond_image": "x.png"}, "controlnet_cond_image: needs controlnet_ckpt"),  # reading.md 7
+        ({"init_image": "none.png"}, "init_image none.png: no such file"),
+        ({"out_dir": 5}, "out_dir 5: must be a path"),
+        ({"with_metadata": "perhaps"}, "with_metadata perhaps"),
     ],
 )
 def test_gen_image_refuses_before_weights_load(tmp_path, monkeypatch, values, told):
@@ -439,7 +442,8 @@ def test_gen_image_refuses_before_weights_load(tmp_path, monkeypatch, values, to
     engine = SD3Inferencer().load(str(DEMO), device="cpu")
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         engine.gen_image(**{"prompts": ["a"], "out_dir": "out"} | values)
-    assert told.replace("--", "") in str(error.value)
+    assert told in str(error.value)
+    assert "--" not in str(error.value)
     assert not Path("out").exists()
 
 
@@ -461,22 +465,23 @@ def test_a_seed_means_that_seed_in_python(engine, tmp_path):
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"weights": "int4"}, "--weights int4: must be one of full, int8, fp8"),  # P7
-        ({"dtype": "float64"}, "--dtype float64"),
-        ({"dtype": torch.float64}, "--dtype torch.float64"),
-        ({"device": "gpu"}, "--device gpu: must be auto"),
-        ({"device": "cuda:4096"}, "--device cuda:4096: must be auto"),
-        ({"device": torch.float16}, "--device torch.float16"),
-        ({"offload": "maybe"}, "--offload maybe"),
-        ({"model": None, "shift": 0}, "--shift 0"),
-        ({"model": 5}, "--model 5: must be a path"),
-        ({"vae": ["a"]}, "--vae ['a']: must be a path"),
+        ({"weights": "int4"}, "weights int4: must be one of full, int8, fp8"),  # P7
+        ({"dtype": "float64"}, "dtype float64"),
+        ({"dtype": torch.float64}, "dtype torch.float64"),
+        ({"device": "gpu"}, "device gpu: must be auto"),
+        ({"device": "cuda:4096"}, "device cuda:4096: must be auto"),
+        ({"device": torch.float16}, "device torch.float16"),
+        ({"offload": "maybe"}, "offload maybe"),
+        ({"model": None, "shift": 0}, "shift 0"),
+        ({"model": 5}, "model 5: must be a path"),
+        ({"vae": ["a"]}, "vae ['a']: must be a path"),
     ],
 )
 def test_load_reads_its_arguments(values, told):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         SD3Inferencer().load(**{"model": str(DEMO)} | values)
-    assert told.replace("--", "") in str(error.value)
+    assert told in str(error.value)
+    assert "--" not in str(error.value)
 
 
 def test_load_keeps_what_was_read():
@@ -530,27 +535,28 @@ def test_do_sampling_reads_its_arguments(small_engine):  # reading.md 7, 8, 14
     cond, neg = (small_engine.get_cond(t, length) for t in ("a", ""))
     one, three = torch.zeros(1, 16, 4, 4), torch.zeros(3, 16, 4, 4)
     for values, told in [
-        ({"sampler": "x"}, "--sampler x: must be one of"),
-        ({"cfg_scale": 7.0, "neg_cond": None}, "--cfg 7: needs neg_cond"),
+        ({"sampler": "x"}, "sampler x: must be one of"),
+        ({"cfg_scale": 7.0, "neg_cond": None}, "cfg 7: needs neg_cond"),
         ({"controlnet_cond": one}, "no ControlNet is loaded"),
-        ({"latent": three}, "--seed: 1 given for 3 rows"),
-        ({"latent": three, "seed": [1, 2]}, "--seed: 2 given for 3 rows"),
+        ({"latent": three}, "seed: 1 given for 3 rows"),
+        ({"latent": three, "seed": [1, 2]}, "seed: 2 given for 3 rows"),
         ({"latent": one[0]}, "latent: must be"),
-        ({"seed": -1}, "--seed -1"),
-        ({"seed": [True]}, "--seed True"),
-        ({"steps": 0}, "--steps 0"),
-        ({"steps": None}, "--steps None: is missing"),
-        ({"cfg_scale": math.nan}, "--cfg nan"),
-        ({"denoise": 1.5}, "--denoise 1.5"),
-        ({"shift": 1e-20}, "--shift 1e-20"),
-        ({"cache": "x"}, "--cache x"),
-        ({"skip_layer_config": {"layers": []}}, "--skip_layer_cfg scale: is missing"),
+        ({"seed": -1}, "seed -1"),
+        ({"seed": [True]}, "seed True"),
+        ({"steps": 0}, "steps 0"),
+        ({"steps": None}, "steps None: is missing"),
+        ({"cfg_scale": math.nan}, "cfg nan"),
+        ({"denoise": 1.5}, "denoise 1.5"),
+        ({"shift": 1e-20}, "shift 1e-20"),
+        ({"cache": "x"}, "cache x"),
+        ({"skip_layer_config": {"layers": []}}, "skip_layer_cfg scale: is missing"),
         ({"residual_config": "3,5"}, "must be a ResidualConfig"),
     ]:
         given = {"latent": one, "seed": 1, "conditioning": cond, "neg_cond": neg, "steps": 2, "cfg_scale": 2.0} | values
         with pytest.raises(ValueError) as error:
             small_engine.do_sampling(**given)
-        assert told.replace("--", "") in str(error.value)
+        assert told in str(error.value)
+        assert "--" not in str(error.value)
     plain = small_engine.do_sampling(one, 3, cond, neg, 2, 2.0, "euler")
     spelt = small_engine.do_sampling(one, np.int64(3), cond, neg, np.int32(2), "2", " EULER", denoise=1)
     assert torch.equal(plain, spelt)
@@ -573,7 +579,7 @@ def test_a_controlnet_and_its_picture_belong_together(small_model, tmp_path):  #
         lambda: plain.engine.check_settings(plan.pictures[0]),
         lambda: plain.vae_encode(Image.open(tmp_path / "in.png"), control=True),
     ):
-        with pytest.raises(ValueError, match="no ControlNet is loaded"):
+        with pytest.raises(ValueError, match=r"no ControlNet is loaded|needs a ControlNet"):
             call()
     for seed, image in (("x", Image.new("RGB", (64, 48))), (1, "in.png")):
         with pytest.raises(ValueError, match=r"seed x|must be a PIL image"):

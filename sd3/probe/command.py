@@ -21,7 +21,6 @@ from sd3.readers import FILE, FOLDER, LAYERS, SWITCH, number, whole
 from sd3.residual import ResidualConfig
 
 flag = functools.partial(Flag, scope="probe")
-NEEDED = "needed"
 ORIGIN = whole(0, 10_000)
 ABOUT = {
     "measure": "samples prompts and reports, per block and timestep, how similar the text tokens that enter the block "
@@ -32,11 +31,16 @@ ABOUT = {
     "calibrate": "computes one rotation per target, from the standardised tokens of the origin to those of the target, "
     "by orthogonal Procrustes over all sampling steps; run the same command again to resume",
 }
+EXAMPLES = {
+    "measure": "--model demo --prompts prompts.txt --out measured",
+    "suggest": "--measurement measured/measure.json",
+    "calibrate": "--model demo --prompts prompts.txt --origin 1 --targets 2-7 --out rotations.safetensors",
+}
 OWN = {
     "measure": (
         flag("prompts", FILE, None,
             'a .txt file with one prompt per line, or .jsonl with {"prompt": ..., "labels": {"shape": ...}} per '
-            "line: every label then gets a linear probe", usual=NEEDED),
+            "line: every label then gets a linear probe", usual=help.REQUIRED),
         flag("out", FOLDER, "measured", "the folder of the results"),
         flag("origin", ORIGIN, 0, "the block that all others are compared with", usual="0"),
         flag("timesteps", whole(1, 1000), 4, "number of sampling steps to measure"),
@@ -46,14 +50,14 @@ OWN = {
         flag("neighbours", whole(1, 1000), 10, "number of nearest neighbours to compare"),
     ),
     "suggest": (
-        flag("measurement", FILE, None, "measure.json", usual=NEEDED),
+        flag("measurement", FILE, None, "measure.json", usual=help.REQUIRED),
         flag("tolerance", number(0.0, 1.0), 0.05, "how much of the prompt a block may lose and not become a target"),
     ),
     "calibrate": (
-        flag("prompts", FILE, None, "a .txt or .jsonl file", usual=NEEDED),
+        flag("prompts", FILE, None, "a .txt or .jsonl file", usual=help.REQUIRED),
         flag("origin", ORIGIN, 0, "the block whose tokens are rotated", usual="0"),
-        flag("targets", LAYERS, None, "the blocks that they are rotated to, such as 2-22", usual=NEEDED),
-        flag("out", FILE, None, "the .safetensors file to write, for `residual_rotations`", usual=NEEDED),
+        flag("targets", LAYERS, None, "the blocks that they are rotated to, such as 2-22", usual=help.REQUIRED),
+        flag("out", FILE, None, "the .safetensors file to write, for `residual_rotations`", usual=help.REQUIRED),
         flag("buckets", whole(1, 100), 1, "number of equal parts of the noise range, each with its own rotations"),
         flag("centre", SWITCH, False, "subtract the mean over tokens first"),
         flag("check_prompts", FILE, None, "a file of other prompts, to check the rotations on"),
@@ -77,9 +81,10 @@ def help_text() -> str:
     """The help of the command."""
     lines = ["usage: sd3_probe.py measure | suggest | calibrate [--flag value ...]"]
     for command, rows in OWN.items():
-        lines += ["", *textwrap.wrap(f"{command}: {ABOUT[command]}", help.WIDTH), *help.table(rows)]
+        lines += ["", *textwrap.wrap(f"{command}: {ABOUT[command]}", help.WIDTH)]
+        lines += [f"  example: python sd3_probe.py {command} {EXAMPLES[command]}", *help.table(rows)]
         if command == "measure":
-            lines.append(f"  --{'residual_...':<24}measure with residual text streaming; flags as in sd3_infer.py")
+            lines.append(f"  --{'residual_... ':<31}measure with residual text streaming; flags as in sd3_infer.py")
     shared = " ".join(f"--{row.name}" for row in SHARED)
     about = f"measure and calibrate also take {shared}, as in sd3_infer.py (python sd3_infer.py --help)"
     return "\n".join([*lines, "", *textwrap.wrap(about, help.WIDTH)])
@@ -95,8 +100,8 @@ def read_flags(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
     flags = {row.name: row.default for row in OWN[command] if row.default is not None}
     flags |= {name: rows[name].read(name, value) for name, value in raw.items()}
     for row in OWN[command]:
-        if row.usual == NEEDED and flags.get(row.name) in (None, ()):
-            raise Mistake(row.name, "", f"is needed by {command}")
+        if row.usual == help.REQUIRED and flags.get(row.name) in (None, ()):
+            raise Mistake(row.name, "", f"is required by {command}")
     if command == "calibrate":
         ResidualConfig(flags["origin"], flags["targets"])
         if not flags["out"].endswith(".safetensors"):

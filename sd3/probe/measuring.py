@@ -18,11 +18,10 @@ from sd3 import writing
 from sd3.engine import Engine
 from sd3.flags import names
 from sd3.mistakes import Mistake
-from sd3.planning import plan_pictures, residual_settings
+from sd3.planning import plan_pictures, residual_of, residual_settings
 from sd3.probe.running import Collector, LabelledPrompt, load, read_labelled, run_prompts
 from sd3.probe.suggesting import by_block, measures
 from sd3.readers import SEED_LIMIT
-from sd3.residual import ResidualConfig
 from sd3.settings import Flags
 from sd3.versions import versions
 from sd3_impls import schedule
@@ -271,7 +270,7 @@ def measure(flags: Mapping[str, Any], show: Callable[[str], Any]) -> Path:
     writing.check_writable(flags["out"], "out")
     engine, values = load(flags)
     residual_flags = Flags(**{name: flags[name] for name in names(also="measure") if name in flags})
-    residual = ResidualConfig.from_flags(residual_flags.residual(), residual_flags.residual_config)
+    residual = residual_of(residual_flags, engine)
     values = values | residual_settings(residual)
     plan = plan_pictures(engine, [prompts[0].prompt], [0], **values)
     engine.check_settings(plan.pictures[0])

@@ -119,11 +119,10 @@ def run_prompts(
         for start in range(before - before % GROUP, len(jobs), GROUP):
             group = jobs[max(start, before) : start + GROUP]
             plan = plan_pictures(engine, [p for _, p, _ in group], [seed for _, _, seed in group], **values).pictures
-            lengths = [engine.text.pair_length(s.prompt, s.negative_prompt) for s in plan]
             engine.encode([text for s in plan for text in engine.texts(s)])
-            for batch in batches(plan, engine.text.pair_length):
+            for batch in batches(plan, engine.text.shape):
                 places, settings = zip(*batch, strict=True)
-                masks = [engine.text.text_mask(s.prompt, lengths[place]) for place, s in batch]
+                masks = [engine.text.kinds(engine.text.keys(s)[0]).words[0] for s in settings]
                 collector = collect([group[place][0] for place in places], masks)
                 engine.sample(settings, what=what, streams=[collector])
                 collector.finish()

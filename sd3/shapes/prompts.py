@@ -97,7 +97,7 @@ def read_caption(text: str) -> list[Prompt]:
 
 
 def draw(prompt: Prompt, rng: random.Random) -> np.ndarray:
-    """A picture that shows exactly what the prompt says: the scorer's ground truth."""
+    """An image that shows exactly what the prompt says: the scorer's ground truth."""
     radius = rng.uniform(11.0, 12.5)
     if prompt.kind == "counting":
         cells = rng.choice(COUNT_LAYOUTS[prompt.count])

@@ -1,6 +1,6 @@
 """Captioned scenes of coloured shapes: what the small model that ships is trained and scored on.
 
-A picture is 96 x 96, split into 3 x 3 cells of 32 pixels; an object sits near the middle of a cell, so objects
+An image is 96 x 96, split into 3 x 3 cells of 32 pixels; an object sits near the middle of a cell, so objects
 never touch. Eight shape-colour combinations (`HELD_OUT`) never occur in training; scoring uses only those.
 
 `sample_scene` draws the four kinds that the first shipped model knew; `training_scene` draws these and more: sizes,
@@ -43,7 +43,7 @@ PHRASINGS = {  # the usual one, and another for the same relation
     "below": ("below", "under"),
 }
 
-# Radii by shape. The smallest object covers 2 % of the picture; the largest leaves 2 pixels to its neighbour.
+# Radii by shape. The smallest object covers 2 % of the image; the largest leaves 2 pixels to its neighbour.
 NORMAL = {"circle": (11.5, 12.8), "square": (11.5, 12.8), "triangle": (13.0, 14.0), "star": (12.8, 13.3)}
 SMALL = {"circle": (7.75, 8.2), "square": (7.75, 8.2), "triangle": (10.6, 10.9), "star": (10.95, 11.15)}
 
@@ -112,7 +112,7 @@ def _outline(thing: Thing) -> list[tuple[float, float]]:
 
 
 def render(scene: Scene, size: int = SIZE) -> np.ndarray:
-    """The picture of a scene: uint8 (size, size, 3)."""
+    """The image of a scene: uint8 (size, size, 3)."""
     k = OVERSAMPLE * size / SIZE
     image = Image.new("RGB", (OVERSAMPLE * size, OVERSAMPLE * size), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)

@@ -1,4 +1,4 @@
-"""Reads pictures of coloured shapes back and scores them against their prompts."""
+"""Reads images of coloured shapes back and scores them against their prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from sd3.shapes.prompts import Prompt
 from sd3.shapes.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZE, Scene, Thing, render
 
-LEAST_AREA = 0.008  # of the picture; smaller specks are no objects (a drawn object covers 0.03 and more)
+LEAST_AREA = 0.008  # of the image; smaller specks are no objects (a drawn object covers 0.03 and more)
 LEAST_FIT = 0.75  # intersection over union with the best shape, below which an object has no shape
 TEMPLATE = 32  # pixels of a shape's template
 COLOUR_NAMES, COLOUR_VALUES = list(COLOURS), np.array(list(COLOURS.values()), dtype=np.float32)
@@ -19,8 +19,8 @@ COLOUR_NAMES, COLOUR_VALUES = list(COLOURS), np.array(list(COLOURS.values()), dt
 
 @dataclass(frozen=True)
 class Seen:
-    """An object read off a picture; x and y as shares of its width and height, shape `` where it is none; area as a
-    share of the picture.
+    """An object read off an image; x and y as shares of its width and height, shape `` where it is none; area as a
+    share of the image.
     """
 
     shape: str
@@ -65,8 +65,8 @@ def shape_of(mask: np.ndarray) -> str:
 
 
 def read_picture(picture: np.ndarray) -> list[Seen]:
-    """The objects of a picture, uint8 (H, W, 3): what differs from the background, in connected pieces."""
-    from scipy import ndimage  # optional: only reading pictures needs it
+    """The objects of an image, uint8 (H, W, 3): what differs from the background, in connected pieces."""
+    from scipy import ndimage  # optional: only reading images needs it
 
     pixels = picture.astype(np.float32)
     background = np.median(pixels.reshape(-1, 3), axis=0)
@@ -102,7 +102,7 @@ def holds(relation: str, first: Seen, second: Seen) -> bool:
 
 
 def score(prompt: Prompt, seen: Sequence[Seen]) -> bool:
-    """Whether a picture in which `seen` was found shows what the prompt asks for."""
+    """Whether an image in which `seen` was found shows what the prompt asks for."""
     shapes = [s.shape for s in seen]
     matches = [[s for s in seen if (s.colour, s.shape) == w] for w in prompt.wanted]
     if prompt.kind == "single object":

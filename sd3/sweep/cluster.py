@@ -20,12 +20,13 @@ import other_impls
 import sd3
 import sd3_impls
 from sd3.mistakes import Mistake, Where, verbatim
+from sd3.prompt_tokens import Key
 from sd3.reading import reading
 from sd3.settings import Flags, Settings
 from sd3.sweep.grid import Grid
 from sd3.sweep.plan import Batch, Plan, make_plan
 from sd3.sweep.work import BatchResult, Maker, Result
-from sd3.text import Key, Text
+from sd3.text import Text
 
 RETRIES = 3  # of a batch whose worker died
 CODE = [sd3, dit_embedder, mmditx, other_impls, sd3_impls]  # modules that a worker imports, cloned or installed

@@ -24,11 +24,12 @@ from sd3.sweep.layouts import check_entries, read_entries
 
 flag = functools.partial(Flag, scope="sweep")
 PER_KIND = 40
+EXAMPLE = '--model demo --out swept --prompt "a red circle" --seed 0-3 --residual_target_layers "3,5;4"'
 OWN = {
     row.name: row
     for row in (
         flag("out", FOLDER, None, "the sweep's folder: pictures/, index.html, sheet.png, results.csv, log.jsonl",
-            usual="needed"),
+            usual=help.REQUIRED),
         flag("grid", FILE, None, "a YAML file with the same flags and, under variants, named settings"),
         flag("dry_run", SWITCH, False,
             "print how many images there are, how many are finished and how long the rest will take"),
@@ -60,8 +61,9 @@ def help_text() -> str:
     lines = [
         "usage: sd3_sweep.py --out FOLDER [--flag value ...]",
         "",
-        "Makes every combination of prompts, seeds and settings, and for each its baseline without residual text",
-        "streaming, off. Run the same command again to resume.",
+        "Makes every combination of prompts, seeds and settings, and the baseline of each without residual text",
+        "streaming, named off. Run the same command again to resume.",
+        f"  example: python sd3_sweep.py {EXAMPLE}",
         "",
         *help.table([*OWN.values(), *AXES]),
         "",
@@ -77,7 +79,7 @@ def read_flags(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]
     raw = read_arguments(arguments, FLAGS | OWN)
     flags = {name: OWN[name].read(name, value) for name, value in raw.items() if name in OWN}
     if "out" not in flags:
-        raise Mistake("out", "", "is needed: the sweep's folder")
+        raise Mistake("out", "", "is required: the sweep's folder")
     if "clip_model" in flags and flags.get("score") != "clip":
         raise Mistake("clip_model", "", "is for `score` clip")
     if "cpus_per_worker" in flags and "ray" not in flags:
@@ -101,6 +103,8 @@ def read_grid(flags: dict[str, Any], raw: Mapping[str, str]) -> tuple[Grid, Any]
         prompts = [e.prompt for e in entries]
     elif flags.get("score") == "demo" and not named:
         prompts = held_out_texts(flags.setdefault("per_kind", PER_KIND))
+    if "layout" in flags and not ("grid" in flags and "prompt_mode" in read_yaml(flags["grid"])[0]):
+        raw = {"prompt_mode": "whole"} | raw  # a benchmark measures prompts with their ends
     grid = Grid.read(raw, flags.get("grid"), prompts)
     if entries is not None:
         check_entries(flags["layout"], entries, grid)

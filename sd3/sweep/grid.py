@@ -90,7 +90,7 @@ def count_variants(axes: Mapping[str, Sequence[Any]], named: Mapping[str, Mappin
     plain = [n for n in axes if not is_residual(n)]
     residual = [n for n in axes if is_residual(n)]
     off = 0
-    if "residual_config" not in axes:
+    if not {"residual_config", "residual_preset"} & axes.keys():
         targets = axes.get("residual_target_layers", [None])
         others = (n for n in residual if n != "residual_target_layers")
         off = sum(not read_layers("residual_target_layers", t) for t in targets) * product(others)
@@ -175,7 +175,7 @@ def _is_number(value: Any) -> bool:
 def read_axis_prompts(value: Any) -> list[str]:
     """Prompts from a text, a .txt or .jsonl file, or a list of texts; raises Mistake."""
     if value is None:
-        raise Mistake("prompt", "", "is needed: a text, or a .txt file with one prompt per line")
+        raise Mistake("prompt", "", "is required: a text, or a .txt file with one prompt per line")
     if isinstance(value, (list, tuple)):
         texts = [read_text("prompt", v) for v in value]
         if not texts or not all(text.strip() for text in texts):
@@ -278,10 +278,10 @@ def labels(raw: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> list[st
 def residual_label(raw: Mapping[str, Any]) -> str:
     """`[MODE:]ORIGIN:TARGETS:WEIGHTS` and other residual flags, or off."""
     targets = read_layers("residual_target_layers", raw.get("residual_target_layers"))
-    if "residual_config" not in raw and not targets:
+    if not {"residual_config", "residual_preset"} & raw.keys() and not targets:
         return OFF
     text = {n.removeprefix("residual_"): _as_text(v) for n, v in raw.items() if is_residual(n)}
-    out = [base_name(text.pop("config"))] if "config" in text else []
+    out = [base_name(text.pop(name)) for name in ("config", "preset") if name in text]
     mode = text.pop("mode", "add")
     usual = "1.0" if len(targets) == 1 else "each:1.0"
     main = [text.pop("origin_layer", "0"), text.pop("target_layers", ""), text.pop("weights", usual)]

@@ -27,7 +27,7 @@ class PlannedImage:
     prompt: int
     seed: int
     settings: Settings
-    length: int  # T5 tokens; the same for all images of a batch
+    shape: tuple[int, int]  # of the encoded prompts, see `TextEncoders.shape`; one for all images of a batch
     id: str
     earlier: tuple[str, ...] = ()  # ids from versions that hashed flags without effect too
 
@@ -55,11 +55,11 @@ class Plan:
     encoders: tuple[Mapping[str, Mapping[str, Any]], ...] = ()
 
     def batches(self, wanted: Collection[str]) -> list[Batch]:
-        """The images with the `wanted` ids, in order, in batches of one variant and one T5 length."""
+        """The images with the `wanted` ids, in order, in batches of one variant and one number of text tokens."""
         out: list[Batch] = []
         for number in range(len(self.variants)):
-            pictures = sorted((p for p in self.of(number) if p.id in wanted), key=lambda p: p.length)
-            for _, group in itertools.groupby(pictures, lambda p: p.length):
+            pictures = sorted((p for p in self.of(number) if p.id in wanted), key=lambda p: p.shape)
+            for _, group in itertools.groupby(pictures, lambda p: p.shape):
                 together = list(group)
                 size = together[0].settings.batch_size
                 for start in range(0, len(together), size):
@@ -154,11 +154,11 @@ class _Planner:
             return
         self.variants.append(variant)
         self.engine_of.append(place)
-        lengths = [engine.text.pair_length(p, settings[0].negative_prompt) for p in self.grid.prompts]
+        shapes = [engine.text.shape(s) for s in settings[:: len(self.grid.seeds)]]
         prompts = [i // len(self.grid.seeds) for i in range(len(settings))]
         self.pictures.append(
             [
-                PlannedImage(number, prompt, s.seed, s, lengths[prompt], s.digest()[:ID_LENGTH], ids)
+                PlannedImage(number, prompt, s.seed, s, shapes[prompt], s.digest()[:ID_LENGTH], ids)
                 for s, prompt, ids in zip(settings, prompts, earlier, strict=True)
             ]
         )

@@ -126,8 +126,10 @@ class Report:
             ],
             "score": self.score,
             "rows": [
-                [r.variant, r.kind, r.count, r.mean, r.low, r.high, r.gain, r.gain_low, r.gain_high] for r in self.rows
+                [r.variant, r.kind, r.count, r.mean, r.low, r.high, r.gain, r.gain_low, r.gain_high, r.pairs]
+                for r in self.rows
             ],
+            "least_pairs": scoring.LEAST_PAIRS,
             "best": scoring.best(self.plan, self.rows),
             "pictures": pictures,
         }

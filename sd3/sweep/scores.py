@@ -19,12 +19,13 @@ from sd3.sweep.plan import Plan
 
 Scorer = Callable[[Image.Image, str], dict[str, float]]  # image and prompt -> scores by kind
 OVERALL = "overall"
+LEAST_PAIRS = 10  # images with a baseline; below, the bootstrap's intervals are too narrow to mark a best row
 
 
 @dataclass(frozen=True)
 class Row:
     """Mean score of a variant with its 95 % interval; gain: mean difference to the baseline on the same prompts and
-    seeds, with its interval, None for a baseline.
+    seeds, with its interval, None for a baseline; pairs: images with such a baseline.
     """
 
     variant: int
@@ -36,6 +37,7 @@ class Row:
     gain: float | None = None
     gain_low: float | None = None
     gain_high: float | None = None
+    pairs: int = 0
 
 
 def demo_scorer(grid: Grid, per_kind: int | None = None) -> Scorer:
@@ -120,7 +122,8 @@ def summarise(plan: Plan, scores: Mapping[str, Mapping[str, float]]) -> list[Row
             if values := list(_values(plan, scores, number, kind)):
                 mean, low, high = spread([(prompt, value) for prompt, value, _ in values])
                 gains = [(prompt, gain) for prompt, _, gain in values if gain is not None]
-                rows.append(Row(number, kind, len(values), mean, low, high, *(spread(gains) if gains else ())))
+                gain = spread(gains) if gains else (None, None, None)
+                rows.append(Row(number, kind, len(values), mean, low, high, *gain, _pairs(plan, scores, number, kind)))
     return rows
 
 
@@ -135,6 +138,14 @@ def _values(
                 yield picture.prompt, value, value - baseline[scored] if scored in baseline else None
 
 
+def _pairs(plan: Plan, scores: Mapping[str, Mapping[str, float]], variant: int, kind: str) -> int:
+    """How many images of a variant have a score of a kind, or any, that their baseline has too."""
+    if plan.baselines[variant] == variant:
+        return 0
+    both = [scores.get(p.id, {}).keys() & scores.get(plan.baseline(p).id, {}).keys() for p in plan.of(variant)]
+    return sum(kind in kinds or (kind == OVERALL and bool(kinds)) for kinds in both)
+
+
 def spread(values: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
     """Mean of (prompt, value) and its 95 % bootstrap interval; prompts are resampled with all their values."""
     groups: dict[int, list[float]] = {}
@@ -146,13 +157,15 @@ def spread(values: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
 
 
 def best(plan: Plan, rows: Sequence[Row]) -> list[tuple[int, str]]:
-    """(variant, kind) of the highest mean of each kind, where its interval lies above its baseline's."""
+    """(variant, kind) of the highest mean of each kind, where its interval lies above its baseline's and at least
+    `LEAST_PAIRS` images are compared.
+    """
     out = []
     for kind in dict.fromkeys(r.kind for r in rows):
         of_kind = {r.variant: r for r in rows if r.kind == kind}
         top = max(of_kind.values(), key=lambda r: r.mean)
         baseline = of_kind.get(plan.baselines[top.variant])
-        if baseline is not None and top.low > baseline.high:
+        if baseline is not None and top.low > baseline.high and top.pairs >= LEAST_PAIRS:
             out.append((top.variant, kind))
     return out
 

@@ -1,4 +1,4 @@
-"""Variants and settings in words, for the report: `anchored, from 0 into 2 to 7, 0.1`."""
+"""Variants and settings in words, for the report: `anchored, block 0 into 2 to 7, weight 0.1`."""
 
 from __future__ import annotations
 
@@ -64,12 +64,14 @@ def _residual(settings: Mapping[str, Any]) -> str:
         return OFF
     mode = values["residual_mode"]
     parts = [] if mode == IMAGE_ROWS["residual_mode"].default else [mode]
-    parts.append(f"from {values['residual_origin_layer']} into {values['residual_target_layers']}")
-    parts.append(values["residual_weights"])
+    parts.append(f"block {values['residual_origin_layer']} into {values['residual_target_layers']}")
+    several = len(set(settings["residual_weights"])) > 1
+    parts.append(f"weight{'s' if several else ''} {values['residual_weights']}")
     names = {
         "residual_schedule": "{} schedule",
         "residual_branch": "{} pass only",
         "residual_rotations": "rotated by {}",
+        "residual_tokens": "{} tokens only",
     }
     parts += [text.format(values[n]) for n, text in names.items() if settings[n] != IMAGE_ROWS[n].default]
     start, end = settings["residual_start"], settings["residual_end"]
@@ -81,7 +83,7 @@ def _residual(settings: Mapping[str, Any]) -> str:
 def _value(name: str, value: Any) -> str:
     if name.endswith("_layers") and value:
         return layers(value)
-    if name.endswith("_weights") and value:
+    if name == "residual_weights" and value:
         weights = [f"{w:g}" for w in value]
         if len(set(weights)) == 1:
             return weights[0]

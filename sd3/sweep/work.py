@@ -13,11 +13,12 @@ from sd3.engine import load_for
 from sd3.memory import OutOfMemory, one_line, out_of_memory
 from sd3.mistakes import Mistake
 from sd3.pixels import open_images
+from sd3.prompt_tokens import Key
 from sd3.record import Picture
 from sd3.run import MadeWith, make_pictures
 from sd3.settings import FILE_SETTINGS, Flags, Settings
 from sd3.sweep.plan import Batch, Plan
-from sd3.text import Key, Text, in_groups
+from sd3.text import Text, in_groups
 from sd3.unchanged import Changed
 
 TEXTS_AT_ONCE = 1024  # encoded prompts kept in memory: every variant uses each of them
@@ -47,8 +48,8 @@ class Maker:
         self.events.append(
             {
                 "event": "encode",
-                "texts": len({prompt for prompt, _ in texts}),
-                "prompts": sorted({prompt for prompt, _ in texts}),
+                "texts": len({key.prompt for key in texts}),
+                "prompts": sorted({key.prompt for key in texts}),
                 "seconds": round(time.perf_counter() - start, 3),
             }
         )
@@ -57,7 +58,7 @@ class Maker:
         """Encodes the texts of these images; returns them on the CPU."""
         texts = {t for s in pictures for t in self.engine.texts(s)}
         self.engine.encode(list(texts))
-        return {t: tuple(part.cpu() for part in self.engine.text.get_cond(*t)) for t in texts}
+        return {t: tuple(part.cpu() for part in self.engine.text.get(t)) for t in texts}
 
     def add_texts(self, texts: Mapping[Key, Text]) -> None:
         """Adds texts that another worker encoded."""
@@ -137,7 +138,7 @@ def make_here(plan: Plan, batches: Sequence[Batch], begin: Callable[[Batch], Non
     for number, group in itertools.groupby(batches, lambda b: b.engine):
         maker = None  # frees the last engine before the next loads
         maker = Maker(plan.engines[number])
-        for part in in_groups(group, maker.texts, maker.engine.text.most):
+        for part in in_groups(group, maker.texts, maker.engine.text.most, maker.engine.text.cost):
             maker.encode([p.settings for b in part for p in b.pictures])
             maker.load()
             for batch in part:

@@ -1,0 +1,79 @@
+"""Published settings of residual text streaming by name, a JSON file each beside this one. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sd3.mistakes import Missing, Mistake, verbatim
+
+FOLDER = Path(__file__).parent
+PRESETS = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
+# Published rotation files, and the repository of the Hugging Face hub that has them.
+ROTATION_FILES = dict.fromkeys(("sd3_coco5k_o1.pt", "flux_coco5k_o2.pt"), "LewisYao/PromptReinjection")
+ROTATION_FOLDERS = (Path("prompt_reinjection/rotations"), Path("models"), Path("models/rotations"))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What is known about a preset. depth, width: of the model that it is for; measured: what was, and what was not."""
+
+    name: str
+    model: str
+    depth: int
+    width: int
+    source: str
+    measured: str
+    sampling: str
+
+    @property
+    def path(self) -> Path:
+        """Its file, which `residual.read_fields` reads."""
+        return FOLDER / f"{self.name}.json"
+
+    def check(self, depth: int, width: int) -> None:
+        """Raises Mistake for a model of another depth or width."""
+        if (depth, width) != (self.depth, self.width):
+            own, this = (f"{d} blocks of width {w}" for d, w in ((self.depth, self.width), (depth, width)))
+            raise Mistake("residual_preset", self.name, f"is for {self.model} ({own}); this model has {this}")
+
+
+def read_preset(name: str) -> Preset:
+    """A preset by its name, one of `PRESETS`."""
+    about: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))["preset"]
+    return Preset(name, **about)
+
+
+def list_presets() -> str:
+    """All presets, with their settings (fields between backquotes), where they come from, and what was measured."""
+    lines = []
+    for preset in map(read_preset, PRESETS):
+        fields = json.loads(preset.path.read_text(encoding="utf-8"))
+        flags = {"origin_layer": "origin_layer", "target_layers": "target_layers", "residual_weights": "weights"}
+        flags |= {"mode": "mode", "rotations": "rotations"}
+        words = [f"`residual_{flags[key]}` {fields[key]}" for key in flags if key in fields]
+        lines += [f"{preset.name}: for {preset.model}", f"  {' '.join(words)}", f"  used with {preset.sampling}"]
+        lines += [f"  source: {preset.source}", f"  measured: {preset.measured}"]
+    return "\n".join(lines)
+
+
+def with_rotations(config: Any, folders: Iterable[Path]) -> Any:
+    """A `ResidualConfig` whose rotation file is looked for by its name: in the current folder, in `folders`, and in
+    `ROTATION_FOLDERS`. Raises Missing for a published file that is not there.
+    """
+    name = config.rotations
+    if not config.aligned or name is None or os.path.exists(name):
+        return config
+    base = os.path.basename(name)
+    if name == base or base in ROTATION_FILES:
+        for folder in (*folders, *ROTATION_FOLDERS):
+            if (folder / base).is_file():
+                return replace(config, rotations=str(folder / base))
+    if base in ROTATION_FILES:
+        get = f"`hf download {ROTATION_FILES[base]} {base} --local-dir models`"
+        raise Missing("residual_rotations", verbatim(base), f"no such file here or in ./models; {get} fetches it")
+    return config
