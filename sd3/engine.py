@@ -18,6 +18,7 @@ import sd3_impls
 from mmditx import ContextHook, Stream
 from sd3.device import choose_device, choose_threads, computing_on
 from sd3.effects import executed_steps, needs_uncond
+from sd3.files import contents
 from sd3.find import Fit, models_folder
 from sd3.flags import FLAGS
 from sd3.loading import Loader
@@ -29,7 +30,7 @@ from sd3.patches import patched
 from sd3.pixels import Pixels, check_finite, open_images, to_image
 from sd3.planning import batches, usual_settings
 from sd3.residual import RESIDUAL_FLAGS
-from sd3.settings import FILE_SETTINGS, Flags, Settings, Setup
+from sd3.settings import FILE_SETTINGS, Flags, Settings, Setup, paths_of
 from sd3.telling import SILENT, Reporter, Terminal
 from sd3.text import Key, Text, TextEncoders, in_groups
 from sd3.weights import ModelTensors
@@ -100,9 +101,10 @@ class Engine:
             tell.note(f"note: `threads` {self.threads}: this machine has {cores} CPUs")
         self._text = self._open_text() if load_tokenizers else None
         for field in LOADED_FILES:  # those that no part opened, such as a patch's
-            path = getattr(setup, field)
-            if path and all(where.field != field for where in self.files.stamps):
-                self.files.add(Where(field, path), path)
+            if all(where.field != field for where in self.files.stamps):
+                for path in paths_of(getattr(setup, field)):
+                    for own in contents(Path(path)):
+                        self.files.add(Where(field, own), own)
         self._patch()
         self._damage: str | None = None  # see `damage`
         self._owner = Owner()
@@ -132,6 +134,8 @@ class Engine:
             self.network.control.part = parts["controlnet"]
         if self._text:
             self._text.take(parts)
+        for line in (line for part in parts.values() for patch in part.patches for line in patch.notes):
+            self.tell.note(line)
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ from sd3.readers import (
     LAYERS,
     OPTIONAL_FILE,
     OPTIONAL_FOLDER,
+    PATCH_FILES,
     PNG_FILE,
     POSTFIX,
     SCHEDULE,
@@ -183,6 +184,10 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
          "a .safetensors file with the MMDiT, a folder in diffusers layout, or demo, the small model that ships",
          always=True, also="probe"),
     load("vae", OPTIONAL_FILE, None, "a VAE file, in place of the one in the model file", always=True, also="probe"),
+    load("lora", PATCH_FILES, None,
+         "LoRA files, or folders of PEFT adapters, each with a strength (1 where it is left out), such as "
+         "a.safetensors:0.8,b.safetensors; they add up",
+         matters=effects.lora, also="probe"),
     load("model_folder", OPTIONAL_FOLDER, None, "the folder with text encoders and tokenizers", pixels=False,
          usual="the model's folder, then ./models", also="probe"),
     load("clip_l", OPTIONAL_FILE, None, "the file with text encoder CLIP-L", pixels=False,

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from sd3.lora import read_lora
 from sd3.settings import Setup
 from sd3.weights import ModelTensors, Patch
 
 Models = Mapping[str, ModelTensors]  # by part: mmdit, vae, controlnet, clip_l, clip_g, t5xxl, as far as they are there
 # From a flag's value and the models, whose headers have been read, to a patch for each model that it changes. Raises
 # Mistake where it fits none of them.
-PATCHES: dict[str, Callable[[Any, Models], Mapping[str, Patch]]] = {}
+PATCHES: dict[str, Callable[[Any, Models], Mapping[str, Patch]]] = {"lora": read_lora}
 
 
 def patched(models: Models, setup: Setup) -> dict[str, ModelTensors]:

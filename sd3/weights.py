@@ -40,11 +40,13 @@ class Patch:
     """Changes of one model's weights, made while they load, such as a LoRA's.
 
     changes: by our name, from the tensor in float32 to a new one of its shape (the argument may be a view of the file);
-    identity: differs between patches that change weights differently, such as a file's hash with a strength.
+    identity: differs between patches that change weights differently, such as a file's hash with a strength; notes:
+    lines for the user, names of fields between backquotes.
     """
 
     changes: Mapping[str, Callable[[Tensor], Tensor]]
     identity: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -335,8 +337,9 @@ def find_mmdit(file: WeightFile) -> ModelTensors:
     """The MMDiT of a file or a diffusers folder, under whatever prefix."""
     usual = [p for p in (MMDIT_PREFIX, TRANSFORMER) if file.has(p)]
     prefix = [*usual, *file.prefixes("mmdit"), *file.prefixes("mmdit", "transformer_blocks."), ""][0]
-    in_diffusers_layout = file.has(prefix + "transformer_blocks.")
-    return ModelTensors(file, prefix, diffusers_mmdit(file, prefix) if in_diffusers_layout else {})
+    if not file.has(prefix + "transformer_blocks."):
+        return ModelTensors(file, prefix)
+    return ModelTensors(file, prefix, diffusers_mmdit(count_layers(file.entries, f"{prefix}transformer_blocks.")))
 
 
 def find_vae(file: WeightFile) -> ModelTensors:
