@@ -26,13 +26,14 @@ from sd3.memory import explained
 from sd3.mistakes import Mistake, Where, flag_name, renaming
 from sd3.models import fetch_model, model_path
 from sd3.network import Network
-from sd3.patches import patched
+from sd3.patches import PATCHES, patched
 from sd3.pixels import Pixels, check_finite, open_images, to_image
 from sd3.planning import batches, usual_settings
 from sd3.residual import RESIDUAL_FLAGS
 from sd3.settings import FILE_SETTINGS, Flags, Settings, Setup, paths_of
 from sd3.telling import SILENT, Reporter, Terminal
 from sd3.text import Key, Text, TextEncoders, in_groups
+from sd3.unchanged import Unchanged
 from sd3.weights import ModelTensors
 
 LOADED_FILES = tuple(name for name in FILE_SETTINGS if FLAGS[name].scope == "load" and name != "model")
@@ -100,12 +101,7 @@ class Engine:
         if self.threads > (cores := os.cpu_count() or self.threads):
             tell.note(f"note: `threads` {self.threads}: this machine has {cores} CPUs")
         self._text = self._open_text() if load_tokenizers else None
-        for field in LOADED_FILES:  # those that no part opened, such as a patch's
-            if all(where.field != field for where in self.files.stamps):
-                for path in paths_of(getattr(setup, field)):
-                    for own in contents(Path(path)):
-                        self.files.add(Where(field, own), own)
-        self._patch()
+        self._patch(setup)
         self._damage: str | None = None  # see `damage`
         self._owner = Owner()
 
@@ -126,16 +122,31 @@ class Engine:
             stages=self.stages,
         )
 
-    def _patch(self) -> None:
-        """Adds the changes of weights that flags ask for, before any weights load."""
-        parts = patched(self.parts, self.setup)
-        self.network.part, self.pixels.part = parts["mmdit"], parts["vae"]
+    def _patch(self, setup: Setup) -> None:
+        """Adds the changes of weights that flags ask for, in place of those added before. Raises Mistake, and has
+        changed nothing then.
+        """
+        stamps = {where: at for where, at in self.files.stamps.items() if where.field not in PATCHES}
+        files = Unchanged(stamps)
+        for field in LOADED_FILES:  # those that no part opened, such as a patch's
+            if all(where.field != field for where in stamps):
+                for own in (own for path in paths_of(getattr(setup, field)) for own in contents(Path(path))):
+                    files.add(Where(field, own), own)
+        parts = patched({role: dataclasses.replace(part, patches=()) for role, part in self.parts.items()}, setup)
+        self.setup, self.files.stamps = setup, files.stamps
+        self.network.take(parts["mmdit"])
+        self.pixels.part = parts["vae"]
         if self.network.control:
             self.network.control.part = parts["controlnet"]
         if self._text:
             self._text.take(parts)
         for line in (line for part in parts.values() for patch in part.patches for line in patch.notes):
             self.tell.note(line)
+
+    def set_lora(self, lora: Any) -> None:
+        """Changes the LoRAs, see `Pipeline.set_lora`. Raises Mistake, and has changed nothing then."""
+        with self.owned():
+            self._patch(dataclasses.replace(self.setup, lora=FLAGS["lora"].read("lora", lora)))
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:

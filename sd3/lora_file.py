@@ -352,22 +352,22 @@ def describe(path: str, field: str = "info") -> str:
 
 
 def _lines(file: LoraFile) -> Iterator[str]:
-    yield f"  {'family':<24}{file.family()}"
-    yield f"  {'algorithm':<24}{file.algorithm()}"
+    yield f"  {'family':<32}{file.family()}"
+    yield f"  {'algorithm':<32}{file.algorithm()}"
     if ranks := file.ranks():
-        yield f"  {'rank':<24}{_range(ranks)}"
+        yield f"  {'rank':<32}{_range(ranks)}"
     alphas = file.alphas()
-    yield f"  {'alpha':<24}{_range(alphas) if alphas else 'none: as rank'}"
+    yield f"  {'alpha':<32}{_range(alphas) if alphas else 'none: as rank'}"
     kinds = Counter(_place(name) for name in file.modules)
-    yield f"  {'modules':<24}{len(file.modules)}"
-    yield from (f"    {kind:<22}{count}" for kind, count in sorted(kinds.items()))
+    yield f"  {'modules':<32}{len(file.modules)}"
+    yield from (f"    {kind:<30}{count}" for kind, count in sorted(kinds.items()))
     if file.embeddings:
-        yield f"  {'words of its own':<24}{file.embeddings}, not loaded"
+        yield f"  {'words of its own':<32}{file.embeddings}, not loaded"
     for name in ("modelspec.title", "ss_output_name"):
         if value := file.metadata.get(name):
-            yield f"  {name.split('.')[-1]:<24}{display(value)}"
+            yield f"  {name.split('.')[-1]:<32}{display(value)}"
     if words := file.trigger_words():
-        yield f"  {'trigger words':<24}{display(', '.join(words))}"
+        yield f"  {'trigger words':<32}{display(', '.join(words))}"
 
 
 def _place(module: str) -> str:

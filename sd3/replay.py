@@ -201,7 +201,7 @@ class Replay:
         """Settings of the new image that differ from the recorded ones, without those that had no effect."""
         recorded = self.settings()
         had_effect = dataclasses.replace(effective(recorded)[0], batch_size=recorded.batch_size)  # has one with a cache
-        now, then = (json.loads(json.dumps(s.by_file_names())) for s in (effective(settings)[0], had_effect))
+        now, then = (json.loads(json.dumps(_as_shown(s))) for s in (effective(settings)[0], had_effect))
         return [f"{n} {then[n]} -> {now[n]}" for n in now if then[n] != now[n]]
 
     def differs(self, made_with: Mapping[str, Any]) -> list[str]:
@@ -241,6 +241,12 @@ class Replay:
         if difference and not changed and not differs:
             difference += "; nothing that was recorded differs"
         return [*lines, f"replay: {difference or f'the same image as {self.path}, bit for bit'}"]
+
+
+def _as_shown(s: Settings) -> dict[str, Any]:
+    """Settings with files by their names, several of one flag as they are typed."""
+    values = s.by_file_names()
+    return values | {n: ",".join(map(str, values[n])) for n in FILE_SETTINGS if isinstance(values[n], tuple)}
 
 
 def _changing_while_cached(s: Settings) -> bool:

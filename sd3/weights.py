@@ -282,6 +282,22 @@ def on_meta(make: Callable[[], Model]) -> Model:
         return make()
 
 
+def differently_patched(one: ModelTensors, other: ModelTensors) -> set[str]:
+    """Names of the tensors that two sets of patches of a model change, where the sets differ."""
+    if [p.identity for p in one.patches] == [p.identity for p in other.patches]:
+        return set()
+    return {name for patch in (*one.patches, *other.patches) for name in patch.changes}
+
+
+def drop(model: nn.Module, names: Iterable[str]) -> None:
+    """Frees parameters, to be given other weights: they are on the meta device then."""
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        parameters = model.get_submodule(owner)._parameters
+        if (old := parameters.get(leaf)) is not None and not old.is_meta:
+            parameters[leaf] = nn.Parameter(old.to("meta"), requires_grad=False)
+
+
 def check_part(part: ModelTensors, make: Callable[[], Model], some_may_be_empty: bool = False) -> Model:
     """The module of a part, without its weights; raises Mistake where they do not fit it, or hold nothing.
 
