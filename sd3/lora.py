@@ -144,13 +144,15 @@ class Found:
         """What was matched and what not, for the user."""
         counts = Counter(target.part for target in self.matched)
         line = f"`lora` {verbatim(display(str(lora.path)))}: {lora.algorithm()}, "
-        line += ", ".join(f"{n} module{'s' * (n != 1)} of {PART_NAMES[part]}" for part, n in counts.items())
+        line += ", ".join(
+            f"{n} module{'s' * (n != 1)} of {PART_NAMES[part]}" for part in PART_NAMES if (n := counts[part])
+        )
         for why, n in Counter(self.idle.values()).items():
             line += f"; {n} without effect: {why}"
         if self.unknown:
             line += f"; {len(self.unknown)} that no layer matches, such as {verbatim(display(self.unknown[0]))}"
         if lora.embeddings:
-            line += f"; {lora.embeddings} words of its own are not loaded"
+            line += f"; words of its own, not loaded: {lora.embeddings}"
         return line
 
 

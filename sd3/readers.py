@@ -414,7 +414,7 @@ def _split_strength(text: str) -> tuple[str, str | None]:
         float(strength)
     except ValueError:
         meant = bool(re.search(r"\.\w+$", path)) or _exists(path)
-        return (path, strength) if meant else (text, None)
+        return (path, strength) if meant and "," not in strength else (text, None)
     return path, strength
 
 
