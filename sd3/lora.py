@@ -454,8 +454,9 @@ def _check_model(lora: LoraFile, model: ModelTensors) -> None:
     depth, width = count_layers(model.shapes, "joint_blocks."), model.shapes["x_embedder.proj.weight"][0]
     other = lora.width not in (None, width) or lora.blocks > depth
     if other and lora.made_for():
-        why = f"is for {lora.made_for()}; this model has {depth} of {width}"
-        raise Mistake(*lora.where, verbatim(why))
+        made_for = lora.made_for()
+        own = f"{depth} of {width}" if made_for.endswith(")") else f"{depth} blocks of width {width}"
+        raise Mistake(*lora.where, verbatim(f"is for {made_for}; this model has {own}"))
     dual = [i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in model.shapes]
     if missing := sorted(set(lora.dual) - set(dual)):
         has = f"{len(dual)} blocks" if dual else "no block"

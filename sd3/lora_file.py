@@ -269,7 +269,7 @@ class LoraFile:
         if self.width is None:
             return ""
         known = "SD3.5 Medium" if self.dual and self.width == 1536 else MODELS_OF_WIDTH.get(self.width, "a model")
-        return f"{known} ({self.blocks} blocks of width {self.width})"
+        return f"{known} ({self.blocks} block{'s' * (self.blocks != 1)} of width {self.width})"
 
     def trigger_words(self) -> list[str]:
         """Words that its metadata names: a phrase, or the tags that were used most."""
