@@ -1,4 +1,4 @@
-"""LoRA files that do not fit, or are damaged: one line, status 2, before weights load; and what good ones are called."""
+"""LoRA files that do not fit, or are damaged: one line, status 2, before weights load; and what good ones are."""
 
 from __future__ import annotations
 
@@ -220,6 +220,33 @@ TENSORS = st.dictionaries(
     min_size=1,
     max_size=5,
 )
+# Of each module that fits a matrix (256, 128): complete tensors of every algorithm, by suffix.
+WHOLE = {
+    "LoRA": {".lora_A.weight": (2, 128), ".lora_B.weight": (256, 2), ".alpha": ()},
+    "DoRA": {".lora_down.weight": (2, 128), ".lora_up.weight": (256, 2), ".dora_scale": (1, 128)},
+    "LoHa": {".hada_w1_a": (256, 2), ".hada_w1_b": (2, 128), ".hada_w2_a": (256, 2), ".hada_w2_b": (2, 128)},
+    "LoKr": {".lokr_w1": (16, 4), ".lokr_w2_a": (16, 2), ".lokr_w2_b": (2, 32)},
+    "full": {".diff": (256, 128), ".diff_b": (256,)},
+    "bias": {".diff_b": (256,)},
+}
+FITTING = (FC1, "transformer.norm_out.linear", "transformer.transformer_blocks.3.norm1_context.linear")
+
+
+@st.composite
+def nearly_good(draw_one):
+    """Good modules, of which some tensors have other shapes and dtypes, or are left out."""
+    out = {}
+    for module in draw_one(st.lists(st.sampled_from(FITTING), min_size=1, unique=True)):
+        for suffix, shape in WHOLE[draw_one(st.sampled_from(list(WHOLE)))].items():
+            out[module, suffix] = (draw_one(st.sampled_from(["F32", "F16", "BF16", "F8_E4M3"])), shape)
+    for key in draw_one(st.lists(st.sampled_from(list(out)), max_size=2)):
+        dtype, shape = draw_one(st.sampled_from(["F64", "I32", out[key][0]])), list(out[key][1])
+        if shape and draw_one(st.booleans()):
+            shape[draw_one(st.integers(0, len(shape) - 1))] = draw_one(SIDES)
+        out[key] = (dtype, tuple(shape))
+    return out
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["a", "^", "(", "net"]), inner),
@@ -245,7 +272,11 @@ def file_of(tensors, metadata) -> bytes:
     return struct.pack("<Q", len(text)) + text + bytes(end)
 
 
-@given(TENSORS, CONFIGS | st.none(), st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=2))
+@given(
+    TENSORS | nearly_good() | nearly_good(),
+    CONFIGS | st.none(),
+    st.just([]) | st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), max_size=2),
+)
 @settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
 def test_a_thousand_fuzzed_headers(models, tmp_path_factory, tensors, config, flips):
     """Each is read, or refused with one line; where it is read, its weights can be made."""
