@@ -16,7 +16,7 @@ from sd3 import png
 from sd3.files import find_format
 from sd3.flags import FLAGS, GROUPS, Flag
 from sd3.lora_file import describe
-from sd3.mistakes import Mistake, Where, display
+from sd3.mistakes import Missing, Mistake, Where, display
 from sd3.models import model_row, read_skip_layer
 from sd3.replay import Replay
 from sd3.settings import FILE_SETTINGS, IMAGE_ROWS, with_paths
@@ -101,9 +101,9 @@ def command(path: Path, record: Mapping[str, Any]) -> list[str]:
     words = ["python", "sd3_infer.py"]
     image, settings = Replay(path, record, {}), dict(record["settings"])
     for name in FILE_SETTINGS:
-        with contextlib.suppress(Mistake):  # Missing among them
+        with contextlib.suppress(Mistake):
             value = FLAGS[name].read(name, settings[name]) if settings.get(name) is not None else None
-            settings[name] = with_paths(value, functools.partial(image.find, name))
+            settings[name] = with_paths(value, functools.partial(_found, image, name))
     residual = bool(settings.get("residual_target_layers"))
     for name, value in settings.items():
         row = IMAGE_ROWS.get(name)
@@ -118,6 +118,13 @@ def command(path: Path, record: Mapping[str, Any]) -> list[str]:
     if (threads := png.recorded_threads(record)) is not None:
         words.append(f"--threads={threads}")
     return [*words, *_skip_layer(settings)]
+
+
+def _found(image: Replay, flag: str, name: str) -> str:
+    """The path of a file that an image names; its name where it is not found."""
+    with contextlib.suppress(Missing):
+        return image.find(flag, name)
+    return name
 
 
 def _skip_layer(settings: Mapping[str, Any]) -> list[str]:
