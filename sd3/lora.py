@@ -184,7 +184,7 @@ def _matrix(tensor: Tensor) -> Tensor:
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """core (r, s, k, l), a (r, p), b (s, q) -> (p, q, k, l)."""
-    return torch.einsum("rskl,rp,sq->pqkl", core, a, b)
+    return torch.einsum("rskl,rp,sq->pqkl", core, a, b).contiguous()  # as torch.kron needs it
 
 
 def _fits(*pairs: tuple[str, int, int]) -> None:
@@ -384,7 +384,7 @@ class Edit:
         if dora is None:
             return changed
         magnitude, dims = _as_magnitude(t[dora], dora, weight)
-        norm = changed.norm(dim=dims, keepdim=True) + EPS
+        norm = torch.linalg.vector_norm(changed, dim=dims, keepdim=True) + EPS
         return torch.lerp(weight, changed * (magnitude / norm), self.strength)
 
     def bias(self, bias: Tensor, load: Load) -> Tensor:
@@ -426,20 +426,33 @@ class Change:
             opened: dict[Path, Load] = {}
             for edit in self.edits:
                 path = edit.lora.weights
-                with reading(edit.lora.where, "cannot be read"):
-                    if path not in opened:
-                        opened[path] = stack.enter_context(open_tensors(edit.lora.where, path))
-                    target, apply = edit.target, edit.bias if self.of_bias else edit.weight
-                    if target.swap:
-                        tensor = _swapped(apply(_swapped(tensor), opened[path]))
-                    elif target.pieces == 1:
-                        tensor = apply(tensor, opened[path])
-                    else:
-                        tensor = tensor if own else tensor.clone()
-                        rows = target.rows_of(tensor)
-                        rows.copy_(apply(rows, opened[path]))
-                    own = True
+                if path not in opened:
+                    opened[path] = stack.enter_context(_open_tensors(edit.lora))
+                target, apply = edit.target, edit.bias if self.of_bias else edit.weight
+                if target.swap:
+                    tensor = _swapped(apply(_swapped(tensor), opened[path]))
+                elif target.pieces == 1:
+                    tensor = apply(tensor, opened[path])
+                else:
+                    tensor = tensor if own else tensor.clone()
+                    rows = target.rows_of(tensor)
+                    rows.copy_(apply(rows, opened[path]))
+                own = True
         return tensor
+
+
+@contextlib.contextmanager
+def _open_tensors(lora: LoraFile) -> Iterator[Load]:
+    """What reads the tensors of a LoRA; raises Mistake where the file cannot be read."""
+    with contextlib.ExitStack() as stack:
+        with reading(lora.where, "cannot be read"):
+            load = stack.enter_context(open_tensors(lora.where, lora.weights))
+
+        def read(entry: Entry) -> Tensor:
+            with reading(lora.where, "cannot be read"):
+                return load(entry)
+
+        yield read
 
 
 def _swapped(tensor: Tensor) -> Tensor:
@@ -502,7 +515,7 @@ def _check_numbers(lora: LoraFile, edits: Iterable[Edit]) -> bool:
     block-diagonal, as kohya's `split_qkv` leaves it.
     """
     split = "split_qkv" in lora.metadata.get("ss_network_args", "")
-    with reading(lora.where, "cannot be read"), open_tensors(lora.where, lora.weights) as load:
+    with _open_tensors(lora) as load:
         for edit in edits:
             for role, entry in edit.module.items():
                 tensor = load(entry)
