@@ -135,6 +135,8 @@ class Pipeline:
         settings: dict[str, Any],
     ) -> tuple[Flags, list[Settings]]:
         """The flags of a call, and the settings of its images."""
+        if "lora" in settings:
+            raise TypeError("Pipeline() has no parameter lora; load() and set_lora() take it")
         check_parameters("Pipeline", settings, names("picture"), dict(zip(OPTIONS, OPTIONS, strict=True)))
         given = [name for name in settings if name.startswith("residual_")]
         if residual is not None and given:
