@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import lora_writing as writing
+import numpy as np
 import pytest
 from helpers import DEMO, ROOT
 from lora_writing import SPELLINGS, draw
@@ -203,3 +204,17 @@ def test_the_probe_sees_the_lora(loras, tmp_path):
         assert sd3.probe.command.main([*map(str, [*words, *more, "--out", tmp_path / name])]) == 0
     tables = [(tmp_path / name / "measure.csv").read_text() for name in ("plain", "lora")]
     assert tables[0] != tables[1]
+
+
+def test_the_shipped_lora_draws_crosses_in_kohyas_names_too(tmp_path):
+    pytest.importorskip("peft")
+    from demo.lora import kohya, shows_cross
+
+    shipped = ROOT / "models" / "demo" / "loras" / "cross.safetensors"
+    assert shipped.stat().st_size < 10**6
+    words = ["--model", "demo", "--device", "cpu", "--prompt", "a red cross", "--seed", 1]
+    path = run(tmp_path / "a.png", *words, "--lora", shipped)
+    assert shows_cross(np.asarray(Image.open(path)))
+    assert not shows_cross(np.asarray(Image.open(run(tmp_path / "b.png", *words))))
+    kohya(str(shipped), str(tmp_path / "k.safetensors"))
+    assert pixels(run(tmp_path / "c.png", *words, "--lora", tmp_path / "k.safetensors")) == pixels(path)
