@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from sd3.readers import PatchFile
 from sd3.reading import reading
 from sd3.weights import ModelTensors, Patch
 
+MOST_SCALE = 1e6  # alpha / rank; more is damage, and would overflow in float32
 EPS = torch.finfo(torch.float32).eps  # added to DoRA's norms, as LyCORIS does
 # What stands before a module's name, the longest first, and the model that it is of.
 PREFIXES = tuple(
@@ -122,7 +124,9 @@ class Found:
     unknown: list[str] = field(default_factory=list)
 
     @classmethod
-    def look_up(cls, lora: LoraFile, names: Mapping[str, Mapping[str, Target]], models: Mapping[str, ModelTensors]):
+    def look_up(
+        cls, lora: LoraFile, names: Mapping[str, Mapping[str, Target]], models: Mapping[str, ModelTensors]
+    ) -> Found:
         """Raises Mistake where two modules of the file are the same layer."""
         found = cls()
         for module in lora.modules:
@@ -373,13 +377,16 @@ def _edits(lora: LoraFile, found: Found, models: Mapping[str, ModelTensors], str
             raise
         except ValueError as error:
             raise Mistake(*lora.where, f"{verbatim(display(name))} {verbatim(str(error))}") from None
-        if not math.isfinite(edit.scale):
-            raise Mistake(*lora.where, f"{verbatim(display(name))} has an alpha of NaN or infinity")
+        if not abs(edit.scale) <= MOST_SCALE:  # NaN too
+            why = f"has a scale of {edit.scale:g} (alpha / rank); it must be within {MOST_SCALE:g}"
+            raise Mistake(*lora.where, f"{verbatim(display(name))} {why}")
         out.append(edit)
     return out
 
 
-def _open(file: PatchFile, names: Mapping[str, Mapping[str, Target]], models: Mapping[str, ModelTensors]):
+def _open(
+    file: PatchFile, names: Mapping[str, Mapping[str, Target]], models: Mapping[str, ModelTensors]
+) -> tuple[list[Edit], str]:
     """The edits of a file and a line about them; raises Mistake where it does not fit the models."""
     lora = LoraFile(file.path)
     _check_model(lora, models["mmdit"])
@@ -394,8 +401,7 @@ def _open(file: PatchFile, names: Mapping[str, Mapping[str, Target]], models: Ma
             f"matches no layer of this model{verbatim(why)} (such as {verbatim(display(first))}"
             f"{': ' + reason if reason else ''})",
         )
-    with reading(lora.where, "is damaged"):
-        edits = _edits(lora, found, models, file.strength)
+    edits = _edits(lora, found, models, file.strength)
     line = found.line(lora)
     if _check_numbers(lora, edits):
         line += "; trained with split_qkv: q, k and v act at a third of that strength, as in other programs"
@@ -407,25 +413,24 @@ def read_lora(files: Sequence[PatchFile], models: Mapping[str, ModelTensors]) ->
     names = layer_names(models)
     changes: dict[str, dict[str, list[Edit]]] = {}
     notes: list[str] = []
-    identities = []
+    identities: dict[str, list[Any]] = {}  # of the files that change a model
     for file in files:
         edits, line = _open(file, names, models)
         notes.append(line)
         if not file.strength:
             continue
-        identities.append([[file_identity(path) for path in contents(Path(file.path))], file.strength])
+        identity = [[file_identity(path) for path in contents(Path(file.path))], file.strength]
+        for part in {edit.target.part for edit in edits}:
+            identities.setdefault(part, []).append(identity)
         for edit in edits:
             of_part = changes.setdefault(edit.target.part, {})
             if edit.kind is not None:
                 of_part.setdefault(f"{edit.target.layer}.weight", []).append(edit)
             if edit.module.keys() & set(BIASES):
                 of_part.setdefault(f"{edit.target.layer}.bias", []).append(edit)
-    identity = json.dumps(identities)
-    out = {
-        part: Patch({name: Change(tuple(edits), name.endswith(".bias")) for name, edits in by_name.items()}, identity)
-        for part, by_name in changes.items()
-    }
-    if out:
-        first = next(iter(out))
-        out[first] = Patch(out[first].changes, identity, tuple(f"note: {line}" for line in notes))
+    out: dict[str, Patch] = {}
+    for part, by_name in changes.items():
+        own = {name: Change(tuple(edits), name.endswith(".bias")) for name, edits in by_name.items()}
+        lines = () if out else tuple(f"note: {line}" for line in notes)  # once
+        out[part] = Patch(own, json.dumps(identities[part]), lines)
     return out

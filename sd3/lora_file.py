@@ -111,7 +111,7 @@ def _read_pattern(name: str, values: Any) -> dict[str, float]:
         if len(key) > 1000:
             raise ValueError(f"{name} has a key of {len(key)} letters")
         try:
-            re.compile(key)
+            re.compile(_whole(key))
         except re.error as error:
             raise ValueError(f"{name} {key!r:.60} is no regular expression ({error})") from None
     return values
@@ -119,7 +119,11 @@ def _read_pattern(name: str, values: Any) -> dict[str, float]:
 
 def _of_pattern(pattern: Mapping[str, float], module: str, otherwise: float | None) -> float | None:
     """The value of the first key that matches as PEFT matches it (`peft.utils.get_pattern_key`)."""
-    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
+    return next((v for key, v in pattern.items() if re.match(_whole(key), module)), otherwise)
+
+
+def _whole(key: str) -> str:
+    return rf"(.*\.)?({key})$"
 
 
 class LoraFile:
