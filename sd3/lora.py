@@ -195,7 +195,8 @@ class Edit:
 
     def weight(self, weight: Tensor, load: Load) -> Tensor:
         """W + strength scale product; W + strength (W' - W) where the module has a magnitude m (DoRA): W' = V m / |V|,
-        V = W + scale product, |V| the norm of each row, or of each column where m has one entry a column.
+        V = W + scale product, |V| the norm of each row, or of each column where m has one entry a column. Modifies
+        `weight`, which must be contiguous, and returns it, or returns another.
         """
         t = {role: self._load(entry, weight, load) for role, entry in self.module.items() if role != "alpha"}
         if self.kind.name == "set weight":
@@ -204,9 +205,11 @@ class Edit:
         factor = self.scale * (1.0 if dora else self.strength)
         if self.kind.name == "LoRA" and "mid" not in t:
             down, up = matrix(t["down"]), matrix(t["up"])
-            changed = torch.addmm(matrix(weight), up, down, alpha=factor).reshape(weight.shape)
+            changed = weight.clone() if dora else weight
+            matrix(changed).addmm_(up, down, alpha=factor)
         else:
-            changed = torch.add(weight, self.kind.product(t).reshape(weight.shape), alpha=factor)
+            product = self.kind.product(t).reshape(weight.shape)
+            changed = torch.add(weight, product, alpha=factor) if dora else weight.add_(product, alpha=factor)
         if dora is None:
             return changed
         magnitude, dims = _as_magnitude(t[dora], dora, weight)
@@ -246,8 +249,7 @@ class Change:
     of_bias: bool = False
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The changed tensor; `tensor` is not modified."""
-        own = False  # whether `tensor` is a copy of ours
+        """The changed tensor, perhaps `tensor` itself, which is modified."""
         with contextlib.ExitStack() as stack:
             opened: dict[Path, Load] = {}
             for edit in self.edits:
@@ -260,10 +262,8 @@ class Change:
                 elif target.pieces == 1:
                     tensor = apply(tensor, opened[path])
                 else:
-                    tensor = tensor if own else tensor.clone()
                     rows = target.rows_of(tensor)
                     rows.copy_(apply(rows, opened[path]))
-                own = True
         return tensor
 
 

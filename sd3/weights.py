@@ -39,9 +39,9 @@ Model = TypeVar("Model", bound=nn.Module)
 class Patch:
     """Changes of one model's weights, made while they load, such as a LoRA's.
 
-    changes: by our name, from the tensor in float32 to a new one of its shape (the argument may be a view of the file);
-    identity: differs between patches that change weights differently, such as a file's hash with a strength; notes:
-    lines for the user, names of fields between backquotes.
+    changes: by our name, from the tensor in float32, contiguous, to one of its shape: the argument, modified, or
+    another; identity: differs between patches that change weights differently, such as a file's hash with a strength;
+    notes: lines for the user, names of fields between backquotes.
     """
 
     changes: Mapping[str, Callable[[Tensor], Tensor]]
@@ -221,7 +221,7 @@ class ModelTensors:
             first = self.entries(name)[0]
             return str(first.path), first.place
 
-        ordered = sorted(names, key=place)
+        ordered, scratch = sorted(names, key=place), Scratch(dtype)
         while ordered:
             total = 0
             with contextlib.ExitStack() as stack:
@@ -237,13 +237,14 @@ class ModelTensors:
                 while ordered and total < CHUNK:
                     name, pieces = ordered.pop(0), []
                     changes = [patch.changes[name] for patch in self.patches if name in patch.changes]
-                    exact = torch.float32 if changes else dtype
+                    exact = None if changes else dtype
                     for entry in self.entries(name):
                         tensor = load(entry)
                         total += tensor.nbytes
                         pieces.append(_convert(tensor, [load(s) for s in self._scales(entry)], device, exact))
                         del tensor
                     whole = self.storage(name).build(pieces)
+                    whole = scratch.exact(whole) if changes else whole
                     for change in changes:
                         whole = change(whole)
                     yield name, whole.to(dtype) if changes and dtype else whole
@@ -274,6 +275,25 @@ class ModelTensors:
             if progress is not None:
                 progress(tensor.nbytes)
         return model.eval()
+
+
+class Scratch:
+    """Float32 copies of tensors, to be modified. Those that become another dtype share memory: to get pages from the
+    system for each would take longer than a LoRA's product.
+    """
+
+    def __init__(self, dtype: torch.dtype | None):
+        """dtype: what the copies become; None: they stay."""
+        self.kept = dtype in (None, torch.float32)
+        self.memory = torch.empty(0)
+
+    def exact(self, tensor: Tensor) -> Tensor:
+        """A copy, contiguous, that is valid until the next one where it becomes another dtype."""
+        if self.kept:
+            return torch.empty(tensor.shape, device=tensor.device).copy_(tensor)
+        if self.memory.numel() < tensor.numel() or self.memory.device != tensor.device:
+            self.memory = torch.empty(tensor.numel(), device=tensor.device)
+        return self.memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 def on_meta(make: Callable[[], Model]) -> Model:
