@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -318,7 +317,7 @@ class Engine:
         with explained("sampling", turn):
             latents = self.sample([*batch, *[batch[-1]] * (rows - len(batch))], images, what, on_step=on_step)
         for s, latent in zip(batch, latents[: len(batch)], strict=True):
-            s = dataclasses.replace(s, batch_size=rows)
+            s = s.changed(batch_size=rows)
             try:
                 check_finite(latent, "the latent", self.dtype, self.damage)
             except Mistake as mistake:

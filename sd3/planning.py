@@ -79,20 +79,26 @@ def resolve(
 
 
 def plan_pictures(
-    engine: Engine, prompts: Sequence[str], seeds: Sequence[int], *, recorded: bool = False, **values: Any
+    engine: Engine,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    recorded: bool = False,
+    make: Callable[..., Settings] = Settings,
+    **values: Any,
 ) -> PicturePlan:
     """Plans pictures with settings `values`, those left out as the engine's model usually has them.
 
     seeds: as many per prompt as there are pictures of it; recorded: the values come from a picture, perhaps of an
     earlier version, which encoded a prompt at the length of its negative prompt at cfg 1 too: it is kept where it is
-    the longer one. Raises Mistake for what does not fit.
+    the longer one; make: `Settings.of` where the values were read before. Raises Mistake for what does not fit.
     """
-    prompts, seeds = read_texts(prompts), list(seeds)
+    prompts, seeds = read_texts(prompts), [FLAGS["seed"].read("seed", seed) for seed in seeds]
     if not seeds or len(seeds) % len(prompts):
         raise Mistake("seed", "", f"{len(seeds)} given for {len(prompts)} prompts; give as many for each")
     per_prompt = len(seeds) // len(prompts)
     shift = {} if "shift" in values else {"shift": engine.defaults["shift"]}
-    first = Settings(prompt=prompts[0], seed=seeds[0], **(engine.loaded_settings() | shift | values))
+    first = make(prompt=prompts[0], seed=seeds[0], **(engine.loaded_settings() | shift | values))
     shown, notes = effective(first)  # prompt and seed have no part in it
     kept = first.negative_prompt
     if (
@@ -100,12 +106,12 @@ def plan_pictures(
         and kept != shown.negative_prompt
         and any(engine.text.pair_length(p, kept) > engine.text.t5_length(p) for p in prompts)
     ):
-        shown = dataclasses.replace(shown, negative_prompt=kept)
+        shown = shown.changed(negative_prompt=kept)
         notes = [note for note in notes if not note.startswith("note: `negative_prompt`")]
     notes = [*notes, *weight_notes(prompts)]
     names = [field.name for field in dataclasses.fields(Settings)]
     as_given = {n: getattr(first, n) for n in names if getattr(first, n) != getattr(shown, n)}
-    pictures = [dataclasses.replace(shown, prompt=prompts[i // per_prompt], seed=seed) for i, seed in enumerate(seeds)]
+    pictures = [shown.changed(prompt=prompts[i // per_prompt], seed=seed) for i, seed in enumerate(seeds)]
     return PicturePlan(pictures, notes, as_given)
 
 
@@ -130,13 +136,13 @@ def plan_for(
     wanted = flags.for_image() | values | residual_settings(residual) | {"skip_layer": skip_layer or usual}
     if wanted["vae_tile"] is None:
         wanted["vae_tile"] = engine.pixels.tile_for(values["width"], values["height"])
-    plan = plan_pictures(engine, prompts, seeds, recorded=recorded, **wanted)
+    plan = plan_pictures(engine, prompts, seeds, recorded=recorded, make=Settings.of, **wanted)
     if flags.skip_layer_cfg and not wanted["skip_layer"]:
         unknown = f"no skip-layer settings are known for {verbatim(Path(flags.model).name)}"
         plan.notes.append(f"note: {unknown}; `skip_layer_cfg` is off")
     plan.notes.extend(residual_notes(flags, residual))
     # Pictures differ in prompt and seed only; what has no effect is checked too.
-    given = dataclasses.replace(plan.pictures[0], **plan.as_given)
+    given = plan.pictures[0].changed(**plan.as_given)
     engine.check_settings(given)
     open_images([given])
     return plan
@@ -156,7 +162,7 @@ def batches(pictures: Sequence[Settings], length: Callable[[str, str], int]) -> 
     batch: list[tuple[int, Settings]] = []
     of_batch: tuple[Settings, int] | None = None
     for number, s in enumerate(pictures):
-        of_picture = dataclasses.replace(s, prompt="", seed=0), length(s.prompt, s.negative_prompt)
+        of_picture = s.changed(prompt="", seed=0), length(s.prompt, s.negative_prompt)
         if batch and (len(batch) >= s.batch_size or of_picture != of_batch):
             yield batch
             batch = []

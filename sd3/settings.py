@@ -19,6 +19,7 @@ from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
 
 RANDOM_SEEDS = 100_000  # seed_type rand draws seeds below this
 REQUIRED = ("prompt", "model")  # fields of an image's settings without a default
+OF_ONE_IMAGE = {"prompt", "seed", "batch_size"}  # fields that contradict no other field
 IMAGE_ROWS = {row.setting: row for row in FLAGS.values() if row.pixels}
 # Flags of files; the value of one that takes several is read by `paths_of` and `with_paths`.
 FILE_SETTINGS = tuple(name for name, row in IMAGE_ROWS.items() if row.read.kind in ("file", "patch files"))
@@ -52,16 +53,45 @@ def with_fields(rows: Mapping[str, Flag], default: Callable[[Flag], Any], requir
 
 @with_fields(IMAGE_ROWS, lambda row: None if row.field else row.default, REQUIRED)
 class Settings:
-    """Everything that decides one image. Files are named as given; their contents are hashed elsewhere."""
+    """Everything that decides one image. Files are named as given; their contents are hashed elsewhere.
+
+    The constructor reads its values, which come from anywhere; `of` and `changed` take values that were read.
+    """
 
     def __post_init__(self) -> None:
         """Replaces every field by what its flag's reader returns; raises Mistake."""
         for name, row in IMAGE_ROWS.items():
             value = getattr(self, name)
-            if value is None and not row.field and row.default is not None:
-                raise Mistake(name, "None", "is missing")
             if value is not None and not row.field and value is not row.default:  # 5 equals 5.0
                 object.__setattr__(self, name, row.read(name, value))
+        self._check()
+
+    @classmethod
+    def of(cls, **values: Any) -> Settings:
+        """From values that readers returned, those left out at their defaults; raises Mistake where they do not go
+        together.
+        """
+        return cls._from({n: None if row.field else row.default for n, row in IMAGE_ROWS.items()} | values)
+
+    def changed(self, **values: Any) -> Settings:
+        """A copy with other values, which readers returned; raises as `of` does."""
+        return self._from(
+            {name: getattr(self, name) for name in IMAGE_ROWS} | values, check=not values.keys() <= OF_ONE_IMAGE
+        )
+
+    @classmethod
+    def _from(cls, values: Mapping[str, Any], check: bool = True) -> Settings:
+        s = object.__new__(cls)
+        for name in IMAGE_ROWS:
+            object.__setattr__(s, name, values[name])
+        if check:
+            s._check()
+        return s
+
+    def _check(self) -> None:
+        for name, row in IMAGE_ROWS.items():
+            if not row.field and row.default is not None and getattr(self, name) is None:
+                raise Mistake(name, "None", "is missing")
         if self.vae_tile is None:
             why = "must be a number; the size of tiles is chosen before settings are made"
             raise Mistake("vae_tile", "auto", why)
@@ -151,7 +181,7 @@ def effective(s: Settings) -> tuple[Settings, list[str]]:
             idle = {name: None if IMAGE_ROWS[name].field else IMAGE_ROWS[name].default for name in idle}
         changes = {name: value for name, value in idle.items() if getattr(s, name) != value}
         if changes:
-            s = dataclasses.replace(s, **changes)
+            s = s.changed(**changes)
         if why and (changes or not idle):
             notes.append(f"note: {why}")
     return s, notes
