@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ class Engine:
             if all(where.field != field for where in stamps):
                 for own in (own for path in paths_of(getattr(setup, field)) for own in contents(Path(path))):
                     files.add(Where(field, own), own)
-        parts = patched({role: dataclasses.replace(part, patches=()) for role, part in self.parts.items()}, setup)
+        parts = patched({role: replace(part, patches=()) for role, part in self.parts.items()}, setup)
         self.setup, self.files.stamps = setup, files.stamps
         self.network.take(parts["mmdit"])
         self.pixels.part = parts["vae"]
@@ -145,7 +146,7 @@ class Engine:
     def set_lora(self, lora: Any) -> None:
         """Changes the LoRAs, see `Pipeline.set_lora`. Raises Mistake, and has changed nothing then."""
         with self.owned():
-            self._patch(dataclasses.replace(self.setup, lora=FLAGS["lora"].read("lora", lora)))
+            self._patch(replace(self.setup, lora=FLAGS["lora"].read("lora", lora)))
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
