@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-_LORA = "LoRA files cannot be loaded yet; merge them into the model's file first"
 _SIZE = "give `width` and `height` in pixels"
 _ONE_PROMPT = "all three text encoders read the same `prompt`"
 _ONE_NEGATIVE = "all three text encoders read the same `negative_prompt`"
@@ -147,11 +146,12 @@ ALIASES: dict[str, str] = {
     "quantize": "`weights` int8",
     "low_vram": _LITTLE_MEMORY,
     "metadata": "images carry their settings unless `no_metadata` is given; `info` prints them",
-    "lora": _LORA,
-    "loras": _LORA,
-    "lora_path": _LORA,
-    "lora_weights": _LORA,
-    "lora_scale": _LORA,
+    "loras": "lora",
+    "lora_path": "lora",
+    "lora_weights": "lora",
+    "lora_name": "lora",
+    "lora_scale": "`lora` takes a strength behind the file: a.safetensors:0.5",
+    "strength_model": "`lora` takes a strength behind the file: a.safetensors:0.5",
     # the published files of residual text streaming
     "origin_layer": "residual_origin_layer",
     "target_layers": "residual_target_layers",

@@ -55,6 +55,16 @@ class Pipeline:
         """shift: the default for images; None: the model's usual one."""
         self.engine, self.shift = engine, shift
 
+    def set_lora(self, lora: Any = None) -> None:
+        """Changes the LoRAs: files, folders or pairs (file, strength), as the flag `lora` takes them; None for none.
+
+        Of weights that are in memory, those that the old or the new LoRAs change are read from the model's file again,
+        and no others: taking a difference away from a rounded weight would not give the weight back. Text encoders are
+        read for each set of prompts anyway; encoded prompts are forgotten where a LoRA changes an encoder. Raises
+        Mistake, and has changed nothing then.
+        """
+        self.engine.set_lora(lora)
+
     def __call__(self, prompt: str | Sequence[str], *, output: str = "pil", **options: Any) -> Output:
         """Makes an image (or `num_images`) of every prompt.
 
@@ -127,6 +137,8 @@ class Pipeline:
         settings: dict[str, Any],
     ) -> tuple[Flags, list[Settings]]:
         """The flags of a call, and the settings of its images."""
+        if "lora" in settings:
+            raise TypeError("Pipeline() has no parameter lora; load() and set_lora() take it")
         check_parameters("Pipeline", settings, names("picture"), {name: name for name in OPTIONS}, PLACES)
         given = [name for name in settings if name.startswith("residual_")]
         if residual is not None and given:

@@ -67,15 +67,14 @@ def _linear(out: dict[str, StoredAs], ours: str, *theirs: str, change: str = "")
     out[f"{ours}.bias"] = StoredAs(tuple(f"{t}.bias" for t in theirs), "" if change == "conv" else change)
 
 
-def diffusers_mmdit(file: WeightFile, prefix: str) -> dict[str, StoredAs]:
-    """How SD3Transformer2DModel stores our MMDiT: q, k and v apart, and scale before shift in the norms of the
-    last block's text stream and of the output.
+def diffusers_mmdit(depth: int) -> dict[str, StoredAs]:
+    """How SD3Transformer2DModel stores our MMDiT of `depth` blocks: q, k and v apart, and scale before shift in the
+    norms of the last block's text stream and of the output. Names layers that not every model has, too.
     """
     out = {"pos_embed": StoredAs(("pos_embed.pos_embed",))}
     for ours, theirs in _EMBEDDERS.items():
         _linear(out, ours, theirs)
     _linear(out, "final_layer.adaLN_modulation.1", "norm_out.linear", change="swap")
-    depth = count_layers(file.entries, f"{prefix}transformer_blocks.")
     for i in range(depth):
         block = f"transformer_blocks.{i}."
         streams = (

@@ -94,6 +94,14 @@ def control(s: Any) -> Effect:
     return fields, "`controlnet_strength` has no effect without `controlnet_cond_image`"
 
 
+def lora(s: Any) -> Effect:
+    """A LoRA has no effect at strength 0."""
+    idle = [file.path for file in s.lora or () if not file.strength]
+    if not idle:
+        return (), ""
+    return {"lora": tuple(file for file in s.lora if file.strength) or None}, "a LoRA has no effect at strength 0"
+
+
 def schedule(s: Any) -> Effect:
     """Notes that the schedule has fewer noise levels than `steps`; resets nothing."""
     if (steps := planned_steps(s)) == s.steps:

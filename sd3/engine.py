@@ -6,6 +6,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import sd3_impls
 from mmditx import ContextHook, Stream
 from sd3.device import choose_device, choose_threads, computing_on
 from sd3.effects import executed_steps, needs_uncond
+from sd3.files import contents
 from sd3.find import Fit, models_folder
 from sd3.flags import FLAGS
 from sd3.loading import Loader
@@ -24,14 +26,15 @@ from sd3.memory import explained
 from sd3.mistakes import Mistake, Where, flag_name, renaming
 from sd3.models import fetch_model, model_path
 from sd3.network import Network
-from sd3.patches import patched
+from sd3.patches import PATCHES, patched
 from sd3.pixels import Pixels, check_finite, open_images, to_image
 from sd3.planning import batches, usual_settings
 from sd3.prompt_tokens import Key
 from sd3.residual import RESIDUAL_FLAGS
-from sd3.settings import FILE_SETTINGS, Flags, Settings, Setup
+from sd3.settings import FILE_SETTINGS, Flags, Settings, Setup, paths_of
 from sd3.telling import SILENT, Reporter, Terminal
 from sd3.text import TextEncoders, in_groups
+from sd3.unchanged import Unchanged
 from sd3.weights import ModelTensors
 from sd3_impls import Conditioning
 
@@ -100,11 +103,7 @@ class Engine:
         if self.threads > (cores := os.cpu_count() or self.threads):
             tell.note(f"note: `threads` {self.threads}: this machine has {cores} CPUs")
         self._text = self._open_text() if load_tokenizers else None
-        for field in LOADED_FILES:  # files that no part opened, such as those of patches
-            path = getattr(setup, field)
-            if path and all(where.field != field for where in self.files.stamps):
-                self.files.add(Where(field, path), path)
-        self._patch()
+        self._patch(setup)
         self._damage: str | None = None  # see `damage`
         self._owner = Owner()
 
@@ -125,14 +124,31 @@ class Engine:
             stages=self.stages,
         )
 
-    def _patch(self) -> None:
-        """Adds the weight patches that flags ask for, before any weights load."""
-        parts = patched(self.parts, self.setup)
-        self.network.part, self.pixels.part = parts["mmdit"], parts["vae"]
+    def _patch(self, setup: Setup) -> None:
+        """Adds the changes of weights that flags ask for, in place of those added before. Raises Mistake, and has
+        changed nothing then.
+        """
+        stamps = {where: at for where, at in self.files.stamps.items() if where.field not in PATCHES}
+        files = Unchanged(stamps)
+        for field in LOADED_FILES:  # those that no part opened, such as a patch's
+            if all(where.field != field for where in stamps):
+                for own in (own for path in paths_of(getattr(setup, field)) for own in contents(Path(path))):
+                    files.add(Where(field, own), own)
+        parts = patched({role: replace(part, patches=()) for role, part in self.parts.items()}, setup)
+        self.setup, self.files.stamps = setup, files.stamps
+        self.network.take(parts["mmdit"])
+        self.pixels.part = parts["vae"]
         if self.network.control:
             self.network.control.part = parts["controlnet"]
         if self._text:
             self._text.take(parts)
+        for line in (line for part in parts.values() for patch in part.patches for line in patch.notes):
+            self.tell.note(line)
+
+    def set_lora(self, lora: Any) -> None:
+        """Changes the LoRAs, see `Pipeline.set_lora`. Raises Mistake, and has changed nothing then."""
+        with self.owned():
+            self._patch(replace(self.setup, lora=FLAGS["lora"].read("lora", lora)))
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ ENCODERS = ("clip_l", "clip_g", "t5xxl")
 ENCODER_PREFIX = "text_encoders.{}.transformer."
 TRANSFORMER = "transformer/"  # prefix of its tensors in a diffusers folder
 ENCODER_FOLDERS = {"clip_l": "text_encoder/", "clip_g": "text_encoder_2/", "t5xxl": "text_encoder_3/"}
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of a PEFT adapter, in its folder
 # Starts of tensor names, after any prefix, by kind of model, in the published and in diffusers layout.
 STEMS = {
     "mmdit": ("joint_blocks.",),
@@ -46,6 +47,16 @@ def file_sha256(*paths: Path) -> str:
             while block := f.read(2**22):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def contents(path: Path) -> list[Path]:
+    """The files that a path stands for in hashes: itself, or the weights in a folder, and the configuration of a PEFT
+    adapter, which is named as a folder or by the weights in it.
+    """
+    config = (path if path.is_dir() else path.parent) / ADAPTER_CONFIG
+    if path.is_dir():
+        return [*path.rglob("*.safetensors"), *([config] if config.is_file() else [])]
+    return [path, config] if path.name == ADAPTER and config.is_file() else [path]
 
 
 # ---- what a file is ------------------------------------------------------------------------------
@@ -206,7 +217,7 @@ class WeightFile:
 
 
 _KINDS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("lora_", "lora_A.", "lora_B."), "a LoRA"),
+    (("lora_", "lora_A.", "lora_B.", "lora.down.", "lokr_", "hada_", "lycoris_"), "a LoRA"),
     (("controlnet_blocks.",), "a ControlNet"),
     (("joint_blocks.",), "an SD3-type MMDiT"),
     (("double_blocks.",), "a FLUX model"),

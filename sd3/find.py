@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sd3.diffusers_names import StoredAs
 from sd3.files import ENCODER_FOLDERS, ENCODER_PREFIX, ENCODERS, STEMS, WeightFile, weight_paths
+from sd3.lora_file import LoraFile
 from sd3.mistakes import Missing, Mistake, verbatim
 from sd3.models import MODELS, model_key, own_models_folder
 from sd3.weights import ModelTensors
@@ -60,9 +61,18 @@ def list_models(*folders: str | Path) -> str:
                 file = WeightFile(path, folder=False)
                 roles |= list_roles(file)
                 size = _gigabytes(path.stat().st_size)
-                lines.append(f"  found    {path.relative_to(place)}  {file.looks_like()}, {size}")
+                lines.append(f"  found    {path.relative_to(place)}  {_kind(file)}, {size}")
                 names.add(path.name)
     return "\n".join([*lines, *_list_missing(places, names, roles)])
+
+
+def _kind(file: WeightFile) -> str:
+    """What a file is; of a LoRA also the model that it is for."""
+    kind = file.looks_like()
+    if kind == "a LoRA":
+        with contextlib.suppress(Mistake):  # of an algorithm that is not read
+            return LoraFile(file.path).summary()
+    return kind
 
 
 @contextlib.contextmanager

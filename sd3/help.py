@@ -19,6 +19,7 @@ COLUMN = 35
 PLACEHOLDERS = {
     "whole": "N", "number": "X", "choice": "NAME", "text": "TEXT", "file": "FILE", "folder": "FOLDER",
     "layers": "LAYERS", "weights": "WEIGHTS", "size": "PIXELS", "device": "DEVICE",
+    "patch files": "FILE[:X],...",
 }  # fmt: skip
 START = """\
 usage: sd3_infer.py --prompt TEXT [--flag value ...]

@@ -1,20 +1,24 @@
-"""`--info FILE.png`: the settings that an image carries, and the commands that make it again. Needs no torch."""
+"""`--info FILE`: the settings of an image and the commands that make it again, or what is in a LoRA. Needs no torch."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sd3 import png
-from sd3.flags import FLAGS, GROUPS
+from sd3.files import find_format
+from sd3.flags import FLAGS, GROUPS, Flag
 from sd3.headers import read_header
+from sd3.lora_file import describe
 from sd3.mistakes import Missing, Mistake, Where, display
 from sd3.models import model_row, read_skip_layer
 from sd3.replay import Replay
-from sd3.settings import FILE_SETTINGS, IMAGE_ROWS
+from sd3.settings import FILE_SETTINGS, IMAGE_ROWS, with_paths
 
 RESIDUAL = FLAGS["residual_weights"].group
 ALWAYS = ("seed", "width", "height", "sampler", "steps", "cfg", "shift", "model", "device", "dtype")
@@ -22,7 +26,11 @@ ALWAYS = ("seed", "width", "height", "sampler", "steps", "cfg", "shift", "model"
 
 def answer(values: Mapping[str, Any]) -> str | None:
     """The reply to `--info`; None if that flag is not given. Raises Mistake."""
-    return text(values["info"]) if "info" in values else None
+    if "info" not in values:
+        return None
+    path = values["info"]
+    is_weights = os.path.isdir(path) or (os.path.isfile(path) and find_format(Where("info", path), Path(path)))
+    return describe(path) if is_weights else text(path)
 
 
 def text(path: str) -> str:
@@ -58,7 +66,7 @@ def _rows(settings: Mapping[str, Any], group: str) -> Iterator[str]:
         if off or (row.group if row else list(GROUPS)[-1]) != group:
             continue
         if row is None or name == "prompt" or name in ALWAYS or not _is_default(name, value):
-            yield f"  {name:<24}{_shown(value)}"
+            yield f"  {name:<24}{_shown_files(row, value) or _shown(value)}"
 
 
 def _is_default(name: str, value: Any) -> bool:
@@ -67,6 +75,15 @@ def _is_default(name: str, value: Any) -> bool:
     if row.read.kind == "text" and default is None:
         return value is None  # an empty text is another prompt
     return value == default or (value in (None, [], "") and default in (None, (), ""))
+
+
+def _shown_files(row: Flag | None, value: Any) -> str:
+    """The value of a flag of several files, as it is typed; empty for other flags."""
+    if row is None or row.read.kind != "patch files":
+        return ""
+    with contextlib.suppress(Mistake):
+        return _shown(as_word(row.read(row.name, value)))
+    return ""
 
 
 def _shown(value: Any) -> str:
@@ -85,9 +102,9 @@ def command(path: Path, record: Mapping[str, Any]) -> list[str]:
     words = ["python", "sd3_infer.py"]
     image, settings = Replay(path, record, {}), dict(record["settings"])
     for name in FILE_SETTINGS:
-        if isinstance(settings.get(name), str):
-            with contextlib.suppress(Missing):
-                settings[name] = image.find(name, settings[name])
+        with contextlib.suppress(Mistake):
+            value = FLAGS[name].read(name, settings[name]) if settings.get(name) is not None else None
+            settings[name] = with_paths(value, functools.partial(_found, image, name))
     residual = bool(settings.get("residual_target_layers"))
     for name, value in settings.items():
         row = IMAGE_ROWS.get(name)
@@ -111,6 +128,13 @@ def _names_mode(model: Any) -> bool:
     with contextlib.suppress(Mistake, TypeError, OSError):
         return "prompt_mode" in read_header(Where("model", model), Path(model))[1]
     return False
+
+
+def _found(image: Replay, flag: str, name: str) -> str:
+    """The path of a file that an image names; its name where it is not found."""
+    with contextlib.suppress(Missing):
+        return image.find(flag, name)
+    return name
 
 
 def _skip_layer(settings: Mapping[str, Any]) -> list[str]:

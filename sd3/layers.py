@@ -33,7 +33,7 @@ class StoredLinear(nn.Linear, ABC):
         if leaf == "bias":
             self.bias = nn.Parameter(tensor, requires_grad=False)
             return
-        del self.weight
+        self._parameters.pop("weight", None)  # absent where it is stored a second time
         self.store_weight(tensor)
 
     @abstractmethod

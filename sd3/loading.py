@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,9 +42,20 @@ class Loader:
             self.files.add(Where(field, own), own, before if own == Path(path) else None)
         return file
 
-    def load(self, part: ModelTensors, model: Model, what: str, device: torch.device, dtype: torch.dtype) -> Model:
-        """Loads the weights of a module on the meta device. what: its name in messages."""
-        size = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+    def load(
+        self,
+        part: ModelTensors,
+        model: Model,
+        what: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        names: Collection[str] | None = None,
+    ) -> Model:
+        """Gives a module on the meta device its weights. what: its name in messages; names: of the tensors to load,
+        None for all.
+        """
+        shapes = (part.shapes[n] for n in names) if names else (p.shape for p in model.parameters())
+        size = sum(map(math.prod, shapes)) * dtype.itemsize
         turn = "`weights` int8, `dtype` bfloat16 or, with a GPU, `offload` True"
         bar = self.tell.progress(size, f"loading {what}", "B")
         with (
@@ -51,4 +64,4 @@ class Loader:
             self.stages.timed(f"loading {what}"),
             bar as up,
         ):
-            return part.load_into(model, device, dtype, up)
+            return part.load_into(model, device, dtype, up, names)

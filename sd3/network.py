@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,16 @@ from sd3.rotations import Rotations, read_rotations
 from sd3.settings import Settings, Setup
 from sd3.text import Text
 from sd3.unchanged import stamp
-from sd3.weights import ModelTensors, check_part, find_controlnet, find_mmdit, on_meta, read_control_kind
+from sd3.weights import (
+    ModelTensors,
+    check_part,
+    differently_patched,
+    drop,
+    find_controlnet,
+    find_mmdit,
+    on_meta,
+    read_control_kind,
+)
 from sd3_impls import Conditioning
 
 
@@ -153,24 +162,37 @@ class Network:
 
     # -- loading --
 
+    def take(self, part: ModelTensors) -> None:
+        """Takes the MMDiT's tensors with other patches. Where weights are in memory, those that the old or the new
+        patches change are read from the file again, and no others.
+        """
+        names = differently_patched(self.part, part) & on_meta(lambda: MMDiT(self.config)).state_dict().keys()
+        self.part = part
+        if self._mmdit is not None and names:
+            drop(self._mmdit, names)
+            self._fill(self._mmdit, names)
+
     def _load_mmdit(self) -> MMDiT:
         model = on_meta(lambda: MMDiT(self.config))
         if self.setup.weights != "full":
             replace_linears(model.joint_blocks, self.setup.weights)
         elif not self.setup.offload and can_pack(self.device, self.dtype):
             replace_linears(model.joint_blocks, "packed")
+        self._fill(model)
+        if self.setup.compile:
+            model.compile_blocks()
+        return model
+
+    def _fill(self, model: MMDiT, names: Collection[str] | None = None) -> None:
+        """Gives the MMDiT its weights, or those of some names."""
+        device = torch.device("cpu") if self.setup.offload else self.device
+        self.loader.load(self.part, model, "MMDiT", device, self.dtype, names)
         if self.setup.offload:
-            self.loader.load(self.part, model, "MMDiT", torch.device("cpu"), self.dtype)
             model.offload = Offload(model.joint_blocks, self.device)
             for module in model.children():
                 if module is not model.joint_blocks:
                     module.to(self.device)
             model.pos_embed = nn.Parameter(model.pos_embed.to(self.device), requires_grad=False)
-        else:
-            self.loader.load(self.part, model, "MMDiT", self.device, self.dtype)
-        if self.setup.compile:
-            model.compile_blocks()
-        return model
 
 
 def row_of(part: Any, i: int) -> Any:

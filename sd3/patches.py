@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from sd3.lora import read_lora
 from sd3.settings import Setup
 from sd3.weights import ModelTensors, Patch
 
 Models = Mapping[str, ModelTensors]  # by part, those present: mmdit, vae, controlnet, clip_l, clip_g, t5xxl
 # Flag -> function from its value and the models (headers only) to a patch for each model that it changes. The function
 # raises Mistake if the value fits none of them.
-PATCHES: dict[str, Callable[[Any, Models], Mapping[str, Patch]]] = {}
+PATCHES: dict[str, Callable[[Any, Models], Mapping[str, Patch]]] = {"lora": read_lora}
 
 
 def patched(models: Models, setup: Setup) -> dict[str, ModelTensors]:

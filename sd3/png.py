@@ -18,7 +18,7 @@ from sd3.flags import FLAGS, names
 from sd3.methods import SAMPLERS, SCHEDULES
 from sd3.mistakes import Mistake, Where
 from sd3.reading import check_file, parse_json, reading
-from sd3.settings import Settings, base_name
+from sd3.settings import Settings, base_name, with_paths
 from sd3.versions import NAME, __version__, versions
 from sd3.writing import atomic_write
 
@@ -58,6 +58,8 @@ def parameters(settings: Settings, model_hash: str, software: Mapping[str, str])
         pairs["ControlNet"] = base_name(settings.controlnet_ckpt)
         pairs["ControlNet image"] = base_name(settings.controlnet_cond_image)
         pairs["ControlNet strength"] = settings.controlnet_strength
+    if settings.lora:
+        pairs["LoRA"] = ", ".join(map(str, with_paths(settings.lora, base_name)))
     if settings.skip_layer:
         slg = settings.skip_layer
         pairs["Skip layers"] = ", ".join(map(str, slg.layers))

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from sd3.mistakes import Mistake, nearest, plain_scalar
 
@@ -28,6 +28,7 @@ LAYER_LIMIT = 10_000  # layer numbers are below this
 MOST_ITEMS = 100_000  # of a list
 LONGEST_NAME = 255  # bytes of a file's name
 LONGEST_PATH = 4095  # bytes
+MOST_PATCH_FILES = 100  # of one flag
 LONGEST_POSTFIX = 100  # bytes; fits into LONGEST_NAME with the longest folder name and a number
 
 
@@ -330,6 +331,101 @@ def read_optional_path(flag: str, value: Any) -> str | None:
     return None if isinstance(value, str) and value.strip() in ("", "None") else read_path(flag, value)
 
 
+class PatchFile(NamedTuple):
+    """A file that changes weights, and its strength; as text `FILE` or `FILE:STRENGTH`."""
+
+    path: str
+    strength: float = 1.0
+
+    def __str__(self) -> str:
+        return self.path if self.strength == 1 else f"{self.path}:{str(self.strength).removesuffix('.0')}"
+
+
+def read_patch_files(flag: str, value: Any) -> tuple[PatchFile, ...] | None:
+    """Files with strengths, `FILE[:STRENGTH][,FILE[:STRENGTH]...]`, or a list of these, of paths and of pairs of path
+    and strength; None for an empty text or list and `none`. A text that names an existing file is one path, commas and
+    colons included. Raises Mistake.
+    """
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "none")):
+        return None
+    if isinstance(value, (str, os.PathLike)) or _is_patch_pair(value):
+        value = [value]
+    elif isinstance(value, (Mapping, Set, bytes, bytearray)) or not isinstance(value, Iterable):
+        raise Mistake(flag, value, "must be FILE, FILE:STRENGTH, or several of these")
+    files: list[PatchFile] = []
+    for item in value:
+        files += _split_patch_files(flag, item) if isinstance(item, str) else [_read_patch_file(flag, item)]
+        if len(files) > MOST_PATCH_FILES:
+            raise Mistake(flag, "", f"names more than {MOST_PATCH_FILES} files")
+    names: dict[str, str] = {}
+    for path, _ in files:
+        if names.setdefault(os.path.basename(os.path.normpath(path)), path) != path:  # records have names alone
+            raise Mistake(flag, path, "has the same name as another file of this flag; rename one of them")
+    return tuple(files) or None
+
+
+def _is_patch_pair(value: Any) -> bool:
+    """Whether a value is a path with a strength, such as a record holds: ["a.safetensors", 0.5]."""
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return False
+    return isinstance(value[0], (str, os.PathLike)) and not isinstance(value[1], (str, os.PathLike, list, tuple))
+
+
+def _read_patch_file(flag: str, item: Any) -> PatchFile:
+    if isinstance(item, os.PathLike):
+        return PatchFile(read_path(flag, item))
+    if not _is_patch_pair(item):
+        raise Mistake(flag, item, "must be FILE, FILE:STRENGTH, or several of these")
+    path = read_path(flag, item[0])
+    return PatchFile(path, _read_strength(flag, path, item[1]))
+
+
+def _read_strength(flag: str, path: str, value: Any) -> float:
+    try:
+        return read_weight(flag, value)
+    except Mistake as mistake:
+        raise Mistake(flag, f"{path}:{plain_scalar(value)}", f"its strength {mistake.why}") from None
+
+
+def _split_patch_files(flag: str, text: str) -> list[PatchFile]:
+    """The files of a text. Of pieces between commas, as many as name an existing file together are one path."""
+    pieces = text.split(",")
+    files: list[PatchFile] = []
+    if len(pieces) > MOST_PATCH_FILES:
+        raise Mistake(flag, "", f"names more than {MOST_PATCH_FILES} files")
+    while pieces:
+        for count in range(len(pieces), 0, -1):
+            path, strength = _split_strength(",".join(pieces[:count]).strip())
+            if count == 1 or _exists(path):
+                break
+        del pieces[:count]
+        if not path:
+            raise Mistake(flag, text, "a file between two commas is missing")
+        path = read_path(flag, path)
+        files.append(PatchFile(path, 1.0 if strength is None else _read_strength(flag, path, strength)))
+    return files
+
+
+def _split_strength(text: str) -> tuple[str, str | None]:
+    """A path, and the strength behind its last colon where what is there is one, or was meant to be one."""
+    path, colon, strength = text.rpartition(":")
+    if not colon or _exists(text):
+        return text, None
+    try:
+        float(strength)
+    except ValueError:
+        meant = bool(re.search(r"\.\w+$", path)) or _exists(path)
+        return (path, strength) if meant and "," not in strength else (text, None)
+    return path, strength
+
+
+def _exists(path: str) -> bool:
+    try:
+        return bool(path) and os.path.exists(home(path))
+    except ValueError:  # a null character
+        return False
+
+
 def read_png_path(flag: str, value: Any) -> str | None:
     """The path of a PNG file to write; None for an empty text and `None`. Raises Mistake."""
     path = read_optional_path(flag, value)
@@ -359,7 +455,7 @@ class Reader:
     raises Mistake. kind, low, high and choices serve forms and documentation.
     """
 
-    kind: str  # switch, whole, number, choice, text, file, folder, layers, weights, size, device
+    kind: str  # switch, whole, number, choice, text, file, patch files, folder, layers, weights, size, device
     read: Callable[[str, Any], Any]
     low: float | None = None
     high: float | None = None
@@ -415,6 +511,7 @@ FILLED = Reader("text", read_filled)
 POSTFIX = Reader("text", read_postfix)
 FILE = Reader("file", read_path)
 FOLDER = Reader("folder", read_path)
+PATCH_FILES = Reader("patch files", read_patch_files)
 PNG_FILE = Reader("file", read_png_path)
 OPTIONAL_FILE = Reader("file", read_optional_path)
 OPTIONAL_FOLDER = Reader("folder", read_optional_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -21,7 +22,7 @@ from sd3.flags import FLAGS
 from sd3.mistakes import Missing, Mistake, display, verbatim
 from sd3.models import SkipLayerConfig, read_skip_layer, shipped_folder
 from sd3.reading import parse_json
-from sd3.settings import FILE_SETTINGS, LEFT_OUT, TEXT_FILES, Settings, base_name, effective
+from sd3.settings import FILE_SETTINGS, LEFT_OUT, TEXT_FILES, Settings, base_name, effective, paths_of, with_paths
 from sd3.versions import versions
 
 LISTS = tuple(name for name, row in FLAGS.items() if row.read.kind in ("layers", "weights"))
@@ -63,7 +64,11 @@ class Replay:
         Mistake for a recorded value that is out of range.
         """
         raw = self._flags() | dict(available)
-        found = {n: self._found(n, raw[n]) for n in FILE_SETTINGS if raw.get(n) is not None and n not in self.given}
+        found = {
+            n: with_paths(raw[n], functools.partial(self._found, n))
+            for n in FILE_SETTINGS
+            if raw.get(n) is not None and n not in self.given
+        }
         return raw | found | self._text_files() | dict(self.given)
 
     def _found(self, flag: str, name: str) -> str | None:
@@ -173,8 +178,8 @@ class Replay:
 
     def _places(self, flag: str, name: str) -> Iterator[Path]:
         for values in self._records():
-            paths = [_object(values.get("flags")).get(flag), *_object(values.get("files"))]
-            yield from (Path(p) for p in paths if isinstance(p, str) and base_name(p) == name)
+            paths = [*paths_of(_object(values.get("flags")).get(flag)), *_object(values.get("files"))]
+            yield from (Path(p) for p in paths if base_name(p) == name)
         models = Path(self._given("model_folder") or "models")
         yield from (self.path.parent / name, Path(name), models / name)
         yield from sorted(models.glob(f"*/{glob.escape(name)}"))
@@ -195,10 +200,8 @@ class Replay:
     def changed(self, settings: Settings) -> list[str]:
         """Settings that differ from the recorded ones, without those that had no effect."""
         recorded = self.settings()
-        had_effect = dataclasses.replace(
-            effective(recorded)[0], batch_size=recorded.batch_size
-        )  # batch_size matters with a cache
-        now, then = (json.loads(json.dumps(s.by_file_names())) for s in (effective(settings)[0], had_effect))
+        had_effect = effective(recorded)[0].changed(batch_size=recorded.batch_size)  # it matters with a cache
+        now, then = (json.loads(json.dumps(_as_shown(s))) for s in (effective(settings)[0], had_effect))
         return [f"{n} {then[n]} -> {now[n]}" for n in now if then[n] != now[n]]
 
     def differs(self, made_with: Mapping[str, Any]) -> list[str]:
@@ -238,6 +241,12 @@ class Replay:
         if difference and not changed and not differs:
             difference += "; nothing that was recorded differs"
         return [*lines, f"replay: {difference or f'the same image as {self.path}, bit for bit'}"]
+
+
+def _as_shown(s: Settings) -> dict[str, Any]:
+    """Settings with files by their names, several of one flag as they are typed."""
+    values = s.by_file_names()
+    return values | {n: ",".join(map(str, values[n])) for n in FILE_SETTINGS if isinstance(values[n], tuple)}
 
 
 def _changing_while_cached(s: Settings) -> bool:

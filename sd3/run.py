@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from sd3 import streams, writing
 from sd3.device import device_record
 from sd3.embed_cache import describe_files
 from sd3.engine import Engine, load_for
-from sd3.files import file_sha256
+from sd3.files import contents, file_sha256
 from sd3.find import list_models, model_folders
 from sd3.flags import FLAGS
 from sd3.mistakes import Mistake, Where, flag_name, spell
@@ -24,16 +24,12 @@ from sd3.presets import list_presets
 from sd3.prompts import folder_name, read_prompts
 from sd3.record import Picture, RunRecord, SingleFile, finish_killed
 from sd3.replay import Replay
-from sd3.settings import FILE_SETTINGS, Flags, Settings
+from sd3.settings import FILE_SETTINGS, Flags, Settings, paths_of
 from sd3.spans import plain_text, read_spans
 from sd3.unchanged import Unchanged
 
 Saved = TypeVar("Saved")
 RESIDUAL_FILE = "residual.json"  # in every run's folder, readable by `residual_config`
-
-
-def _sha256(path: Path) -> str:
-    return file_sha256(*path.rglob("*.safetensors")) if path.is_dir() else file_sha256(path)
 
 
 # Files of a single image that loading does not open: images and rotations.
@@ -63,13 +59,13 @@ class MadeWith:
     def _run(self) -> None:
         try:
             engine, s = self.engine, self.settings
-            paths = {name: getattr(s, name) for name in FILE_SETTINGS if name != "model"}
+            files = {name: getattr(s, name) for name in FILE_SETTINGS if name != "model"}
             hardware = device_record(engine.device, engine.threads)
             if engine.encoder_device.type != engine.device.type:
                 beside = device_record(engine.encoder_device, engine.threads)
                 hardware |= {f"text_encoder_{name}": value for name, value in beside.items()}
             more = {
-                "files": {name: self._sha256(path) for name, path in paths.items() if path},
+                "files": {name: self._hashes(value) for name, value in files.items() if value},
                 "encoders": engine.text.record(),
                 "components": component_files(engine),
                 "hardware": hardware,
@@ -78,10 +74,15 @@ class MadeWith:
         except BaseException as error:  # raised by `wait`
             self.error = error
 
+    def _hashes(self, value: Any) -> str | list[str]:
+        """Of the file, or of each file, that a flag's value names."""
+        hashes = [self._sha256(path) for path in paths_of(value)]
+        return hashes[0] if isinstance(value, str) else hashes
+
     def _sha256(self, path: str) -> str:
         """The hash of a file that the engine opened once for all images."""
         opened = {str(part.file.path): part.file for part in self.engine.parts.values() if not part.file.folder}
-        return opened[path].sha256 if path in opened else _sha256(Path(path))
+        return opened[path].sha256 if path in opened else file_sha256(*contents(Path(path)))
 
     def check(self) -> None:
         """Raises `Changed` if a file changed after it was opened."""
@@ -89,10 +90,12 @@ class MadeWith:
         self.files.check()
 
     def hashes(self) -> dict[str, str]:
-        """sha256 of the files by flag; waits until they are computed."""
+        """sha256 of the files by path; waits until they are computed."""
         if self.thread:
             self.thread.join()
-        return {"model": self.value["model_sha256"], **self.value.get("files", {})} if self.value else {}
+        if not self.value:
+            return {}
+        return hashes_by_path(self.settings.asdict(), self.value)
 
     def wait(self) -> dict[str, Any]:
         """The record for a saved image; waits until it is complete. Raises `Changed`, see `check`, and OSError if a
@@ -104,6 +107,16 @@ class MadeWith:
         if self.error is not None:
             raise self.error
         return self.value
+
+
+def hashes_by_path(settings: Mapping[str, Any], record: Mapping[str, Any]) -> dict[str, str]:
+    """sha256 of the files that settings name, by path as named there; record: of an image, which has them by flag."""
+    files = record.get("files") if isinstance(record.get("files"), dict) else {}
+    out: dict[str, str] = {}
+    for flag, hashes in {"model": record.get("model_sha256"), **files}.items():
+        paths = paths_of(settings.get(flag))
+        out |= zip(paths, hashes if isinstance(hashes, list) else [hashes], strict=False)
+    return {path: sha256 for path, sha256 in out.items() if isinstance(sha256, str)}
 
 
 def component_files(engine: Engine) -> dict[str, dict[str, Any]]:

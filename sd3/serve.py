@@ -21,7 +21,7 @@ from sd3.planning import plan_for
 from sd3.prompts import read_prompts
 from sd3.record import RunRecord
 from sd3.run import MadeWith, make_pictures, new_folder
-from sd3.settings import FILE_SETTINGS, Flags, Settings
+from sd3.settings import FILE_SETTINGS, Flags, Settings, paths_of
 from sd3.unchanged import stamp
 
 EXAMPLE = json.dumps({"prompt": "a red circle", "seed": 3})
@@ -87,7 +87,7 @@ class Server:
             yield path, picture.settings.seed
 
     def _files(self, settings: Settings) -> MadeWith:
-        paths = [path for name in FILE_SETTINGS if (path := getattr(settings, name))]
+        paths = [path for name in FILE_SETTINGS for path in paths_of(getattr(settings, name))]
         key = tuple((path, stamp(path)) for path in paths)
         if key not in self.made_with or self.made_with[key].error is not None:
             self.made_with = {key: MadeWith(self.engine, settings)}  # one entry: files rarely change

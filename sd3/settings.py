@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from sd3.flags import DEFAULT_SEED, FLAGS, MOST_PICTURES, Flag, names, read_values
 from sd3.mistakes import Mistake, renaming
 from sd3.presets import read_preset
-from sd3.readers import SEED_LIMIT, read_list
+from sd3.readers import SEED_LIMIT, PatchFile, read_list
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
 
 RANDOM_SEEDS = 100_000  # seed_type rand draws seeds below this
@@ -24,7 +24,8 @@ OF_ONE_IMAGE = {"prompt", "seed", "batch_size"}  # fields that contradict no oth
 IMAGE_ROWS = {row.setting: row for row in FLAGS.values() if row.pixels}
 # What a record leaves out at its default, though a model or a file decides it where the flag is not given.
 LEFT_OUT = {name: row.default for name, row in IMAGE_ROWS.items() if row.usual and not row.always}
-FILE_SETTINGS = tuple(name for name, row in IMAGE_ROWS.items() if row.read.kind == "file")
+# Flags of files; the value of one that takes several is read by `paths_of` and `with_paths`.
+FILE_SETTINGS = tuple(name for name, row in IMAGE_ROWS.items() if row.read.kind in ("file", "patch files"))
 # Flags that say where text encoders are. They are not settings of an image; its record lists the encoders found.
 TEXT_FILES = tuple(name for name in names("load", pixels=False) if FLAGS[name].group == FLAGS["model"].group)
 
@@ -125,7 +126,7 @@ class Settings:
     def by_file_names(self) -> dict[str, Any]:
         """All plain values, files by name without folders."""
         values = self.asdict()
-        return values | {name: base_name(values[name]) for name in FILE_SETTINGS}
+        return values | {name: with_paths(values[name], base_name) for name in FILE_SETTINGS}
 
     def digest(self) -> str:
         """A hash of the public settings; it does not depend on the machine or on where files are."""
@@ -141,6 +142,21 @@ def check_guidance(start: float, end: float) -> None:
 def base_name(path: str | None) -> str | None:
     """The last part of a Windows or POSIX path."""
     return None if path is None else os.path.basename(path.replace("\\", "/").rstrip("/"))
+
+
+def paths_of(value: Any) -> tuple[str, ...]:
+    """The paths in the value of a flag of files, which may also be a record's: none, one or several."""
+    if isinstance(value, (list, tuple)):
+        return tuple(item[0] for item in value if isinstance(item, (list, tuple)) and item and isinstance(item[0], str))
+    return (value,) if isinstance(value, str) and value else ()
+
+
+def with_paths(value: Any, change: Callable[[str], str | None]) -> Any:
+    """The value of a flag of files with every path changed; without those that `change` makes None."""
+    if not isinstance(value, (list, tuple)):
+        return None if value is None else change(value)
+    changed = [PatchFile(change(path), strength) for path, strength in value]
+    return tuple(file for file in changed if file.path is not None) or None
 
 
 def digest_of(public: Mapping[str, Any]) -> str:
@@ -277,8 +293,9 @@ def _check_out(flags: Flags, values: Mapping[str, Any]) -> None:
     if flags.serve_stdin:
         raise Mistake("out", flags.out, "does not go with `serve_stdin`, which makes images until its input ends")
     for name in (*FILE_SETTINGS, "residual_config", "replay"):
-        path = getattr(flags, name)
-        if path and os.path.exists(path) and os.path.exists(flags.out) and os.path.samefile(path, flags.out):
+        for path in paths_of(getattr(flags, name)):
+            if not (os.path.exists(path) and os.path.exists(flags.out) and os.path.samefile(path, flags.out)):
+                continue
             raise Mistake("out", flags.out, f"is the file of `{name}`, which would be lost; name another file")
 
 

@@ -25,7 +25,7 @@ from sd3.telling import SILENT, Reporter, Stages
 from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.unchanged import Unchanged
 from sd3.versions import versions
-from sd3.weights import ModelTensors, check_part
+from sd3.weights import ModelTensors, check_part, differently_patched, drop
 
 TEXTS_AT_ONCE = 256  # encoded prompts that are held in memory: 1.3 MB each at SD3's size
 CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
@@ -94,6 +94,9 @@ class TextEncoders(PromptTokens):
     def take(self, parts: Mapping[str, ModelTensors]) -> None:
         """Takes other tensors for its encoders, such as patched ones; parts: by role, those of others are left."""
         for role, encoder in self.encoders.items():
+            if names := differently_patched(encoder.part, parts[role]):
+                drop(encoder.model, names & set(encoder.names))
+                self.forget()
             self.parts[role] = encoder.part = parts[role]
         vars(self).pop("embed_cache", None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sd3.mistakes import Mistake, Where
@@ -28,8 +28,9 @@ def stamp(path: str | Path) -> Stamp | None:
 class Unchanged:
     """Files, and their stamps when they were opened."""
 
-    def __init__(self) -> None:
-        self.stamps: dict[Where, tuple[str, Stamp | None]] = {}
+    def __init__(self, stamps: Mapping[Where, tuple[str, Stamp | None]] | None = None) -> None:
+        """stamps: of files that were opened before."""
+        self.stamps: dict[Where, tuple[str, Stamp | None]] = dict(stamps or {})
 
     def add(self, where: Where, path: str | Path, first: Stamp | None = None) -> None:
         """Adds a file; call before reading it. where: the field that names it, and its path; first: its stamp if it was

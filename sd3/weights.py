@@ -39,12 +39,14 @@ Model = TypeVar("Model", bound=nn.Module)
 class Patch:
     """Changes to one model's weights, such as a LoRA's, applied while they load.
 
-    changes: by our name, a function from the float32 tensor to a new one of the same shape (it must not modify its
-    argument, which may be a view of the file); identity: distinguishes patches, such as a file's hash with a strength.
+    changes: by our name, a function from the float32 tensor, contiguous, to one of the same shape: the argument,
+    modified, or a new one; identity: distinguishes patches, such as a file's hash with a strength; notes: lines for the
+    user, names of fields between backquotes.
     """
 
     changes: Mapping[str, Callable[[Tensor], Tensor]]
     identity: str
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ class ModelTensors:
             first = self.entries(name)[0]
             return str(first.path), first.place
 
-        ordered = sorted(names, key=place)
+        ordered, scratch = sorted(names, key=place), Scratch(dtype)
         while ordered:
             total = 0
             with contextlib.ExitStack() as stack:
@@ -237,13 +239,14 @@ class ModelTensors:
                 while ordered and total < CHUNK:
                     name, pieces = ordered.pop(0), []
                     changes = [patch.changes[name] for patch in self.patches if name in patch.changes]
-                    exact = torch.float32 if changes else dtype
+                    exact = None if changes else dtype
                     for entry in self.entries(name):
                         tensor = load(entry)
                         total += tensor.nbytes
                         pieces.append(_convert(tensor, [load(s) for s in self._scales(entry)], device, exact))
                         del tensor
                     whole = self.storage(name).build(pieces)
+                    whole = scratch.exact(whole) if changes else whole
                     for change in changes:
                         whole = change(whole)
                     yield name, whole.to(dtype) if changes and dtype else whole
@@ -276,10 +279,45 @@ class ModelTensors:
         return model.eval()
 
 
+class Scratch:
+    """Float32 copies of tensors, to be modified. Those that become another dtype share memory: to get pages from the
+    system for each would take longer than a LoRA's product.
+    """
+
+    def __init__(self, dtype: torch.dtype | None):
+        """dtype: what the copies become; None: they stay."""
+        self.kept = dtype in (None, torch.float32)
+        self.memory = torch.empty(0)
+
+    def exact(self, tensor: Tensor) -> Tensor:
+        """A copy, contiguous, that is valid until the next one where it becomes another dtype."""
+        if self.kept:
+            return torch.empty(tensor.shape, device=tensor.device).copy_(tensor)
+        if self.memory.numel() < tensor.numel() or self.memory.device != tensor.device:
+            self.memory = torch.empty(tensor.numel(), device=tensor.device)
+        return self.memory[: tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
 def on_meta(make: Callable[[], Model]) -> Model:
     """A module without storage, to be given its weights."""
     with torch.device("meta"):
         return make()
+
+
+def differently_patched(one: ModelTensors, other: ModelTensors) -> set[str]:
+    """Names of the tensors that two sets of patches of a model change, where the sets differ."""
+    if [p.identity for p in one.patches] == [p.identity for p in other.patches]:
+        return set()
+    return {name for patch in (*one.patches, *other.patches) for name in patch.changes}
+
+
+def drop(model: nn.Module, names: Iterable[str]) -> None:
+    """Frees parameters, to be given other weights: they are on the meta device then."""
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        parameters = model.get_submodule(owner)._parameters
+        if (old := parameters.get(leaf)) is not None and not old.is_meta:
+            parameters[leaf] = nn.Parameter(old.to("meta"), requires_grad=False)
 
 
 def check_part(part: ModelTensors, make: Callable[[], Model], some_may_be_empty: bool = False) -> Model:
@@ -337,8 +375,9 @@ def find_mmdit(file: WeightFile) -> ModelTensors:
     """The MMDiT of a file or a diffusers folder, with any prefix."""
     usual = [p for p in (MMDIT_PREFIX, TRANSFORMER) if file.has(p)]
     prefix = [*usual, *file.prefixes("mmdit"), *file.prefixes("mmdit", "transformer_blocks."), ""][0]
-    in_diffusers_layout = file.has(prefix + "transformer_blocks.")
-    return ModelTensors(file, prefix, diffusers_mmdit(file, prefix) if in_diffusers_layout else {})
+    if not file.has(prefix + "transformer_blocks."):
+        return ModelTensors(file, prefix)
+    return ModelTensors(file, prefix, diffusers_mmdit(count_layers(file.entries, f"{prefix}transformer_blocks.")))
 
 
 def find_vae(file: WeightFile) -> ModelTensors:

@@ -30,6 +30,8 @@ LEFT_OUT = {
     'python sd3_infer.py --prompt "the same, at night"': "needs the released weights",
     "python sd3_infer.py --model models/sd3": "needs the released weights",
     "--layout geneval": "needs the benchmark's prompts; tests/test_sweep_layouts.py has some like them",
+    "pip install peft": "needs the network",
+    "python -m demo.lora": "takes minutes, and needs peft",
     "python benchmarks/": "takes minutes, and measures",
 }
 SLOW = ("sd3_probe.py", "--prompt prompts.txt --seed 0-3")  # half a minute and more

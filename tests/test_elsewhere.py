@@ -34,7 +34,7 @@ from sd3.probe.suggesting import needed_prompts, too_few_prompts
 FEW = ["--model", DEMO, "--device", "cpu", "--steps", 2, "--width", 64, "--height", 64, "--prompt", "a star"]
 OUTPUTS = "--out names the file of one image, --out_dir the folder of many"
 SKIP_LAYER = "--skip_layer_cfg turns on skip-layer guidance with the model's own layers, scale and interval"
-LORA = "LoRA files cannot be loaded yet; merge them into the model's file first"
+LORA = "--lora takes a strength behind the file: a.safetensors:0.5"
 ANSWERS = {
     "cfg_scale": "is called --cfg here",
     "guidance_scale": "is called --cfg here",
@@ -80,7 +80,7 @@ ANSWERS = {
     "prompt_2": "all three text encoders read the same --prompt",
     "skip_guidance_layers": SKIP_LAYER,
     "target_layers": "is called --residual_target_layers here",
-    "lora": LORA,
+    "loras": "is called --lora here",
     "lora_scale": LORA,
 }
 
@@ -129,7 +129,7 @@ def test_python_gets_the_same_answers_without_dashes():
     for call, name, told in (
         (pipe, "guidance_scale", "Pipeline() has no parameter guidance_scale; it is called cfg here"),
         (pipe, "num_inference_steps", "has no parameter num_inference_steps; it is called steps here"),
-        (pipe, "lora", f"has no parameter lora; {LORA}"),
+        (pipe, "lora", "has no parameter lora; load() and set_lora() take it"),
         (pipe, "save_path", f"save_path; {OUTPUTS}; out is for the command line only".replace("--", "")),
         (pipe, "dtype", "has no parameter dtype; it belongs to sd3.load"),
         (pipe, "dtipe", "has no parameter dtipe; did you mean dtype? It belongs to sd3.load"),

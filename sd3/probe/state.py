@@ -18,10 +18,12 @@ from sd3 import writing
 from sd3.device import device_record
 from sd3.embed_cache import file_identity
 from sd3.engine import Engine
+from sd3.files import contents
 from sd3.mistakes import Unwritable, verbatim
 from sd3.planning import plan_pictures
 from sd3.probe.procrustes import Calibration
 from sd3.probe.running import LabelledPrompt
+from sd3.settings import paths_of
 
 SAVE_EVERY = 30.0  # seconds between writes
 VERSION = 4  # changes when the sums do; states of other versions are ignored
@@ -80,6 +82,8 @@ def identity(
 ) -> str:
     """A hash of everything that the sums depend on."""
     files = {"model": {entry.path for entry in engine.model_file.entries.values()}, **engine.text.files()}
+    if loras := {own for path in paths_of(engine.setup.lora) for own in contents(Path(path))}:
+        files["lora"] = loras
     settings = plan_pictures(engine, [prompts[0].prompt], [0], **values).pictures[0].public()
     inputs = {
         "version": VERSION,

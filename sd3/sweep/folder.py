@@ -25,6 +25,7 @@ from PIL import Image
 from sd3 import png, sheet, writing
 from sd3.flags import FLAGS
 from sd3.mistakes import Mistake, Unwritable, display, verbatim
+from sd3.run import hashes_by_path
 from sd3.settings import digest_of
 from sd3.sweep.journal import LOG, Journal
 from sd3.sweep.plan import ID_LENGTH, Plan, PlannedImage
@@ -127,10 +128,7 @@ class SweepFolder:
             if not self._is_intact(id):
                 continue
             record = png.read_record(self.picture(id), "out")
-            files = record.get("files") if isinstance(record.get("files"), dict) else {}
-            for flag, sha256 in {"model": record.get("model_sha256"), **files}.items():
-                if (name := record["settings"].get(flag)) and sha256:
-                    out.setdefault(name, sha256)
+            out = hashes_by_path(record["settings"], record) | out
         return out
 
     def recorded_threads(self, plan: Plan) -> dict[int, int]:

@@ -16,7 +16,7 @@ from sd3.mistakes import Mistake, Where, display, verbatim
 from sd3.prompts import read_jsonl, read_prompts
 from sd3.readers import SEED_LIMIT, read_float, read_int, read_layers, read_list, read_path, read_text
 from sd3.reading import check_file, reading
-from sd3.settings import Flags, base_name
+from sd3.settings import Flags, base_name, with_paths
 
 SWEPT = {name: row for name, row in FLAGS.items() if not row.sweep}
 WHOLE = (
@@ -272,7 +272,15 @@ def combinations(axes: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 def labels(raw: Mapping[str, Any], axes: Mapping[str, Sequence[Any]]) -> list[str]:
     """`cfg 3`, for every plain flag that differs between variants."""
     differs = [n for n in raw if not is_residual(n) and (n not in axes or len(axes[n]) > 1)]
-    return [f"{n} {base_name(str(raw[n]))}" for n in differs]
+    return [f"{n} {_short(n, raw[n])}" for n in differs]
+
+
+def _short(flag: str, value: Any) -> str:
+    """A value for a label, files without their folders."""
+    if SWEPT[flag].read.kind == "patch files":
+        files = with_paths(SWEPT[flag].read(flag, value), base_name) or ["none"]
+        return ",".join(map(str, files))
+    return base_name(str(value))
 
 
 def residual_label(raw: Mapping[str, Any]) -> str:

@@ -13,7 +13,17 @@ from sd3.mistakes import Mistake, flag_name, spell, verbatim
 from sd3.models import model_row
 from sd3.planning import DECIDED_BY_MODEL, plan_for, unknown_words
 from sd3.run import component_files
-from sd3.settings import FILE_SETTINGS, IMAGE_ROWS, TEXT_FILES, Flags, Settings, Setup, earlier_digest
+from sd3.settings import (
+    FILE_SETTINGS,
+    IMAGE_ROWS,
+    TEXT_FILES,
+    Flags,
+    Settings,
+    Setup,
+    base_name,
+    earlier_digest,
+    paths_of,
+)
 from sd3.sweep.grid import Grid, Variant
 
 ID_LENGTH = 20  # letters of the digest in a file name
@@ -223,8 +233,7 @@ def check_names(settings: Settings, paths: dict[tuple[str, str], str]) -> None:
 
 def file_paths(settings: Settings) -> dict[tuple[str, str], str]:
     """Paths of the files that an image is made from, by flag and file name."""
-    public, values = settings.public(), settings.asdict()
-    return {(name, public[name]): values[name] for name in FILE_SETTINGS if values[name]}
+    return {(name, base_name(path)): path for name in FILE_SETTINGS for path in paths_of(getattr(settings, name))}
 
 
 def command(settings: Settings, raw: Flags) -> list[str]:

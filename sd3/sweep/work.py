@@ -104,9 +104,8 @@ class Maker:
     def hashes(self) -> dict[str, str]:
         """sha256 by path, of the files hashed so far."""
         out = {}
-        for key, made_with in self._made_with.items():
-            paths = dict(zip(FILE_SETTINGS, key, strict=True))
-            out |= {paths[name]: value for name, value in made_with.hashes().items()}
+        for made_with in self._made_with.values():
+            out |= made_with.hashes()
         return out
 
     def take_events(self) -> list[dict[str, Any]]:

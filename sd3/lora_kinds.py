@@ -1,0 +1,194 @@
+"""The algorithms of LoRAs: which tensors each needs, the shape of the difference that they make, and the difference.
+
+Formulas as in peft 0.21 and LyCORIS 4.1: LoRA B A; LoHa (w1_a w1_b) * (w2_a w2_b); LoKr, the Kronecker product of two
+factors; each with Tucker cores for convolutions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sd3.lora_file import Module, PeftSettings, rank_of, read_number
+
+Shape = tuple[int, ...]
+
+
+def matrix(tensor: Tensor) -> Tensor:
+    """(out, in, ...) as (out, all others)."""
+    return tensor.flatten(1)
+
+
+def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """core (r, s, k, l), a (r, p), b (s, q) -> (p, q, k, l)."""
+    return torch.einsum("rskl,rp,sq->pqkl", core, a, b).contiguous()  # as torch.kron needs it
+
+
+def _fits(*pairs: tuple[str, int, int]) -> None:
+    for what, one, other in pairs:
+        if one != other:
+            raise ValueError(f"{what} disagree: {one} and {other}")
+
+
+def _sides(module: Module, *roles: str, least: int = 2) -> list[Shape]:
+    for role in roles:
+        if len(module[role].shape) < least:
+            raise ValueError(f"{role} must be a matrix, it has {list(module[role].shape)}")
+    return [module[role].shape for role in roles]
+
+
+def _lora_shape(module: Module) -> Shape:
+    down, up = _sides(module, "down", "up")
+    if "mid" not in module:
+        _fits(("ranks", down[0], math.prod(up[1:])))
+        return up[0], math.prod(down[1:])
+    (mid,) = _sides(module, "mid", least=4)
+    _fits(("ranks", mid[0], math.prod(up[1:])), ("ranks", mid[1], down[0]))
+    return up[0], math.prod(down[1:]) * math.prod(mid[2:])
+
+
+def _lora(t: Mapping[str, Tensor]) -> Tensor:
+    """B A; with a Tucker core T: sum over m, n of T[m, n] B[o, m] A[n, i]."""
+    down, up = matrix(t["down"]), matrix(t["up"])
+    return _tucker(t["mid"], up.T, down) if "mid" in t else up @ down
+
+
+def _loha_shape(module: Module) -> Shape:
+    sides = []
+    for n in "12":
+        a, b = _sides(module, f"hada_w{n}_a", f"hada_w{n}_b")
+        if (core := f"hada_t{n}") in module:
+            (t,) = _sides(module, core, least=4)
+            _fits(("ranks", t[0], a[0]), ("ranks", t[1], b[0]))
+            sides.append((a[1], b[1] * math.prod(t[2:])))
+        else:
+            _fits(("ranks", a[1], b[0]))
+            sides.append((a[0], math.prod(b[1:])))
+    if sides[0] != sides[1]:
+        raise ValueError(f"its two products disagree: {list(sides[0])} and {list(sides[1])}")
+    return sides[0]
+
+
+def _loha(t: Mapping[str, Tensor]) -> Tensor:
+    """(w1_a w1_b) * (w2_a w2_b), element by element."""
+
+    def product(n: str) -> Tensor:
+        a, b = t[f"hada_w{n}_a"], t[f"hada_w{n}_b"]
+        return matrix(_tucker(t[f"hada_t{n}"], a, b) if f"hada_t{n}" in t else a @ matrix(b))
+
+    return product("1") * product("2")
+
+
+def _lokr_factor(module: Module, n: str) -> Shape:
+    if f"lokr_w{n}" in module:
+        return _sides(module, f"lokr_w{n}")[0]
+    a, b = _sides(module, f"lokr_w{n}_a", f"lokr_w{n}_b")
+    if n == "2" and "lokr_t2" in module:
+        (t,) = _sides(module, "lokr_t2", least=4)
+        _fits(("ranks", t[0], a[0]), ("ranks", t[1], b[0]))
+        return (a[1], b[1], *t[2:])
+    _fits(("ranks", a[1], b[0]))
+    return (a[0], *b[1:])
+
+
+def _lokr_shape(module: Module) -> Shape:
+    w1, w2 = _lokr_factor(module, "1"), _lokr_factor(module, "2")
+    return w1[0] * w2[0], math.prod(w1[1:]) * math.prod(w2[1:])
+
+
+def _lokr(t: Mapping[str, Tensor]) -> Tensor:
+    """The Kronecker product of w1 and w2, each whole or a product itself."""
+    w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
+    if "lokr_w2" in t:
+        w2 = t["lokr_w2"]
+    elif "lokr_t2" in t:
+        w2 = _tucker(t["lokr_t2"], t["lokr_w2_a"], t["lokr_w2_b"])
+    else:
+        w2 = t["lokr_w2_a"] @ t["lokr_w2_b"]
+    return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - w1.ndim)), w2)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An algorithm: its tensors' roles, the shape of the difference that they make, and the difference.
+
+    needs: roles, or alternatives each of which is enough.
+    """
+
+    name: str
+    needs: tuple[tuple[tuple[str, ...], ...], ...]
+    may: tuple[str, ...]
+    shape: Callable[[Module], Shape]
+    product: Callable[[Mapping[str, Tensor]], Tensor]
+
+    @property
+    def roles(self) -> set[str]:
+        """Every role that marks this algorithm."""
+        return {role for options in self.needs for option in options for role in option} | set(self.may)
+
+    def missing(self, module: Module) -> str:
+        """A role that its tensors lack, or ``."""
+        for options in self.needs:
+            if not any(all(role in module for role in option) for option in options):
+                return next(role for role in options[-1] if role not in module)
+        return ""
+
+
+def _need(*roles: str) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    return tuple(((role,),) for role in roles)
+
+
+KINDS = (
+    Kind("LoRA", _need("down", "up"), ("mid",), _lora_shape, _lora),
+    Kind("LoHa", _need("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2"), _loha_shape, _loha),
+    Kind(
+        "LoKr",
+        tuple(((f"lokr_w{n}",), (f"lokr_w{n}_a", f"lokr_w{n}_b")) for n in "12"),
+        ("lokr_t2",),
+        _lokr_shape,
+        _lokr,
+    ),
+    Kind("full difference", _need("diff"), (), lambda m: m["diff"].shape, lambda t: t["diff"]),
+    Kind("set weight", _need("set_weight"), (), lambda m: m["set_weight"].shape, lambda t: t["set_weight"]),
+)
+BIASES = ("up_bias", "diff_b")
+MAGNITUDES = ("magnitude", "dora_scale")
+
+
+def kind_of(module: Module) -> Kind | None:
+    """The algorithm of a module's weight; None where it changes a bias alone. Raises ValueError for tensors that are
+    incomplete, or of two algorithms.
+    """
+    kinds = [kind for kind in KINDS if kind.roles & module.keys()]
+    if len(kinds) > 1:
+        raise ValueError(f"is of two algorithms, {kinds[0].name} and {kinds[1].name}")
+    if kinds and (missing := kinds[0].missing(module)):
+        raise ValueError(f"is incomplete: it has {', '.join(sorted(kinds[0].roles & module.keys()))} and no {missing}")
+    if not kinds and not module.keys() & set(BIASES):
+        raise ValueError(f"is incomplete: it has {' and '.join(sorted(module))} alone")
+    if not kinds and (lone := module.keys() & {*MAGNITUDES, "up_bias"}):
+        raise ValueError(f"is incomplete: it has {lone.pop()}, and no weight that it belongs to")
+    return kinds[0] if kinds else None
+
+
+def scale_of(kind: Kind | None, module: Module, name: str, settings: PeftSettings | None) -> float:
+    """The factor on a module's product: alpha / rank, or as PEFT's settings say; 1 where nothing says more.
+
+    name: the module's in diffusers, for PEFT's patterns. An alpha of 0 means the rank, as in kohya's and LyCORIS'
+    loaders.
+    """
+    if kind is None or kind.name not in ("LoRA", "LoHa", "LoKr"):
+        return 1.0
+    rank = rank_of(module)
+    if "alpha" in module:
+        alpha = read_number(module["alpha"])
+        return alpha / rank if rank and alpha else 1.0  # LoKr of two whole factors: 1, whatever alpha says
+    if settings is None or (alpha := settings.alpha_of(name)) is None:
+        return 1.0
+    if rank is None:
+        rank = settings.rank_of(name)
+    return alpha / (math.sqrt(rank) if settings.rslora else rank) if rank else 1.0
