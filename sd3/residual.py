@@ -145,6 +145,8 @@ class ResidualConfig:
         the folder, and this tool's version.
         """
         values = dataclasses.asdict(self)
+        if self.tokens == "all":  # earlier versions do not know this key
+            del values["tokens"]
         if self.rotations is not None:
             try:
                 values["rotations"] = Path(os.path.relpath(self.rotations, folder)).as_posix()
