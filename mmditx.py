@@ -137,7 +137,7 @@ class ResidualStream(Stream):
 
     def _share(self, context: Tensor) -> Tensor | None:
         """The part of the weights for each token like context (B, T, D) that is mixed: (B or 1, T, 1), or None."""
-        key = self.kinds, context.shape[1], context.device, context.dtype
+        key = self.kinds, context.shape[1], context.device
         if key not in self.shares:
             self.shares[key] = share_of(self.kinds, self.tokens, context)
         share = self.shares[key]
@@ -155,11 +155,13 @@ class ResidualStream(Stream):
     def _mixed(self, i: int, context: Tensor) -> Tensor:
         w = self.weights[i] * self.factor
         if self.mode == "add":
-            kept = self.kept if self.share is None else self.kept * self.share
-            return context.add(kept, alpha=w)  # C_i + w C_o
-        if self.share is None:
+            if self.share is None:
+                return context.add(self.kept, alpha=w)  # C_i + w C_o
+            mixed = (context + w * self.share * self.kept).to(context.dtype)
+        elif self.share is None:
             return anchored_mix(context, self._direction(i), w)
-        mixed = anchored_mix(context, self._direction(i) * self.share, w)
+        else:
+            mixed = anchored_mix(context, self._direction(i) * self.share, w)
         return torch.where(self.share == 0, context, mixed)
 
     def _direction(self, i: int) -> Tensor:
@@ -217,7 +219,7 @@ class TokenKinds:
 
 
 def share_of(kinds: TokenKinds | None, tokens: str, context: Tensor) -> Tensor | None:
-    """`TokenKinds.share` for tokens like context (B, T, D), on its device and in its dtype. Raises ValueError where it
+    """`TokenKinds.share` for tokens like context (B, T, D), on its device, in float32. Raises ValueError where it
     must be known what the tokens are, and is not.
     """
     if kinds is None:
@@ -225,7 +227,7 @@ def share_of(kinds: TokenKinds | None, tokens: str, context: Tensor) -> Tensor |
             raise ValueError(f"tokens {tokens}: it is not known what the text tokens are")
         return None
     share = kinds.share(tokens, context.shape[1])
-    return None if share is None else share.to(context.device, context.dtype)
+    return None if share is None else share.to(context.device)
 
 
 def anchored_mix(context: Tensor, direction: Tensor, w: float) -> Tensor:

@@ -427,8 +427,8 @@ def bracketed(
             continue
         inside = []
         for a, b in _pieces(text, start, end, closing, escaped, comfy):
-            bracketed = b - a > 1 and text[a] == "(" and text[b - 1] == ")" and b - 1 not in escaped
-            if not bracketed or not (comfy or closing.get(a) == b - 1):
+            enclosed = b - a > 1 and text[a] == "(" and text[b - 1] == ")" and b - 1 not in escaped
+            if not enclosed or not (comfy or closing.get(a) == b - 1):
                 inside.append((a, b, weight, stream, outermost, False))
                 continue
             own, stop, number = in_stream(b - 1), b - 1, None

@@ -30,7 +30,7 @@ def read_spans(prompt: str, dialect: str = "comfy", field: str = "prompt") -> li
     text, streams = _take_streams(prompt, field)
     spans = list(_read_a1111(text, streams) if dialect == "a1111" else _read_nested(text, streams, dialect == "comfy"))
     if streams.used != streams.keys():
-        why = f"{STREAM}W}} belongs behind the closing bracket of a phrase: (red circle){STREAM}0.6}}"
+        why = f"{STREAM}W}} belongs behind a phrase in brackets that are no text: (red circle){STREAM}0.6}}"
         raise Mistake(field, _shown(prompt), why)
     for span in spans:
         if not abs(span.weight) <= WEIGHT_LIMIT:  # NaN too
@@ -68,7 +68,7 @@ def _at_breaks(text: str) -> list[str]:
 # ---- weights in the stream -----------------------------------------------------------------------
 
 
-class _Streams(dict[int, float]):
+class _StreamWeights(dict[int, float]):
     """Weights in the stream by the place of the closing bracket that they follow. used: those of phrases."""
 
     def __init__(self) -> None:
@@ -82,9 +82,9 @@ class _Streams(dict[int, float]):
         return self.get(place)
 
 
-def _take_streams(prompt: str, field: str) -> tuple[str, _Streams]:
+def _take_streams(prompt: str, field: str) -> tuple[str, _StreamWeights]:
     """The prompt without its `{stream=W}`, and these; raises Mistake."""
-    streams = _Streams()
+    streams = _StreamWeights()
     first, *rest = prompt.split(STREAM)
     pieces, length = [first], len(first)
     for part in rest:
@@ -105,7 +105,7 @@ def _take_streams(prompt: str, field: str) -> tuple[str, _Streams]:
 # ---- ComfyUI's brackets, and none ----------------------------------------------------------------
 
 
-def _read_nested(text: str, streams: _Streams, comfy: bool) -> Iterator[Span]:
+def _read_nested(text: str, streams: _StreamWeights, comfy: bool) -> Iterator[Span]:
     for a, b, weight, stream, outermost in bracketed(text, streams.take, None if comfy else streams):
         for i, part in enumerate(_at_breaks(text[a:b]) if outermost else [text[a:b]]):
             yield Span(unescaped(part) if comfy else part, weight, stream, starts=i > 0)
@@ -117,7 +117,7 @@ def _read_nested(text: str, streams: _Streams, comfy: bool) -> Iterator[Span]:
 class _A1111Parts:
     """The parts of a prompt while it is read: brackets change the weights of what came since they were opened."""
 
-    def __init__(self, most: int, streams: _Streams):
+    def __init__(self, most: int, streams: _StreamWeights):
         """most: how many parts there may be."""
         self.texts: list[str] = []
         self.starts: list[bool] = []
@@ -147,7 +147,7 @@ class _A1111Parts:
             yield Span(*row)
 
 
-def _read_a1111(text: str, streams: _Streams) -> Iterator[Span]:
+def _read_a1111(text: str, streams: _StreamWeights) -> Iterator[Span]:
     """A1111's rule: `(x)` times 1.1, `[x]` divided by 1.1, `(x:1.3)` times 1.3, all multiplied; `\\` before a bracket
     or a `\\` makes it text; unclosed brackets count to the end of the prompt.
     """

@@ -200,6 +200,7 @@ class TextEncoders(PromptTokens):
         self._texts[key] = tuple(part.to(self.device, self.dtype) for part in text)
 
     def _encode(self, keys: list[Key]) -> None:
+        self._tell_of_cuts(keys)
         if self.embed_cache is not None:
             for key in keys:
                 if (text := self.embed_cache.read(key)) is not None:
@@ -207,7 +208,6 @@ class TextEncoders(PromptTokens):
             keys = [key for key in keys if key not in self._texts]
         if not keys:
             return
-        self._tell_of_cuts(keys)
         clip = {role: self._clip_states(role, keys) for role in CLIP_ACTIVATIONS}
         t5 = self._t5_states(keys)
         if self.embed_cache is not None:
@@ -255,15 +255,17 @@ class TextEncoders(PromptTokens):
     def _tell_of_cuts(self, keys: Iterable[Key]) -> None:
         """Notes about prompts that are not read to their end."""
         for key in keys:
-            clip, t5 = key.prompt, key.prompt if key.t5_prompt is None else key.t5_prompt
+            t5_prompt = key.prompt if key.t5_prompt is None else key.t5_prompt
+            whole = "" if key.dialect else "; `prompt_mode` whole reads all"
+            cut = {}
             if any(tokens.cut for tokens in self.clip_tokens(key)):
-                why = f"CLIP takes {self.positions} tokens (T5 reads on); `prompt_mode` whole reads all"
-                self.tell.note(f'note: "{verbatim(shortened(clip))}" is cut: {why}')
+                reads_on = " (T5 reads on)" if self.t5_tokenizer is not None else ""
+                cut[key.prompt] = f"CLIP takes {self.positions} tokens{reads_on}"
             if self.t5_tokenizer is not None and self.t5_tokens(key).cut:
-                why = "T5 reads its first 226 characters; `prompt_mode` whole reads all"
-                if key.dialect:
-                    why = f"T5 takes {key.length} tokens, see `t5_tokens`"
-                self.tell.note(f'note: "{verbatim(shortened(t5))}" is cut: {why}')
+                why = f"T5 takes {key.length} tokens, see `t5_tokens`" if whole == "" else "T5 takes 226 characters"
+                cut[t5_prompt] = f"{cut[t5_prompt].removesuffix(reads_on)}, {why}" if t5_prompt in cut else why
+            for prompt, why in cut.items():
+                self.tell.note(f'note: "{verbatim(shortened(prompt))}" is cut: {why}{whole}')
 
     def _run_clip(self, role: str, rows: Sequence[Row]) -> dict[Row, Text]:
         """Hidden states and pooled text of a CLIP by token ids, see `CLIP.encode`."""

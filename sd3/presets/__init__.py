@@ -29,17 +29,19 @@ class Preset:
     source: str
     measured: str
     sampling: str
+    dual_layers: int = 0
 
     @property
     def path(self) -> Path:
         """Its file, which `residual.read_fields` reads."""
         return FOLDER / f"{self.name}.json"
 
-    def check(self, depth: int, width: int) -> None:
-        """Raises Mistake for a model of another depth or width."""
-        if (depth, width) != (self.depth, self.width):
-            own, this = (f"{d} blocks of width {w}" for d, w in ((self.depth, self.width), (depth, width)))
-            raise Mistake("residual_preset", self.name, f"is for {self.model} ({own}); this model has {this}")
+    def check(self, depth: int, width: int, dual_layers: int = 0) -> None:
+        """Raises Mistake for a model of another depth, width, or number of blocks with a second attention."""
+        own, this = (self.depth, self.width, self.dual_layers), (depth, width, dual_layers)
+        if own != this:
+            told = [f"{d} blocks of width {w}" + f", {n} with dual attention" * bool(n) for d, w, n in (own, this)]
+            raise Mistake("residual_preset", self.name, f"is for {self.model} ({told[0]}); this model has {told[1]}")
 
 
 def read_preset(name: str) -> Preset:
@@ -68,12 +70,12 @@ def with_rotations(config: Any, folders: Iterable[Path]) -> Any:
     name = config.rotations
     if not config.aligned or name is None or os.path.exists(name):
         return config
-    base = os.path.basename(name)
-    if name == base or base in ROTATION_FILES:
-        for folder in (*folders, *ROTATION_FOLDERS):
-            if (folder / base).is_file():
-                return replace(config, rotations=str(folder / base))
-    if base in ROTATION_FILES:
-        get = f"`hf download {ROTATION_FILES[base]} {base} --local-dir models`"
-        raise Missing("residual_rotations", verbatim(base), f"no such file here or in ./models; {get} fetches it")
+    if name != os.path.basename(name):
+        return config
+    for folder in (*folders, *ROTATION_FOLDERS):
+        if (folder / name).is_file():
+            return replace(config, rotations=str(folder / name))
+    if name in ROTATION_FILES:
+        get = f"`hf download {ROTATION_FILES[name]} {name} --local-dir models`"
+        raise Missing("residual_rotations", verbatim(name), f"no such file here or in ./models; {get} fetches it")
     return config
