@@ -285,7 +285,10 @@ class VAE(nn.Module):
         return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise.to(mean)
 
     def decode(self, latent: Tensor, tile: int = 0) -> Tensor:
-        """Decodes a raw latent (B, 16, h, w) to pixels (B, 3, 8h, 8w), about [-1, 1], not clamped; tile: see `moments`."""
+        """Decodes a raw latent (B, 16, h, w) to pixels (B, 3, 8h, 8w), about [-1, 1], not clamped.
+
+        tile: see `moments`.
+        """
         with _ONE_AT_A_TIME:
             return self._decode(latent, tile)
 
@@ -351,8 +354,8 @@ def _blended(
 
 def pieces(size: int, tile: int, overlap: int, align: int = 1) -> list[tuple[int, int]]:
     """(start, end) of each tile: the fewest tiles of length `tile` that cover `size`, evenly spread, with overlaps of
-    about `overlap` or more. One tile of length `size` if that is shorter. Starts are multiples of
-    `align`, and so are ends if `tile` is.
+    about `overlap` or more. One tile of length `size` if that is shorter. All are multiples of `align` if `size` and
+    `tile` are.
     """
     if size <= tile:
         return [(0, size)]

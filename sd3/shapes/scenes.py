@@ -342,7 +342,7 @@ Stated = tuple[tuple[int, str, int], ...]
 def _short_caption(
     kind: str, names: list[tuple[str, ...]], count: int, stated: Stated, background: str, rng: random.Random
 ) -> list[Word]:
-    """A caption in the short form: `a red circle left of a blue square and above a green star on a black background`."""
+    """The short form: `a red circle left of a blue square and above a green star on a black background`."""
     if kind == "count":
         out = _counted(names, count)
     elif stated:

@@ -51,7 +51,7 @@ _TEMPLATES: dict[str, np.ndarray] = {}
 
 
 def shape_of(mask: np.ndarray) -> str:
-    """The shape that best fits a mask (intersection over union of the cropped masks), or an empty string if none does."""
+    """The shape that fits a mask best (intersection over union of the cropped masks), or an empty string."""
     if not _TEMPLATES:
         _TEMPLATES.update(_templates())
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
