@@ -1,13 +1,13 @@
-"""What each cleverness of a step is worth: a step without it over the same step with it, SD3 Medium's size.
+"""What each optimisation of a step gains: time of a step without it over a step with it, at SD3 Medium's size.
 
     python benchmarks/cleverness.py                      512 x 512, eager
     python benchmarks/cleverness.py --size 256
-    python benchmarks/cleverness.py --compiled           what concerns compiled blocks
+    python benchmarks/cleverness.py --compiled           the optimisations that affect compiled blocks
 
-Random weights from the manifest, both halves of guidance, 154 text tokens, bfloat16. Every step without runs between
-two with; a ratio is its time over their mean. The row A/A does the same with nothing switched off: what it differs from
-1 by is noise. A cleverness earns its place where its ratio is above 1.01 by more than that; docs/performance.md has
-those that did not, and the commit whose script measured them.
+Random weights from the manifest, conditional and unconditional pass, 154 text tokens, bfloat16. Each step without the
+optimisation runs between two steps with it; the ratio is its time over their mean. The A/A row measures the same with
+nothing switched off: its difference from 1 is noise. An optimisation is kept if its ratio exceeds 1.01 by more than
+that noise. docs/performance.md lists those that were dropped, and the commit whose script measured them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Run = Callable[[], object]
 
 
 class Steps:
-    """One MMDiT and steps of it."""
+    """An MMDiT, and variants of its denoising step."""
 
     def __init__(self, size: int, file: Path, compiled: bool):
         setup = Setup(model=str(file), device="cpu", dtype="bfloat16", compile=compiled)
@@ -57,18 +57,18 @@ class Steps:
         self.rotations = Rotations(0, TARGETS, turns)
 
     def denoiser(self, mode: str = "") -> Denoiser:
-        """A run, under residual text streaming of a mode, or none."""
+        """A denoiser with residual text streaming in the given mode (empty: without)."""
         stream = residual_stream(MODES[mode], self.rotations) if mode else None
         sigmas = torch.tensor([1.0, 0.7, 0.0])
         return Denoiser(self.model, *self.texts, sigmas, [ClassifierFreeGuidance(5.0)], streams=[stream])
 
     def step(self, mode: str = "") -> Run:
-        """One step of a run."""
+        """A denoising step that reuses the prepared origin, as all steps but the first do."""
         denoiser = self.denoiser(mode)
         return lambda: denoiser(self.x, 0.7)
 
     def unprepared(self, mode: str) -> Run:
-        """A step that prepares the origin's tokens, as if no step had been before it."""
+        """A step that prepares the origin's tokens again, as the first step of a run does."""
         denoiser = self.denoiser(mode)
 
         def run() -> None:
@@ -78,7 +78,7 @@ class Steps:
         return run
 
     def unpacked(self) -> Run:
-        """A step with plain layers in place of the packed ones, which come back after it."""
+        """A step with plain layers instead of the packed ones, which are put back afterwards."""
         step, places = self.step(), []
         for owner in self.model.joint_blocks.modules():
             for name, layer in owner.named_children():
@@ -100,7 +100,7 @@ class Steps:
 
 
 class Plain(nn.Module):
-    """A layer of the size of a packed one, in torch's public calls, with random weights."""
+    """A layer with the size of a packed one and random weights, computed with torch's public functions."""
 
     def __init__(self, layer: PackedLinear):
         super().__init__()
@@ -114,7 +114,9 @@ class Plain(nn.Module):
 
 
 def measure(rows: dict[str, tuple[Run, Run]], rounds: int) -> dict[str, list[float]]:
-    """Ratios of the first over the second, which runs before and after; neighbours share a run where they can."""
+    """Time ratios of each pair's first run over its second, which runs before and after the first. Consecutive pairs
+    share such a run if they have the same second.
+    """
     for run in dict.fromkeys(run for pair in rows.values() for run in pair):
         run()
     ratios: dict[str, list[float]] = {name: [] for name in rows}
@@ -123,16 +125,16 @@ def measure(rows: dict[str, tuple[Run, Run]], rounds: int) -> dict[str, list[flo
         for _ in range(rounds):
             for name, (without, with_) in rows.items():
                 before = last[1] if last[0] is with_ else seconds(with_)
-                own = seconds(without)
+                between = seconds(without)
                 last = with_, seconds(with_)
-                ratios[name].append(own / ((before + last[1]) / 2))
+                ratios[name].append(between / ((before + last[1]) / 2))
                 bar.update()
     return ratios
 
 
 @torch.no_grad()
 def main(size: int = 512, rounds: int = 3, compiled: bool = False, folder: str = "") -> None:
-    """Prints a row each."""
+    """Prints a row per optimisation."""
     with tempfile.TemporaryDirectory() as place:
         steps = Steps(size, weights_file("sd3_medium", folder or place), compiled)
     step = steps.step()

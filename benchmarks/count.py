@@ -1,8 +1,9 @@
-"""Lines of code by file, without blank lines, comments and docstrings; the longest functions and classes.
+"""Counts lines of code per file, without blank lines, comments and docstrings, and lists the longest functions and
+classes.
 
     python benchmarks/count.py [--at COMMIT]
 
-With --at, what a commit had (by `git archive`) stands before what this checkout has.
+--at adds a column for a commit (read with `git archive`) before that of this checkout.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-ASIDE = ("tests", "benchmarks")  # counted apart: not the project itself
-NOT_OURS = ("build", "venv")  # as hidden folders: what pip and others put there
-LONGEST = 5  # functions and classes that are named
+ASIDE = ("tests", "benchmarks")  # counted separately: not part of the project itself
+NOT_OURS = ("build", "venv")  # skipped, as hidden folders are: files of pip and other tools
+LONGEST = 5  # number of functions and of classes to list
 NO_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True)
 class Count:
-    """A checkout: lines of code by file, and of the project's functions and classes by `file:line name`."""
+    """Lines of code of a checkout: by file, and by `file:line name` for the project's functions and classes."""
 
     files: dict[str, int]
     functions: dict[str, int]
@@ -57,19 +58,19 @@ class Count:
                 kind[f"{name}:{node.lineno} {node.name}"] = length
 
     def total(self, folder: str = "") -> int:
-        """Lines of code in a folder, or in the project."""
+        """Lines of code in a folder, or in the whole project."""
         if folder:
             return sum(lines for name, lines in self.files.items() if name.startswith(f"{folder}/"))
         return sum(self.files.values()) - sum(map(self.total, ASIDE))
 
     @property
     def in_root(self) -> int:
-        """Modules that lie in the root."""
+        """Number of modules in the root folder."""
         return sum("/" not in name for name in self.files)
 
 
 def lines_of_code(text: str, tree: ast.Module) -> set[int]:
-    """The numbers of the lines that are not blank, comment or docstring. tests/test_house.py counts the same."""
+    """Numbers of the lines that are not blank, comment or docstring. tests/test_house.py counts in the same way."""
     code: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type not in NO_CODE:
@@ -82,7 +83,7 @@ def lines_of_code(text: str, tree: ast.Module) -> set[int]:
 
 
 def count_at(commit: str) -> Count:
-    """Counts the files of a commit; ends the process where git does not have it."""
+    """Counts the files of a commit. Exits if git does not have it."""
     with tempfile.TemporaryDirectory() as folder:
         archive = Path(folder) / "commit.zip"
         made = subprocess.run(["git", "archive", "-o", archive, commit], cwd=ROOT, capture_output=True, text=True)
@@ -93,7 +94,7 @@ def count_at(commit: str) -> Count:
 
 
 def main(at: str | None = None) -> None:
-    """Prints a row a file, sums, modules in the root, and the longest functions and classes."""
+    """Prints a row per file, the sums, the number of modules in the root, and the longest functions and classes."""
     counts = {"lines": Count.of(ROOT)} if at is None else {at: count_at(at), "now": Count.of(ROOT)}
     columns = list(counts.values())
     print(f"| file | {' | '.join(counts)} |\n| --- |{' ---: |' * len(counts)}")

@@ -1,10 +1,10 @@
-"""Memory, time to load and time of a step with a LoRA of rank 64 over all linear layers of SD3 Medium, and without.
+"""Memory, loading time and step time with and without a LoRA of rank 64 over all linear layers of SD3 Medium.
 
     python benchmarks/lora.py
 
-Random float16 weights of real size, bfloat16, both passes of guidance at 512 x 512. Every run is a process of its own
-on a warm file cache, and those with and without the LoRA alternate; the A/A rows compare a kind with itself. Text
-encoders are left out: they are read for prompts, not with the model.
+Random float16 weights of real size, computed in bfloat16, conditional and unconditional pass at 512 x 512. Every run is
+a separate process with a warm file cache. Runs with and without the LoRA alternate; the spread between runs of one kind
+is noise. Text encoders are left out: they load when prompts are encoded, not with the model.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from sd3.engine import Engine
 from sd3.files import MMDIT_PREFIX
 from sd3.settings import Setup
 
-STEPS = 4  # timed, after one that is not
+STEPS = 4  # timed steps, after one step to warm up
 
 
 def write_lora(path: Path, rank: int) -> tuple[int, int]:
-    """A random LoRA of every matrix of the MMDiT, float16; returns its size in bytes and the number of modules."""
+    """Writes a random float16 LoRA of every matrix of the MMDiT. Returns its size in bytes and number of modules."""
     shapes = {n: s for n, s in read_manifest("sd3_medium").items() if n.startswith(MMDIT_PREFIX)}
     tensors: dict[str, tuple[int, int]] = {}
     for name, shape in shapes.items():
@@ -59,7 +59,7 @@ def write_lora(path: Path, rank: int) -> tuple[int, int]:
 
 
 def one(model: str, lora: str = "", size: int = 512) -> None:
-    """One run: prints the seconds to open and to load, the median of a step, and waits to be read."""
+    """One run: prints the seconds to open and to load, the median seconds of a step, and the peak memory, as JSON."""
     started = time.perf_counter()
     engine = Engine(Setup(model=model, lora=lora or None, device="cpu", dtype="bfloat16"), load_tokenizers=False)
     opened = time.perf_counter()
@@ -80,7 +80,7 @@ def one(model: str, lora: str = "", size: int = 512) -> None:
 
 
 def main(folder: str = "", rank: int = 64, rounds: int = 2, size: int = 512) -> None:
-    """Runs with and without alternate; prints a row for each, as parts of the mean without."""
+    """Alternates runs without and with the LoRA. Prints a row per run, relative to the mean of the runs without."""
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(folder or temporary)
         place.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
-"""A file of many prompts against a file of few: peak memory, size and write time of the record, what a kill keeps.
+"""Compares files of many and of few prompts: peak memory, size of the record, time to write it, and what is left after
+a kill.
 
     python benchmarks/many_prompts.py [--prompts 10000] [--few 100] [--side 64]
 
-The shipped model, one step, cfg 1, float32, one thread; every run is a process of its own. The third run is killed
-(SIGKILL) once half of its pictures are in its record, and a run of one prompt into the same folder finishes that.
+The shipped model, one step, cfg 1, float32, one thread; every run is a separate process. The third run is killed
+(SIGKILL) when half of its images are in its record. Then a run of one prompt into the same folder completes the record.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ MODEL = Path(__file__).parent.parent / "models" / "demo" / "demo.safetensors"
 
 
 def make(prompts: Path, out: Path, side: int) -> None:
-    """One run, in this process; prints the seconds that its record took, and the whole."""
+    """One run in this process. Prints the seconds spent on the record, and in total."""
     spent = 0.0
 
     def timed(name: str) -> None:
@@ -54,10 +55,10 @@ def make(prompts: Path, out: Path, side: int) -> None:
 
 
 class Run:
-    """A run in a process of its own."""
+    """A run in a separate process."""
 
     def __init__(self, place: Path, name: str, prompts: int, side: int, out: Path | None = None):
-        """out: the folder of an earlier run, for one into the same."""
+        """out: the output folder, if the run writes into that of an earlier run."""
         self.out, file = out or place / name, place / f"{name}.txt"
         file.write_text("".join(f"a red circle left of a blue square {i}\n" for i in range(prompts)))
         words = [sys.executable, __file__, "make", file, self.out, side]
@@ -69,7 +70,9 @@ class Run:
         self.log = Path(log.name)
 
     def wait(self) -> float:
-        """The peak of its resident memory in MB; raises RuntimeError where it failed, but for a kill."""
+        """Waits for the end and returns the peak resident memory in MB. Raises RuntimeError if the run failed, but not
+        if it was killed.
+        """
         _, status, usage = os.wait4(self.process.pid, 0)
         self.process.returncode = os.waitstatus_to_exitcode(status)
         if self.process.returncode not in (0, -signal.SIGKILL):
@@ -77,11 +80,11 @@ class Run:
         return usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
 
     def times(self) -> dict[str, float]:
-        """Seconds of its record, and of the whole."""
+        """Seconds spent on the record, and in total."""
         return json.loads(self.log.read_text().splitlines()[-1])
 
     def folder(self, name: str) -> Path:
-        """Its folder, once that holds a file of some name."""
+        """The run's output folder; waits until it has a file `name`."""
         while not (found := list(self.out.rglob(name))):
             assert self.process.poll() is None, self.log.read_text()[-2000:]
             time.sleep(0.05)
@@ -89,7 +92,7 @@ class Run:
 
 
 def compare(prompts: int = 10_000, few: int = 100, side: int = 64) -> None:
-    """Prints the table, and what the kill kept."""
+    """Prints the table, and what is left after the kill."""
     with tempfile.TemporaryDirectory() as place:
         peaks = []
         print(
@@ -111,10 +114,10 @@ def compare(prompts: int = 10_000, few: int = 100, side: int = 64) -> None:
 
 
 def show_kill(place: Path, prompts: int, side: int) -> None:
-    """Kills a run in its middle, starts the next and prints what there is."""
+    """Kills a run halfway, starts the next one and prints what the folder holds."""
     run = Run(place, "killed", prompts, side)
     folder = run.folder(LINES)
-    while (folder / LINES).read_bytes().count(b"\n") <= prompts // 2:  # a first line, then one a picture
+    while (folder / LINES).read_bytes().count(b"\n") <= prompts // 2:  # a header line, then one per image
         time.sleep(0.2)
         assert run.process.poll() is None, "it was done before the kill"
     run.process.kill()

@@ -1,10 +1,10 @@
-"""Peak resident memory and time to the first step of a whole picture: `sd3_infer.py` against diffusers' pipeline.
+"""Peak resident memory and time to the first step when making an image: `sd3_infer.py` against diffusers' pipeline.
 
     SD3_TOKENIZERS=... python benchmarks/memory.py
 
-SD3 Medium, CLIP-L, CLIP-G and T5-XXL (random float16 weights of real size), 512 x 512, bfloat16, one step, every run a
-process of its own on a warm file cache. The peer is benchmarks/peer_lean.py: encode, delete the encoders, then load the
-transformer. SD3_TOKENIZERS names a folder with the published tokenizers (clip/ and t5/); the peer cannot do without.
+SD3 Medium, CLIP-L, CLIP-G and T5-XXL (random float16 weights of real size), 512 x 512, bfloat16, one step. Every run is
+a separate process with a warm file cache. The peer is benchmarks/peer_lean.py: it encodes, deletes the encoders, then
+loads the transformer. SD3_TOKENIZERS names a folder with the published tokenizers (clip/, t5/), which the peer needs.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ T5_CONFIG = {
 
 
 def write_json(path: Path, value: dict) -> None:
-    """With the folder it is in."""
+    """Writes a JSON file, and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def diffusers_folder(source: Path, place: Path) -> Path:
-    """The same weights as a pipeline's folder: encoders by links, transformer and VAE converted, all float16."""
+    """Makes a pipeline's folder with the same float16 weights: links to the encoders, converted transformer and VAE."""
     from safetensors.torch import save_file
 
     if (place / "model_index.json").exists():
@@ -100,7 +100,9 @@ def diffusers_folder(source: Path, place: Path) -> Path:
 
 
 def run(command: list[str], environment: dict[str, str]) -> tuple[dict[str, int], str, float]:
-    """Peaks of a process's memory (VmHWM is the kernel's own peak, mapped pages included), its output, its time."""
+    """Runs a command. Returns its peak memory figures (VmHWM is the kernel's own peak, including mapped pages), its
+    output and its time in seconds.
+    """
     peaks: dict[str, int] = {}
     started = time.time()
     with tempfile.TemporaryFile("w+") as out:
@@ -118,7 +120,7 @@ def run(command: list[str], environment: dict[str, str]) -> tuple[dict[str, int]
 
 
 def main(folder: str = "", size: int = 512, steps: int = 1, rounds: int = 2) -> None:
-    """A row for each program and run (the two of one program are the A/A), and the ratios."""
+    """Prints a row per program and run, and the ratios. Two runs of one program are the A/A comparison."""
     tokenizers = os.environ.get("SD3_TOKENIZERS")
     if not tokenizers:
         sys.exit("set SD3_TOKENIZERS to a folder with the published tokenizers in clip/ and t5/")
@@ -128,11 +130,11 @@ def main(folder: str = "", size: int = 512, steps: int = 1, rounds: int = 2) -> 
         for seed, (manifest, name) in enumerate(FILES.items()):
             if not (place / name).exists():
                 write_random(manifest, place / name, seed)
-        for name, own in (("tokenizer", "clip"), ("tokenizer_3", "t5")):
+        for name, published in (("tokenizer", "clip"), ("tokenizer_3", "t5")):
             if not (place / name).exists():
-                (place / name).symlink_to((Path(tokenizers) / own).resolve())
+                (place / name).symlink_to((Path(tokenizers) / published).resolve())
         theirs = diffusers_folder(place, place / "diffusers")
-        environment = dict(os.environ, HF_HUB_OFFLINE="1", THP_MEM_ALLOC_ENABLE="1")  # large pages for both
+        environment = dict(os.environ, HF_HUB_OFFLINE="1", THP_MEM_ALLOC_ENABLE="1")  # both use large pages
         here = Path(__file__).parent
         ours = [sys.executable, str(ROOT / "sd3_infer.py"), "--model", str(place / FILES["sd3_medium"]), "--verbose"]
         ours += ["--prompt", PROMPT, "--width", str(size), "--height", str(size), "--steps", str(steps), "--cfg", "5"]

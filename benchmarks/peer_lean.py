@@ -1,5 +1,5 @@
-"""One image by diffusers' StableDiffusion3Pipeline in the leanest way its documentation gives for a CPU: encode the
-prompt, delete the text encoders, then load the transformer and the VAE.
+"""Makes one image with diffusers' StableDiffusion3Pipeline, with the least memory that its documentation shows for a
+CPU: encode the prompt, delete the text encoders, then load the transformer and the VAE.
 
     python benchmarks/peer_lean.py FOLDER --size 512 --steps 1
 
@@ -17,7 +17,7 @@ import torch
 
 @torch.no_grad()
 def main(folder: str, size: int = 512, steps: int = 1, prompt: str = "a red circle left of a blue square") -> None:
-    """Makes an image from a folder in diffusers layout; prints the seconds to the first step and in all."""
+    """Makes an image from a folder in diffusers layout. Prints the seconds to the first step and in total."""
     from diffusers import StableDiffusion3Pipeline
 
     started, first = time.time(), []

@@ -1,4 +1,4 @@
-"""Random weights of real size, written straight to disk from a manifest of tensor names and shapes."""
+"""Writes random weights of real size to disk, from a manifest of tensor names and shapes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from tqdm import tqdm
 
 MANIFESTS = Path(__file__).parent / "manifests"
-POOL = 2**24  # random numbers drawn per scale; tensors are cut from it at random places
+POOL = 2**24  # random numbers per scale; each tensor is a piece of them from a random position
 
 
 def read_manifest(name: str) -> dict[str, tuple[int, ...]]:
-    """Tensor shapes by name from `manifests/NAME.tsv`."""
+    """Reads tensor shapes by name from `manifests/NAME.tsv`."""
     out = {}
     for line in (MANIFESTS / f"{name}.tsv").read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
@@ -25,7 +25,7 @@ def read_manifest(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def _spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
-    """Mean and standard deviation: fan-in scaled matrices, norm weights of one, small biases."""
+    """Mean and standard deviation of a tensor: matrices scaled by fan-in, norm weights of 1, small biases."""
     if len(shape) == 1:
         return (1.0, 0.0) if name.endswith("weight") else (0.0, 0.02)
     if "embed" in name and "proj" not in name and "mlp" not in name and "context" not in name:
@@ -34,7 +34,7 @@ def _spread(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
 
 
 def write_random(name: str, path: Path, seed: int = 0) -> int:
-    """Writes the model of a manifest as a float16 safetensors file; returns its size in bytes."""
+    """Writes the model of a manifest as a float16 safetensors file. Returns its size in bytes."""
     shapes = read_manifest(name)
     header, offset = {}, 0
     for tensor, shape in shapes.items():

@@ -1,9 +1,9 @@
-"""Peak memory and time per stage of `sd3_infer.py` with SD3 Medium, CLIP-L, CLIP-G and T5-XXL at real size.
+"""Peak memory of `sd3_infer.py`, and time of each stage, with SD3 Medium, CLIP-L, CLIP-G and T5-XXL at real size.
 
     python benchmarks/real_size.py
 
 Random float16 weights from the manifests, in a temporary folder (16 GB, removed at the end); one step at 256 x 256.
-Times are of this machine on this day and only say where the time goes.
+The times depend on the machine and its load. They only show which stages take long.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GB = 1e9
 
 
 def status(pid: int) -> dict[str, int]:
-    """Memory figures of a process in bytes, from /proc (Linux)."""
+    """Memory figures of a process in bytes, read from /proc (Linux)."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):
@@ -41,7 +41,9 @@ def status(pid: int) -> dict[str, int]:
 
 
 def measure(command: list[str]) -> tuple[dict[str, int], float]:
-    """Runs a command; peaks of its memory (sampled every 20 ms; VmHWM is the kernel's own peak) and its time."""
+    """Runs a command. Returns its peak memory figures in bytes (sampled every 20 ms; VmHWM is the kernel's own peak)
+    and its time in seconds.
+    """
     peaks: dict[str, int] = {}
     start = time.time()
     process = subprocess.Popen(command)
@@ -57,7 +59,9 @@ def measure(command: list[str]) -> tuple[dict[str, int], float]:
 def main(
     folder: str = "", size: int = 256, steps: int = 1, keep: bool = False, residual: bool = True, dtype: str = "auto"
 ) -> None:
-    """Writes the weights (to `folder`, kept there with `keep`), makes one image and prints what it took."""
+    """Writes the weights, makes one image and prints memory and times. folder: where to write the weights; keep: do not
+    delete them.
+    """
     place = Path(folder or tempfile.mkdtemp(prefix="sd3-real-size-"))
     try:
         place.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A sweep's report with 2,000 small images in headless Chromium: time to first paint, and to flip and to filter.
+"""Times a sweep's report with 2,000 small images in headless Chromium: the first paint, flipping and filtering.
 
 python benchmarks/report_page.py
 """
@@ -30,7 +30,7 @@ FIRST_PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startT
 
 
 def write(folder: Path, prompts: int, seeds: int) -> int:
-    """A report of images of noise, 96 x 96, as a sweep of the small model would have; returns how many."""
+    """Writes a report of 96 x 96 noise images, like that of a sweep of the small model. Returns their number."""
     raw = {
         "model": str(ROOT / "models" / "demo" / "demo.safetensors"),
         "device": "cpu",
@@ -57,7 +57,7 @@ def write(folder: Path, prompts: int, seeds: int) -> int:
 
 
 def measure(folder: Path, count: int) -> None:
-    """Prints what the page takes."""
+    """Prints the page's times."""
     with sync_playwright() as playwright:
         chromium = shutil.which("chromium") or shutil.which("chromium-browser")
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)

@@ -1,11 +1,11 @@
-"""What residual text streaming costs: a denoising step with it over the same step without, at SD3 Medium's size.
+"""Cost of residual text streaming: time of a denoising step with it over a step without it, at SD3 Medium's size.
 
     python benchmarks/residual_cost.py
 
-Random weights from the manifest, 512 x 512, both halves of guidance, 154 text tokens, bfloat16, targets 2 to 22. Every
-step with a setting runs between two without; a ratio is its time over their mean. The row A/A does the same with
-nothing switched on: what it differs from 1 by is noise. "in the stream" is the time spent in the stream's own calls, of
-the same steps: on a CPU, where nothing runs ahead, that is what it adds.
+Random weights from the manifest, 512 x 512, conditional and unconditional pass, 154 text tokens, bfloat16, targets 2 to
+22. Each step with a setting runs between two steps without; the ratio is its time over their mean. The A/A row measures
+the same with nothing switched on: its difference from 1 is noise. "in the stream" is the time that these steps spend in
+the stream's own calls. On a CPU, which runs all calls synchronously, this is the time that the stream adds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sd3.settings import Setup
 from sd3_impls import ClassifierFreeGuidance, Conditioning, Denoiser, seeded_noise
 
 TOKENS = 154
-WORDS = 12  # of CLIP's tokens, and of T5's, that are no padding
+WORDS = 12  # tokens that are not padding, of CLIP's and of T5's each
 TARGETS = tuple(range(2, 23))
 SETTINGS = {
     "A/A": ResidualConfig(),
@@ -50,17 +50,17 @@ SETTINGS = {
 
 
 class Timed(Stream):
-    """A stream that adds up the time spent in it."""
+    """Wraps a stream and sums the time spent in its calls."""
 
     def __init__(self, stream: ResidualStream):
         self.stream, self.spent = stream, 0.0
 
     def begin(self, at: ModelCall) -> bool:
-        """Passes it on."""
+        """Calls the wrapped stream."""
         return self.stream.begin(at)
 
     def mix(self, i: int, context: torch.Tensor) -> torch.Tensor:
-        """Passes it on, and looks at the clock."""
+        """Calls the wrapped stream and adds the time."""
         start = time.perf_counter()
         self.stream.keep(i, context)
         context = self.stream.mix(i, context)
@@ -77,9 +77,9 @@ def seconds(run: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def main(rounds: int = 7, size: int = 512, dtype: str = "bfloat16", folder: str = "", only: str = "") -> None:
-    """Prints a row per setting: the median ratio, the middle half of all ratios, and how many there are.
+    """Prints a row per setting: the median ratio, the middle half of all ratios, and their number.
 
-    only: settings whose names end so, and A/A.
+    only: measure A/A and the settings whose names end with this.
     """
     chosen = {n: s for n, s in SETTINGS.items() if n == "A/A" or n.endswith(only)}
     with tempfile.TemporaryDirectory(dir=folder or None) as place:
@@ -102,7 +102,7 @@ def main(rounds: int = 7, size: int = 512, dtype: str = "bfloat16", folder: str 
         x = seeded_noise(5, (1, config.latent_channels, size // 8, size // 8))
 
         def stepper(setting: ResidualConfig, clock: dict[str, Timed], name: str) -> Callable[[], object]:
-            """One step of a run under a setting; the run's once-per-image work is done by the first call."""
+            """One step with a setting. The first call also does the work that is done once per image."""
             stream = residual_stream(setting, rotations[setting.origin])
             if stream is not None:
                 clock[name] = Timed(stream)
@@ -123,9 +123,9 @@ def main(rounds: int = 7, size: int = 512, dtype: str = "bfloat16", folder: str 
             for _ in range(rounds):
                 without.append(seconds(off))
                 for name in order.sample(list(chosen), len(chosen)):
-                    own = seconds(steps[name])
+                    between = seconds(steps[name])
                     without.append(seconds(off))
-                    ratios[name].append(own / (sum(without[-2:]) / 2))
+                    ratios[name].append(between / (sum(without[-2:]) / 2))
                     bar.update()
         step = statistics.median(without)
     print(f"SD3 Medium's size, {size} x {size}, 2 x {TOKENS} text tokens, {dtype}, {torch.get_num_threads()} threads")

@@ -1,11 +1,11 @@
-"""What step caching (`--cache`) and 8-bit weights (`--weights`) save, and the error they make.
+"""What step caching (`--cache`) and 8-bit weights (`--weights`) save, and what error they cause.
 
-    python benchmarks/shortcuts.py            the shipped model: images that mean something
+    python benchmarks/shortcuts.py            the shipped model, with meaningful images
     python benchmarks/shortcuts.py weights    SD3 Medium at real size: memory of the MMDiT, error and time of a step
 
-Pictures: 12 prompts, 24 Euler steps, cfg 2.5; the error is of the final latents against those of full runs with the
-same seeds (norm of the difference over norm), beside it that of another seed, the largest that makes sense. Full and
-shortened runs alternate; A/A is a full run over its neighbours.
+Images: 12 prompts, 24 Euler steps, cfg 2.5. The error is that of the final latents relative to full runs with the same
+seeds (norm of the difference over the norm). For comparison there is the error of another seed, the largest meaningful
+one. Full and shortened runs alternate; the A/A row is a full run over the full runs before and after it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROMPTS = [f"a {c} {s}" for c in ("red", "green", "blue", "yellow") for s in ("c
 
 
 def engine_for(weights: str = "full", model: str = "demo", text: bool = True) -> Engine:
-    """An engine on this CPU, bfloat16."""
+    """An engine on the CPU, in bfloat16."""
     return Engine(Setup(model=model, device="cpu", dtype="bfloat16", weights=weights), load_tokenizers=text)
 
 
@@ -40,7 +40,7 @@ class Bench:
     """See the module."""
 
     def pictures(self, thresholds="0.05,0.1,0.2,0.3") -> None:
-        """A row for every threshold and for the 8-bit weights."""
+        """Prints a row per threshold, and one for each kind of 8-bit weights."""
         full = engine_for()
         ways = {"A/A: full, again": (full, 0.0)}
         for threshold in str(thresholds).strip("()").split(","):
@@ -63,9 +63,9 @@ class Bench:
             for name, (engine, cache) in ways.items():
                 before = seconds(lambda prompt=prompt, seed=seed: run(full, 0.0, prompt, seed))
                 got = []
-                own = seconds(lambda: got.append(run(engine, cache, prompt, seed)))  # noqa: B023
+                between = seconds(lambda: got.append(run(engine, cache, prompt, seed)))  # noqa: B023
                 after = seconds(lambda prompt=prompt, seed=seed: run(full, 0.0, prompt, seed))
-                times[name].append(own / ((before + after) / 2))
+                times[name].append(between / ((before + after) / 2))
                 errors[name].append(relative(got[0]))
         print("the shipped model, 12 images, 24 steps, bfloat16")
         print(
@@ -82,20 +82,20 @@ class Bench:
 
     @torch.no_grad()
     def weights(self, model: str = "sd3_medium", size: int = 256, rounds: int = 3, folder: str = "") -> None:
-        """A row for each kind."""
+        """Prints a row per kind of weights."""
         with tempfile.TemporaryDirectory() as place:
             file = str(weights_file(model, folder or place))
             engines = {k: engine_for(k, file, False) for k in ("full", "int8", "fp8")}
             models = {kind: engine.network.mmdit for kind, engine in engines.items()}
         x, t, y, context = inputs(engines["full"].config, size)
-        steps, results, held = {}, {}, {}
+        steps, results, size_of = {}, {}, {}
         for kind, model_ in models.items():
             text = model_.embed_text(y, context)
             steps[kind] = lambda m=model_, text=text: m.velocity(x, t, text)
             results[kind] = steps[kind]().float()
             joint = [*model_.joint_blocks.parameters(), *model_.joint_blocks.buffers()]
             packed = [m.packed for m in model_.modules() if hasattr(m, "packed")]
-            held[kind] = sum(p.nbytes for p in joint) + sum(p.numel() * DTYPE.itemsize for p in packed)
+            size_of[kind] = sum(p.nbytes for p in joint) + sum(p.numel() * DTYPE.itemsize for p in packed)
         ratios = compare({kind: (step, steps["full"]) for kind, step in steps.items()}, rounds)
         print(f'{model}, {size} x {size}, batch of 2, bfloat16; the row "full" is the A/A')
         print(
@@ -105,7 +105,7 @@ class Bench:
         for kind, values in ratios.items():
             error = ((results[kind] - results["full"]).norm() / results["full"].norm()).item()
             spread = f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-            print(f"| {kind} | {held[kind] / 1e9:.2f} GB | {spread} | {error:.3f} |")
+            print(f"| {kind} | {size_of[kind] / 1e9:.2f} GB | {spread} | {error:.3f} |")
 
 
 if __name__ == "__main__":

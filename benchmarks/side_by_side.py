@@ -1,4 +1,4 @@
-"""Images side by side in one PNG, enlarged by a whole factor without smoothing, so that pixels stay sharp.
+"""Puts images side by side in one PNG, enlarged by an integer factor without smoothing, so that pixels stay sharp.
 
 python benchmarks/side_by_side.py docs/demo.png outputs/demo/off/000000.png outputs/demo/on/000000.png
 """
@@ -10,11 +10,11 @@ import sys
 from PIL import Image
 
 FACTOR = 4
-GAP = 16  # pixels of white between images
+GAP = 16  # white pixels between images
 
 
 def side_by_side(out: str, *paths: str) -> None:
-    """Writes the images `paths`, all of one size, to the PNG `out`, from left to right."""
+    """Writes the images `paths`, which must have the same size, to the PNG `out`, from left to right."""
     images = [Image.open(path).convert("RGB") for path in paths]
     width, height = (FACTOR * side for side in images[0].size)
     sheet = Image.new("RGB", (len(images) * (width + GAP) - GAP, height), "white")

@@ -1,21 +1,24 @@
-"""Time of a denoising step against diffusers' transformer, on the same real-size random weights and the same tensors.
+"""Time of a denoising step relative to diffusers' transformer, with the same random weights of real size and inputs.
 
     python benchmarks/step.py                               SD3 Medium, 512 x 512 and 256 x 256
     python benchmarks/step.py --model sd3.5_medium
     python benchmarks/step.py --compiled --sizes 256
     python benchmarks/step.py growth                        how the step grows with size and batch (ours alone)
-    python benchmarks/step.py roofline                      what is left between a step and the matrix-product rate
+    python benchmarks/step.py roofline                      how far a step is from the rate of matrix products
 
-One process, batch of both guidance halves, 154 text tokens, bfloat16; runs are interleaved and every ratio is of
-neighbours in time. The peer runs as its documentation says for inference: eval, no_grad, bfloat16, and with its fused
-qkv projections (`fuse_qkv_projections`) where they run: not in SD3.5 Medium. The row A/A is the peer against itself.
+One process, conditional and unconditional pass in one batch, 154 text tokens, bfloat16. Runs are interleaved and each
+ratio compares consecutive runs. The peer runs as its documentation says for inference: eval, no_grad, bfloat16, and
+with fused qkv projections (`fuse_qkv_projections`) if the model supports them, which SD3.5 Medium does not. The A/A row
+is the peer against itself.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # before torch is imported; what sd3_infer.py does, here for the peer too
+os.environ["THP_MEM_ALLOC_ENABLE"] = (
+    "1"  # set before torch is imported, as in sd3_infer.py; here it applies to the peer too
+)
 
 import statistics
 import sys
@@ -43,7 +46,7 @@ DTYPE = torch.bfloat16
 
 
 def weights_file(name: str, folder: str) -> Path:
-    """A random checkpoint of a manifest in `folder`, written if it is not there."""
+    """Path of a random checkpoint of a manifest in `folder`. Writes it if it does not exist."""
     path = Path(folder) / f"{name}.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -59,7 +62,7 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def inputs(config, size: int, batch: int = 2) -> tuple[torch.Tensor, ...]:
-    """x, t, y and context of a step."""
+    """Random x, t, y and context of a step."""
     draw = lambda seed, *shape: seeded_noise(seed, shape).to(DTYPE)  # noqa: E731
     x = draw(1, batch, config.latent_channels, size // 8, size // 8)
     t = torch.full((batch,), 700.0)
@@ -67,7 +70,7 @@ def inputs(config, size: int, batch: int = 2) -> tuple[torch.Tensor, ...]:
 
 
 def peer_model(file: Path):
-    """diffusers' transformer with the weights of a checkpoint of ours."""
+    """diffusers' transformer with the weights of a checkpoint in our layout."""
     import to_diffusers
 
     engine = Engine(Setup(model=str(file), device="cpu", dtype="bfloat16"), load_tokenizers=False)
@@ -77,13 +80,13 @@ def peer_model(file: Path):
         peer = to_diffusers.peer_transformer(engine.config)
     peer.load_state_dict(to_diffusers.transformer(plain), assign=True)
     peer = peer.to(DTYPE).eval()
-    if not engine.config.dual_layers:  # with dual attention diffusers' fused projections do not run
+    if not engine.config.dual_layers:  # diffusers' fused projections fail with dual attention
         peer.fuse_qkv_projections()
     return peer
 
 
 def compare(pairs: dict[str, tuple[Callable, Callable]], rounds: int) -> dict[str, list[float]]:
-    """Ratios of the first over the second of every pair: each first runs between two seconds."""
+    """Time ratios of each pair's first run over its second. Each first run is between two second ones."""
     for one, other in pairs.values():
         one(), other()
     ratios: dict[str, list[float]] = {name: [] for name in pairs}
@@ -97,7 +100,7 @@ def compare(pairs: dict[str, tuple[Callable, Callable]], rounds: int) -> dict[st
 
 
 def table(ratios: dict[str, list[float]], head: str) -> None:
-    """Prints median, middle half and number of ratios."""
+    """Prints the median, middle half and number of the ratios."""
     print(f"| {head} | median | middle half | pairs |\n| --- | --- | --- | --- |")
     for name, values in ratios.items():
         low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
@@ -111,7 +114,7 @@ class Bench:
     def compare(
         self, model: str = "sd3_medium", sizes="512,256", rounds: int = 5, compiled: bool = False, folder: str = ""
     ) -> None:
-        """A row per size, and A/A."""
+        """Prints a row per size, and one for A/A."""
         with tempfile.TemporaryDirectory() as place:
             file = weights_file(model, folder or place)
             setup = Setup(model=str(file), device="cpu", dtype="bfloat16", compile=compiled)
@@ -123,7 +126,7 @@ class Bench:
         pairs, errors = {}, {}
         for size in [int(s) for s in str(sizes).strip("()").split(",")]:
             x, t, y, context = inputs(engine.config, size)
-            text = ours.embed_text(y, context)  # once per image; the peer has no place for that
+            text = ours.embed_text(y, context)  # once per image; the peer cannot do this
             mine = lambda x=x, t=t, text=text: ours.velocity(x, t, text)  # noqa: E731
             theirs = lambda x=x, t=t, y=y, c=context: peer(x, c, y, t, return_dict=False)[0]  # noqa: E731
             errors[size] = ((mine() - theirs()).float().norm() / theirs().float().norm()).item()
@@ -136,7 +139,7 @@ class Bench:
 
     @torch.no_grad()
     def growth(self, model: str = "sd3_medium", rounds: int = 3, folder: str = "") -> None:
-        """Steps of other sizes and batches over one of 512 x 512 and both halves."""
+        """Prints the time of steps of other sizes and batches, relative to one of 512 x 512 and batch 2."""
         with tempfile.TemporaryDirectory() as place:
             file = weights_file(model, folder or place)
             engine = Engine(Setup(model=str(file), device="cpu", dtype="bfloat16"), load_tokenizers=False)
@@ -163,7 +166,9 @@ class Bench:
 
     @torch.no_grad()
     def roofline(self, model: str = "sd3_medium", size: int = 512, rounds: int = 3, folder: str = "") -> None:
-        """Operations, rate, time and share of a step's parts, beside the best rate of one large product here."""
+        """Prints rate, share of the time and bound of each part of a step, and the best rate of one large matrix
+        product on this machine.
+        """
         from torch.profiler import ProfilerActivity, profile
 
         with tempfile.TemporaryDirectory() as place:

@@ -1,9 +1,9 @@
-"""Which text tokens the stream carries, on the model that ships: the images, and how much of the prompt each block's
-tokens hold, as docs/prompts.md shows them.
+"""Makes the figures of docs/prompts.md for `--residual_tokens` on the shipped model: images, and how much of the prompt
+can be read from each block's text tokens.
 
     python benchmarks/stream_tokens.py --out docs
 
-Needs matplotlib. Takes a few minutes of one CPU core.
+Needs matplotlib. Takes a few minutes on one CPU core.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ MEASURES = ("retrieval", "probe relation")
 
 
 def call(*words: object) -> None:
-    """Runs a command of this repository; raises where it fails."""
+    """Runs a command of this repository. Raises CalledProcessError if it fails."""
     subprocess.run([sys.executable, *map(str, words)], check=True, cwd=ROOT)
 
 
 def means(path: Path) -> dict[str, list[float]]:
-    """Each measure's mean over the timesteps, by block, of a measure.csv."""
+    """Reads a measure.csv: for each measure, its mean over the timesteps, by block."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     blocks = sorted({int(row["block"]) for row in rows})
@@ -39,7 +39,7 @@ def means(path: Path) -> dict[str, list[float]]:
 
 
 def plot(measured: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """A plot per measure, a line per setting."""
+    """Draws a plot per measure, with a line per setting."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -55,7 +55,7 @@ def plot(measured: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def main(out: str, prompts: int = 240, seed: int = 3) -> None:
-    """Writes tokens.png (the images) and tokens_measured.png (the plot) to the folder `out`, and prints the means."""
+    """Writes tokens.png (images) and tokens_measured.png (plots) to the folder `out`, and prints the means."""
     with tempfile.TemporaryDirectory() as place:
         folder, measured = Path(place), {}
         call(

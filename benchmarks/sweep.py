@@ -1,4 +1,4 @@
-"""What a sweep saves over separate runs, and what a second worker gains: ratios of times measured in one go.
+"""What a sweep saves over separate runs, and what a second worker gains, as ratios of times from one measurement.
 
 python benchmarks/sweep.py
 """
@@ -21,7 +21,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 def run(script: str, *arguments: object, env: dict[str, str] | None = None) -> float:
-    """Seconds that a command took, start-up included; raises CalledProcessError."""
+    """Runs a command and returns its seconds, including start-up. Raises CalledProcessError if it fails."""
     start = time.perf_counter()
     command = [sys.executable, str(ROOT / script), *map(str, arguments)]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | (env or {}))
@@ -29,19 +29,19 @@ def run(script: str, *arguments: object, env: dict[str, str] | None = None) -> f
 
 
 def lines(folder: Path, event: str) -> list[dict]:
-    """The lines of a sweep's log of one kind."""
+    """The lines of one kind in a sweep's log."""
     text = (folder / "log.jsonl").read_text(encoding="utf-8")
     return [line for line in map(json.loads, text.splitlines()) if line["event"] == event]
 
 
 def working(folder: Path) -> float:
-    """Seconds from the first batch that was begun to the end of the last."""
+    """Seconds from the start of the first batch to the end of the last."""
     first, last = lines(folder, "begin")[0]["time"], lines(folder, "batch")[-1]["time"]
     return (datetime.datetime.fromisoformat(last) - datetime.datetime.fromisoformat(first)).total_seconds()
 
 
 def separate_runs(place: Path) -> None:
-    """Twelve images in one sweep and in twelve runs of sd3_infer.py."""
+    """Times twelve images in one sweep and in twelve runs of sd3_infer.py."""
     (place / "prompts.txt").write_text("\n".join(PROMPTS))
     grid = ["--seed", "0-1", "--prompt", place / "prompts.txt", "--residual_target_layers", "3,5"]
     sweep = run("sd3_sweep.py", "--out", place / "swept", "--model", MODEL, *grid)
@@ -55,7 +55,7 @@ def separate_runs(place: Path) -> None:
 
 
 def workers(place: Path) -> None:
-    """The same sweep by one one-thread worker and by two on Ray, twice each in turn."""
+    """Times the same sweep with one one-thread worker and with two on Ray, alternating, twice each."""
     grid = ["--model", MODEL, "--prompt", place / "prompts.txt", "--seed", "0-9", "--batch_size", 4]
     grid += ["--residual_target_layers", "3,5;4;2-7", "--residual_weights", "each:0.1;each:0.3"]
     ray = ["--ray", "auto", "--cpus_per_worker", 1]

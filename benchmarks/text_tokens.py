@@ -1,11 +1,11 @@
-"""What longer texts cost: a denoising step, and the peak memory, by the number of T5 tokens, at SD3 Medium's size.
+"""Cost of longer texts: time of a denoising step and peak memory by number of T5 tokens, at SD3 Medium's size.
 
     python benchmarks/text_tokens.py
 
-Random weights from the manifest, 512 x 512, both halves of guidance, 77 CLIP tokens beside T5's, bfloat16. Every step
-with another number of tokens runs between two with 77; a ratio is its time over their mean. The row A/A runs 77 tokens
-again: what it differs from 1 by is noise. Memory is measured in a process of its own per number: what one step adds to
-the loaded weights, and the peak of the process.
+Random weights from the manifest, 512 x 512, conditional and unconditional pass, 77 CLIP tokens in addition to T5's,
+bfloat16. Each step with another number of tokens runs between two steps with 77; the ratio is its time over their mean.
+The A/A row runs 77 tokens again: its difference from 1 is noise. Memory is measured in a separate process for each
+number: the peak after loading, and after one step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COUNTS = {"77 again (A/A)": 77, "256": 256, "512": 512}
 
 
 def stepper(engine: Engine, tokens: int, size: int) -> Callable[[], object]:
-    """One step with so many T5 tokens."""
+    """One step with the given number of T5 tokens."""
     config = engine.config
     draw = lambda seed, *shape: seeded_noise(seed, shape).to(engine.dtype)  # noqa: E731
     texts = [

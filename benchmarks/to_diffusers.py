@@ -1,4 +1,4 @@
-"""Our tensor names and layouts -> diffusers', for comparing with its models."""
+"""Converts our tensor names and layouts to diffusers', to compare with its models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sd3.vae import VAE, VAEConfig
 
 
 def _swap(tensor: Tensor) -> Tensor:
-    """(shift, scale) -> diffusers' (scale, shift) of its continuous adaptive norms."""
+    """(shift, scale) -> (scale, shift), the order of diffusers' continuous adaptive norms."""
     shift, scale = tensor.chunk(2)
     return torch.cat([scale, shift])
 
@@ -52,7 +52,7 @@ def _embedders(out: dict[str, Tensor], model: nn.Module) -> None:
 
 
 def transformer(model: MMDiT) -> dict[str, Tensor]:
-    """A state dict of SD3Transformer2DModel."""
+    """The weights of `model` as a state dict of SD3Transformer2DModel."""
     out: dict[str, Tensor] = {"pos_embed.pos_embed": model.pos_embed}
     _linear(out, "pos_embed.proj", model.x_embedder.proj)
     _embedders(out, model)
@@ -79,7 +79,7 @@ def transformer(model: MMDiT) -> dict[str, Tensor]:
 
 
 def controlnet(model: nn.Module) -> dict[str, Tensor]:
-    """A state dict of SD3ControlNetModel without positions and text (the 8B kind)."""
+    """The weights of `model` as a state dict of SD3ControlNetModel without positions and text (the 8B kind)."""
     out: dict[str, Tensor] = {}
     _embedders(out, model)
     _linear(out, "pos_embed_input.proj", model.pos_embed_input.proj)
@@ -97,7 +97,7 @@ def _resnet(out: dict[str, Tensor], name: str, block: nn.Module) -> None:
 
 
 def vae(model: VAE) -> dict[str, Tensor]:
-    """A state dict of AutoencoderKL."""
+    """The weights of `model` as a state dict of AutoencoderKL."""
     out: dict[str, Tensor] = {}
     for side, half in (("encoder", model.encoder), ("decoder", model.decoder)):
         _linear(out, f"{side}.conv_in", half.conv_in)
@@ -122,7 +122,7 @@ def vae(model: VAE) -> dict[str, Tensor]:
 
 
 def peer_transformer(config: MMDiTConfig):
-    """diffusers' SD3 transformer of the same sizes, with weights of its own."""
+    """diffusers' SD3 transformer with the same sizes and freshly initialised weights."""
     import diffusers
 
     return diffusers.SD3Transformer2DModel(
@@ -143,7 +143,7 @@ def peer_transformer(config: MMDiTConfig):
 
 
 def peer_vae(config: VAEConfig):
-    """diffusers' autoencoder of the same sizes, with weights of its own."""
+    """diffusers' autoencoder with the same sizes and freshly initialised weights."""
     import diffusers
 
     return diffusers.AutoencoderKL(
@@ -186,7 +186,7 @@ def peer_t5(ours: T5):
 
 
 def folder(path: Path, parts: dict[str, nn.Module], tokenizers: Path) -> Path:
-    """Writes modules (by the prefix they have in one file) as a diffusers folder, the transformer and T5 in shards."""
+    """Writes modules (by their prefix in a single file) as a diffusers folder, with transformer and T5 in shards."""
     ours: MMDiT = parts[MMDIT_PREFIX]
     theirs = peer_transformer(ours.config)
     theirs.load_state_dict(transformer(ours))

@@ -1,5 +1,5 @@
-"""Makes docs/tutorial.md again, for instance after a change of the shipped model: runs its commands in their order and
-replaces their output and their images. Check the sentences between them yourself: they quote numbers.
+"""Regenerates docs/tutorial.md, for example after a change of the shipped model: runs its commands in order and
+replaces their output and images. Check the text between them yourself: it quotes numbers.
 
 python benchmarks/tutorial.py        two to three minutes; leaves its folders in ./tutorial
 """
@@ -17,16 +17,16 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "tutorial.md"
 WORK = Path("tutorial")  # where the commands run
-# A block of commands and the block with their output; an image and the file that it is copied from.
+# A block of commands and the block of their output; an image and the file that it is copied from.
 PRINTED = re.compile(r"```sh\n(.*?)```\n\n```text\n.*?```\n", re.DOTALL)
 IMAGE = re.compile(r"!\[[^\]]*\]\(([\w./]+)\) <!-- ([\w./*]+)(?: top (\d+))? -->")
-SMALL = 100  # pixels; a narrower image is enlarged
+SMALL = 100  # pixels; narrower images are enlarged
 PROGRESS = re.compile(r"%\||/s\]| \.\.\. [\d.]+ s$")  # progress bars, and the lines that replace them in a log
-ESCAPE = re.compile(r"\x1b\[\w")  # moves of the cursor
+ESCAPE = re.compile(r"\x1b\[\w")  # cursor movements
 
 
 def printed_by(commands: str) -> str:
-    """The output of commands, without their progress. Raises RuntimeError if one fails."""
+    """Runs commands and returns their output without progress lines. Raises RuntimeError if one fails."""
     joined = commands.replace("\\\n", "")
     done = subprocess.run(["bash", "-ec", joined], capture_output=True, text=True, cwd=WORK, env=environment())
     if done.returncode:
@@ -36,7 +36,7 @@ def printed_by(commands: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with this Python as `python` and the project's modules found from `WORK`."""
+    """This process's environment, with this Python as `python` and the project on the module path, for `WORK`."""
     folder = WORK / "bin"
     folder.mkdir(exist_ok=True)
     program = folder / "python"
@@ -46,7 +46,7 @@ def environment() -> dict[str, str]:
 
 
 def copy_image(source: Path, target: Path, top: str = "") -> None:
-    """Copies an image, or its top `top` rows, in 256 colours; a narrow image is enlarged three times."""
+    """Copies an image, or its first `top` rows, in 256 colours. Narrow images are enlarged three times."""
     image = Image.open(source).convert("RGB")
     if top:
         image = image.crop((0, 0, image.width, int(top)))

@@ -1,11 +1,11 @@
-"""Decoding 1024 x 1024 whole and in tiles: memory, time, largest pixel difference, and what can be seen of the seams.
+"""Decoding 1024 x 1024 at once and in tiles: memory, time, largest pixel difference, and visibility of the seams.
 
     python benchmarks/vae_tiles.py
 
-Memory and time: SD3's VAE at real size (random weights), float32, each way in a process of its own, interleaved.
-Differences: the shipped small VAE, which is trained, on an image of 1024 x 1024 of shapes and ramps; random weights
-would show no image to see seams in. A seam shows as a jump between neighbouring pixels, where a tile begins or ends,
-that the whole decoding does not have: the last column is the largest one. From one 255th on it could be seen.
+Memory and time: SD3's VAE at real size (random weights), float32, each run in a separate process, interleaved.
+Differences: the shipped small VAE, on a 1024 x 1024 image of shapes and ramps; with random weights there would be no
+image in which to see seams. A seam is a jump between neighbouring pixels at the edge of a tile that the decoding
+without tiles does not have. The last column is the largest such jump; it could be visible from 1 (of 255) on.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 
 @torch.no_grad()
 def one(file: str, size: int, tile: int) -> None:
-    """Decodes once; prints peak memory beyond what the weights took, and seconds."""
+    """Decodes once. Prints the peak memory in bytes, without the weights, and the seconds, as JSON."""
     part = sd3.weights.find_vae(WeightFile(file))
     config = part.config(VAEConfig.from_shapes, "a VAE")
     vae = part.load_into(on_meta(lambda: VAE(config)), "cpu", torch.float32).to(memory_format=torch.channels_last)
@@ -50,7 +50,7 @@ def one(file: str, size: int, tile: int) -> None:
 
 
 def test_picture(size: int) -> torch.Tensor:
-    """(1, 3, size, size) in [-1, 1]: discs, bars and ramps."""
+    """A test image (1, 3, size, size) in [-1, 1] of discs, bars and ramps."""
     down, across = torch.meshgrid(torch.linspace(-1, 1, size), torch.linspace(-1, 1, size), indexing="ij")
     pixels = torch.stack([across, down, -across * down])
     for i, (x, y, r) in enumerate([(-0.4, -0.3, 0.35), (0.5, 0.1, 0.25), (-0.1, 0.6, 0.3), (0.6, -0.6, 0.15)]):
@@ -63,7 +63,7 @@ def test_picture(size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def main(size: int = 1024, tiles="576,256", rounds: int = 2, folder: str = "") -> None:
-    """Prints both tables; rounds: 0 leaves the first out."""
+    """Prints both tables. rounds: 0 skips the first."""
     ways = [0, *(int(t) for t in str(tiles).strip("()").split(","))]
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(folder or temporary)
@@ -88,12 +88,12 @@ def main(size: int = 1024, tiles="576,256", rounds: int = 2, folder: str = "") -
     for way in ways:
         got_pixels = vae.decode(mean, way)
         difference = (got_pixels - whole).abs() * 127.5
-        told = f"{127.5 * border_jump(got_pixels - whole, way, size):.2f}" if way else ""
-        print(f"| {_name(way)} | {difference.max():.2f} | {difference.mean():.3f} | {told} |")
+        jump = f"{127.5 * border_jump(got_pixels - whole, way, size):.2f}" if way else ""
+        print(f"| {_name(way)} | {difference.max():.2f} | {difference.mean():.3f} | {jump} |")
 
 
 def costs(got: dict[int, list[list[float]]], size: int) -> None:
-    """Prints memory and time of every run."""
+    """Prints the memory and time of every run."""
     base = [statistics.mean(v) for v in zip(*got[0], strict=True)]
     print(f"SD3's VAE, {size} x {size}, float32; ratios to the mean of the runs without tiles (their rows are the A/A)")
     print("| decoding | peak memory beside the weights (ratio) | time, ratio |\n| --- | --- | --- |")
@@ -103,7 +103,7 @@ def costs(got: dict[int, list[list[float]]], size: int) -> None:
 
 
 def border_jump(difference: torch.Tensor, tile: int, size: int) -> float:
-    """Largest step of the difference (1, 3, H, W) between the rows and columns at the ends of tiles."""
+    """Largest jump of the difference (1, 3, H, W) between neighbouring rows or columns at the edges of tiles."""
     ends = sorted({e for piece in pieces(size, tile, min(OVERLAP, tile // 4)) for e in piece if 0 < e < size})
     before = [e - 1 for e in ends]
     columns, rows = difference.diff(dim=-1)[..., before], difference.diff(dim=-2)[..., before, :]

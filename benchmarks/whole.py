@@ -1,8 +1,9 @@
-"""Many prompts in one process over a process for each, and a prompt known to the embedding cache over an unknown one.
+"""Time of many prompts in one process over one process per prompt, and time of a prompt with `--embed_cache` over the
+same prompt without it.
 
     SD3_TOKENIZERS=... python benchmarks/whole.py
 
-SD3 Medium with CLIP-L, CLIP-G and T5-XXL (random float16 weights of real size), 256 x 256, one step, bfloat16, on a
+SD3 Medium with CLIP-L, CLIP-G and T5-XXL (random float16 weights of real size), 256 x 256, one step, bfloat16, with a
 warm file cache.
 """
 
@@ -32,8 +33,8 @@ def main(folder: str = "", prompts: int = 10, size: int = 256, steps: int = 1, r
             if not (place / name).exists():
                 write_random(manifest, place / name, seed)
         tokenizers = os.environ.get("SD3_TOKENIZERS")
-        for name, own in (("tokenizer", "clip"), ("tokenizer_3", "t5")):
-            source = Path(tokenizers) / own if tokenizers else ROOT / "models" / "demo" / name
+        for name, published in (("tokenizer", "clip"), ("tokenizer_3", "t5")):
+            source = Path(tokenizers) / published if tokenizers else ROOT / "models" / "demo" / name
             if not (place / name).exists():
                 shutil.copytree(source, place / name)
         texts = [f"a {colour} fox in the snow" for colour in COLOURS[:prompts]]
@@ -78,7 +79,7 @@ def main(folder: str = "", prompts: int = 10, size: int = 256, steps: int = 1, r
 
 
 def serve(command: list[str], texts: list[str]) -> float:
-    """Seconds for the same prompts as lines of one serving process, its start included."""
+    """Seconds for the same prompts as lines of one serving process, including its start."""
     lines = "".join(f'{{"prompt": "{text}"}}\n' for text in texts)
     started = time.perf_counter()
     done = subprocess.run([*command, "--serve_stdin", "--t5_resident"], input=lines, capture_output=True, text=True)

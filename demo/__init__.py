@@ -1,1 +1,1 @@
-"""The small model that ships: how it is made and scored."""
+"""Training and scoring of the small model that ships."""

@@ -1,4 +1,4 @@
-"""Captions of coloured-shape scenes with labels, as `sd3_probe.py` reads them.
+"""Writes captions of coloured-shape scenes with labels, in the format that `sd3_probe.py` reads.
 
 python -m demo.captions --count 400 --out captions.jsonl
 """
@@ -17,7 +17,7 @@ SETS = {"seen": SEEN, "held_out": tuple(sorted(HELD_OUT)), "all": ALL_COMBINATIO
 
 
 def labels(scene: Scene) -> dict[str, str]:
-    """What there is to know of a scene: shape and colour of the object named first, the relation, the number."""
+    """Labels of a scene: shape and colour of the first object, and, if the caption states them, relation and number."""
     first = scene.things[0]
     out = {"shape": first.shape, "colour": first.colour}
     if scene.kind == "relation":
@@ -28,9 +28,10 @@ def labels(scene: Scene) -> dict[str, str]:
 
 
 def captions(count: int, combinations: str = "seen", seed: int = 0, kind: str | None = None) -> list[dict]:
-    """`count` different captions with their labels; combinations: seen (in training), held_out or all.
+    """`count` distinct captions with their labels.
 
-    Raises ValueError where there are not so many.
+    combinations: shape-colour combinations to use: seen (in training), held_out or all. Raises ValueError if there are
+    fewer captions than `count`.
     """
     if combinations not in SETS:
         raise ValueError(f"--combinations {combinations}: must be {', '.join(SETS)}")

@@ -1,4 +1,4 @@
-"""Command lines of this folder's scripts, by fire, with help on standard output."""
+"""Command lines of this folder's scripts, made with fire, with help on standard output."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fire.trace import FireTrace
 
 
 def run(component: Callable | Mapping[str, Callable], name: str) -> None:
-    """`fire.Fire` of a function or of commands by name; `--help`, which fire would hand to a function that takes any
-    flag, prints its help, to a reader that may stop reading.
+    """Runs `fire.Fire` on a function, or on a table of commands. `--help` prints the help even if the function takes
+    arbitrary flags (fire would pass it to the function), and the reader of the output may close it early.
     """
     arguments = sys.argv[1:]
     if not {"--help", "-h"} & set(arguments):

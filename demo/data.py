@@ -1,4 +1,4 @@
-"""The training set of the small model: scenes rendered and encoded once, in files that can be added while it trains."""
+"""Training set of the small model: scenes, rendered and encoded once. Files may be added while the model trains."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from sd3_impls import latent_in
 
 PATCH_PIXELS = 16  # pixels under one image token
 TOKENS = SIZE // PATCH_PIXELS
-ORDER = ("first", "second", "third")  # as the caption names them
+ORDER = ("first", "second", "third")  # order in the caption
 CLASSES = (*SHAPES, *COLOURS, *BACKGROUNDS, "small", *ORDER)
 SIDES = ("left of", "right of", "above", "below")
 NUMBERS = (1, *COUNTS)
-FACTS = (*SIDES, *NUMBERS, *ORDER, "small", *COLOURS, *SHAPES)  # what a caption says of one object
+FACTS = (*SIDES, *NUMBERS, *ORDER, "small", *COLOURS, *SHAPES)  # what a caption can say about one object
 
 
 def save(path: Path, state: dict) -> None:
-    """Writes a training state under a temporary name and renames it."""
+    """Writes a training state to a temporary file and renames that."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
@@ -33,7 +33,7 @@ def save(path: Path, state: dict) -> None:
 
 
 def load(path: Path) -> dict | None:
-    """The training state at `path`, or None where there is none yet."""
+    """Reads the training state at `path`; None if there is no file."""
     return torch.load(path, weights_only=True) if path.exists() else None
 
 
@@ -43,7 +43,7 @@ def to_unit(pictures: list[np.ndarray]) -> Tensor:
 
 
 def what_is_where(scene: Scene) -> np.ndarray:
-    """How much of every image token each class of `CLASSES` covers: uint8 (tokens, classes), 255 is all of it."""
+    """Share of each image token that each class of `CLASSES` covers: uint8 (tokens, classes), 255 means all of it."""
     out = np.zeros((TOKENS * TOKENS, len(CLASSES)), dtype=np.float32)
     free = np.ones(TOKENS * TOKENS, dtype=np.float32)
     for i, thing in enumerate(scene.things):
@@ -58,7 +58,7 @@ def what_is_where(scene: Scene) -> np.ndarray:
 
 
 def facts(scene: Scene) -> np.ndarray:
-    """What the caption says of each object it names: uint8 (3, facts), 0 or 1; unused rows are zero."""
+    """What the caption says about each object (`FACTS`): uint8 (3, facts), 0 or 1; unused rows are zero."""
     out = np.zeros((len(ORDER), len(FACTS)), dtype=np.uint8)
     counted = scene.kind == "count"
     sides = [(a, relation) for a, relation, _ in scene.relations]
@@ -72,7 +72,7 @@ def facts(scene: Scene) -> np.ndarray:
 
 
 def spoken(scene: Scene) -> np.ndarray:
-    """`Scene.words`, padded with 0 to `LONGEST`: uint8."""
+    """`Scene.words`, padded with 0 to `LONGEST`: uint8 (LONGEST,)."""
     return np.array([*scene.words, *[0] * (LONGEST - len(scene.words))], dtype=np.uint8)
 
 
@@ -87,14 +87,14 @@ def text_set(scenes: list[Scene]) -> dict:
 
 
 def set_path(work: Path, number: int) -> Path:
-    """File of a set."""
+    """Path of the file of one set."""
     return Path(work) / f"set-{number:03d}.pt"
 
 
 @torch.no_grad()
 def encode_set(model: VAE, path: Path, count: int, seed: int, batch: int = 64) -> None:
-    """Renders and encodes `count` scenes: latents (posterior means, in the space the MMDiT works in), what is where,
-    and the captions.
+    """Renders and encodes `count` scenes and writes them to `path`: latents (posterior means, in the space of the
+    MMDiT), the classes of each image token, and the captions.
     """
     model = model.eval().to(memory_format=torch.channels_last)
     rng = random.Random(seed)
@@ -112,7 +112,7 @@ def encode_set(model: VAE, path: Path, count: int, seed: int, batch: int = 64) -
 
 @dataclass
 class Data:
-    """All sets joined, one row per scene."""
+    """All sets concatenated, one row per scene."""
 
     latents: Tensor  # (N, C, h, w), bfloat16
     classes: Tensor  # (N, tokens, classes), uint8
@@ -123,7 +123,7 @@ class Data:
 
     @classmethod
     def read(cls, work: Path, sets: int) -> Data:
-        """The first `sets` sets of a work folder."""
+        """Reads the first `sets` sets of a work folder."""
         parts = [load(set_path(work, i)) for i in range(sets)]
         whole = {k: torch.cat([p[k] for p in parts]) for k in ("latents", "classes", "spoken", "facts")}
         lists = {k: [x for p in parts for x in p[k]] for k in ("captions", "kinds")}
@@ -131,7 +131,7 @@ class Data:
 
 
 def count_sets(work: Path) -> int:
-    """Number of sets in a work folder, numbered from 0 without a gap."""
+    """Number of sets in a work folder, counted from 0 up to the first missing number."""
     n = 0
     while set_path(work, n).exists():
         n += 1

@@ -1,4 +1,4 @@
-"""MMDiT and text encoders of the small model, trained together: module, optimisers, states and the training loop."""
+"""Trains the small model's MMDiT and text encoders together: module, optimisers, states and the training loop."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from demo.text import Batches, Captions, TextRows, right_parts, said_of
 from mmditx import MMDiT, MMDiTConfig
 from other_impls import CLIP, T5, CLIPConfig, T5Config, join_text
 
-CONTEXT = 128  # features of a text token
-CLIP_WIDTH = 64  # of CLIP-L and of CLIP-G
+CONTEXT = 128  # width of a text token
+CLIP_WIDTH = 64  # width of CLIP-L and of CLIP-G
 ENCODERS = ("clip_l", "clip_g", "t5")
 RESUME = Path(__file__).parent / "resume.safetensors"  # unfinished weights that a fresh checkout starts from
-HISTORY = "training.jsonl"  # the thinned log beside them
-LOG_EVERY = 25  # steps; states are saved only at these steps, so a resumed run logs the same means
+HISTORY = "training.jsonl"  # the thinned log in the same folder
+LOG_EVERY = 25  # steps; states are saved at these steps only, so that a resumed run logs the same means
 SAVE_EVERY = 150.0  # seconds
 WARMUP = 200  # steps
-PAUSE = 120.0  # seconds; a longer step was paused from outside, and the rest of it is no training time
+PAUSE = 120.0  # seconds that a step counts at most: a longer one was paused from outside
 BANDS = (0.5, 0.8, 0.9, 0.97)  # edges of the sigma bands whose losses are logged separately
-AVERAGES = {"average": 0.999, "long_average": 0.9997}  # decays
-# Learning rates. The encoders' queries and keys are not in Muon, whose step does not shrink with the gradient: T5's
-# scores are not scaled, and a saturated softmax learns no word order.
+AVERAGES = {"average": 0.999, "long_average": 0.9997}  # decay of each weight average
+# Learning rates. Muon does not update the encoders' queries and keys, because its step does not shrink with the
+# gradient: T5's attention scores are not scaled, and with a saturated softmax it does not learn word order.
 RATES = {"muon": 0.01, "adamw": 1e-3, "attention": 1e-3}
 
 
 class Flow(nn.Module):
     """MMDiT, text encoders, and three linear heads that are not shipped.
 
-    `where` predicts from the image tokens after `read_after` blocks what is where (`CLASSES`); `clip_says` and
-    `t5_says` predict from each text token what the caption says of that word's object (`FACTS`).
+    `where` predicts the classes of each image token (`CLASSES`) from the image stream after `read_after` blocks.
+    `clip_says` and `t5_says` predict from each text token what the caption says about that word's object (`FACTS`).
     """
 
     def __init__(self, captions: Captions, width: int = 128, depth: int = 8, read_after: int | None = None):
@@ -77,8 +77,8 @@ class Flow(nn.Module):
         self.middle = output[1]
 
     def init(self) -> None:
-        """Xavier for matrices, small embeddings, zero for modulations and the last layer; T5 as in the T5 paper's code
-        (mesh-tensorflow), as its attention scores are not scaled.
+        """Initialises the weights: Xavier for matrices, small embeddings, zero for modulations and the last layer. T5
+        as in the T5 paper's code (mesh-tensorflow), because its attention scores are not scaled.
         """
         for name, p in self.named_parameters():
             if p.ndim < 2:
@@ -94,15 +94,16 @@ class Flow(nn.Module):
         init_t5(self.t5)
 
     def text(self, ids: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Text tokens (B, positions + L, CONTEXT), CLIP's first, and pooled text (B, 128)."""
+        """Text tokens (B, positions + L, CONTEXT), CLIP's before T5's, and pooled text (B, 128)."""
         hidden_l, pooled_l = self.clip_l(ids["l"])
         hidden_g, pooled_g = self.clip_g(ids["g"])
         return join_text(hidden_l, hidden_g, self.t5(ids["t5"])), torch.cat([pooled_l, pooled_g], dim=-1)
 
     def text_loss(self, context: Tensor, spoken: Tensor, facts: Tensor) -> tuple[Tensor, dict[str, tuple[int, int]]]:
-        """Cross-entropy of the text heads, summed over facts, and (hits, tokens) for side and number of the objects.
+        """Cross-entropy of the text heads, summed over facts, and by encoder and part the (correct, counted) tokens for
+        the side and the number of the objects.
 
-        spoken: (B, LONGEST), all zeros for a dropped caption; facts: (B, 3, facts).
+        spoken: (B, LONGEST), zeros for a dropped caption; facts: (B, 3, facts).
         """
         clip, t5 = context.split([self.clip_l.config.positions, context.shape[1] - self.clip_l.config.positions], 1)
         total, right = context.new_zeros(()).float(), {}
@@ -122,7 +123,7 @@ class Flow(nn.Module):
 
 
 def init_t5(model: T5) -> None:
-    """T5's own initialisation."""
+    """Initialises T5 as its authors' code does."""
     config = model.config
     head = config.inner // config.heads
     stds = {
@@ -132,7 +133,7 @@ def init_t5(model: T5) -> None:
         "SelfAttention.o": config.inner**-0.5,
         "DenseReluDense.wi": config.width**-0.5,
         "DenseReluDense.wo": config.mlp_width**-0.5,
-        "relative_attention_bias": 0.5,  # ours: word order is known from the start
+        "relative_attention_bias": 0.5,  # our choice: word order matters from the start
         "embed_tokens": 1.0,
     }
     for name, p in model.named_parameters():
@@ -142,7 +143,7 @@ def init_t5(model: T5) -> None:
 
 
 def sine_grid(side: int, width: int) -> Tensor:
-    """Sine-cosine position grid (1, side * side, width): half the features say the column, half the row."""
+    """Sine-cosine position grid (1, side * side, width): half of the features encode the column, half the row."""
     f = 10000.0 ** -(torch.arange(width // 4) / (width // 4))
     angles = torch.arange(side)[:, None] * f  # (side, width / 4)
     line = torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -183,7 +184,7 @@ def set_rate(optimisers: list[torch.optim.Optimizer], factor: float) -> None:
 
 
 def rate(step: int, fresh_from: int, decay_from: int | None, decay_to: int | None) -> float:
-    """Learning-rate factor: warm-up after `fresh_from`, constant, and linear to 2 % between the decay's steps."""
+    """Learning-rate factor: warm-up after fresh_from, constant, and linear to 2 % between decay_from and decay_to."""
     warm = min(1.0, (step - fresh_from + 1) / WARMUP)
     if decay_from is None or decay_to is None or step < decay_from:
         return warm
@@ -191,19 +192,19 @@ def rate(step: int, fresh_from: int, decay_from: int | None, decay_to: int | Non
 
 
 def draws(seed: int, step: int) -> torch.Generator:
-    """Random generator of a step: seeded by its number alone, so a resumed run draws the same numbers."""
+    """Random generator of a step. It depends only on seed and step, so a resumed run draws the same numbers."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 def noise_levels(count: int, mean: float, spread: float, generator: torch.Generator) -> Tensor:
-    """sigma = sigmoid(mean + spread * normal), (count,), stratified: one normal from each 1/count quantile."""
+    """sigma = sigmoid(mean + spread * normal), (count,), stratified: one normal number from each 1/count quantile."""
     order = torch.randperm(count, generator=generator)
     u = (order + torch.rand(count, generator=generator)) / count
     return torch.sigmoid(mean + spread * torch.special.ndtri(u.clamp(1e-6, 1 - 1e-6)))
 
 
 class Means:
-    """Running means of the logged values since the last line."""
+    """Running means of the logged values since the last log line."""
 
     def __init__(self):
         self.sums: dict[str, float] = {}
@@ -222,7 +223,7 @@ class Means:
 
 
 class Log:
-    """A JSON-lines log. On resuming from `step`, lines of later steps are dropped."""
+    """A JSON-lines log. A run that resumes from `step` drops the lines of later steps."""
 
     def __init__(self, path: Path, step: int):
         self.path = path
@@ -242,7 +243,7 @@ class Log:
 
 
 def write_resume(state: dict, path: Path = RESUME) -> None:
-    """Writes the averaged weights in bfloat16, heads included, with the step and the sizes."""
+    """Writes the averaged weights in bfloat16, including the heads, with the step and the sizes."""
     tensors = state["model"] | state["average"]
     metadata = {k: str(state[k]) for k in ("step", "spent", "width", "depth", "read_after")}
     partial = path.with_suffix(".partial")
@@ -251,7 +252,7 @@ def write_resume(state: dict, path: Path = RESUME) -> None:
 
 
 def read_resume(path: Path = RESUME) -> dict | None:
-    """Reads a `write_resume` file as a state without optimisers; None if there is no file."""
+    """Reads a file of `write_resume` as a state without optimisers; None if there is no file."""
     if not path.exists():
         return None
     with safe_open(path, "pt") as file:
@@ -262,7 +263,7 @@ def read_resume(path: Path = RESUME) -> dict | None:
 
 
 def write_history(log: Path, path: Path, every: int = 100) -> None:
-    """Writes every score of a log, and its other lines every `every` steps."""
+    """Copies a log to `path`: all lines with scores, and one other line per `every` steps."""
     lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
     kept = [line for line in lines if '"score"' in line or json.loads(line)["step"] % every == 0]
     path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -277,14 +278,14 @@ def newest(work: Path, resume: Path | None = RESUME) -> dict | None:
 
 
 def grown(state: dict, depth: int, captions: Captions) -> dict:
-    """A state of `depth` blocks that computes the same function: new blocks have zero gates and are spread between the
-    trained ones.
+    """A state with `depth` blocks that computes the same function: the new blocks have zero gates and are spread
+    between the trained ones.
     """
     old_depth = state["depth"]
     if depth < old_depth:
         raise ValueError(f"--depth {depth}: the state already has {old_depth} blocks")
     place = [round(i * (depth - 1) / max(1, old_depth - 1)) for i in range(old_depth)]
-    place[-1] = depth - 1  # the last block is of another kind
+    place[-1] = depth - 1  # the last block is of another kind and stays last
     read_after = place[state["read_after"] - 1] + 1
     torch.manual_seed(depth)
     model = Flow(captions, state["width"], depth, read_after)
@@ -335,7 +336,7 @@ class Training:
         self.sets = state.get("sets", 0)
 
     def state(self) -> dict:
-        """Everything that an exact resume needs."""
+        """Everything needed to resume exactly."""
         out = {k: getattr(self, k) for k in ("step", "spent", "width", "depth", "fresh_from", "sets")}
         out |= {"read_after": self.model.read_after, "model": self.model.state_dict()}
         out["optimisers"] = [o.state_dict() for o in self.optimisers]
@@ -344,7 +345,7 @@ class Training:
         return out
 
     def update(self, factor: float) -> None:
-        """One step of all optimisers and averages."""
+        """Steps all optimisers and averages once."""
         set_rate(self.optimisers, factor)
         for optimiser in self.optimisers:
             optimiser.step()
@@ -372,9 +373,10 @@ def losses(
     bfloat16: bool,
     g: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:
-    """Of the scenes `picked`: the flow loss of each (B,), their noise levels (B,), the loss of what is where, the loss
-    of what the text says, and how often the latter is right. A tenth of the captions is left out. levels: mean and
-    spread of the noise levels.
+    """Losses of the scenes `picked`: the flow loss of each scene (B,), their noise levels (B,), the loss of the `where`
+    head, the loss of the text heads, and the text heads' hits (see `Flow.text_loss`).
+
+    A tenth of the captions is replaced by the empty caption. levels: mean and spread of the noise levels.
     """
     batch = len(picked)
     drop = torch.rand(batch, generator=g) < 0.1
@@ -432,7 +434,7 @@ def train(
     while run.spent < minutes * 60 and run.step < steps:
         g = draws(seed, run.step)
         length, picked = rows.batches.draw(batch, g)
-        # Longer captions come in many lengths, each rare: compiling for each would cost more than it saves.
+        # Captions longer than CLIP's positions have many rare lengths: compiling each would cost more than it saves.
         with eager() if length > captions.positions else nullcontext():
             each, sigma, seen, says, right = losses(
                 model, rows, empty, picked, length, (noise_mean, noise_spread), bfloat16, g
@@ -460,7 +462,7 @@ def train(
 
 
 def begin(work: Path, captions: Captions, state: dict | None, width: int, depth: int, seed: int) -> Training:
-    """The training that goes on from `state`, with the sets of scenes that it had (at the start all)."""
+    """A `Training` that continues from `state` with that state's number of scene sets (all sets if it has none)."""
     run = Training(captions, state, width, depth, seed)
     run.sets = run.sets or count_sets(work)
     if not run.sets:
@@ -469,7 +471,7 @@ def begin(work: Path, captions: Captions, state: dict | None, width: int, depth:
 
 
 def compiled(model: Flow) -> Callable[[], AbstractContextManager]:
-    """Compiles the blocks and the text encoders; what it returns makes a context in which they run as they are."""
+    """Compiles the blocks and the text encoders. Returns a function that makes a context in which they run eagerly."""
     torch._inductor.config.cpp.dynamic_threads = True
     for module in (*model.mmdit.joint_blocks, *(getattr(model, name) for name in ENCODERS)):
         module.compile(dynamic=False)
@@ -477,7 +479,7 @@ def compiled(model: Flow) -> Callable[[], AbstractContextManager]:
 
 
 class Load:
-    """Picks one or two threads by how busy processes of normal priority keep the machine (Linux only)."""
+    """Chooses one or two threads by the machine's load from processes of normal priority (Linux only)."""
 
     def __init__(self):
         self.last = self._times()
@@ -487,7 +489,9 @@ class Load:
         return [int(x) for x in Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()[1:9]]
 
     def choose(self) -> int:
-        """Sets and returns torch's threads: one if others took over 0.35 of the time since the last call, else two."""
+        """Sets and returns torch's number of threads: one if processes of normal priority took more than 0.35 of the
+        time since the last call, otherwise two.
+        """
         now = self._times()
         spent = [b - a for a, b in zip(self.last, now, strict=True)]
         self.last = now
@@ -508,7 +512,7 @@ def _note(means: Means, each: Tensor, sigma: Tensor, seen: float, says: float, r
 
 
 def watch(work: Path) -> dict | None:
-    """Scores the averaged weights in a subprocess, so that an error there does not end the training."""
+    """Scores the averaged weights in a subprocess, so that an error in it does not stop the training."""
     command = [sys.executable, "-m", "demo.train", "watch", "--work", str(work)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=900)
@@ -518,14 +522,14 @@ def watch(work: Path) -> dict | None:
         return None
 
 
-# ---- text alone ----------------------------------------------------------------------------------
+# ---- text encoders alone -------------------------------------------------------------------------
 
 
 def train_text(
     model: Flow, captions: Captions, text: dict, steps: int, batch: int, seed: int = 5
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Trains the text encoders on their heads alone, on a set that `demo.data.text_set` made; every `LOG_EVERY` steps
-    yields the accuracies since the last.
+    """Trains the text encoders through the text heads alone, on a result of `demo.data.text_set`. Every `LOG_EVERY`
+    steps it yields the step and the accuracies since the last one.
     """
     optimisers = optimisers_of(model)
     texts = TextRows(captions, text["captions"])

@@ -1,4 +1,4 @@
-"""Trains a LoRA of the small model with peft: a shape that it does not know.
+"""Trains a LoRA of the small model with peft, for a shape that the model was not trained on.
 
 pip install peft
 python -m demo.lora train --out models/demo/loras/cross.safetensors
@@ -31,12 +31,12 @@ from sd3_infer import SD3Inferencer
 NAME = "cross"
 LAYERS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 NOISE = (1.6, 1.2)  # mean and spread of the noise levels, as in the model's own training
-LEAST_FIT = 0.75  # intersection over union with a cross, from which an object is one
-TEMPLATE = 32  # pixels
+LEAST_FIT = 0.75  # an object counts as a cross if its intersection over union with one is above this
+TEMPLATE = 32  # side of the compared masks in pixels
 
 
 def corners(radius: float) -> list[tuple[float, float]]:
-    """Of a cross around (0, 0), about as large as the other shapes of this radius."""
+    """Corners of a cross around (0, 0), about as large as the other shapes of this radius."""
     long, short = 1.08 * radius, 0.38 * radius
     quarter = [(short, -long), (short, -short), (long, -short)]
     return [c for turn in range(4) for c in (_turned(x, y, turn) for x, y in quarter)]
@@ -49,9 +49,9 @@ def _turned(x: float, y: float, turn: int) -> tuple[float, float]:
 
 
 def picture(scene: Scene) -> np.ndarray:
-    """A scene's picture, crosses too: uint8 (96, 96, 3)."""
-    known = tuple(thing for thing in scene.things if thing.shape != NAME)
-    out = render(dataclasses.replace(scene, things=known)).astype(np.float32)
+    """Renders a scene, including crosses: uint8 (96, 96, 3)."""
+    others = tuple(thing for thing in scene.things if thing.shape != NAME)
+    out = render(dataclasses.replace(scene, things=others)).astype(np.float32)
     for thing in scene.things:
         if thing.shape == NAME:
             mask = Image.new("L", (OVERSAMPLE * SIZE,) * 2)
@@ -63,7 +63,7 @@ def picture(scene: Scene) -> np.ndarray:
 
 
 def scenes(rng: random.Random, count: int) -> list[Scene]:
-    """Half of them with an object of the new shape; the others keep what the model knows."""
+    """Training scenes: half have an object of the new shape, the rest preserve what the model has learned."""
     new = tuple((colour, NAME) for colour in COLOURS)
     out: list[Scene] = []
     while len(out) < count:
@@ -78,7 +78,7 @@ def scenes(rng: random.Random, count: int) -> list[Scene]:
 
 
 class Rows:
-    """Latents and texts of scenes, encoded once."""
+    """Latents and text encodings of scenes, computed once."""
 
     def __init__(self, model: SD3Inferencer, drawn: list[Scene]):
         engine = model.engine
@@ -94,7 +94,7 @@ class Rows:
         self.latents = latent_in(torch.cat(means)).float()  # (N, 16, 12, 12)
 
     def pick(self, picked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents, pooled texts and text tokens."""
+        """Latents, pooled text and text tokens of the rows `picked`."""
         return self.latents[picked], self.pooled[picked], self.context[picked]
 
 
@@ -108,7 +108,7 @@ def train(
     count: int = 1500,
     seed: int = 0,
 ) -> None:
-    """Trains the LoRA and writes it, in float16, under our names behind `diffusion_model.`."""
+    """Trains the LoRA and writes it in float16, under our layer names with the prefix `diffusion_model.`."""
     torch.manual_seed(seed)
     started = time.time()
     inferencer = SD3Inferencer()
@@ -146,7 +146,7 @@ def train(
 
 
 def count(lora: str, model: str = "demo", images: int = 5, **settings: float | str) -> None:
-    """How many images of a cross in each colour show one, without and with the LoRA."""
+    """Prints how many images show a cross, without and with the LoRA. The prompts ask for one in each colour."""
     for name, value in (("without", None), ("with", lora)):
         pipe = sd3.load(model, lora=value)
         prompts = [f"{article(colour)} {NAME}" for colour in COLOURS]
@@ -155,18 +155,18 @@ def count(lora: str, model: str = "demo", images: int = 5, **settings: float | s
 
 
 def shows_cross(image: np.ndarray) -> bool:
-    """Whether what differs from the background, taken as one piece, is like a cross."""
+    """Whether the pixels that differ from the background, taken as one piece, have the shape of a cross."""
     pixels = image.astype(np.float32)
     mask = np.linalg.norm(pixels - np.median(pixels.reshape(-1, 3), axis=0), axis=-1) > 60
     if not mask.any():
         return False
     drawn = picture(Scene("", "single", (Thing("red", NAME, SIZE / 2, SIZE / 2, SIZE / 3),), "black"))
-    own, cross = _normalised(mask), _normalised(drawn[..., 0] > 100)
-    return bool((own & cross).sum() / (own | cross).sum() > LEAST_FIT)
+    found, cross = _normalised(mask), _normalised(drawn[..., 0] > 100)
+    return bool((found & cross).sum() / (found | cross).sum() > LEAST_FIT)
 
 
 def _normalised(mask: np.ndarray) -> np.ndarray:
-    """A mask cut to its box, at one size."""
+    """A mask cropped to its bounding box and scaled to TEMPLATE x TEMPLATE."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     scaled = Image.fromarray((box * 255).astype(np.uint8)).resize((TEMPLATE, TEMPLATE), Image.Resampling.BOX)
@@ -174,7 +174,7 @@ def _normalised(mask: np.ndarray) -> np.ndarray:
 
 
 def kohya(lora: str, out: str) -> None:
-    """Writes the same LoRA in the names of kohya's scripts."""
+    """Writes a LoRA of `train` under the names that kohya's scripts use."""
     tensors = {}
     for name, tensor in load_file(lora).items():
         layer, _, leaf = name.removeprefix("diffusion_model.").partition(".lora_")

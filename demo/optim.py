@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 def orthogonalise(g: Tensor, iterations: int = 4) -> Tensor:
-    """Newton-Schulz iteration that moves each matrix of a stack (N, rows, columns) towards its polar factor.
+    """Newton-Schulz iteration: moves each matrix of a stack (N, rows, columns) towards its polar factor.
 
-    Quintic coefficients as in Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/); in float32, which
-    on CPUs without matrix units is faster than bfloat16 at these sizes.
+    Quintic coefficients as in Muon (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/). Runs in float32,
+    which is faster than bfloat16 at these sizes on CPUs without matrix units.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.float()
@@ -27,9 +27,10 @@ def orthogonalise(g: Tensor, iterations: int = 4) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised; equal shapes are stacked, so that many small blocks cost few calls.
+    """SGD with Nesterov momentum whose updates are orthogonalised. Weights of equal shape are stacked, so that many
+    small blocks take few calls.
 
-    Convolution weights are taken as matrices (out, in * kh * kw); a fused qkv weight (3D, D) as three (D, D).
+    A convolution weight counts as a matrix (out, in * kh * kw), a fused qkv weight (3D, D) as three of (D, D).
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95):
@@ -37,7 +38,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """One update of every parameter that has a gradient."""
+        """Updates every parameter that has a gradient."""
         for group in self.param_groups:
             by_shape = defaultdict(list)
             for p in group["params"]:
@@ -59,7 +60,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class Average:
-    """Exponential average of a module's parameters."""
+    """Exponential moving average of a module's parameters."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
@@ -68,7 +69,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Moves the average a step; early steps weigh more, so that the start is soon forgotten."""
+        """Updates the average. Early steps have more weight, so that the initial weights soon stop to matter."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         for k, v in module.named_parameters():
@@ -76,7 +77,7 @@ class Average:
 
 
 def rate(progress: float, warmup: float = 0.01, constant: float = 0.5, last: float = 0.02) -> float:
-    """Learning-rate factor at `progress` in [0, 1]: short warm-up, constant, then linear down to `last`."""
+    """Learning-rate factor at `progress` in [0, 1]: short warm-up, then constant, then linear decay to `last`."""
     if progress < warmup:
         return progress / warmup
     if progress < constant:

@@ -1,4 +1,4 @@
-"""Scores of the shipped model on prompts that training never saw, and of the scorer on rendered ground truth.
+"""Scores the shipped model on prompts that never occur in training, and the scorer on rendered ground truth.
 
 python -m demo.score --check_scorer        the scorer on rendered ground truth, right and shuffled
 python -m demo.score                the shipped model on 240 prompts, a few residual settings
@@ -25,9 +25,10 @@ from sd3_infer import SD3Inferencer
 
 
 def table(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
-    """Markdown: a row per kind and one overall, a column per setting, share of hits with its bootstrap interval.
+    """Markdown table of the share of hits with its bootstrap interval: a row per kind and one for all, a column per
+    setting.
 
-    Overall is the mean over images; all kinds have as many.
+    The overall score is the mean over images; every kind has the same number of them.
     """
     lines = [
         "| kind | " + " | ".join(results) + " |",
@@ -44,8 +45,8 @@ def table(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
 
 
 def paired(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
-    """Markdown: a row per setting, what it gains on `off` with the same prompts and seeds, with bootstrap intervals
-    of the paired differences.
+    """Markdown table with a row per setting: its gain over `off` with the same prompts and seeds, with bootstrap
+    intervals of the paired differences.
     """
     names = ("overall", *KINDS)
     lines = ["| setting less off | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
@@ -63,7 +64,7 @@ def paired(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
 
 
 def check(per_kind: int = 40, seed: int = 3) -> dict[str, list[bool]]:
-    """Scores rendered ground truth against its own prompts and shuffled ones, and with relations left to chance."""
+    """Scores rendered ground truth against its own prompts, against shuffled prompts, and with random relations."""
     rng = random.Random(seed)
     prompts = held_out_prompts(per_kind)
     seen = [read_picture(draw(p, rng)) for p in prompts]
@@ -75,7 +76,7 @@ def check(per_kind: int = 40, seed: int = 3) -> dict[str, list[bool]]:
 
 
 def shuffled(prompts: Sequence[Prompt], seen: Sequence[list[Seen]], seed: int = 5) -> list[bool]:
-    """Scores against prompts of the same kind, moved to other images."""
+    """Scores images against the prompts of other images of the same kind."""
     rng = random.Random(seed)
     order = list(range(len(prompts)))
     for kind in KINDS:
@@ -89,11 +90,11 @@ RESIDUAL_SETTINGS = ("off", "0:3,5,7:each:0.1", "0:3,5,7:each:0.3", "0:3,5,7:0.8
 
 
 def residual_of(setting: str, rotations: str | None = None):
-    """The configuration of `off` or `[MODE:]ORIGIN:TARGETS:WEIGHTS`; raises Mistake for anything else."""
+    """The configuration for `off` or `[MODE:]ORIGIN:TARGETS:WEIGHTS`. Raises Mistake for any other text."""
     if setting == "off":
         return ResidualConfig()
     mode, rest = setting.split(":", 1) if setting[:1].isalpha() and ":" in setting else ("add", setting)
-    fields = rest.split(":", 2)  # weights may hold more of them: each:0.1, linear:0.8:0.2
+    fields = rest.split(":", 2)  # at most 2 splits: weights may contain colons (each:0.1, linear:0.8:0.2)
     if len(fields) != 3:
         raise Mistake("settings", setting, "must be off or [MODE:]ORIGIN:TARGETS:WEIGHTS")
     return ResidualConfig.parse(*fields, mode=mode, rotations=rotations if mode == "aligned" else None)
@@ -102,7 +103,7 @@ def residual_of(setting: str, rotations: str | None = None):
 def sample(
     engine, prompts: Sequence[Prompt], setting: str, seed: int, batch: int, rotations: str | None = None, **values
 ) -> list[np.ndarray]:
-    """An image for every prompt (seeds count up from `seed`) under `off` or `[MODE:]ORIGIN:TARGETS:WEIGHTS`."""
+    """One image per prompt, with seeds counted up from `seed`; setting: `off` or `[MODE:]ORIGIN:TARGETS:WEIGHTS`."""
     pictures = plan_pictures(
         engine.engine,
         [p.text for p in prompts],
@@ -124,10 +125,10 @@ def main(
     rotations: str | None = None,
     **values,
 ) -> None:
-    """Prints the table of scores: a column per setting (`off;0:3,5,7:each:0.1`, [MODE:]ORIGIN:TARGETS:WEIGHTS), and
-    where one of them is `off`, the differences to it.
+    """Prints the table of scores with a column per setting (`off;0:3,5,7:each:0.1`, [MODE:]ORIGIN:TARGETS:WEIGHTS).
+    If one setting is `off`, it also prints the differences to that.
 
-    rotations: the file of mode aligned. `values` (steps, cfg, shift, sampler) replace the model's usual ones.
+    rotations: the rotation file of mode aligned. `values` (steps, cfg, shift, sampler) replace the model's defaults.
     """
     prompts = held_out_prompts(per_kind)
     if check_scorer:

@@ -1,4 +1,4 @@
-"""Captions as token ids, exactly as inference makes them, and batches of one text length."""
+"""Token ids of captions, exactly as in inference, and batches of equal text length."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from other_impls import T5Tokenizer
 from sd3.shapes.scenes import LONGEST, all_words
 from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 
-POSITIONS = 20  # CLIP tokens of a caption with start and end; the real models have 77. Longer captions are cut there
-PARTS = {"sides": (0, len(SIDES)), "numbers": (len(SIDES), len(SIDES) + len(NUMBERS))}  # of `FACTS`
+POSITIONS = 20  # CLIP tokens with start and end (the real models have 77); longer captions are cut
+PARTS = {"sides": (0, len(SIDES)), "numbers": (len(SIDES), len(SIDES) + len(NUMBERS))}  # ranges in `FACTS`
 
 
 class Captions:
-    """Token ids of captions; the tokenizers are made where the folder has none."""
+    """Makes token ids of captions. Writes the tokenizers if the folder has none."""
 
     def __init__(self, folder: Path):
         if not (folder / "tokenizer_3" / "tokenizer.json").exists():
@@ -40,7 +40,7 @@ class Captions:
         return self._words[word]
 
     def tokens(self, caption: str) -> tuple[list[int], list[int]]:
-        """CLIP's ids with start and end, cut but not padded, and T5's with its end."""
+        """CLIP's ids with start and end token, cut but not padded, and T5's ids with its end token."""
         clip, t5, cut = [self._clip.start], [], False
         for word in caption.split():
             c, t = self._ids(word)
@@ -50,25 +50,25 @@ class Captions:
         return [*clip, self._clip.end], [*t5, T5Tokenizer.end]
 
     def ids(self, captions: list[str]) -> dict[str, Tensor]:
-        """Ids (B, positions) for `l` (padded with the end token) and `g` (padded with 0), and (B, L) for `t5`, L as
-        many as the longest caption needs but at least `positions`.
+        """Ids (B, positions) for `l` (padded with the end token) and `g` (padded with 0), and ids (B, L) for `t5`. L is
+        the length of the longest caption, but at least `positions`.
         """
         return TextRows(self, captions).ids(torch.arange(len(captions)))
 
 
 class TextRows:
-    """Ids of many captions, one a row."""
+    """Token ids of many captions, one per row."""
 
     def __init__(self, captions: Captions, texts: list[str]):
         self.end, self.positions = captions._clip.end, captions.positions
         both = [captions.tokens(text) for text in texts]
         self.clip = torch.tensor([c + [-1] * (self.positions - len(c)) for c, _ in both])
-        self.lengths = torch.tensor([max(self.positions, len(t)) for _, t in both])  # T5's
+        self.lengths = torch.tensor([max(self.positions, len(t)) for _, t in both])  # T5 tokens
         longest = max(LONGEST, int(self.lengths.max()))
         self.t5 = torch.tensor([t + [T5Tokenizer.pad] * (longest - len(t)) for _, t in both])
 
     def ids(self, rows: Tensor, length: int | None = None) -> dict[str, Tensor]:
-        """As `Captions.ids`; length: of T5 (None: as many as the longest row needs)."""
+        """Like `Captions.ids`; length: number of T5 tokens (None: that of the longest row)."""
         clip = self.clip[rows]
         length = length or int(self.lengths[rows].max())
         pad = clip < 0
@@ -80,7 +80,10 @@ class TextRows:
 
 
 class Batches:
-    """Picks rows of one text length for a batch, lengths as often as they occur; `more` weighs kinds."""
+    """Picks the rows of a batch, all of one text length. Lengths are picked as often as they occur.
+
+    more: weights of kinds, 1 if not given.
+    """
 
     def __init__(self, lengths: Tensor, kinds: list[str], more: dict[str, float] | None = None):
         weights = torch.tensor([(more or {}).get(kind, 1.0) for kind in kinds], dtype=torch.float64)
@@ -90,7 +93,7 @@ class Batches:
         self.shares = torch.stack([c[-1] for c in self.cumulative]).cumsum(0)
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[int, Tensor]:
-        """A T5 length and `batch` rows that have it."""
+        """A T5 length and `batch` rows of that length."""
 
         def pick(cumulative: Tensor, count: int) -> Tensor:
             u = torch.rand(count, generator=generator, dtype=torch.float64) * cumulative[-1]
@@ -101,8 +104,10 @@ class Batches:
 
 
 def said_of(spoken: Tensor, facts: Tensor, length: int, offset: int) -> tuple[Tensor, Tensor]:
-    """Which object each of `length` tokens belongs to (B, length), 0 for none, and what the caption says of it
-    (B, length, facts); offset: tokens before the caption's first word.
+    """For each of `length` tokens, 1 + the index of the object that it belongs to or 0 (B, length), and what the
+    caption says about that object (B, length, facts).
+
+    offset: number of tokens before the caption's first word.
     """
     who = torch.zeros(len(spoken), length, dtype=torch.long)
     n = min(length - offset, spoken.shape[1])
@@ -112,15 +117,15 @@ def said_of(spoken: Tensor, facts: Tensor, length: int, offset: int) -> tuple[Te
 
 
 def right_parts(logits: Tensor, target: Tensor, mask: Tensor) -> dict[str, tuple[int, int]]:
-    """How many tokens of `mask` tell side and number of their object right, and how many could: of those with one
-    side, and of those whose object is one of several.
+    """(correct, counted) tokens of `mask` for the side and for the number of their object. Sides count for objects with
+    exactly one, numbers for objects that are one of several.
     """
     out = {}
     for name, (low, high) in PARTS.items():
-        own = target[..., low:high]
-        some = mask & (own.sum(-1) == 1)
+        wanted = target[..., low:high]
+        counted = mask & (wanted.sum(-1) == 1)
         if name == "numbers":
-            some &= own[..., 0] == 0
-        hits = (logits[..., low:high].argmax(-1) == own.argmax(-1)) & some
-        out[name] = int(hits.sum()), int(some.sum())
+            counted &= wanted[..., 0] == 0
+        hits = (logits[..., low:high].argmax(-1) == wanted.argmax(-1)) & counted
+        out[name] = int(hits.sum()), int(counted.sum())
     return out

@@ -1,6 +1,6 @@
 """Small tokenizers in the real formats: CLIP's vocab.json + merges.txt and T5's tokenizer.json.
 
-Every word of the captions becomes one token of each; any other text still has tokens (bytes, or unknown).
+Every word of the captions is one token in both. Any other text has tokens too (bytes, or the unknown token).
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ WORD_END = "</w>"
 
 
 def byte_alphabet() -> list[str]:
-    """The 256 characters that stand for the bytes in CLIP's and GPT-2's vocabularies, printable ones first."""
+    """The 256 characters that represent bytes in CLIP's and GPT-2's vocabularies, printable bytes first."""
     return sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (ord(c) > 255, ord(c)))
 
 
 def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Merges that make every word one token: always the most frequent pair, the first by alphabet among equals."""
+    """Merges that make every word one token. Each joins the most frequent pair, the alphabetically first of equals."""
     pieces = [(*w[:-1], w[-1] + WORD_END) for w in words]
     merges = []
     while counts := Counter(pair for p in pieces for pair in pairwise(p)):
@@ -44,7 +44,9 @@ def _merged(piece: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 def clip_files(words: list[str], folder: Path, positions: int) -> None:
-    """Writes vocab.json, merges.txt and tokenizer_config.json; vocabulary: bytes, byte ends, merges, start, end."""
+    """Writes vocab.json, merges.txt and tokenizer_config.json. The vocabulary has bytes, bytes at the end of a word,
+    merges, and the start and end token, in this order.
+    """
     merges = byte_pair_merges(words)
     alphabet = byte_alphabet()
     tokens = [*alphabet, *(c + WORD_END for c in alphabet), *("".join(m) for m in merges), START, END]
@@ -66,8 +68,8 @@ def clip_files(words: list[str], folder: Path, positions: int) -> None:
 
 
 def t5_file(words: list[str], folder: Path) -> None:
-    """Writes tokenizer.json: a unigram model with one piece per word, pad 0, end 1, unknown 2; a comma or full stop
-    needs no space before it.
+    """Writes tokenizer.json: a unigram model with one piece per word and the ids pad 0, end 1, unknown 2. A comma or
+    full stop needs no space before it.
     """
     space = "\u2581"
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (space, -5.0)]

@@ -1,10 +1,10 @@
-"""Trains the small model that ships, from nothing: `python -m demo.train all --work FOLDER`.
+"""Trains the small model that ships, from scratch: `python -m demo.train all --work FOLDER`.
 
-Stages: `vae` (autoencoder), `encode` (images to latents, sets of scenes), `text` (the text encoders alone, which
+Stages: `vae` (autoencoder), `encode` (images to latents, in sets of scenes), `text` (the text encoders alone, which
 shows what they learn), `flow` (MMDiT and text encoders together) and `export` (one safetensors file and the
-tokenizers). Each saves often and goes on from its last save.
+tokenizers). Each stage saves often and continues from its last save.
 
-`watch` scores unfinished weights, `grow` adds blocks, `resume` writes what a fresh checkout goes on from.
+`watch` scores unfinished weights, `grow` adds blocks, `resume` writes the weights that a fresh checkout continues from.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ VALIDATION_SEED = 10**6
 
 
 def crops(rng: random.Random, count: int, size: int) -> Tensor:
-    """(count, 3, size, size) crops of new scenes, most of them around an object."""
+    """Crops (count, 3, size, size) of new scenes, each near an object."""
     out = []
     while len(out) < count:
         scene = training_scene(rng)
@@ -75,7 +75,9 @@ def crops(rng: random.Random, count: int, size: int) -> Tensor:
 
 
 def init_vae(model: VAE) -> None:
-    """Residual branches start at zero and the posterior narrow: without this a small VAE stays at the mean colour."""
+    """Initialises residual branches with zero and the posterior narrow. Otherwise a small VAE only learns the mean
+    colour.
+    """
     for module in model.modules():
         if isinstance(module, ResnetBlock):
             nn.init.zeros_(module.conv2.weight)
@@ -88,7 +90,7 @@ def init_vae(model: VAE) -> None:
 
 
 def vae(work: str, steps: int = 2000, batch: int = 32, kl: float = 1e-3, seed: int = 0) -> None:
-    """Trains the autoencoder: MSE + mean absolute error + kl * KL, on crops, then on whole images."""
+    """Trains the autoencoder on crops, then on whole images. Loss: MSE + mean absolute error + kl * KL."""
     path = Path(work) / "vae.pt"
     torch.manual_seed(seed)
     model = VAE(VAE_CONFIG)
@@ -149,7 +151,7 @@ def vae(work: str, steps: int = 2000, batch: int = 32, kl: float = 1e-3, seed: i
 
 @torch.no_grad()
 def validate_vae(weights: dict[str, Tensor], count: int = 32) -> None:
-    """Prints how well whole images come back and how the latents are spread."""
+    """Prints the reconstruction error of whole images and the spread of the latents."""
     model = VAE(VAE_CONFIG)
     model.load_state_dict(weights)
     rng = random.Random(VALIDATION_SEED)
@@ -166,7 +168,7 @@ def validate_vae(weights: dict[str, Tensor], count: int = 32) -> None:
 
 @torch.no_grad()
 def autoencoder(work: Path) -> VAE:
-    """The autoencoder in the SD3 latent format: the work folder's own, or the one that ships where it has none."""
+    """The autoencoder in the SD3 latent format: that of the work folder, or the shipped one if it has none."""
     model = VAE(VAE_CONFIG)
     if (state := load(work / "vae.pt")) is None:
         weights = load_file(SHIPPED)
@@ -181,8 +183,10 @@ def autoencoder(work: Path) -> VAE:
 
 
 def encode(work: str, scenes: int = 61440, sets: int = 3, more: int = 0, seed: int = 1000) -> None:
-    """Renders and encodes scenes until the folder has `sets` sets with `scenes` in all; `more` sets of that size beside
-    those there may be added while `flow` runs, which takes them in when it next saves.
+    """Renders and encodes scenes until the folder has `sets` sets, with `scenes` scenes in total.
+
+    more: add this many sets of the same size to the existing ones. This may be done while `flow` runs, which reads new
+    sets at its next save.
     """
     folder = Path(work)
     wanted = count_sets(folder) + more if more else sets
@@ -196,22 +200,23 @@ def encode(work: str, scenes: int = 61440, sets: int = 3, more: int = 0, seed: i
 
 
 def text(work: str, steps: int = 250, batch: int = 128, scenes: int = 20000, seed: int = 5) -> None:
-    """Trains the text encoders on their heads alone, and prints how many words know side and number of their object:
-    of captions as they are trained on, and last of short ones whose shape-colour combinations training never saw.
+    """Trains the text encoders through the text heads alone. Prints how often the heads read side and number of a
+    word's object correctly: on training captions, and at the end on short captions with held-out combinations.
 
-    Right from the start: with another initialisation T5 is a bag of words, and no image will show which comes first.
+    Checks the initialisation early: with a worse one T5 ignores word order, and no image will show which object comes
+    first.
     """
     folder = Path(work)
     if (folder / "text.pt").exists():
         return
     captions = Captions(folder / "tokenizers")
     rng = random.Random(seed)
-    told = text_set([training_scene(rng) for _ in range(scenes)])
-    others = tuple(sorted(HELD_OUT))
-    unseen = text_set([training_scene(rng, kind, others, short=True) for kind in ("relation", "count") * 300])
+    seen = text_set([training_scene(rng) for _ in range(scenes)])
+    held_out = tuple(sorted(HELD_OUT))
+    unseen = text_set([training_scene(rng, kind, held_out, short=True) for kind in ("relation", "count") * 300])
     torch.manual_seed(seed)
     model = Flow(captions)
-    for step, means in train_text(model, captions, told, steps, batch):
+    for step, means in train_text(model, captions, seen, steps, batch):
         print(step, json.dumps(means), flush=True)
     print("unseen", json.dumps(read_text(model, captions, unseen)), flush=True)
     kept = (*(f"{name}." for name in ENCODERS), "clip_says.", "t5_says.")
@@ -245,15 +250,17 @@ def flow(
 ) -> None:
     """Trains MMDiT and text encoders on the stored latents with the flow loss |v - (noise - latent)|^2.
 
-    minutes, steps: where to stop, summed over restarts. sigma = sigmoid(noise_mean + noise_spread * normal), mostly
-    high: an object covers hundreds of numbers, so where it goes is decided above 0.9. A tenth of the captions is empty.
-    where_weight: of reading off a middle block what is where, which teaches placement early; text_weight: of reading
-    off the text tokens what the caption says. The rate is constant, and falls between the steps decay_from and
-    decay_to. score_every: steps between scores of the averaged weights. more: weights of kinds, `{relation: 2}`.
-    bfloat16: for the matrix products; of this size they can be slower than in float32, so time it first.
-    threads: of torch; 0: two where the machine has little else to do, else one (of two threads that share a core with
-    others each waits for the other; then a resumed run does not go on to the last bit).
-    fresh: start from nothing even where the repository has unfinished weights (depth and width count only then).
+    sigma = sigmoid(noise_mean + noise_spread * normal) is mostly high: an object covers hundreds of latent numbers, so
+    its place is decided above 0.9. A tenth of the captions is empty. The learning rate is constant and falls between
+    the steps decay_from and decay_to.
+
+    minutes, steps: when to stop, summed over restarts; where_weight: weight of the head that reads the classes of image
+    tokens from a middle block, which teaches placement early; text_weight: weight of the heads that read the caption's
+    facts from text tokens; score_every: steps between scores of the averaged weights; more: weights of kinds,
+    `{relation: 2}`; bfloat16: use it for the matrix products (at this size it can be slower than float32, so time it
+    first); threads: torch's number of threads, 0: two if the machine is mostly idle, otherwise one, because two threads
+    that share a core with other processes wait for each other (a resumed run is then not bit-identical); fresh: start
+    from scratch even if the repository has unfinished weights (depth and width matter only then).
     """
     folder = Path(work)
     captions = Captions(folder / "tokenizers")
@@ -293,7 +300,7 @@ def flow(
 
 
 def grow(work: str, depth: int = 16) -> None:
-    """Makes the state deeper; it computes the same until it is trained on. The shallower one stays as flow-DEPTH.pt."""
+    """Adds blocks to the state, up to `depth`, without changing its output. Keeps the old state as flow-DEPTH.pt."""
     folder = Path(work)
     state = newest(folder)
     if state is None:
@@ -303,7 +310,9 @@ def grow(work: str, depth: int = 16) -> None:
 
 
 def resume(work: str, out: str = str(RESUME), average: str = "average") -> None:
-    """Writes the averaged weights (average or long_average) from which a fresh checkout goes on, and a thinned log."""
+    """Writes the averaged weights from which a fresh checkout continues, and a thinned log; average: average or
+    long_average.
+    """
     state = load(Path(work) / "flow.pt")
     if state is None:
         raise SystemExit(f"error: --work {work}: has no state")
@@ -313,7 +322,9 @@ def resume(work: str, out: str = str(RESUME), average: str = "average") -> None:
 
 
 def watch(work: str, steps: int = 20, average: str = "average", **values) -> None:
-    """Scores the averaged weights on fixed prompts, the last line as JSON, and draws them to WORK/watch.png."""
+    """Scores the averaged weights on fixed prompts. Writes the images to WORK/watch and prints the scores as JSON in
+    the last line.
+    """
     folder = Path(work)
     export(work, str(folder / "preview"), average)
     print(json.dumps(look(folder / "preview" / "demo.safetensors", folder, steps=steps, **values)))
@@ -327,7 +338,7 @@ DEFAULTS = {"width": SIZE, "height": SIZE, "steps": 24, "shift": 2.0, "cfg": 2.5
 def export(work: str, out: str = "models/demo", average: str = "average") -> None:
     """Writes `demo.safetensors` (bfloat16, layout `incl_clips`) and the tokenizers to `out`.
 
-    average: which weights: average, long_average, or model (the last ones).
+    average: the weights to write: average, long_average, or model (the latest ones, not averaged).
     """
     folder = Path(out)
     captions = Captions(Path(work) / "tokenizers")
@@ -364,7 +375,9 @@ def export(work: str, out: str = "models/demo", average: str = "average") -> Non
 
 @torch.no_grad()
 def fold_latent_format(model: VAE, scale: float) -> None:
-    """Makes raw latents z come out as z / (1.5305 scale) + 0.0609, and the decoder take them so."""
+    """Changes the VAE's weights so that the encoder returns z / (1.5305 scale) + 0.0609 instead of z, and the decoder
+    expects that.
+    """
     spread, channels = LATENT_SCALE * scale, model.config.latent_channels
     encoder, decoder = model.encoder.conv_out, model.decoder.conv_in
     encoder.weight[:channels] /= spread
@@ -375,8 +388,8 @@ def fold_latent_format(model: VAE, scale: float) -> None:
 
 
 def all(work: str, out: str = "models/demo", fresh: bool = False, **values) -> None:
-    """Everything, from nothing to the file that ships, or from the unfinished weights in the repository, which belong
-    to the autoencoder that ships; `values` are those of `flow`.
+    """Runs all stages, up to the file that ships. Starts from scratch, or from the unfinished weights in the
+    repository, which need the autoencoder that ships. `values`: arguments of `flow`.
     """
     if fresh or not RESUME.exists():
         vae(work)

@@ -1,4 +1,4 @@
-"""A look at unfinished weights: a few fixed prompts in the real sampler, scored and drawn on one sheet."""
+"""Checks unfinished weights: makes images of a few fixed prompts with the real sampler, scores them and tiles them."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ COUNTS = {
     "colours": 8,
     "single object": 4,
     "two objects": 4,
-}  # of the prompts that `python -m demo.score` uses: combinations that training never saw
-SCENES = {"relations": 12, "sizes": 8, "three": 4, "sentences": 8}  # of combinations that it saw
+}  # numbers of prompts of `python -m demo.score`, whose combinations never occur in training
+SCENES = {"relations": 12, "sizes": 8, "three": 4, "sentences": 8}  # numbers of scenes with trained combinations
 
 
 def watched() -> tuple[list, list[tuple[str, Scene]]]:
-    """The fixed prompts, and scenes of the newer kinds."""
+    """The fixed prompts, and the fixed scenes of the newer kinds with the names of their groups."""
     prompts = [p for kind, n in COUNTS.items() for p in [p for p in held_out_prompts() if p.kind == kind][:n]]
     rng = random.Random(64)
     scenes = []
@@ -46,14 +46,14 @@ def watched() -> tuple[list, list[tuple[str, Scene]]]:
 
 @lru_cache
 def _middle_area(shape: str) -> float:
-    """Share of the image that an object between small and normal covers."""
+    """Share of the image that an object covers whose size is halfway between small and normal."""
     radius = (SMALL[shape][1] + NORMAL[shape][0]) / 2
     picture = render(Scene("", "", (Thing("red", shape, SIZE / 2, SIZE / 2, radius),), "white"))
     return float((np.abs(picture.astype(float) - 245).sum(-1) > 100).mean()) * 0.95
 
 
 def shown(scene: Scene, seen: list[Seen]) -> bool:
-    """Whether an image in which `seen` was found shows what the scene's caption says: all objects and no other, their
+    """Whether the detected objects `seen` agree with the scene's caption: all its objects and no others, with their
     sizes and relations.
     """
 
@@ -70,8 +70,8 @@ def shown(scene: Scene, seen: list[Seen]) -> bool:
 
 
 def look(model: Path, folder: Path, seed: int = 9000, batch: int = 48, **values) -> dict[str, float]:
-    """The share of right images by kind; `reversed`: of relations the other way round. Draws all of them to
-    `FOLDER/watch/STEP.png`; values: as of `demo.score.sample`.
+    """Share of correct images by kind; `reversed`: share of images that show the opposite relation. Writes all images
+    to `FOLDER/watch/STEP.png`, and what was detected to STEP.json. values: passed to `demo.score.sample`.
     """
     started = time.time()
     engine = SD3Inferencer().load(str(model), device="cpu")
@@ -99,5 +99,5 @@ def look(model: Path, folder: Path, seed: int = 9000, batch: int = 48, **values)
     tile([Image.fromarray(p) for p in pictures], 12).save(folder / "watch" / f"{step:06d}.png")
     texts = [{"prompt": a.text, "seen": [f"{s.colour} {s.shape}" for s in o]} for a, o in zip(asked, seen, strict=True)]
     (folder / "watch" / f"{step:06d}.json").write_text(json.dumps(texts, indent=0), encoding="utf-8")
-    out = {name: round(float(np.mean(own)), 3) for name, own in hits.items()}
+    out = {name: round(float(np.mean(of_kind)), 3) for name, of_kind in hits.items()}
     return out | {"watched step": step, "seconds": round(time.time() - started, 1)}

@@ -1,8 +1,8 @@
-"""LoRAs: from files to changes of weights, made in float32 while each tensor loads.
+"""LoRAs: turns files into changes of weights, applied in float32 while each tensor loads.
 
-Modules of a file are looked up among the names of the model's layers, in our spelling and in diffusers', with dots and
-flattened to underscores; a flattened name is never split. q, k and v of diffusers are thirds of our fused layer, and
-two of its norms hold scale before shift, where ours is the other way round. Formulas: `sd3/lora_kinds.py` and `Edit`.
+Each module of a file is looked up among the names of the model's layers, in our spelling and in diffusers', with dots
+and flattened to underscores. A flattened name is never split. diffusers' q, k and v are thirds of our fused layer, and
+two of its norms store scale before shift, while ours store shift first. Formulas: `sd3/lora_kinds.py` and `Edit`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from sd3.readers import PatchFile
 from sd3.reading import reading
 from sd3.weights import ModelTensors, Patch
 
-MOST_SCALE = 1e6  # alpha / rank; more is damage, and would overflow in float32
+MOST_SCALE = 1e6  # limit of alpha / rank; a larger value means a damaged file and would overflow in float32
 EPS = torch.finfo(torch.float32).eps  # added to DoRA's norms, as LyCORIS does
-# What stands before a module's name, the longest first, and the model that it is of.
+# Prefixes of module names, longest first, each with the model that it belongs to.
 PREFIXES = tuple(
     sorted(
         [
@@ -56,9 +56,9 @@ Load = Callable[[Entry], Tensor]
 
 @dataclass(frozen=True)
 class Target:
-    """Where a module acts: a layer of ours, or one of `pieces` equal parts of its rows.
+    """What a module changes: one of our layers, or one of `pieces` equal parts of its rows.
 
-    swap: the halves of its rows are the other way round in the file.
+    swap: the file stores the two halves of the rows in the opposite order.
     """
 
     part: str
@@ -69,7 +69,7 @@ class Target:
     dotted: str = ""  # the module's name in diffusers
 
     def rows_of(self, tensor: Tensor) -> Tensor:
-        """The rows of a tensor, as a view."""
+        """The target's rows of a tensor, as a view."""
         return tensor.chunk(self.pieces)[self.piece]
 
 
@@ -77,7 +77,7 @@ class Target:
 
 
 def layer_names(models: Mapping[str, ModelTensors]) -> dict[str, dict[str, Target]]:
-    """The layers of each model by every name that a LoRA may give them, behind its prefix."""
+    """The layers of each model, by every name that a LoRA may use for them after its prefix."""
     return {part: dict(_spelled(part, model.shapes)) for part, model in models.items() if part in PART_NAMES}
 
 
@@ -105,7 +105,7 @@ def _encoder_names(part: str, shapes: Mapping[str, Shape]) -> Iterator[tuple[str
     layers = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
     for layer in dict.fromkeys([*layers, "text_projection"]):
         target = Target(part, layer, dotted=layer)
-        spelled = [layer, layer.removeprefix("text_model.")]  # newer transformers have no such level
+        spelled = [layer, layer.removeprefix("text_model.")]  # newer versions of transformers have no such level
         start, dot, last = layer.rpartition(".")
         spelled += [start + dot + _OLD_ATTENTION[last]] if last in _OLD_ATTENTION else []
         yield from ((name, target) for name in dict.fromkeys(spelled))
@@ -113,10 +113,10 @@ def _encoder_names(part: str, shapes: Mapping[str, Shape]) -> Iterator[tuple[str
 
 @dataclass
 class Found:
-    """The modules of a file, looked up.
+    """Result of looking up a file's modules.
 
-    matched: by target; idle: names of modules that are known, but act on no tensor that is used, and why; unknown:
-    names that no layer has.
+    matched: module names by target; idle: known modules that change no tensor in use, with the reason; unknown: names
+    that match no layer.
     """
 
     matched: dict[Target, str] = field(default_factory=dict)
@@ -127,7 +127,7 @@ class Found:
     def look_up(
         cls, lora: LoraFile, names: Mapping[str, Mapping[str, Target]], models: Mapping[str, ModelTensors]
     ) -> Found:
-        """Raises Mistake where two modules of the file are the same layer."""
+        """Looks up every module. Raises Mistake if two modules of the file change the same layer."""
         found = cls()
         for module in lora.modules:
             target, absent = _find(module, names)
@@ -145,7 +145,7 @@ class Found:
         return found
 
     def line(self, lora: LoraFile) -> str:
-        """What was matched and what not, for the user."""
+        """A line for the user: what matched and what did not."""
         counts = Counter(target.part for target in self.matched)
         line = f"`lora` {verbatim(display(str(lora.path)))}: {lora.algorithm()}, "
         line += ", ".join(
@@ -161,7 +161,7 @@ class Found:
 
 
 def _find(module: str, names: Mapping[str, Mapping[str, Target]]) -> tuple[Target | None, str]:
-    """The layer that a module is, or None, and the model that its prefix names where that is not loaded."""
+    """The layer that a module changes, or None, and the model that its prefix names if that model is not loaded."""
     absent = ""
     for prefix, part in PREFIXES:
         if module.startswith(prefix):
@@ -173,7 +173,7 @@ def _find(module: str, names: Mapping[str, Mapping[str, Target]]) -> tuple[Targe
 
 
 def _is_used(target: Target, shapes: Mapping[str, Shape]) -> bool:
-    """Whether a layer is there; CLIP-L's projection is not used by SD3, whether the file has it or not."""
+    """Whether the model has and uses the layer. SD3 does not use CLIP-L's projection, even if the file has it."""
     if (target.part, target.layer) == ("clip_l", "text_projection"):
         return False
     return f"{target.layer}.weight" in shapes
@@ -184,7 +184,7 @@ def _is_used(target: Target, shapes: Mapping[str, Shape]) -> bool:
 
 @dataclass(frozen=True)
 class Edit:
-    """What a module does to the weight (or to the bias) of its layer, at a strength."""
+    """The change that a module makes to its layer's weight or bias, at a given strength."""
 
     lora: LoraFile
     target: Target
@@ -194,9 +194,10 @@ class Edit:
     strength: float
 
     def weight(self, weight: Tensor, load: Load) -> Tensor:
-        """W + strength scale product; W + strength (W' - W) where the module has a magnitude m (DoRA): W' = V m / |V|,
-        V = W + scale product, |V| the norm of each row, or of each column where m has one entry a column. Modifies
-        `weight`, which must be contiguous, and returns it, or returns another.
+        """W + strength scale product. With a magnitude m (DoRA): W + strength (W' - W), where W' = V m / |V|,
+        V = W + scale product, and |V| is the norm of each row, or of each column if m has one entry per column.
+
+        `weight` must be contiguous and may be modified. Returns it or a new tensor.
         """
         t = {role: self._load(entry, weight, load) for role, entry in self.module.items() if role != "alpha"}
         if self.kind.name == "set weight":
@@ -217,7 +218,7 @@ class Edit:
         return torch.lerp(weight, changed * (magnitude / norm), self.strength)
 
     def bias(self, bias: Tensor, load: Load) -> Tensor:
-        """b + strength scale `lora_B.bias`, or b + strength difference."""
+        """b + strength scale `lora_B.bias` + strength `diff_b`, as far as the module has them."""
         out = bias
         for role, factor in (("up_bias", self.scale), ("diff_b", 1.0)):
             if role in self.module:
@@ -229,7 +230,7 @@ class Edit:
 
 
 def _as_magnitude(magnitude: Tensor, role: str, weight: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """A DoRA magnitude as it multiplies a weight (out, in, ...), and the axes of the norms that belong to it."""
+    """A DoRA magnitude in a shape that broadcasts over a weight (out, in, ...), and the axes of its norm."""
     every = range(weight.ndim)
     axis = 0 if _per_row(tuple(magnitude.shape), role) else 1
     shape = [-1 if i == axis else 1 for i in every]
@@ -237,19 +238,19 @@ def _as_magnitude(magnitude: Tensor, role: str, weight: Tensor) -> tuple[Tensor,
 
 
 def _per_row(shape: Shape, role: str) -> bool:
-    """Whether a magnitude is one number a row: PEFT's always; LyCORIS' as (out, 1), not as (1, in)."""
+    """Whether a magnitude has one number per row: PEFT's always; LyCORIS' if it is (out, 1), not (1, in)."""
     return role == "magnitude" or len(shape) < 2 or shape[0] != 1
 
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one tensor of a model: edits of its rows, in order."""
+    """The change of one tensor of a model: a sequence of edits of its rows."""
 
     edits: tuple[Edit, ...]
     of_bias: bool = False
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The changed tensor, perhaps `tensor` itself, which is modified."""
+        """Returns the changed tensor. `tensor` is modified and may be the result itself."""
         with contextlib.ExitStack() as stack:
             opened: dict[Path, Load] = {}
             for edit in self.edits:
@@ -269,7 +270,7 @@ class Change:
 
 @contextlib.contextmanager
 def _open_tensors(lora: LoraFile) -> Iterator[Load]:
-    """What reads the tensors of a LoRA; raises Mistake where the file cannot be read."""
+    """A function that reads tensors of a LoRA. Raises Mistake if the file cannot be read."""
     with contextlib.ExitStack() as stack:
         with reading(lora.where, "cannot be read"):
             load = stack.enter_context(open_tensors(lora.where, lora.weights))
@@ -289,13 +290,13 @@ def _swapped(tensor: Tensor) -> Tensor:
 
 
 def _check_model(lora: LoraFile, model: ModelTensors) -> None:
-    """Raises Mistake where the LoRA is for an MMDiT of another size."""
+    """Raises Mistake if the LoRA is for an MMDiT of another size."""
     depth, width = count_layers(model.shapes, "joint_blocks."), model.shapes["x_embedder.proj.weight"][0]
     other = lora.width not in (None, width) or lora.blocks > depth
     if other and lora.made_for():
         made_for = lora.made_for()
-        own = f"{depth} of {width}" if made_for.endswith(")") else f"{depth} blocks of width {width}"
-        raise Mistake(*lora.where, verbatim(f"is for {made_for}; this model has {own}"))
+        size = f"{depth} of {width}" if made_for.endswith(")") else f"{depth} blocks of width {width}"
+        raise Mistake(*lora.where, verbatim(f"is for {made_for}; this model has {size}"))
     dual = [i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in model.shapes]
     if missing := sorted(set(lora.dual) - set(dual)):
         has = f"{len(dual)} blocks" if dual else "no block"
@@ -304,7 +305,7 @@ def _check_model(lora: LoraFile, model: ModelTensors) -> None:
 
 
 def _check_shapes(edit: Edit, name: str, shapes: Mapping[str, Shape]) -> None:
-    """Raises Mistake where the tensors of a module do not fit the layer that they change."""
+    """Raises Mistake if a module's tensors do not fit the layer that they change."""
     target, module = edit.target, edit.module
 
     def refuse(role: str, has: object, needs: object) -> None:
@@ -337,8 +338,8 @@ def _text(shape: Shape) -> str:
 
 
 def _check_numbers(lora: LoraFile, edits: Iterable[Edit]) -> bool:
-    """Reads every tensor that is used; raises Mistake for NaN and infinity. Returns whether a fused q, k and v is
-    block-diagonal, as kohya's `split_qkv` leaves it.
+    """Reads every tensor in use and raises Mistake for NaN or infinity. Returns whether a fused qkv is block-diagonal,
+    as kohya's `split_qkv` writes it.
     """
     split = "split_qkv" in lora.metadata.get("ss_network_args", "")
     with _open_tensors(lora) as load:
@@ -353,7 +354,7 @@ def _check_numbers(lora: LoraFile, edits: Iterable[Edit]) -> bool:
 
 
 def _is_split(up: Tensor) -> bool:
-    """Whether (3D, 3r) has nothing but its three diagonal blocks (D, r)."""
+    """Whether a matrix (3D, 3r) is zero outside its three diagonal blocks (D, r) and nonzero in each of them."""
     if up.ndim != 2 or up.shape[0] % 3 or up.shape[1] % 3:
         return False
     blocks = [rows.chunk(3, dim=1) for rows in up.chunk(3)]
@@ -364,7 +365,7 @@ def _is_split(up: Tensor) -> bool:
 
 
 def _edits(lora: LoraFile, found: Found, models: Mapping[str, ModelTensors], strength: float) -> list[Edit]:
-    """The edits of a file, checked against the model by their headers; raises Mistake."""
+    """The edits of a file, checked by header against the model. Raises Mistake."""
     out = []
     for target, name in found.matched.items():
         module = lora.modules[name]
@@ -387,7 +388,7 @@ def _edits(lora: LoraFile, found: Found, models: Mapping[str, ModelTensors], str
 def _open(
     file: PatchFile, names: Mapping[str, Mapping[str, Target]], models: Mapping[str, ModelTensors]
 ) -> tuple[list[Edit], str]:
-    """The edits of a file and a line about them; raises Mistake where it does not fit the models."""
+    """The edits of a file, and a line about them for the user. Raises Mistake if the file does not fit the models."""
     lora = LoraFile(file.path)
     _check_model(lora, models["mmdit"])
     found = Found.look_up(lora, names, models)
@@ -409,11 +410,11 @@ def _open(
 
 
 def read_lora(files: Sequence[PatchFile], models: Mapping[str, ModelTensors]) -> dict[str, Patch]:
-    """A patch for every model that the files change; see `sd3/patches.py`. Raises Mistake, before any weights load."""
+    """A patch for each model that the files change (see `sd3/patches.py`). Raises Mistake before any weights load."""
     names = layer_names(models)
     changes: dict[str, dict[str, list[Edit]]] = {}
     notes: list[str] = []
-    identities: dict[str, list[Any]] = {}  # of the files that change a model
+    identities: dict[str, list[Any]] = {}  # by model, of the files that change it
     for file in files:
         edits, line = _open(file, names, models)
         notes.append(line)
@@ -430,7 +431,7 @@ def read_lora(files: Sequence[PatchFile], models: Mapping[str, ModelTensors]) ->
                 of_part.setdefault(f"{edit.target.layer}.bias", []).append(edit)
     out: dict[str, Patch] = {}
     for part, by_name in changes.items():
-        own = {name: Change(tuple(edits), name.endswith(".bias")) for name, edits in by_name.items()}
-        lines = () if out else tuple(f"note: {line}" for line in notes)  # once
-        out[part] = Patch(own, json.dumps(identities[part]), lines)
+        changes_by_name = {name: Change(tuple(edits), name.endswith(".bias")) for name, edits in by_name.items()}
+        lines = () if out else tuple(f"note: {line}" for line in notes)  # only in the first patch, to print them once
+        out[part] = Patch(changes_by_name, json.dumps(identities[part]), lines)
     return out

@@ -1,6 +1,6 @@
-"""What is in a LoRA's file: its modules, algorithms, settings and words, read from the header. Needs no torch.
+"""Contents of a LoRA file: modules, algorithms, settings and words, read from the header. Needs no torch.
 
-A key is `<module><suffix>`. `ROLES` says what the suffixes mean; what the modules are, `sd3/lora.py` looks up.
+A key is `<module><suffix>`. `ROLES` gives the meaning of each suffix; `sd3/lora.py` looks the modules up in the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sd3.headers import Entry
 from sd3.mistakes import Missing, Mistake, Where, display, verbatim
 from sd3.reading import check_file, parse_json, reading
 
-# What a key's suffix says its tensor is, from the public programs that write them.
+# Suffix of a key -> role of its tensor, as public programs write them.
 ROLES = {
     ".lora_A.weight": "down", ".lora_A": "down", ".lora_down.weight": "down", ".lora.down.weight": "down",
     "_lora.down.weight": "down", ".lora_linear_layer.down.weight": "down",
@@ -35,7 +35,7 @@ ROLES = {
     ".diff": "diff", ".diff_b": "diff_b", ".set_weight": "set_weight", ".w_norm": "diff", ".b_norm": "diff_b",
 }  # fmt: skip
 _SUFFIXES = sorted(ROLES, key=len, reverse=True)
-# Algorithms that are refused by name, by the suffix that marks them.
+# Suffix -> name of the unsupported algorithm that it identifies.
 REFUSED = {
     ".oft_blocks": "OFT", ".oft_diag": "OFT", ".oft_R.weight": "OFT", ".oft_r": "OFT", ".rescale": "OFT or BOFT",
     ".boft_R": "BOFT", ".a1.weight": "GLoRA", ".a2.weight": "GLoRA", ".b1.weight": "GLoRA", ".b2.weight": "GLoRA",
@@ -45,7 +45,7 @@ REFUSED = {
 _PEFT_NAMES = re.compile(r"(\.(?:lora_[AB]|lora_magnitude_vector|lokr_\w+|hada_\w+))\.default(?=$|\.weight$|\.bias$)")
 ALGORITHMS = {"down": "LoRA", "up": "LoRA", "mid": "LoCon", "hada_": "LoHa", "lokr_": "LoKr", "set_": "set weights"}
 EMBEDDING = "bundle_emb."  # words that OneTrainer stores beside a LoRA
-# Of other models, by names that none of ours has.
+# Patterns of module names that only other models have.
 OTHER_MODELS = (
     (r"single_transformer_blocks|double_blocks|single_blocks", "FLUX"),
     (r"(down|up|input|output|middle|mid)_blocks?[._]|^unet\.", "SD 1, SD 2 or SDXL"),
@@ -67,7 +67,7 @@ Module = Mapping[str, Entry]  # tensors by role
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """What PEFT's configuration says of one component: how alpha becomes a factor."""
+    """PEFT's configuration of one component, as far as the scale depends on it."""
 
     r: float | None = None
     alpha: float | None = None
@@ -77,7 +77,7 @@ class PeftSettings:
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> PeftSettings:
-        """From a LoraConfig, LoHaConfig or LoKrConfig; raises ValueError for values that are no numbers."""
+        """Reads a LoraConfig, LoHaConfig or LoKrConfig. Raises ValueError for values that are not numbers."""
         alpha = values.get("lora_alpha", values.get("alpha"))
         rslora = values.get("use_rslora") or False
         if not isinstance(rslora, bool):
@@ -86,11 +86,11 @@ class PeftSettings:
         return cls(_read_number("r", values.get("r")), _read_number("alpha", alpha), rslora, *patterns)
 
     def alpha_of(self, module: str) -> float | None:
-        """The alpha of a module, under its name in diffusers."""
+        """The alpha of a module, given its name in diffusers."""
         return _of_pattern(self.alpha_pattern, module, self.alpha)
 
     def rank_of(self, module: str) -> float | None:
-        """The configured rank of a module, under its name in diffusers."""
+        """The configured rank of a module, given its name in diffusers."""
         return _of_pattern(self.rank_pattern, module, self.r)
 
 
@@ -121,7 +121,7 @@ def _read_pattern(name: str, values: Any) -> dict[str, float]:
 
 
 def _of_pattern(pattern: Mapping[str, float], module: str, otherwise: float | None) -> float | None:
-    """The value of the first key that matches as PEFT matches it (`peft.utils.get_pattern_key`)."""
+    """The value of the first key that matches, by PEFT's rule (`peft.utils.get_pattern_key`)."""
     return next((v for key, v in pattern.items() if re.match(_whole(key), module)), otherwise)
 
 
@@ -130,13 +130,13 @@ def _whole(key: str) -> str:
 
 
 class LoraFile:
-    """The header of a LoRA: a file, or the folder of a PEFT adapter. No weights are read.
+    """The header of a LoRA, which is a file or the folder of a PEFT adapter. Reads no weights.
 
-    modules: tensors by role, by the module's name in the file; embeddings: number of words stored beside them.
+    modules: for each module name in the file, its tensors by role; embeddings: number of trained words in the file.
     """
 
     def __init__(self, path: str | Path, field: str = "lora"):
-        """Raises Missing, or Mistake for a file that is damaged, no LoRA, or of an algorithm that is not read."""
+        """Raises Missing, or Mistake if the file is damaged, is not a LoRA, or uses an unsupported algorithm."""
         self.path = Path(path)
         self.where = Where(field, self.path)
         self.weights = self._find_weights(field)
@@ -159,7 +159,7 @@ class LoraFile:
         return self.path / ADAPTER
 
     def _check_kind(self, file: WeightFile) -> None:
-        """Raises Mistake for what is no LoRA, and for algorithms that are not read."""
+        """Raises Mistake if the file is not a LoRA or uses an unsupported algorithm."""
         if "lora_controlnet" in file.entries:
             raise Mistake(*self.where, "is a control LoRA, which is not read")
         for key in file.entries:
@@ -193,8 +193,8 @@ class LoraFile:
 
     @cached_property
     def config(self) -> dict[str, PeftSettings]:
-        """PEFT's settings by component (`COMPONENTS`, or `` for all) from the header's metadata, or from the
-        configuration beside the weights of an adapter. Raises Mistake where they cannot be read.
+        """PEFT's settings by component (a value of `COMPONENTS`, or an empty string for all), from the header's
+        metadata or from the configuration file of an adapter. Raises Mistake if they cannot be read.
         """
         path = self.weights.with_name(ADAPTER_CONFIG)
         if self.weights.name == ADAPTER and path.exists():
@@ -212,17 +212,17 @@ class LoraFile:
                 component, dot, name = key.partition(".")
                 known = bool(dot) and component in COMPONENTS.values()
                 parts.setdefault(component if known else "", {})[name if known else key] = value
-            return {component: PeftSettings.read(own) for component, own in parts.items()}
+            return {component: PeftSettings.read(settings) for component, settings in parts.items()}
 
     def settings_for(self, part: str) -> PeftSettings | None:
-        """PEFT's settings for the modules of a model (mmdit, clip_l, ...); None where the file has none."""
+        """PEFT's settings for the modules of one model (mmdit, clip_l, ...), or None if the file has none."""
         whole = self.config.get("") if part == "mmdit" or self.weights.name == ADAPTER else None
         return self.config.get(COMPONENTS.get(part, "")) or whole
 
-    # -- what it is --
+    # -- description --
 
     def algorithm(self) -> str:
-        """The algorithms of its modules, such as `LoRA` or `LoKr, DoRA`."""
+        """The algorithms that the modules use, such as `LoRA` or `LoKr, DoRA`."""
         roles = {role for module in self.modules.values() for role in module}
         names = [name for start, name in ALGORITHMS.items() if any(role.startswith(start) for role in roles)]
         names += ["full differences"] if roles & {"diff", "diff_b"} else []
@@ -230,37 +230,37 @@ class LoraFile:
         return ", ".join(dict.fromkeys(names))
 
     def family(self) -> str:
-        """The program, or the spelling of names that several share."""
+        """The program that wrote the file, or the naming scheme if several programs share it."""
         if "ai-toolkit" in self.metadata.get("software", ""):
             return "ai-toolkit"
         counts = Counter(name for key in self.modules for start, name in FAMILIES if key.startswith(start))
         return counts.most_common(1)[0][0] if counts else "names without a prefix"
 
     def ranks(self) -> list[int]:
-        """The ranks of its modules, each once."""
+        """The distinct ranks of the modules, sorted."""
         return sorted({rank for module in self.modules.values() if (rank := rank_of(module))})
 
     def alphas(self) -> list[float]:
-        """The different alphas that are stored beside its modules, or configured; empty where there are none."""
+        """The distinct alphas stored with the modules, else those of PEFT's settings; empty if there are none."""
         stored = {read_number(module["alpha"]) for module in self.modules.values() if "alpha" in module}
         configured = {settings.alpha for settings in self.config.values() if settings.alpha is not None}
         return sorted(stored or configured)
 
     @property
     def blocks(self) -> int:
-        """One more than the highest number of a block of an MMDiT."""
+        """One more than the highest MMDiT block number in the module names."""
         numbers = (int(match[1]) for module in self.modules if (match := _BLOCK.search(module)))
         return max(numbers, default=-1) + 1
 
     @property
     def dual(self) -> list[int]:
-        """The blocks whose second attention it changes."""
+        """The blocks whose second attention the LoRA changes."""
         found = {int(m[1]) for name in self.modules if re.search(r"[._]attn2[._]", name) and (m := _BLOCK.search(name))}
         return sorted(found)
 
     @property
     def width(self) -> int | None:
-        """The width of the MMDiT that it is for, as most of its modules have it; None where none tells."""
+        """Width of the MMDiT that the LoRA is for: the most common input width, or None if no module shows it."""
         widths = Counter(
             columns
             for name, module in self.modules.items()
@@ -269,7 +269,7 @@ class LoraFile:
         return widths.most_common(1)[0][0] if widths else None
 
     def made_for(self) -> str:
-        """The model that it is for, in words; empty where its names do not tell."""
+        """The model that the LoRA is for, in words; empty if the module names do not show it."""
         for pattern, name in OTHER_MODELS:
             if any(re.search(pattern, module) for module in self.modules):
                 return name
@@ -279,7 +279,7 @@ class LoraFile:
         return f"{known} ({self.blocks} block{'s' * (self.blocks != 1)} of width {self.width})"
 
     def trigger_words(self) -> list[str]:
-        """Words that its metadata names: a phrase, or the tags that were used most."""
+        """Trigger words from the metadata: trigger phrases, and the most frequent training tags."""
         out = [v for k, v in self.metadata.items() if "trigger" in k.lower() and v and len(v) < 500]
         tags: Counter[str] = Counter()
         try:
@@ -290,14 +290,14 @@ class LoraFile:
         return out + [tag for tag, _ in tags.most_common(10)]
 
     def summary(self) -> str:
-        """Kind, rank and model in a few words, for a list of files."""
+        """Model, algorithm and rank in a few words, for a list of files."""
         made_for = f" for {self.made_for()}" if self.made_for() else ""
         ranks = f", rank {_range(self.ranks())}" if self.ranks() else ""
         return f"a LoRA{made_for}, {self.algorithm()}{ranks}"
 
 
 def split_key(key: str) -> tuple[str, str]:
-    """The module and the role of a key; the role is empty where the suffix is unknown."""
+    """The module and the role of a key. The role is empty if the suffix is unknown."""
     plain = _PEFT_NAMES.sub(r"\1", key)
     for suffix in _SUFFIXES:
         if plain.endswith(suffix):
@@ -306,7 +306,7 @@ def split_key(key: str) -> tuple[str, str]:
 
 
 def rank_of(module: Module) -> int | None:
-    """The rank of a module; None for an algorithm without one."""
+    """The rank of a module, or None if it has none."""
     for role, axis in (("down", 0), ("hada_w1_b", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0)):
         if role in module and module[role].shape:
             return module[role].shape[axis]
@@ -314,7 +314,7 @@ def rank_of(module: Module) -> int | None:
 
 
 def columns_of(module: Module) -> int | None:
-    """How many inputs the layer has that a module changes, where that is easily told."""
+    """Number of inputs of the layer that a module changes, or None if its tensors do not show it directly."""
     for role in ("down", "hada_w1_b", "diff", "set_weight"):
         if role in module and len(module[role].shape) == 2:
             return module[role].shape[1]
@@ -325,7 +325,7 @@ _NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I1
 
 
 def read_number(entry: Entry) -> float:
-    """The single number of a tensor; NaN where its dtype is not read."""
+    """Reads a tensor with a single number. NaN if its dtype is not supported."""
     with open(entry.path, "rb") as f:
         f.seek(entry.place)
         data = f.read(entry.size)
@@ -353,7 +353,7 @@ def _range(numbers: Sequence[float]) -> str:
 
 
 def describe(path: str, field: str = "info") -> str:
-    """What is in a LoRA, for `--info`: family, algorithm, ranks, alphas, modules, words. Raises Mistake."""
+    """The text of `--info` for a LoRA: family, algorithm, ranks, alphas, modules, words. Raises Mistake."""
     file = LoraFile(path, field)
     return "\n".join([f"{path}: {file.summary()}", "", *_lines(file)])
 
@@ -378,7 +378,7 @@ def _lines(file: LoraFile) -> Iterator[str]:
 
 
 def _place(module: str) -> str:
-    """The text encoder that a module is of, or the kind of its layer in the MMDiT."""
+    """The text encoder that a module belongs to, or the kind of its layer in the MMDiT."""
     for start, name in (
         ("lora_te1", "CLIP-L"), ("lora_te_", "CLIP-L"), ("text_encoder.", "CLIP-L"), ("lora_te2", "CLIP-G"),
         ("text_encoder_2", "CLIP-G"), ("lora_te3", "T5"), ("text_encoder_3", "T5"),

@@ -1,7 +1,7 @@
-"""The algorithms of LoRAs: which tensors each needs, the shape of the difference that they make, and the difference.
+"""LoRA algorithms: the tensors each needs, and the shape and value of the weight difference they make.
 
-Formulas as in peft 0.21 and LyCORIS 4.1: LoRA B A; LoHa (w1_a w1_b) * (w2_a w2_b); LoKr, the Kronecker product of two
-factors; each with Tucker cores for convolutions.
+Formulas as in peft 0.21 and LyCORIS 4.1: LoRA is B A, LoHa (w1_a w1_b) * (w2_a w2_b), LoKr the Kronecker product of
+two factors. Each may have Tucker cores for convolutions.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Shape = tuple[int, ...]
 
 
 def matrix(tensor: Tensor) -> Tensor:
-    """(out, in, ...) as (out, all others)."""
+    """Flattens (out, in, ...) to (out, rest)."""
     return tensor.flatten(1)
 
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """core (r, s, k, l), a (r, p), b (s, q) -> (p, q, k, l)."""
-    return torch.einsum("rskl,rp,sq->pqkl", core, a, b).contiguous()  # as torch.kron needs it
+    return torch.einsum("rskl,rp,sq->pqkl", core, a, b).contiguous()  # torch.kron needs this
 
 
 def _fits(*pairs: tuple[str, int, int]) -> None:
@@ -74,7 +74,7 @@ def _loha_shape(module: Module) -> Shape:
 
 
 def _loha(t: Mapping[str, Tensor]) -> Tensor:
-    """(w1_a w1_b) * (w2_a w2_b), element by element."""
+    """(w1_a w1_b) * (w2_a w2_b), elementwise."""
 
     def product(n: str) -> Tensor:
         a, b = t[f"hada_w{n}_a"], t[f"hada_w{n}_b"]
@@ -101,7 +101,7 @@ def _lokr_shape(module: Module) -> Shape:
 
 
 def _lokr(t: Mapping[str, Tensor]) -> Tensor:
-    """The Kronecker product of w1 and w2, each whole or a product itself."""
+    """Kronecker product of w1 and w2. Each is stored whole or as a product of two matrices."""
     w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
     if "lokr_w2" in t:
         w2 = t["lokr_w2"]
@@ -114,9 +114,10 @@ def _lokr(t: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Kind:
-    """An algorithm: its tensors' roles, the shape of the difference that they make, and the difference.
+    """An algorithm.
 
-    needs: roles, or alternatives each of which is enough.
+    needs: the required roles; each entry lists alternatives, and every role of one of them must be present; may:
+    optional roles; shape, product: the shape and value of the weight difference.
     """
 
     name: str
@@ -127,11 +128,11 @@ class Kind:
 
     @property
     def roles(self) -> set[str]:
-        """Every role that marks this algorithm."""
+        """All roles of this algorithm."""
         return {role for options in self.needs for option in options for role in option} | set(self.may)
 
     def missing(self, module: Module) -> str:
-        """A role that its tensors lack, or ``."""
+        """A required role that the module does not have, or an empty string."""
         for options in self.needs:
             if not any(all(role in module for role in option) for option in options):
                 return next(role for role in options[-1] if role not in module)
@@ -160,8 +161,8 @@ MAGNITUDES = ("magnitude", "dora_scale")
 
 
 def kind_of(module: Module) -> Kind | None:
-    """The algorithm of a module's weight; None where it changes a bias alone. Raises ValueError for tensors that are
-    incomplete, or of two algorithms.
+    """The algorithm of a module's weight, or None if the module only changes a bias. Raises ValueError if tensors are
+    missing or belong to two algorithms.
     """
     kinds = [kind for kind in KINDS if kind.roles & module.keys()]
     if len(kinds) > 1:
@@ -176,17 +177,17 @@ def kind_of(module: Module) -> Kind | None:
 
 
 def scale_of(kind: Kind | None, module: Module, name: str, settings: PeftSettings | None) -> float:
-    """The factor on a module's product: alpha / rank, or as PEFT's settings say; 1 where nothing says more.
+    """The factor on a module's product: alpha / rank, or as PEFT's settings give it; 1 if the file has neither.
 
-    name: the module's in diffusers, for PEFT's patterns. An alpha of 0 means the rank, as in kohya's and LyCORIS'
-    loaders.
+    name: the module's name in diffusers, for PEFT's patterns. An alpha of 0 counts as alpha = rank, as in kohya's and
+    LyCORIS' loaders.
     """
     if kind is None or kind.name not in ("LoRA", "LoHa", "LoKr"):
         return 1.0
     rank = rank_of(module)
     if "alpha" in module:
         alpha = read_number(module["alpha"])
-        return alpha / rank if rank and alpha else 1.0  # LoKr of two whole factors: 1, whatever alpha says
+        return alpha / rank if rank and alpha else 1.0  # LoKr with two whole factors has no rank: 1 for any alpha
     if settings is None or (alpha := settings.alpha_of(name)) is None:
         return 1.0
     if rank is None:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from other_impls import Shapes, attention
 
-OVERLAP = 64  # pixels shared by neighbouring tiles: about 26 at a tile's edge lack context
-_ONE_AT_A_TIME = threading.Lock()  # in a tiled run the norms store its statistics, so no other thread may use them
+OVERLAP = 64  # pixels shared by neighbouring tiles; about 26 pixels at a tile's edge lack context
+_ONE_AT_A_TIME = threading.Lock()  # a tiled run stores its statistics in the norms, so other threads must wait
 LARGE_LEVELS = 2  # levels of full and half size: only these are tiled
 PEAK_TENSORS = 3.5  # peak memory of decoding, in widest full-size tensors
 
@@ -57,12 +57,11 @@ class VAEConfig:
         )
 
     def decoding_bytes(self, width: int, height: int, dtype: torch.dtype) -> int:
-        """Peak memory of decoding an image of this size without tiles, without the weights (an estimate, measured in
-        docs/performance.md).
+        """Estimated peak memory in bytes of decoding an image of this size (in pixels) without tiles, not counting the
+        weights. docs/performance.md has measurements.
         """
-        widest = (
-            self.widths[1] if len(self.widths) > 1 else self.widths[0]
-        )  # the input of the full-size blocks has its width
+        # The full-size blocks get their input from level 1 and have its width.
+        widest = self.widths[1] if len(self.widths) > 1 else self.widths[0]
         return int(PEAK_TENSORS * width * height * widest * torch.empty((), dtype=dtype).element_size())
 
     @property
@@ -72,12 +71,12 @@ class VAEConfig:
 
 
 class Norm(nn.GroupNorm):
-    """Group norm that can take its mean and deviation from another input: tiles must be normalised with the
-    statistics of the whole image, or neighbouring tiles differ in tone.
+    """Group norm that can take its mean and standard deviation from another input. Tiles must be normalised with the
+    statistics of the whole image, otherwise neighbouring tiles differ in tone.
     """
 
-    fixed: tuple[Tensor, Tensor] | None = None  # factor and offset of every channel, (B, C, 1, 1)
-    fixes_next = False  # whether the next input sets `fixed`
+    fixed: tuple[Tensor, Tensor] | None = None  # factor and offset per channel, (B, C, 1, 1)
+    fixes_next = False  # True: the next input sets `fixed`
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fixes_next:
@@ -154,7 +153,7 @@ class Resample(nn.Module):
 
 
 class _Group(nn.Module):
-    """A container of named children, nested like the names in the file (`mid.block_1`, `down.0.block.1`)."""
+    """A container of named children, nested as the names in the file are (`mid.block_1`, `down.0.block.1`)."""
 
     def __init__(self, **children: nn.Module):
         super().__init__()
@@ -204,7 +203,7 @@ class Encoder(nn.Module):
         return x
 
     def small(self, x: Tensor) -> Tensor:
-        """The levels after `large`, to mean and log-variance."""
+        """The levels after `large`: (B, C, H/4, W/4) -> mean and log-variance (B, 2 * 16, H/8, W/8)."""
         x = self._levels(x, self.down[LARGE_LEVELS:])
         x = self.mid.block_2(self.mid.attn_1(self.mid.block_1(x)))
         return self.conv_out(F.silu(self.norm_out(x)))
@@ -266,9 +265,9 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def moments(self, image: Tensor, tile: int = 0) -> tuple[Tensor, Tensor]:
-        """Mean and raw log-variance, each (B, 16, H/8, W/8), of `image` (B, 3, H, W) in [-1, 1].
+        """Mean and unclamped log-variance, each (B, 16, H/8, W/8), of `image` (B, 3, H, W) in [-1, 1].
 
-        tile: side in pixels of the tiles, which are encoded one at a time and blended; 0: no tiles.
+        tile: side of a tile in pixels; tiles are encoded one at a time and blended. 0: no tiles.
         """
         with _ONE_AT_A_TIME:
             return self._moments(image, tile)
@@ -282,11 +281,14 @@ class VAE(nn.Module):
 
     @staticmethod
     def sample(mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
-        """mean + std * noise, the log-variance clamped to [-30, 20]."""
+        """mean + std * noise, with the log-variance clamped to [-30, 20]."""
         return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * noise.to(mean)
 
     def decode(self, latent: Tensor, tile: int = 0) -> Tensor:
-        """Pixels (B, 3, 8h, 8w), about [-1, 1] and not clamped, of a raw latent (B, 16, h, w); tile: see `moments`."""
+        """Decodes a raw latent (B, 16, h, w) to pixels (B, 3, 8h, 8w), about [-1, 1], not clamped.
+
+        tile: see `moments`.
+        """
         with _ONE_AT_A_TIME:
             return self._decode(latent, tile)
 
@@ -305,12 +307,12 @@ def tiled(
     scale: Callable[[int], int],
     align: int = 1,
 ) -> Tensor:
-    """run(x), computed one tile at a time from overlapping tiles of x (B, C, H, W), at most `tile` by `tile`; directly
-    if tile is 0 or x is no larger. run: a method of a module.
+    """Computes run(x) tile by tile, from overlapping tiles of x (B, C, H, W) of at most `tile` by `tile`. Computes it
+    at once if tile is 0 or x is no larger than a tile.
 
-    scale: position in x -> position in the result, for multiples of `align`. Neighbouring tiles share at least
-    `overlap` and are blended there by a linear ramp. All norms take mean and deviation from a small copy of x, so that
-    all tiles are normalised alike.
+    run: a method of a module; scale: maps a position in x, a multiple of `align`, to a position in the result.
+    Neighbouring tiles share at least `overlap` positions and are blended there with a linear ramp. All norms take mean
+    and standard deviation from a small copy of x, so that all tiles are normalised in the same way.
     """
     if not tile or max(x.shape[2:]) <= tile:
         return run(x)
@@ -323,7 +325,7 @@ def tiled(
         copy = copy[:, :, : copy.shape[2] // align * align, : copy.shape[3] // align * align]
         run(copy.contiguous(memory_format=torch.channels_last))
         for norm in norms:
-            norm.fixes_next = False  # for norms that `run` did not use
+            norm.fixes_next = False  # some norms are not used by `run`
         return _blended(run, x, tile, overlap, scale, align)
     finally:
         for norm in norms:
@@ -351,8 +353,9 @@ def _blended(
 
 
 def pieces(size: int, tile: int, overlap: int, align: int = 1) -> list[tuple[int, int]]:
-    """(start, end) of the fewest tiles of length `tile` (or `size`) that cover `size`, evenly spread, with overlaps of
-    about `overlap` or more; all are multiples of `align` if the lengths are.
+    """(start, end) of each tile: the fewest tiles of length `tile` that cover `size`, evenly spread, with overlaps of
+    about `overlap` or more. One tile of length `size` if that is shorter. All are multiples of `align` if `size` and
+    `tile` are.
     """
     if size <= tile:
         return [(0, size)]
@@ -362,7 +365,7 @@ def pieces(size: int, tile: int, overlap: int, align: int = 1) -> list[tuple[int
 
 
 def ramp(start: int, end: int, size: int, overlap: int, scale: Callable[[int], int]) -> Tensor:
-    """Weight of each position of a tile's result along one side: a ramp over `overlap` at inner edges, else 1."""
+    """Weights (length,) of a tile's result along one axis: a ramp over `overlap` at inner edges, 1 elsewhere."""
     length, rise = scale(end - start), scale(overlap)
     places = torch.arange(length) + 0.5
     weight = torch.ones(length)

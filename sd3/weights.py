@@ -1,4 +1,4 @@
-"""From stored tensors to modules: names, layouts, scales, dtypes."""
+"""Loads stored tensors into modules: names, layouts, scales, dtypes."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ HARMLESS = (
 )  # fmt: skip
 HARMLESS_PREFIXES = ("loss.", "cond_stage_model.", "model_ema.")
 SCALES = ("scale_weight", "weight_scale")  # names of scale factors stored beside a `weight`
-OTHER_SCALES = ("weight_scale_2", "weight_scale_inv")  # of formats that are not supported
-CHUNK = 256 * 2**20  # bytes read before the file is mapped anew, which frees its pages
-SAMPLE = 4096  # bytes checked at each end of a tensor before weights load
-MOST_SAMPLED = 64  # tensors of a model
+OTHER_SCALES = ("weight_scale_2", "weight_scale_inv")  # scale factors of unsupported formats
+CHUNK = 256 * 2**20  # bytes to read before mapping the file again, which frees its pages
+SAMPLE = 4096  # bytes to check at each end of a tensor before weights load
+MOST_SAMPLED = 64  # most tensors of a model to check
 Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Patch:
-    """Changes to one model's weights, such as a LoRA's, applied while they load.
+    """Changes to one model's weights, for example by a LoRA, applied while the weights load.
 
-    changes: by our name, a function from the float32 tensor, contiguous, to one of the same shape: the argument,
-    modified, or a new one; identity: distinguishes patches, such as a file's hash with a strength; notes: lines for the
-    user, names of fields between backquotes.
+    changes: our tensor name -> a function that takes the contiguous float32 tensor and returns one of the same shape,
+    either the argument after modifying it or a new one; identity: a text that distinguishes patches, such as a file's
+    hash and a strength; notes: lines for the user, with names of fields between backquotes.
     """
 
     changes: Mapping[str, Callable[[Tensor], Tensor]]
@@ -53,8 +53,8 @@ class Patch:
 class ModelTensors:
     """The tensors of one model in a file, under our names.
 
-    prefix: common start of this model's names in the file; layout: how the file stores our tensors that have another
-    name there, are joined or transposed; patches: applied in order.
+    prefix: common start of this model's names in the file; layout: how the file stores each tensor that it names
+    differently, splits, swaps or transposes; patches: applied in order.
     """
 
     file: WeightFile
@@ -89,11 +89,11 @@ class ModelTensors:
         return {entry.path for name, entry in self.file.entries.items() if name.startswith(self.prefix)}
 
     def full_name(self, name: str) -> str:
-        """The name in the file, for messages."""
+        """The tensor's name in the file, for messages."""
         return " + ".join(self.prefix + n for n in self.storage(name).names)
 
     def dtype_name(self) -> str:
-        """The dtype that most of the weights have, in the file's spelling (F16, BF16, F32, F8_E4M3)."""
+        """The most common dtype, counted in elements, in the file's spelling (F16, BF16, F32, F8_E4M3)."""
         sizes: dict[str, int] = {}
         for name, shape in self.shapes.items():
             dtype = self.entries(name)[0].dtype
@@ -101,15 +101,15 @@ class ModelTensors:
         return max(sizes, key=lambda k: sizes[k])
 
     def config(self, read: Callable[[dict[str, tuple[int, ...]]], Any], what: str) -> Any:
-        """The sizes that `read` finds in the shapes; raises `Mistake` if this is not such a model."""
+        """The sizes that `read` finds in the shapes. Raises `Mistake` if the tensors are not those of `what`."""
         try:
             return read(self.shapes)
         except Exception as error:  # names and shapes in a file may be anything
             like = self.file.looks_like()
-            it = "it is damaged, or another kind of file" if like == what else f"it looks like {like}"
-            raise Mistake(*self.file.where, f"is not {what}: {it} (no usable {verbatim(str(error))})") from None
+            reason = "it is damaged, or another kind of file" if like == what else f"it looks like {like}"
+            raise Mistake(*self.file.where, f"is not {what}: {reason} (no usable {verbatim(str(error))})") from None
 
-    # -- checks before anything is loaded --
+    # -- checks before weights load --
 
     def check(self, model: nn.Module) -> None:
         """Compares the header with what `model` (on any device, including meta) needs.
@@ -128,7 +128,7 @@ class ModelTensors:
             warnings.warn(verbatim(f"{self.file.path}: not used, unknown: {_first_few(extra)}"), Note, stacklevel=2)
 
     def _problems(self, wanted: dict[str, tuple[int, ...]]) -> dict[str, list[str]]:
-        """Problems with the wanted tensors (shape by name), by kind."""
+        """Problems with the wanted tensors (shape by name), grouped by kind."""
         present = [name for name in wanted if name in self.shapes]
         pieces = [entry for name in present for entry in self.entries(name)]
         return {
@@ -146,7 +146,7 @@ class ModelTensors:
         }
 
     def _scales(self, entry: Entry) -> list[Entry]:
-        """The factors stored beside a weight."""
+        """The scale factors stored beside a weight."""
         stem = self._listed_name(entry).removesuffix("weight")
         names = [stem + leaf for leaf in SCALES] if stem != self._listed_name(entry) else []
         return [self.file.entries[name] for name in names if name in self.file.entries]
@@ -173,8 +173,10 @@ class ModelTensors:
         return leaf in HARMLESS or name.startswith(HARMLESS_PREFIXES) or name in _UNUSED
 
     def check_filled(self, some_may_be_empty: bool = False) -> None:
-        """Reads both ends of some weights. Raises `Mistake` if all are zero, and warns if some are: a download that
-        reserved its space and stopped. some_may_be_empty: the model was initialised with zeros (a ControlNet).
+        """Reads both ends of some weights, to find downloads that reserved their space and stopped. Raises `Mistake` if
+        all weights are zero, warns if some are.
+
+        some_may_be_empty: do not warn, because the model was initialised with zeros (a ControlNet).
         """
         entries = [entry for name in self.shapes for entry in self.entries(name)]
         weights = sorted({e for e in entries if len(e.shape) > 1 and e.size}, key=lambda e: (str(e.path), e.place))
@@ -202,7 +204,7 @@ class ModelTensors:
             )
 
     def not_finite(self) -> str:
-        """The name of the first tensor with NaN or infinity, or empty; reads all tensors."""
+        """The name of the first tensor with NaN or infinity, or an empty string. Reads all tensors, without patches."""
         for name, tensor in replace(self, patches=()).read(list(self.shapes), "cpu", None):
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
                 return self.full_name(name)
@@ -211,12 +213,12 @@ class ModelTensors:
     # -- loading --
 
     def read(self, names: list[str], device: Any, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors on `device` in `dtype` (None: as stored; float32 where scaled or patched), in the file's
-        order. Every tensor of every model passes here: stored, named, scaled, patched.
+        """Yields the named tensors on `device` in `dtype` (None: as stored, or float32 if scaled or patched), in the
+        file's order. Every tensor of every model is read here: stored, named, scaled, patched.
 
-        On the CPU, a tensor that keeps its dtype is a view of the file if its format maps it into memory. The file is
-        reopened every `CHUNK` bytes, which frees the pages already converted. A patched tensor is rounded once, after
-        its patches.
+        On the CPU, a tensor that keeps its dtype is a view of the file if the file's format is mapped into memory. The
+        file is reopened every `CHUNK` bytes, which frees the pages that are already converted. A patched tensor is
+        rounded once, after all its patches.
         """
 
         def place(name: str) -> tuple[str, int]:
@@ -260,10 +262,10 @@ class ModelTensors:
         progress: Callable[[int], None] | None = None,
         names: Iterable[str] | None = None,
     ) -> nn.Module:
-        """Gives `model` (built on the meta device) its weights, one tensor at a time; `progress` counts bytes.
+        """Loads the weights into `model` (built on the meta device), one tensor at a time, and returns it.
 
-        Fills parameters that already have storage in place. Layers with a `store` method (packed, 8-bit) store the
-        weight themselves. names: the tensors to load, None for all.
+        Parameters that already have storage are filled in place. Layers with a `store` method (packed, 8-bit) store
+        the weight themselves. progress: called with the bytes of each tensor; names: the tensors to load, None for all.
         """
         for name, tensor in self.read(list(model.state_dict() if names is None else names), device, dtype):
             owner, _, leaf = name.rpartition(".")
@@ -280,18 +282,18 @@ class ModelTensors:
 
 
 class Scratch:
-    """Float32 copies of tensors, to be modified. Those that become another dtype share memory: to get pages from the
-    system for each would take longer than a LoRA's product.
+    """Makes float32 copies of tensors for patches to modify. Copies that are converted afterwards share one buffer:
+    getting new pages from the system for each would take longer than a LoRA's product.
     """
 
     def __init__(self, dtype: torch.dtype | None):
-        """dtype: what the copies become; None: they stay."""
-        self.kept = dtype in (None, torch.float32)
+        """dtype: what the copies are converted to afterwards; None: they stay float32."""
+        self.stays_float32 = dtype in (None, torch.float32)
         self.memory = torch.empty(0)
 
     def exact(self, tensor: Tensor) -> Tensor:
-        """A copy, contiguous, that is valid until the next one where it becomes another dtype."""
-        if self.kept:
+        """A contiguous float32 copy. If it is to be converted, it is valid until the next call only."""
+        if self.stays_float32:
             return torch.empty(tensor.shape, device=tensor.device).copy_(tensor)
         if self.memory.numel() < tensor.numel() or self.memory.device != tensor.device:
             self.memory = torch.empty(tensor.numel(), device=tensor.device)
@@ -299,20 +301,20 @@ class Scratch:
 
 
 def on_meta(make: Callable[[], Model]) -> Model:
-    """A module without storage, to be given its weights."""
+    """Builds a module on the meta device, without storage for its weights."""
     with torch.device("meta"):
         return make()
 
 
 def differently_patched(one: ModelTensors, other: ModelTensors) -> set[str]:
-    """Names of the tensors that two sets of patches of a model change, where the sets differ."""
+    """Names of the tensors changed by either model's patches, or an empty set if both have the same patches."""
     if [p.identity for p in one.patches] == [p.identity for p in other.patches]:
         return set()
     return {name for patch in (*one.patches, *other.patches) for name in patch.changes}
 
 
 def drop(model: nn.Module, names: Iterable[str]) -> None:
-    """Frees parameters, to be given other weights: they are on the meta device then."""
+    """Frees parameters by moving them to the meta device, so that other weights can be loaded."""
     for name in names:
         owner, _, leaf = name.rpartition(".")
         parameters = model.get_submodule(owner)._parameters
@@ -321,7 +323,7 @@ def drop(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def check_part(part: ModelTensors, make: Callable[[], Model], some_may_be_empty: bool = False) -> Model:
-    """The module for a part, without weights; raises Mistake if the file's tensors do not fit it or are all zero.
+    """Builds the module of a part without its weights. Raises Mistake if the file's tensors do not fit or are all zero.
 
     some_may_be_empty: see `ModelTensors.check_filled`.
     """
@@ -332,7 +334,7 @@ def check_part(part: ModelTensors, make: Callable[[], Model], some_may_be_empty:
     return model
 
 
-# Tensors in some files that our model does not use.
+# Tensors of some files that our models do not use.
 _UNUSED = (
     "text_projection.weight",
     "shared.weight",
@@ -356,7 +358,7 @@ def _convert(tensor: Tensor, scales: list[Tensor], device: Any, dtype: torch.dty
     return tensor.to(device)
 
 
-HAVE_ALL_DTYPES = ("cpu", "cuda")  # devices that support float8 and float64; for others the CPU converts first
+HAVE_ALL_DTYPES = ("cpu", "cuda")  # devices that support float8 and float64; the CPU converts for all others
 
 
 def _shape_text(shape: tuple[int, ...]) -> str:
@@ -368,7 +370,7 @@ def _first_few(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + more
 
 
-# -- which tensors of a file are which model --
+# -- finding each model in a file --
 
 
 def find_mmdit(file: WeightFile) -> ModelTensors:
@@ -388,7 +390,7 @@ def find_vae(file: WeightFile) -> ModelTensors:
 
 
 def has_vae(file: WeightFile) -> bool:
-    """Whether a file holds a VAE, beside other models or alone."""
+    """Whether a file holds a VAE, alone or with other models."""
     return any(map(file.has, (VAE_PREFIX, "vae/"))) or bool(file.prefixes("vae"))
 
 
@@ -400,7 +402,7 @@ LAYOUTS = (
 
 
 def find_controlnet(file: WeightFile) -> ModelTensors:
-    """The tensors of a ControlNet file, in the published or in diffusers' layout.
+    """The tensors of a ControlNet file, in the published layout or in diffusers'.
 
     Raises `Mistake` for a layout that is not supported.
     """
@@ -423,9 +425,10 @@ def find_controlnet(file: WeightFile) -> ModelTensors:
 
 
 def read_control_kind(tensors: ModelTensors) -> str:
-    """blur, canny or depth, if the file says so, else empty (8B ControlNets take canny images in another range).
+    """The kind that the file names: blur, canny or depth, or an empty string if it names none. (8B ControlNets take
+    canny images in another range.)
 
-    Raises `Mistake` if the file's value is not a number.
+    Raises `Mistake` if the file's control_type is not a number.
     """
     shape = tensors.shapes.get("control_type")
     if shape is None:

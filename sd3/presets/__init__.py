@@ -1,4 +1,4 @@
-"""Published settings of residual text streaming by name, a JSON file each beside this one. Needs no torch."""
+"""Published settings of residual text streaming: one JSON file per name in this folder. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from sd3.mistakes import Missing, Mistake, verbatim
 
 FOLDER = Path(__file__).parent
 PRESETS = tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
-# Published rotation files, and the repository of the Hugging Face hub that has them.
+# Published rotation files -> their repository on the Hugging Face hub.
 ROTATION_FILES = dict.fromkeys(("sd3_coco5k_o1.pt", "flux_coco5k_o2.pt"), "LewisYao/PromptReinjection")
 ROTATION_FOLDERS = (Path("prompt_reinjection/rotations"), Path("models"), Path("models/rotations"))
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What is known about a preset. depth, width: of the model that it is for; measured: what was, and what was not."""
+    """Facts about a preset.
+
+    depth, width: sizes of the model that it is for; source: where it was published; measured: what we measured with it
+    and what we did not; sampling: the sampling settings that it was published with.
+    """
 
     name: str
     model: str
@@ -33,7 +37,7 @@ class Preset:
 
     @property
     def path(self) -> Path:
-        """Its file, which `residual.read_fields` reads."""
+        """The preset's file, in the format of `residual.read_fields`."""
         return FOLDER / f"{self.name}.json"
 
     def check(self, depth: int, width: int, dual_layers: int = 0) -> None:
@@ -45,13 +49,13 @@ class Preset:
 
 
 def read_preset(name: str) -> Preset:
-    """A preset by its name, one of `PRESETS`."""
+    """Reads a preset by its name, one of `PRESETS`."""
     about: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))["preset"]
     return Preset(name, **about)
 
 
 def list_presets() -> str:
-    """All presets, with their settings (fields between backquotes), where they come from, and what was measured."""
+    """Text that lists all presets: settings (flag names between backquotes), source and measurements."""
     lines = []
     for preset in map(read_preset, PRESETS):
         fields = json.loads(preset.path.read_text(encoding="utf-8"))
@@ -64,8 +68,8 @@ def list_presets() -> str:
 
 
 def with_rotations(config: Any, folders: Iterable[Path]) -> Any:
-    """A `ResidualConfig` whose rotation file is looked for by its name: in the current folder, in `folders`, and in
-    `ROTATION_FOLDERS`. Raises Missing for a published file that is not there.
+    """Returns a `ResidualConfig` with the path of its rotation file, which is searched for by name in the current
+    folder, in `folders` and in `ROTATION_FOLDERS`. Raises Missing if a published file is not found.
     """
     name = config.rotations
     if not config.aligned or name is None or os.path.exists(name):

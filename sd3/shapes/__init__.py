@@ -1,1 +1,1 @@
-"""The scenes of coloured shapes that the shipped model draws, and a scorer that reads them back."""
+"""Scenes of coloured shapes, which the shipped model draws, and a scorer that detects them in images."""

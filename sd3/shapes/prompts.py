@@ -1,4 +1,4 @@
-"""Scored prompts of coloured shapes: six kinds, as GenEval has them."""
+"""Scored prompts of coloured shapes, in the six kinds of GenEval."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KINDS = ("single object", "two objects", "counting", "colours", "position", "col
 
 @dataclass(frozen=True)
 class Prompt:
-    """A scored prompt: its kind and what has to be there."""
+    """A scored prompt: its text, its kind, and what the image has to show."""
 
     text: str
     kind: str
@@ -40,7 +40,7 @@ class Prompt:
 
 
 def held_out_prompts(per_kind: int = 40, seed: int = 7) -> list[Prompt]:
-    """`per_kind` prompts of each kind from shape-colour combinations (and so pairs) that training never saw."""
+    """`per_kind` prompts of each kind, from shape-colour combinations (and so pairs) that never occur in training."""
     rng = random.Random(seed)
     out = []
     for kind in KINDS:
@@ -56,7 +56,7 @@ def held_out_prompts(per_kind: int = 40, seed: int = 7) -> list[Prompt]:
 
 
 def held_out_texts(per_kind: int = 40) -> list[str]:
-    """The texts of `held_out_prompts`, each once."""
+    """The distinct texts of `held_out_prompts`."""
     return list(dict.fromkeys(p.text for p in held_out_prompts(per_kind)))
 
 
@@ -77,7 +77,7 @@ def _held_out(kind: str, rng: random.Random) -> Prompt:
 
 
 def read_caption(text: str) -> list[Prompt]:
-    """What a caption asks for, once for every kind that it belongs to. Raises Mistake for other texts."""
+    """Parses a caption into prompts, one for each kind that it belongs to. Raises Mistake if the text is no caption."""
     colour, shape = "|".join(COLOURS), "|".join(SHAPES)
     thing = rf"an? ({colour}) ({shape})"
     ground = rf"(?: on an? (?:{'|'.join(BACKGROUNDS)}) background)?"
@@ -97,7 +97,7 @@ def read_caption(text: str) -> list[Prompt]:
 
 
 def draw(prompt: Prompt, rng: random.Random) -> np.ndarray:
-    """An image that shows exactly what the prompt says: the scorer's ground truth."""
+    """Renders an image that shows exactly what the prompt says, as ground truth for the scorer."""
     radius = rng.uniform(11.0, 12.5)
     if prompt.kind == "counting":
         cells = rng.choice(COUNT_LAYOUTS[prompt.count])

@@ -1,10 +1,11 @@
-"""Captioned scenes of coloured shapes: what the small model that ships is trained and scored on.
+"""Captioned scenes of coloured shapes, on which the shipped model is trained and scored.
 
-An image is 96 x 96, split into 3 x 3 cells of 32 pixels; an object sits near the middle of a cell, so objects
+An image is 96 x 96 pixels, split into 3 x 3 cells of 32 pixels. Each object is near the middle of a cell, so objects
 never touch. Eight shape-colour combinations (`HELD_OUT`) never occur in training; scoring uses only those.
 
-`sample_scene` draws the four kinds that the first shipped model knew; `training_scene` draws these and more: sizes,
-up to three objects with two relations, a second phrasing of each relation, and captions of several sentences.
+`sample_scene` samples the four kinds that the first shipped model was trained on. `training_scene` samples these and
+more: sizes, up to three objects with two relations, a second phrasing of each relation, and captions of several
+sentences.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from PIL import Image, ImageDraw
 SIZE = 96  # pixels along one side
 CELLS = 3  # cells along one side
 CELL = SIZE // CELLS
-OVERSAMPLE = 3  # drawn this many times larger, then averaged down
+OVERSAMPLE = 3  # images are drawn this many times larger, then averaged down
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = {
     "red": (214, 39, 40),
@@ -34,20 +35,20 @@ COLOURS = {
 }
 BACKGROUNDS = {"white": (245, 245, 245), "black": (20, 20, 20), "gray": (128, 128, 128)}
 COUNTS = {2: "two", 3: "three", 4: "four"}
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # (x, y) of first - second
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # sign of first - second
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-PHRASINGS = {  # the usual one, and another for the same relation
+PHRASINGS = {  # by relation: the usual phrasing and another one
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
     "above": ("above", "over"),
     "below": ("below", "under"),
 }
 
-# Radii by shape. The smallest object covers 2 % of the image; the largest leaves 2 pixels to its neighbour.
+# Radii by shape, in pixels. The smallest object covers 2 % of the image; the largest leaves 2 pixels to its neighbour.
 NORMAL = {"circle": (11.5, 12.8), "square": (11.5, 12.8), "triangle": (13.0, 14.0), "star": (12.8, 13.3)}
 SMALL = {"circle": (7.75, 8.2), "square": (7.75, 8.2), "triangle": (10.6, 10.9), "star": (10.95, 11.15)}
 
-# One combination per colour, two per shape: (colour, shape) pairs that training never sees.
+# (colour, shape) pairs that never occur in training: one per colour, two per shape.
 HELD_OUT = frozenset(
     {
         ("red", "triangle"),
@@ -68,7 +69,7 @@ Cell = tuple[int, int]  # (column, row), from the top left
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn object: its centre and radius in pixels; `small` where its caption says so."""
+    """One drawn object: its centre and radius in pixels; small: whether the caption calls it small."""
 
     colour: str
     shape: str
@@ -80,10 +81,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A caption, the objects it speaks of (in its order) and the background's name.
+    """A caption, the objects that it names, in its order, and the name of the background.
 
-    relations: (index, relation, index) of all that the caption states; words: for every word of the caption, commas
-    and full stops counted as words, 1 + the index of the object it belongs to, or 0.
+    relations: every (index, relation, index) that the caption states; words: for each word of the caption, 1 + the
+    index of the object that it belongs to, or 0. Commas and full stops count as words.
     """
 
     caption: str
@@ -96,7 +97,7 @@ class Scene:
 
 
 def _outline(thing: Thing) -> list[tuple[float, float]]:
-    """Corners of a square, triangle or star around (0, 0), scaled so that all shapes look about as large."""
+    """Corners of a square, triangle or star around (0, 0), scaled so that all shapes look about equally large."""
     r = thing.radius
     if thing.shape == "square":
         h = 0.88 * r
@@ -105,14 +106,14 @@ def _outline(thing: Thing) -> list[tuple[float, float]]:
         big = 1.12 * r
         return [(0, -0.75 * big), (0.866 * big, 0.75 * big), (-0.866 * big, 0.75 * big)]
     corners = []
-    for i in range(10):  # star: five points, outer and inner corners in turn
+    for i in range(10):  # star with five points: outer and inner corners alternate
         radius, angle = (1.12 * r if i % 2 == 0 else 0.46 * r), math.pi * (i / 5 - 0.5)
         corners.append((radius * math.cos(angle), radius * math.sin(angle) + 0.08 * r))
     return corners
 
 
 def render(scene: Scene, size: int = SIZE) -> np.ndarray:
-    """The image of a scene: uint8 (size, size, 3)."""
+    """Renders a scene as uint8 (size, size, 3)."""
     k = OVERSAMPLE * size / SIZE
     image = Image.new("RGB", (OVERSAMPLE * size, OVERSAMPLE * size), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)
@@ -128,7 +129,7 @@ def render(scene: Scene, size: int = SIZE) -> np.ndarray:
 
 
 def article(colour: str) -> str:
-    """`a red`, `an orange`."""
+    """The colour with its article: `a red`, `an orange`."""
     return f"{'an' if colour[0] in 'aeio' else 'a'} {colour}"
 
 
@@ -140,7 +141,7 @@ def place(
     jitter: float = 1.5,
     small: bool = False,
 ) -> Thing:
-    """An object near the middle of a cell, at most `jitter` pixels off along each axis."""
+    """Places an object near the middle of a cell, at most `jitter` pixels off along each axis."""
     x, y = (CELL * (c + 0.5) + rng.uniform(-jitter, jitter) for c in cell)
     return Thing(*combination, x=x, y=y, radius=radius, small=small)
 
@@ -148,7 +149,7 @@ def place(
 _LINES = [[(c, r) for c in range(3)] for r in range(3)] + [[(c, r) for r in range(3)] for c in range(3)]
 _ALL_CELLS = [(c, r) for r in range(CELLS) for c in range(CELLS)]
 
-# Where several equal objects go: few enough layouts that a small model can learn to count.
+# Cells of several equal objects, by their number. There are few layouts, so that a small model can learn to count.
 COUNT_LAYOUTS: dict[int, list[list[Cell]]] = {
     2: [[line[i], line[j]] for line in _LINES for i, j in ((0, 1), (1, 2), (0, 2))],
     3: [*_LINES, [(0, 0), (1, 1), (2, 2)], [(0, 2), (1, 1), (2, 0)]],
@@ -158,7 +159,7 @@ COUNT_LAYOUTS: dict[int, list[list[Cell]]] = {
 
 
 def relation_cells(relation: str, rng: random.Random) -> tuple[Cell, Cell]:
-    """Cells of the first and second object, on one line, so that `relation` holds between them."""
+    """Cells of the first and second object, in one row or column, so that `relation` holds between them."""
     dx, dy = RELATIONS[relation]
     low, high = rng.choice([(0, 1), (1, 2), (0, 2)])
     across = rng.randrange(CELLS)
@@ -174,8 +175,8 @@ def sample_scene(
 ) -> Scene:
     """A random scene and its caption.
 
-    `kind` is single, pair, count or relation (None: drawn as in training). The share `background_share` of
-    captions name the background. Two objects never share a colour.
+    kind: single, pair, count or relation (None: random, as in training); background_share: share of captions that name
+    the background. Two objects never have the same colour.
     """
     kind = kind or rng.choices(("single", "pair", "count", "relation"), (20, 20, 27, 33))[0]
     background = rng.choice(tuple(BACKGROUNDS))
@@ -205,17 +206,17 @@ def sample_scene(
 
 
 KINDS = {"single": 10, "pair": 16, "count": 26, "relation": 30, "three": 5, "relations": 13}  # shares in percent
-LONGEST = 40  # T5 tokens of a caption with the end token
-SHORT_SHARE = 0.82  # captions in today's form
-SIZED_SHARE = 0.3  # scenes whose captions speak of sizes
-OTHER_PHRASING = 0.35  # of the relations
-GAP = 2.5  # pixels left between objects in neighbouring cells
+LONGEST = 40  # most T5 tokens of a caption, end token included
+SHORT_SHARE = 0.82  # share of captions in the short form
+SIZED_SHARE = 0.3  # share of scenes whose captions name sizes
+OTHER_PHRASING = 0.35  # share of relations in the second phrasing
+GAP = 2.5  # least distance in pixels between objects in neighbouring cells
 Word = tuple[str, int]  # a word, and 1 + the index of the object it belongs to (0: none)
 
 
 @lru_cache
 def relations_cells(first: str, second: str) -> tuple[tuple[Cell, Cell, Cell], ...]:
-    """All cells of three objects such that the first is in relation `first` to the second and `second` to the third."""
+    """All cells of three objects for which `first` holds between objects 1 and 2, and `second` between 1 and 3."""
 
     def others(cell: Cell, relation: str) -> list[Cell]:
         dx, dy = RELATIONS[relation]
@@ -226,7 +227,7 @@ def relations_cells(first: str, second: str) -> tuple[tuple[Cell, Cell, Cell], .
 
 
 def two_combinations(combinations: tuple[Combination, ...], rng: random.Random) -> tuple[Combination, Combination]:
-    """Two different ones, a quarter of equal shape and a quarter of equal colour, in either order equally often."""
+    """Picks two different combinations, in random order: a quarter have equal shapes, a quarter equal colours."""
     first = rng.choice(combinations)
     how = rng.random()
     rest = [c for c in combinations if c[0] != first[0] and c[1] != first[1]]
@@ -240,7 +241,7 @@ def two_combinations(combinations: tuple[Combination, ...], rng: random.Random) 
 
 
 def extent(combination: Combination, radius: float) -> float:
-    """Half of the larger side of an object's box, in pixels."""
+    """Half of the longer side of an object's bounding box, in pixels."""
     if combination[1] == "circle":
         return radius
     return max(max(abs(x), abs(y)) for x, y in _outline(Thing(*combination, 0.0, 0.0, radius)))
@@ -255,8 +256,8 @@ def training_scene(
 ) -> Scene:
     """A random scene of any kind in `KINDS` (None: by their shares) and its caption.
 
-    short: a caption in today's form, else sentences; sized: sizes differ and are spoken of; None: by chance.
-    An object whose size the caption does not name is of the normal size.
+    short: a caption in the short form (True) or in sentences (False); sized: sizes differ and the caption names them;
+    None: random. An object whose size the caption does not name has the normal size.
     """
     kind = kind or rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
     sized = rng.random() < SIZED_SHARE if sized is None else sized
@@ -280,7 +281,9 @@ def training_scene(
             one, other = rng.sample(tuple(RELATIONS), 2)
             stated, cells = ((0, one, 1), (0, other, 2)), rng.choice(relations_cells(one, other))
     small = [sized and rng.random() < 0.5 for _ in named]
-    large = [not s and rng.random() < (0.5 if sized else 0.04) for s in small]  # the word, not another size
+    large = [
+        not s and rng.random() < (0.5 if sized else 0.04) for s in small
+    ]  # adds the word only; the size stays normal
     names = [(("small",) if s else ("large",) if b else ()) + c for c, s, b in zip(named, small, large, strict=True)]
     share, things = rng.random(), []
     for i, cell in enumerate(cells):
@@ -302,7 +305,7 @@ def training_scene(
 
 
 def joined(words: list[Word]) -> str:
-    """Joins words to a caption; no space before a comma or full stop."""
+    """Joins words to a caption, without a space before a comma or full stop."""
     return "".join(w if w in ".," or not i else f" {w}" for i, (w, _) in enumerate(words))
 
 
@@ -339,7 +342,7 @@ Stated = tuple[tuple[int, str, int], ...]
 def _short_caption(
     kind: str, names: list[tuple[str, ...]], count: int, stated: Stated, background: str, rng: random.Random
 ) -> list[Word]:
-    """A caption in today's form: `a red circle left of a blue square and above a green star on a black background`."""
+    """The short form: `a red circle left of a blue square and above a green star on a black background`."""
     if kind == "count":
         out = _counted(names, count)
     elif stated:
@@ -396,7 +399,7 @@ def _long_caption(
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption of `sample_scene` can hold, in a fixed order."""
+    """All words of the captions of `sample_scene`, in a fixed order."""
     words = ["a", "an", "and", "on", "background", "of", "left", "right", "above", "below"]
     words += COUNTS.values()
     words += [*COLOURS, *BACKGROUNDS, *SHAPES, *(f"{s}s" for s in SHAPES)]
@@ -404,6 +407,6 @@ def vocabulary() -> list[str]:
 
 
 def all_words() -> list[str]:
-    """Every word that a caption of `training_scene` can hold; the order is that of the token ids, so only append."""
+    """All words of the captions of `training_scene`. Token ids follow this order, so new words go at the end."""
     more = "small large to the over under there is are it in picture shows one object objects nothing else . ,"
     return vocabulary() + more.split()

@@ -1,4 +1,4 @@
-"""Reads images of coloured shapes back and scores them against their prompts."""
+"""Detects coloured shapes in images and scores the images against their prompts."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from PIL import Image
 from sd3.shapes.prompts import Prompt
 from sd3.shapes.scenes import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZE, Scene, Thing, render
 
-LEAST_AREA = 0.008  # of the image; smaller specks are no objects (a drawn object covers 0.03 and more)
-LEAST_FIT = 0.75  # intersection over union with the best shape, below which an object has no shape
-TEMPLATE = 32  # pixels of a shape's template
+LEAST_AREA = 0.008  # share of the image; smaller pieces are no objects (a drawn object covers 0.03 and more)
+LEAST_FIT = 0.75  # an object has no shape if its intersection over union with the best shape is below this
+TEMPLATE = 32  # side of a shape's template in pixels
 COLOUR_NAMES, COLOUR_VALUES = list(COLOURS), np.array(list(COLOURS.values()), dtype=np.float32)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """An object read off an image; x and y as shares of its width and height, shape `` where it is none; area as a
-    share of the image.
+    """A detected object. x, y: centre as shares of the image's width and height; shape: empty if it is like no known
+    shape; area: share of the image.
     """
 
     shape: str
@@ -40,7 +40,7 @@ def _templates() -> dict[str, np.ndarray]:
 
 
 def _normalised(mask: np.ndarray) -> np.ndarray:
-    """A mask cut to its box and scaled to TEMPLATE x TEMPLATE."""
+    """A mask cropped to its bounding box and scaled to TEMPLATE x TEMPLATE."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     image = Image.fromarray((box * 255).astype(np.uint8)).resize((TEMPLATE, TEMPLATE), Image.Resampling.BOX)
@@ -51,7 +51,7 @@ _TEMPLATES: dict[str, np.ndarray] = {}
 
 
 def shape_of(mask: np.ndarray) -> str:
-    """The shape that a mask is most like (intersection over union, box against box), or `` if like none."""
+    """The shape that fits a mask best (intersection over union of the cropped masks), or an empty string."""
     if not _TEMPLATES:
         _TEMPLATES.update(_templates())
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -65,7 +65,7 @@ def shape_of(mask: np.ndarray) -> str:
 
 
 def read_picture(picture: np.ndarray) -> list[Seen]:
-    """The objects of an image, uint8 (H, W, 3): what differs from the background, in connected pieces."""
+    """Detects the objects of an image, uint8 (H, W, 3): the connected pieces that differ from the background."""
     from scipy import ndimage  # optional: only reading images needs it
 
     pixels = picture.astype(np.float32)
@@ -79,7 +79,7 @@ def read_picture(picture: np.ndarray) -> list[Seen]:
             continue
         inside = ndimage.binary_erosion(piece, iterations=2)
         colour = np.median(pixels[inside if inside.any() else piece], axis=0)
-        # An edge pixel belongs to the object if it is nearer to its colour than to the background.
+        # An edge pixel belongs to the object if its colour is nearer to the object's than to the background's.
         solid = piece & (np.linalg.norm(pixels - colour, axis=-1) < difference)
         pieces, n = ndimage.label(solid)
         if n == 0:
@@ -94,7 +94,7 @@ def read_picture(picture: np.ndarray) -> list[Seen]:
 
 
 def holds(relation: str, first: Seen, second: Seen) -> bool:
-    """Whether `first` lies left of, right of, above or below `second`, by more than it lies off to the side."""
+    """Whether `first` is left of, right of, above or below `second`, by more than it is off along the other axis."""
     dx, dy = first.x - second.x, first.y - second.y
     wx, wy = RELATIONS[relation]
     along, across = (dx * wx, dy) if wx else (dy * wy, dx)
@@ -119,7 +119,7 @@ def score(prompt: Prompt, seen: Sequence[Seen]) -> bool:
 
 
 def interval(hits: Sequence[float], seed: int = 0, draws: int = 4000) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean: of hits, their share."""
+    """95 % bootstrap interval of the mean (for hits: of their share)."""
     rng = np.random.default_rng(seed)
     values = np.asarray(hits, dtype=float)
     means = values[rng.integers(0, len(values), (draws, len(values)))].mean(axis=1)
