@@ -688,11 +688,11 @@ class Reuse:
         """As `run_blocks`; context is None if the other blocks do not run."""
         blocks = iter(blocks)
         head = 1 + next(i for i in itertools.count() if i not in skip)
-        given = stream, controls, skip
-        context, first = run_blocks(itertools.islice(blocks, head), context, x, c, *given)
+        options = stream, controls, skip
+        context, first = run_blocks(itertools.islice(blocks, head), context, x, c, *options)
         if self.close_to_last(first - x, None if stream is None else stream.effect):
             return None, first + self.rest
-        context, x = run_blocks(blocks, context, first, c, *given, first=head)
+        context, x = run_blocks(blocks, context, first, c, *options, first=head)
         self.rest = x - first
         return context, x
 

@@ -189,7 +189,7 @@ class CLIP(nn.Module):
         for layer in layers:
             for i, x in enumerate(states):
                 hidden[i], states[i] = x, layer(x)
-        return [(h, self._pooled(x, own)) for h, x, own in zip(hidden, states, ids, strict=True)]
+        return [(h, self._pooled(x, row)) for h, x, row in zip(hidden, states, ids, strict=True)]
 
     def _pooled(self, x: Tensor, ids: Tensor) -> Tensor:
         rows = torch.arange(ids.shape[0], device=ids.device)
@@ -707,9 +707,9 @@ class T5Tokenizer:
         run = Run(spans, " ")
         words = re.finditer(r"\S+", run.text)
         rows = [(token, run.at(word.start() + end - 1)) for word in words for token, end in self.places(word[0])]
-        own = rows[: length - 1]
-        weights, stream = [s.weight for _, s in own], [s.stream for _, s in own]
-        return self._filled([token for token, _ in own], weights, stream, length, len(own) < len(rows))
+        fitting = rows[: length - 1]
+        weights, stream = [span.weight for _, span in fitting], [span.stream for _, span in fitting]
+        return self._filled([token for token, _ in fitting], weights, stream, length, len(fitting) < len(rows))
 
     def _filled(self, ids: list[int], weights: list[float], stream: list[float], minimum: int, cut: bool) -> Tokens:
         words = len(ids) + 1

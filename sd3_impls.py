@@ -372,8 +372,8 @@ class Denoiser:
             states = self.controlnet(self.model, x, t, self.texts[text].y, latent, self.control_strength)
             controls = spread(states, self.model.config.depth)
         first, embedded = "uncond" if text == "uncond" else "cond", self.texts[text]
-        halves, given = text == "both", {"text": embedded, "skip_layers": skip, "kinds": self.kinds[text]}
-        call = ModelCall.of_rows(self.step, self.steps_run, sigma, x.shape[0], first, halves, **given)
+        halves, others = text == "both", {"text": embedded, "skip_layers": skip, "kinds": self.kinds[text]}
+        call = ModelCall.of_rows(self.step, self.steps_run, sigma, x.shape[0], first, halves, **others)
         stream = self.streams if self.streams.begin(call) else None
         run = run_blocks
         if self.cache:

@@ -76,13 +76,13 @@ class SD3Inferencer:
         file and the reason.
         """
         self._engine = None  # release the previous model first, even if this load fails
-        given = others | {
+        flags = others | {
             "model": model, "vae": vae, "controlnet_ckpt": controlnet_ckpt, "model_folder": model_folder,
             "text_encoder_device": text_encoder_device,
         }  # fmt: skip
         check_parameters("load", others, (*names("load"), "shift", "verbose"), elsewhere=PLACES)
         read = read_values({"shift": shift, "verbose": verbose})
-        setup = Setup(**{name: value for name, value in given.items() if value is not None})
+        setup = Setup(**{name: value for name, value in flags.items() if value is not None})
         engine = Engine(setup, self.tell, load_tokenizers)
         self.shift = read.get("shift", engine.defaults["shift"])
         for line in about(engine) if read.get("verbose") else ():
@@ -149,12 +149,14 @@ class SD3Inferencer:
         if not isinstance(latent, Tensor) or latent.ndim != 4:
             raise Mistake("latent", "", "must be a tensor (B, channels, height, width)")
         if len(seeds) != latent.shape[0]:
-            raise Mistake("seed", "", f"{len(seeds)} given for {latent.shape[0]} rows of the latent; give one for each")
-        given = {"steps": steps, "cfg": cfg_scale, "sampler": sampler, "denoise": denoise}
-        given |= {"shift": self.shift} | {name: value for name, value in others.items() if value is not None}
-        given |= {"skip_layer": read_skip_layer_config(skip_layer_config)}
-        given |= residual_settings(read_residual(residual_config))
-        settings = Settings(prompt="", model=str(self.engine.model_file.path), **given)
+            raise Mistake(
+                "seed", "", f"{len(seeds)} values for {latent.shape[0]} rows of the latent; give one for each"
+            )
+        values = {"steps": steps, "cfg": cfg_scale, "sampler": sampler, "denoise": denoise}
+        values |= {"shift": self.shift} | {name: value for name, value in others.items() if value is not None}
+        values |= {"skip_layer": read_skip_layer_config(skip_layer_config)}
+        values |= residual_settings(read_residual(residual_config))
+        settings = Settings(prompt="", model=str(self.engine.model_file.path), **values)
         if controlnet_cond is not None and self.engine.network.control is None:
             raise Mistake("controlnet_cond", "", "no ControlNet is loaded; load one with `controlnet_ckpt`")
         if not needs_uncond(settings):
@@ -204,7 +206,7 @@ class SD3Inferencer:
         """
         known = [name for name in names("picture") if name not in REFERENCE_NAMES.keys() | RESIDUAL.keys()]
         check_parameters("gen_image", others, known, REFERENCE_NAMES, PLACES | RESIDUAL)
-        given = others | {
+        flags = others | {
             "width": width, "height": height, "steps": steps, "cfg": cfg_scale, "sampler": sampler, "seed": seed,
             "seed_type": seed_type, "controlnet_cond_image": controlnet_cond_image, "init_image": init_image,
             "denoise": denoise,
@@ -215,7 +217,7 @@ class SD3Inferencer:
             skip_layer=read_skip_layer_config(skip_layer_config),
             metadata=read_bool("with_metadata", with_metadata),
             out_dir=FLAGS["out_dir"].default if out_dir is None else out_dir,
-            **given,
+            **flags,
         )
         return [made.path for made in making]
 
