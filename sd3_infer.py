@@ -149,9 +149,7 @@ class SD3Inferencer:
         if not isinstance(latent, Tensor) or latent.ndim != 4:
             raise Mistake("latent", "", "must be a tensor (B, channels, height, width)")
         if len(seeds) != latent.shape[0]:
-            raise Mistake(
-                "seed", "", f"{len(seeds)} values for {latent.shape[0]} rows of the latent; give one for each"
-            )
+            raise Mistake("seed", "", f"{len(seeds)} given for {latent.shape[0]} rows of the latent; give one for each")
         values = {"steps": steps, "cfg": cfg_scale, "sampler": sampler, "denoise": denoise}
         values |= {"shift": self.shift} | {name: value for name, value in others.items() if value is not None}
         values |= {"skip_layer": read_skip_layer_config(skip_layer_config)}

@@ -85,8 +85,8 @@ class TextEncoders(PromptTokens):
             t5_tokenizer = open_t5_tokenizer(self.tokenizer_folders["t5"], rows=rows)
         super().__init__(clip_tokenizer, t5_tokenizer, min(config.positions for config in clips))
         in_model = {entry.path for entry in model_file.entries.values()}
-        files = self.files().items()
-        self.separate_files = {role: sorted(paths - in_model) for role, paths in files if paths - in_model}
+        separate = {role: sorted(paths - in_model) for role, paths in self.files().items()}
+        self.separate_files = {role: paths for role, paths in separate.items() if paths}
         for role, paths in self.separate_files.items():
             for path in paths:
                 files.add(Where("", f"{role} {path}"), path)
