@@ -202,8 +202,8 @@ class SD3Inferencer:
         cache, ... Settings that are None use the defaults of the loaded model. Returns the paths. Raises Mistake,
         before any weights load, if settings do not fit.
         """
-        known = [name for name in names("picture") if name not in REFERENCE_NAMES.keys() | RESIDUAL.keys()]
-        check_parameters("gen_image", others, known, REFERENCE_NAMES, PLACES | RESIDUAL)
+        allowed = [name for name in names("picture") if name not in REFERENCE_NAMES.keys() | RESIDUAL.keys()]
+        check_parameters("gen_image", others, allowed, REFERENCE_NAMES, PLACES | RESIDUAL)
         flags = others | {
             "width": width, "height": height, "steps": steps, "cfg": cfg_scale, "sampler": sampler, "seed": seed,
             "seed_type": seed_type, "controlnet_cond_image": controlnet_cond_image, "init_image": init_image,
@@ -220,8 +220,9 @@ class SD3Inferencer:
         return [made.path for made in making]
 
 
-# Parameters of `gen_image` that are not flags of an image, then also its flags that have the reference's names.
+# Parameters of `gen_image` that are not flags of an image.
 OWN = ("out_dir", "skip_layer_config", "residual_config", "with_metadata")
+# Names of parameters by flag, if the reference names them differently, and these parameters.
 REFERENCE_NAMES = {"cfg": "cfg_scale", "prompt": "prompts"} | {name: name for name in OWN}
 # Which function takes a flag, for messages about misplaced ones.
 PLACES = places(load="SD3Inferencer.load", picture="gen_image")
