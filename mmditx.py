@@ -4,7 +4,7 @@ Supports SD3 Medium, SD3.5 Medium (dual attention), SD3.5 Large (qk-norm) and mo
 are read from the tensors. Architecture: Esser et al. 2024, arXiv 2403.03206.
 
 Residual text streaming: C_i are the text tokens that enter block i. At the origin block o, C_o is kept before anything
-is mixed in. Before each target block i, it is mixed into C_i with weight w = w_i f(sigma), where f is the schedule:
+is mixed in. Before each target block i, C_o is mixed into C_i with weight w = w_i f(sigma), where f is the schedule:
 
 add       C_i + w C_o
 anchored  LN(standardise(C_i) + w standardise(C_o)), rescaled to the mean and deviation of C_i, per token
@@ -123,10 +123,10 @@ class ResidualStream(Stream):
         """Prepares for a model call; returns False if it mixes nothing in."""
         self.sigma, self.factor, self.text = at.sigma, schedule_factor(self.schedule, at.sigma), at.text
         self.kinds = at.kinds
-        mine, others = (at.cond, at.uncond) if self.branch == "cond" else (at.uncond, at.cond)
-        whole = self.branch == "both" or others.start == others.stop
-        self.rows = None if whole else mine
-        self.mixes = self.acts(at.step, at.steps) and (self.branch == "both" or mine.start < mine.stop)
+        rows, others = (at.cond, at.uncond) if self.branch == "cond" else (at.uncond, at.cond)
+        all_rows = self.branch == "both" or others.start == others.stop
+        self.rows = None if all_rows else rows
+        self.mixes = self.acts(at.step, at.steps) and (self.branch == "both" or rows.start < rows.stop)
         return self.mixes
 
     def keep(self, i: int, context: Tensor) -> None:

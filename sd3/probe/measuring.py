@@ -45,7 +45,7 @@ class Sums:
         self.guess: Tensor | None = None
 
     def add(self, x: Tensor, origin: Tensor, origin_guess: Tensor | None) -> None:
-        """x and origin (n, D): the same tokens here and at the origin."""
+        """x and origin: (n, D), the same tokens at this block and at the origin."""
         if self.guess is None:
             self.guess = x.mean(0)
         z = x - self.guess
