@@ -264,7 +264,11 @@ class TextEncoders(PromptTokens):
                 reads_on = " (T5 reads on)" if self.t5_tokenizer is not None else ""
                 cut[key.prompt] = f"CLIP takes {self.positions} tokens{reads_on}"
             if self.t5_tokenizer is not None and self.t5_tokens(key).cut:
-                why = f"T5 takes {key.length} tokens, see `t5_tokens`" if whole == "" else "T5 takes 226 characters"
+                why = (
+                    f"T5 takes {key.length} tokens, see `t5_tokens`"
+                    if whole == ""
+                    else "T5 takes the first 226 characters"
+                )
                 cut[t5_prompt] = f"{cut[t5_prompt].removesuffix(reads_on)}, {why}" if t5_prompt in cut else why
             for prompt, why in cut.items():
                 self.tell.note(f'note: "{verbatim(shortened(prompt))}" is cut: {why}{whole}')
