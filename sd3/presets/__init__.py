@@ -23,7 +23,7 @@ class Preset:
     """Facts about a preset.
 
     depth, width: sizes of the model that it is for; source: where it was published; measured: what we measured with it
-    and what we did not; sampling: the sampling settings that it was published with.
+    and what we did not; sampling: the sampling settings that it is used with.
     """
 
     name: str
