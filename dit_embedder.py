@@ -1,8 +1,8 @@
-"""ControlNet: a control image's latents become states that are added to the MMDiT's image tokens.
+"""ControlNet: turns the latent of a control image into states that are added to the MMDiT's image tokens.
 
-Two kinds, distinguished by the input of the pooled-text embedder. 8B (SD3.5 Large): starts from the base model's image
-tokens and the raw pooled text; its blocks are chained. 2B (SD3 Medium): has a patch embedding of its own without
-positions, takes the base model's embedded pooled text, and every block gets the same input.
+There are two kinds, which differ in the input of the pooled-text embedder. 8B (SD3.5 Large): takes the base model's
+image tokens and the raw pooled text; each block's output is the next one's input. 2B (SD3 Medium): has its own patch
+embedding without positions and takes the base model's embedded pooled text; all blocks get the same input.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class ControlNetConfig:
     depth: int
     pooled_width: int
     mlp_width: int
-    patch_embedding: bool  # of its own (an 8B file may contain an unused one)
+    patch_embedding: bool  # whether it has its own (an 8B file may contain an unused one)
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> ControlNetConfig:
-        """Reads the sizes off tensor names and shapes (under our names). Raises KeyError for a missing tensor."""
+        """Reads the sizes from tensor names and shapes (under our names). Raises KeyError for a missing tensor."""
         width, latent_channels, patch, _ = shapes["pos_embed_input.proj.weight"]
         shapes["controlnet_blocks.0.weight"]
         if width % 64:
@@ -48,14 +48,14 @@ class ControlNetConfig:
     def chained(self, base: MMDiTConfig) -> bool:
         """Whether this is the 8B kind for `base`: its input is the raw pooled text, not the embedded one.
 
-        Where both widths are equal, a patch embedding of its own marks the 2B kind.
+        If both widths are equal, having its own patch embedding marks the 2B kind.
         """
         if base.pooled_width == base.width:
             return not self.patch_embedding
         return self.pooled_width == base.pooled_width
 
     def check_base(self, base: MMDiTConfig) -> None:
-        """Raises ValueError where this ControlNet was made for another model."""
+        """Raises ValueError if this ControlNet was made for another model."""
         if (self.width, self.latent_channels, self.patch) != (base.width, base.latent_channels, base.patch):
             raise ValueError(
                 f"has width {self.width}, the model has {base.width}: this ControlNet belongs to another model"
@@ -68,7 +68,7 @@ class ControlNetConfig:
 
 
 class ControlNet(nn.Module):
-    """A ControlNet of either kind; chained: the 8B kind."""
+    """A ControlNet of either kind; chained: whether it is the 8B kind."""
 
     def __init__(self, config: ControlNetConfig, chained: bool):
         super().__init__()
@@ -88,7 +88,7 @@ class ControlNet(nn.Module):
     def forward(
         self, base: MMDiT, x: Tensor, t: Tensor, y: Tensor, control: Tensor, strength: float = 1.0
     ) -> list[Tensor]:
-        """One state (B, L, D) per block of its own, see `spread`.
+        """Returns one state (B, L, D) per block of the ControlNet, see `spread`.
 
         base: the MMDiT that the states are added to; x: noisy latent (B, C, h, w); t: timesteps (B,) in [0, 1000];
         y: raw pooled text (B, Y); control: latent of the control image in model space (1 or B, C, h, w); strength:
@@ -105,10 +105,10 @@ class ControlNet(nn.Module):
 
 
 def spread(states: Sequence[Tensor], depth: int) -> list[Tensor]:
-    """A ControlNet's states, one per block of a model of `depth`: each serves for a run of neighbouring blocks."""
+    """Assigns a ControlNet's states to the `depth` blocks of a model: each is used for a run of consecutive blocks."""
     return [states[i * len(states) // depth] for i in range(depth)]
 
 
 def control_pixels(image: Tensor, chained: bool, kind: str) -> Tensor:
-    """[0, 1] pixels (B, 3, H, W) -> what the VAE encodes: 2x - 1, and for canny of the 8B kind 127.5 x + 0.5."""
+    """Pixels (B, 3, H, W) in [0, 1] -> input of the VAE: 2x - 1, or 127.5 x + 0.5 for canny of the 8B kind."""
     return image * 127.5 + 0.5 if chained and kind == "canny" else image * 2 - 1

@@ -1,16 +1,16 @@
-"""The MMDiT-X: text and image tokens pass through the same joint blocks and meet in one attention.
+"""The MMDiT-X: joint transformer blocks in which text and image tokens share one attention.
 
-Covers SD3 Medium, SD3.5 Medium (dual attention), SD3.5 Large (qk-norm) and anything built alike: every size is read
-off the tensors. Architecture: Esser et al. 2024, arXiv 2403.03206.
+Supports SD3 Medium, SD3.5 Medium (dual attention), SD3.5 Large (qk-norm) and models of the same structure: all sizes
+are read from the tensors. Architecture: Esser et al. 2024, arXiv 2403.03206.
 
-Residual text streaming: C_i are the text tokens about to enter block i. C_o of the origin o is kept as it arrives;
-right before every target block i runs, C_i is mixed with it under the weight w = w_i f(sigma), f the schedule:
+Residual text streaming: C_i are the text tokens that enter block i. At the origin block o, C_o is kept before anything
+is mixed in. Before each target block i, C_o is mixed into C_i with weight w = w_i f(sigma), where f is the schedule:
 
 add       C_i + w C_o
-anchored  LN(standardise(C_i) + w standardise(C_o)), back on C_i's own mean and deviation (token by token)
-aligned   the same with standardise(C_o) R_i, R_i an orthogonal matrix that turns the origin's features to block i's
+anchored  LN(standardise(C_i) + w standardise(C_o)), rescaled to the mean and deviation of C_i, per token
+aligned   as anchored, with standardise(C_o) R_i: the orthogonal R_i rotates the origin's features onto block i's
 
-anchored and aligned after "Prompt Reinjection", arXiv 2602.06886. `run_blocks` is the loop, `ResidualStream` mixes.
+anchored and aligned follow "Prompt Reinjection", arXiv 2602.06886. `run_blocks` is the loop; `ResidualStream` mixes.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ HEAD_WIDTH = 64  # features per attention head in every MMDiT of the family
 FREQUENCIES = 256  # width of the sinusoidal timestep embedding
 NORM_EPS = 1e-6
 TIMESTEPS = 1000  # timesteps are 1000 sigma
-MIX_EPS = 1e-6  # least standard deviation, what is added to it in the division, and the layer norm's
-MOST_CODES = 64  # kinds of block (plain, dual, last) and batches of one, each compiled once
-# (i, context (B, T, D)) -> the text tokens that enter block i.
+MIX_EPS = 1e-6  # lower bound of standard deviations, added to them in divisions, and epsilon of the layer norm
+MOST_CODES = 64  # compiled variants: kinds of block (plain, dual, last), and batch size 1 on its own
+# (i, context (B, T, D)) -> the text tokens that enter block i in its place.
 ContextHook = Callable[[int, Tensor], Tensor]
-# (context (B, T, D), x (B, L, D), c (B, D)) -> both streams: a JointBlock, or what wraps one.
+# (context (B, T, D), x (B, L, D), c (B, D)) -> both streams: a JointBlock or a wrapper of one.
 Block = Callable[[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor]]
 
 
@@ -49,10 +49,11 @@ def run_blocks(
     skip: Collection[int] = (),
     first: int = 0,
 ) -> tuple[Tensor | None, Tensor]:
-    """Text tokens (B, T, D) and image tokens (B, L, D) through the blocks, which are conditioned on c (B, D).
+    """Runs the blocks, conditioned on c (B, D), on text tokens context (B, T, D) and image tokens x (B, L, D).
 
-    stream: mixes into the text, or looks on; controls: what is added to the image tokens behind each block, (B, L, D)
-    or None; skip: blocks that do not run; first: the number of the first of `blocks`. No context after the last block.
+    stream: observes the text tokens and may change them; controls: tensors (B, L, D) or None, added to the image tokens
+    after each block; skip: blocks that do not run; first: number of the first of `blocks`. Returns both streams;
+    context is None after the model's last block.
     """
     for i, block in enumerate(blocks, first):
         if stream is not None:
@@ -67,24 +68,24 @@ def run_blocks(
 
 
 class Stream:
-    """Sees, and may change, the text tokens about to enter every block. This one only looks on, as a probe does."""
+    """Observes the text tokens that enter each block, and may change them. The base class changes nothing."""
 
-    effect: Any = None  # what is mixed in during the call begun last, comparable by `Reuse`; None: nothing
+    effect: Any = None  # what the current call mixes in, which `Reuse` compares; None: nothing
 
     def begin(self, at: ModelCall) -> bool:
-        """Announces a call of the network; returns whether this stream takes part in it."""
+        """Prepares for a model call; returns whether this stream takes part in it."""
         return True
 
     def keep(self, i: int, context: Tensor) -> None:
-        """context (B, T, D) arrives at block i; no stream has mixed anything into it there."""
+        """Receives context (B, T, D) as it arrives at block i, before any stream mixes into it there."""
 
     def mix(self, i: int, context: Tensor) -> Tensor:
-        """What enters block i in place of context (B, T, D): a new tensor, or context itself."""
+        """Returns what enters block i in place of context (B, T, D): a new tensor, or context itself."""
         return context
 
 
 class ResidualStream(Stream):
-    """Residual text streaming of one image (or batch). Without a `begin`, sigma is 1 and all rows are mixed."""
+    """Residual text streaming for one image or batch. Before the first `begin`, sigma is 1 and all rows are mixed."""
 
     def __init__(
         self,
@@ -97,38 +98,39 @@ class ResidualStream(Stream):
         rotations: Rotations | None = None,
         tokens: str = "all",
     ):
-        """origin: the block whose text tokens are kept; weights: by target; mode: add, anchored or aligned, which needs
-        rotations; schedule: see `schedule_factor`; branch: both halves of guidance, cond or uncond; acts(step, steps):
-        whether a step, of as many as run, is mixed in; tokens: which are mixed, see `TokenKinds.share`.
+        """origin: the block whose text tokens are kept; weights: by target block; mode: add, anchored or aligned;
+        schedule: see `schedule_factor`; branch: cond, uncond or both; acts(step, steps): whether to mix in this step of
+        `steps`; rotations: required by aligned; tokens: which tokens are mixed, see `TokenKinds.share`. Raises
+        ValueError if aligned has no rotations.
         """
         self.origin, self.weights = origin, dict(weights)
         self.mode, self.schedule, self.branch, self.acts = mode, schedule, branch, acts
         if mode == "aligned" and rotations is None:
             raise ValueError("mode aligned needs rotations")
         self.rotations, self.tokens = rotations, tokens
-        self.kept: Tensor | None = None  # C_o, of the rows that are mixed
-        self.prepared: dict[Any, Tensor] = {}  # C_o standardised (None), and rotated (by target and bucket)
-        self.turned: dict[Any, Tensor] = {}  # rotations on the model's device, in its dtype
+        self.kept: Tensor | None = None  # C_o of the rows that are mixed
+        self.prepared: dict[Any, Tensor] = {}  # standardised C_o (key None), and rotated C_o by (target, bucket)
+        self.turned: dict[Any, Tensor] = {}  # rotations by (target, bucket), on the model's device and in its dtype
         self.sigma, self.factor = 1.0, schedule_factor(schedule, 1.0)
-        self.rows: slice | None = None  # of the batch; None: all
+        self.rows: slice | None = None  # rows of the batch that are mixed; None: all
         self.text: Text | None = None
         self.kinds: TokenKinds | None = None
-        self.share: Tensor | None = None  # the part of the weights for each token; None: all of it
-        self.shares: dict[tuple, Tensor | None] = {}  # made once per text
-        self.mixes = True  # in the call begun last
+        self.share: Tensor | None = None  # factor on the weights per token; None: 1
+        self.shares: dict[tuple, Tensor | None] = {}  # cache of `share`, per text
+        self.mixes = True  # whether the current call mixes anything in
 
     def begin(self, at: ModelCall) -> bool:
-        """Gets ready for a call; False where nothing is mixed in it."""
+        """Prepares for a model call; returns False if it mixes nothing in."""
         self.sigma, self.factor, self.text = at.sigma, schedule_factor(self.schedule, at.sigma), at.text
         self.kinds = at.kinds
-        mine, others = (at.cond, at.uncond) if self.branch == "cond" else (at.uncond, at.cond)
-        whole = self.branch == "both" or others.start == others.stop
-        self.rows = None if whole else mine
-        self.mixes = self.acts(at.step, at.steps) and (self.branch == "both" or mine.start < mine.stop)
+        rows, others = (at.cond, at.uncond) if self.branch == "cond" else (at.uncond, at.cond)
+        all_rows = self.branch == "both" or others.start == others.stop
+        self.rows = None if all_rows else rows
+        self.mixes = self.acts(at.step, at.steps) and (self.branch == "both" or rows.start < rows.stop)
         return self.mixes
 
     def keep(self, i: int, context: Tensor) -> None:
-        """Keeps context (B, T, D) where i is the origin."""
+        """Keeps context (B, T, D) if block i is the origin."""
         if i == self.origin:
             self.kept = context if self.rows is None else context[self.rows]
             self.share = self._share(context)
@@ -136,15 +138,15 @@ class ResidualStream(Stream):
             self.prepared = self.text.prepared.setdefault(self, {}) if text_alone else {}
 
     def _share(self, context: Tensor) -> Tensor | None:
-        """The part of the weights for each token like context (B, T, D) that is mixed: (B or 1, T, 1), or None."""
-        key = self.kinds, context.shape[1], context.device, context.dtype
+        """Factor on the weights per token of context (B, T, D): (mixed rows or 1, T, 1); None: 1."""
+        key = self.kinds, context.shape[1], context.device
         if key not in self.shares:
             self.shares[key] = share_of(self.kinds, self.tokens, context)
         share = self.shares[key]
         return share if share is None or self.rows is None or share.shape[0] == 1 else share[self.rows]
 
     def mix(self, i: int, context: Tensor) -> Tensor:
-        """context (B, T, D) with the origin's tokens mixed in, where i is a target."""
+        """Returns context (B, T, D) with the origin's tokens mixed in, or context itself if block i is no target."""
         if i not in self.weights:
             return context
         if self.rows is None:
@@ -155,15 +157,19 @@ class ResidualStream(Stream):
     def _mixed(self, i: int, context: Tensor) -> Tensor:
         w = self.weights[i] * self.factor
         if self.mode == "add":
-            kept = self.kept if self.share is None else self.kept * self.share
-            return context.add(kept, alpha=w)  # C_i + w C_o
-        if self.share is None:
+            if self.share is None:
+                return context.add(self.kept, alpha=w)  # C_i + w C_o
+            mixed = (context + w * self.share * self.kept).to(context.dtype)
+        elif self.share is None:
             return anchored_mix(context, self._direction(i), w)
-        mixed = anchored_mix(context, self._direction(i) * self.share, w)
+        else:
+            mixed = anchored_mix(context, self._direction(i) * self.share, w)
         return torch.where(self.share == 0, context, mixed)
 
     def _direction(self, i: int) -> Tensor:
-        """standardise(C_o), float32, for `aligned` times R_i: made once per call, or per text where C_o is the text."""
+        """standardise(C_o) in float32, for aligned times R_i. Computed once per call, or once per text if the origin is
+        block 0, whose input does not change between steps.
+        """
         if None not in self.prepared:
             self.prepared[None] = standardise(self.kept)
         if self.mode != "aligned":
@@ -177,7 +183,7 @@ class ResidualStream(Stream):
 
     @property
     def effect(self) -> tuple[float, Any] | None:
-        """The factor on the weights, and which rotations, in the call begun last; None where nothing is mixed."""
+        """Schedule factor and rotation bucket (None unless aligned) of the current call; None if nothing is mixed."""
         if not self.mixes or self.factor == 0:
             return None
         return self.factor, self.rotations.bucket(self.sigma) if self.mode == "aligned" else None
@@ -185,8 +191,8 @@ class ResidualStream(Stream):
 
 @dataclass(frozen=True, eq=False)
 class TokenKinds:
-    """What the text tokens of a batch are. clip: so many are CLIP's, the first ones, the others T5's; words: (B, T)
-    bool, no padding; weights: (B, T) factors on the residual weights, None for 1.
+    """Kinds of the text tokens of a batch. clip: number of CLIP's tokens, which come first, before T5's; words: (B, T)
+    bool, False for padding, None if unknown; weights: (B, T) factors on the residual weights, None for 1.
     """
 
     clip: int
@@ -194,9 +200,9 @@ class TokenKinds:
     weights: Tensor | None = None
 
     def share(self, tokens: str, length: int) -> Tensor | None:
-        """The part of a residual weight for each of `length` tokens, (B or 1, T, 1); None: all of it.
+        """Factor on the residual weights for each of `length` tokens, (B or 1, T, 1); None for 1.
 
-        tokens: all, words, padding, clip or t5. Raises ValueError where it is not known which tokens are words.
+        tokens: all, words, padding, clip or t5. Raises ValueError if words or padding are asked for but unknown.
         """
         chosen = None
         if tokens in ("words", "padding"):
@@ -212,26 +218,26 @@ class TokenKinds:
         return (chosen if self.weights is None else chosen * self.weights.to(chosen.device))[..., None]
 
     def rows(self, rows: slice) -> TokenKinds:
-        """Of some rows of the batch."""
+        """The kinds of some rows of the batch."""
         return TokenKinds(self.clip, *(None if part is None else part[rows] for part in (self.words, self.weights)))
 
 
 def share_of(kinds: TokenKinds | None, tokens: str, context: Tensor) -> Tensor | None:
-    """`TokenKinds.share` for tokens like context (B, T, D), on its device and in its dtype. Raises ValueError where it
-    must be known what the tokens are, and is not.
+    """`TokenKinds.share` for context (B, T, D), on its device, in float32. Raises ValueError if the kinds are needed
+    but unknown.
     """
     if kinds is None:
         if tokens != "all":
             raise ValueError(f"tokens {tokens}: it is not known what the text tokens are")
         return None
     share = kinds.share(tokens, context.shape[1])
-    return None if share is None else share.to(context.device, context.dtype)
+    return None if share is None else share.to(context.device)
 
 
 def anchored_mix(context: Tensor, direction: Tensor, w: float) -> Tensor:
-    """context (B, T, D) mixed with a standardised (for `aligned`: and rotated) origin (B, T, D) float32.
+    """Mixes context (B, T, D) with direction (B, T, D) float32, the standardised and, for aligned, rotated origin.
 
-    m = standardise(context) + w direction; layer norm of m; back on the context's own mean and deviation.
+    m = standardise(context) + w direction; then layer norm of m, rescaled to the context's mean and deviation.
     """
     x = context.float()
     mean, deviation = moments(x)
@@ -240,7 +246,7 @@ def anchored_mix(context: Tensor, direction: Tensor, w: float) -> Tensor:
 
 
 def standardise(x: Tensor) -> Tensor:
-    """Every token of x (..., D) with mean 0 and standard deviation 1, float32."""
+    """Scales every token of x (..., D) to mean 0 and standard deviation 1; float32."""
     x = x.float()
     mean, deviation = moments(x)
     return (x - mean) / (deviation + MIX_EPS)
@@ -264,35 +270,35 @@ def schedule_factor(schedule: str, sigma: float) -> float:
 
 
 class Rotations(Protocol):
-    """Orthogonal matrices that turn the origin's standardised features to a target's, for the mode `aligned`."""
+    """Orthogonal matrices that rotate the origin's standardised features onto a target's, for mode `aligned`."""
 
     def bucket(self, sigma: float) -> int:
-        """Which of the matrices of a target holds for sigma."""
+        """Index of the matrix to use at sigma, among those of a target."""
 
     def matrix(self, target: int, sigma: float) -> Tensor:
-        """(D, D), applied from the right."""
+        """The matrix (D, D), multiplied from the right."""
 
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """A text, embedded once for all steps: tokens (B, T, D), its part of the conditioning (B, D), and the pooled text
-    (B, Y) that this was made of, which a ControlNet takes.
+    """Text that is embedded once for all steps. context: tokens (B, T, D); pooled: its term of the conditioning vector,
+    (B, D); y: raw pooled text (B, Y), for a ControlNet.
     """
 
     context: Tensor
     pooled: Tensor
     y: Tensor
-    # By streams whose origin is the text itself: 0.6 % of a step, not 1.9 % (benchmarks/residual_cost.py, aligned).
+    # Cache of streams with origin block 0: they cost 0.6 % of a step, not 1.9 % (benchmarks/residual_cost.py, aligned).
     prepared: dict[Stream, dict] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class ModelCall:
-    """One call of the network, as a stream sees it beforehand.
+    """One call of the model, as announced to streams.
 
-    step: which of `steps`, from 0, a fraction between two; sigma in [0, 1]; cond and uncond: the batch rows of either
-    half of guidance, as slices with both ends, possibly empty; text: what is embedded, kinds: what its tokens are, both
-    None where that is unknown; skip_layers: blocks that do not run.
+    step: number of the step, from 0, of `steps` that run; fractional between two steps; sigma in [0, 1]; cond, uncond:
+    batch rows of the conditional and the unconditional pass, as slices with start and stop, possibly empty; text: the
+    embedded text; kinds: of its tokens; both None if unknown; skip_layers: blocks that do not run.
     """
 
     step: float
@@ -308,7 +314,7 @@ class ModelCall:
     def of_rows(
         cls, step: float, steps: int, sigma: float, rows: int, first: str, halves: bool, **others: Any
     ) -> ModelCall:
-        """A call with `rows` rows: all of branch `first` (cond or uncond), or with `halves` both, that one first."""
+        """A call with `rows` rows of branch `first` (cond or uncond); with `halves`, half of both, `first` first."""
         middle = rows // 2 if halves else rows
         places = (slice(0, middle), slice(middle, rows))
         cond, uncond = places if first == "cond" else places[::-1]
@@ -316,25 +322,25 @@ class ModelCall:
 
 
 class Hook(Stream):
-    """A function (i, context) -> what enters block i, as a stream."""
+    """Wraps a function (i, context) -> text tokens that enter block i, as a stream."""
 
     def __init__(self, function: ContextHook):
         self.mix = function
 
 
 class Streams(Stream):
-    """Several as one: each keeps what arrives at a block, then they mix in their order."""
+    """Several streams as one: at each block, all keep the tokens that arrive; then they mix, in order."""
 
     def __init__(self, streams: Iterable[Stream | ContextHook | None]):
-        """A function is taken as a `Hook`; None is left out; those of another `Streams` are taken one by one."""
+        """Functions become `Hook`s, None is dropped, and nested `Streams` are flattened."""
         self.streams: list[Stream] = []
         for s in streams:
             if s is not None:
                 self.streams += s.streams if isinstance(s, Streams) else [s if isinstance(s, Stream) else Hook(s)]
-        self.ready = self.streams  # those that take part in the call begun last
+        self.ready = self.streams  # those that take part in the current call
 
     def begin(self, at: ModelCall) -> bool:
-        """Announces a call to all; whether any takes part."""
+        """Announces a model call to all streams; returns whether any takes part."""
         self.ready = [s for s in self.streams if s.begin(at)]
         return bool(self.ready)
 
@@ -351,7 +357,7 @@ class Streams(Stream):
 
     @property
     def effect(self) -> list[tuple[float, Any] | None]:
-        """What each mixes in."""
+        """The effect of each stream that takes part."""
         return [stream.effect for stream in self.streams]
 
 
@@ -375,7 +381,7 @@ class MMDiTConfig:
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> MMDiTConfig:
-        """Reads the sizes off tensor names and shapes (no prefix). Raises KeyError for a missing tensor."""
+        """Reads the sizes from tensor names and shapes (no prefix). Raises KeyError for a missing tensor."""
         width, latent_channels, patch, _ = shapes["x_embedder.proj.weight"]
         if width % HEAD_WIDTH:
             raise ValueError(f"width {width}, which is no multiple of {HEAD_WIDTH}")
@@ -408,7 +414,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch, stride=patch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # every later operation is slower on a view
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()  # views slow down every later operation
 
 
 class VectorEmbedder(nn.Module):
@@ -441,12 +447,12 @@ class TimestepEmbedder(VectorEmbedder):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (B, L, D) times 1 + `scale` plus `shift`, both (B, 1, D)."""
+    """x (B, L, D) times (1 + scale), plus shift, both (B, 1, D)."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
 def gated(x: Tensor, gate: Tensor, update: Tensor) -> Tensor:
-    """x + gate update, in place where no gradient needs the old x."""
+    """x + gate * update; in place if no gradient needs the old x."""
     return torch.addcmul(x, gate, update) if torch.is_grad_enabled() else x.addcmul_(gate, update)
 
 
@@ -480,7 +486,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class StreamBlock(nn.Module):
-    """One stream's half of a joint block; alone it is a plain transformer block (a ControlNet is made of these).
+    """One stream's half of a joint block; on its own, a plain transformer block, as used by ControlNets.
 
     `last` marks the context stream of the last block: it only supplies k and v.
     """
@@ -504,7 +510,7 @@ class StreamBlock(nn.Module):
         return self.adaLN_modulation(c)[:, None].chunk(self.chunks, dim=-1)
 
     def before(self, x: Tensor, m: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor | None]:
-        """(q, k, v) for the attention, and the output of the second attention where there is one."""
+        """(q, k, v) for the joint attention, and the output of the second attention or None."""
         n = self.norm(x)
         qkv = self.attn.heads_of(modulate(n, m[0], m[1]))
         return qkv, (self.attn2(modulate(n, m[6], m[7])) if self.chunks == 9 else None)
@@ -517,14 +523,14 @@ class StreamBlock(nn.Module):
         return gated(x, m[5], self.mlp(modulate(self.norm(x), m[3], m[4])))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (B, L, D) through the block, conditioned on c (B, D)."""
+        """Runs the block on x (B, L, D), conditioned on c (B, D)."""
         m = self.modulation(c)
         qkv, second = self.before(x, m)
         return self.after(x, m, attend(*qkv), second)
 
 
 class JointBlock(nn.Module):
-    """Both streams, one attention over [context, x]."""
+    """A joint block: two streams with one attention over [context, x]."""
 
     def __init__(self, config: MMDiTConfig, dual: bool, last: bool):
         super().__init__()
@@ -534,7 +540,9 @@ class JointBlock(nn.Module):
         self.x_block = StreamBlock(*sizes, dual=dual)
 
     def forward(self, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor | None, Tensor]:
-        """context (B, T, D), x (B, L, D), c (B, D) -> both streams, new tensors; no context after the last block."""
+        """context (B, T, D), x (B, L, D), c (B, D) -> both streams as new tensors; context is None after the last
+        block.
+        """
         m_context, m_x = self.context_block.modulation(c), self.x_block.modulation(c)
         qkv_context, _ = self.context_block.before(context, m_context)
         qkv_x, second = self.x_block.before(x, m_x)
@@ -555,7 +563,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(config.width, 2 * config.width))
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """x (B, L, D), conditioned on c (B, D)."""
+        """x (B, L, D) -> (B, L, p * p * C), conditioned on c (B, D)."""
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
         return self.linear(modulate(F.layer_norm(x, (self.width,), eps=NORM_EPS), shift, scale))
 
@@ -564,11 +572,11 @@ class Offload(Protocol):
     """Keeps the blocks' weights in main memory."""
 
     def bring(self, skip: Collection[int]) -> Iterable[Block]:
-        """The blocks in order, each with its weights on the device until the next; those of `skip` without."""
+        """Yields the blocks in order, each with its weights on the device until the next one; not those in `skip`."""
 
 
 class MMDiT(nn.Module):
-    """The whole network: a noisy latent, its timestep and the text -> a velocity."""
+    """The whole network: noisy latent, timestep and text -> velocity."""
 
     def __init__(self, config: MMDiTConfig):
         super().__init__()
@@ -583,10 +591,10 @@ class MMDiT(nn.Module):
             JointBlock(config, dual=i in config.dual_layers, last=i == depth - 1) for i in range(depth)
         )
         self.final_layer = FinalLayer(config)
-        self.offload: Offload | None = None  # where blocks stay in main memory
+        self.offload: Offload | None = None  # set if the blocks stay in main memory
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compiles the blocks, once per kind, for any size and batch; options: torch.compile's."""
+        """Compiles the blocks, once per kind, for any image and batch size; options: those of torch.compile."""
         config = torch._dynamo.config
         limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
         setattr(config, limit, max(getattr(config, limit), MOST_CODES))
@@ -601,12 +609,12 @@ class MMDiT(nn.Module):
         return grid[:, top : top + rows, left : left + columns].flatten(1, 2)
 
     def embed_image(self, x: Tensor) -> Tensor:
-        """Latent (B, C, h, w) -> tokens with their positions (B, h/p * w/p, D)."""
+        """Latent (B, C, h, w) -> tokens (B, h/p * w/p, D) with position embeddings."""
         p = self.config.patch
         return self.x_embedder(x) + self.positions(x.shape[2] // p, x.shape[3] // p)
 
     def embed_text(self, y: Tensor, context: Tensor) -> Text:
-        """The part that depends on the text alone: pooled text (B, Y) and text tokens (B, T, X) -> `Text`."""
+        """Pooled text y (B, Y) and text tokens (B, T, X) -> `Text`, which depends on neither latent nor timestep."""
         return Text(self.context_embedder(context), self.y_embedder(y), y)
 
     def forward(
@@ -622,7 +630,7 @@ class MMDiT(nn.Module):
         """Velocity (B, C, h, w).
 
         x: noisy latent (B, C, h, w); t: timesteps (B,) in [0, 1000]; y: pooled text (B, Y); context: text tokens
-        (B, T, X); for the others see `velocity`.
+        (B, T, X); others: see `velocity`.
         """
         return self.velocity(x, t, self.embed_text(y, context), controls, skip_layers, stream)
 
@@ -638,8 +646,8 @@ class MMDiT(nn.Module):
     ) -> Tensor:
         """Velocity (B, C, h, w) for a text that `embed_text` prepared.
 
-        controls: ControlNet states (B, L, D), one per block or None; skip_layers: blocks not run at all; stream: sees,
-        and may change, the text tokens entering every block; run: `run_blocks`, or what wraps it (`Reuse.run`).
+        controls: ControlNet states (B, L, D) or None per block; skip_layers: blocks that do not run; stream: observes
+        the text tokens that enter each block, and may change them; run: `run_blocks` or a wrapper (`Reuse.run`).
         """
         c = self.t_embedder(t) + text.pooled  # (B, D)
         blocks = self.joint_blocks if self.offload is None else self.offload.bring(skip_layers)
@@ -647,16 +655,16 @@ class MMDiT(nn.Module):
         return self.unpatchify(self.final_layer(tokens, c), x.shape[2], x.shape[3])
 
     def unpatchify(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        """(B, L, p * p * C), each token (row, column, channel) of its patch -> (B, C, height, width)."""
+        """Tokens (B, L, p * p * C), each a patch in the order (row, column, channel) -> (B, C, height, width)."""
         p = self.config.patch
         patches = tokens.view(tokens.shape[0], height // p, width // p, p, p, -1)
         return torch.einsum("bhwpqc->bchpwq", patches).reshape(tokens.shape[0], -1, height, width)
 
 
 class Reuse:
-    """First-block caching: where block 0 changes the image tokens almost as it did in the last full step, what the
-    other blocks added then is added again. One per kind of call and per picture: the criterion is a single number, so
-    the images of a batch would decide for each other.
+    """First-block caching: if block 0 changes the image tokens almost as in the last full step, adds what the other
+    blocks added in that step instead of running them. Needs one instance per kind of call and image: the criterion is a
+    single number, so the images of a batch would affect each other.
 
     threshold: reuse when the relative L1 change of block 0's output is below this (the criterion of ParaAttention's
     first-block cache).
@@ -664,10 +672,10 @@ class Reuse:
 
     def __init__(self, threshold: float):
         self.threshold = threshold
-        self.change: Tensor | None = None  # by block 0, in the last full step
-        self.rest: Tensor | None = None  # by the other blocks
-        self.effect: Any = None  # of the stream, in the last full step
-        self.reused = 0  # number of steps
+        self.change: Tensor | None = None  # change of the image tokens by block 0 in the last full step
+        self.rest: Tensor | None = None  # change by the other blocks
+        self.effect: Any = None  # effect of the stream in the last full step
+        self.reused = 0  # number of steps in which `rest` was reused
 
     def run(
         self,
@@ -679,20 +687,20 @@ class Reuse:
         controls: Sequence[Tensor | None] | None = None,
         skip: Collection[int] = (),
     ) -> tuple[Tensor | None, Tensor]:
-        """As `run_blocks`; without the text tokens where the other blocks do not run."""
+        """As `run_blocks`; context is None if the other blocks do not run."""
         blocks = iter(blocks)
         head = 1 + next(i for i in itertools.count() if i not in skip)
-        given = stream, controls, skip
-        context, first = run_blocks(itertools.islice(blocks, head), context, x, c, *given)
+        options = stream, controls, skip
+        context, first = run_blocks(itertools.islice(blocks, head), context, x, c, *options)
         if self.close_to_last(first - x, None if stream is None else stream.effect):
             return None, first + self.rest
-        context, x = run_blocks(blocks, context, first, c, *given, first=head)
+        context, x = run_blocks(blocks, context, first, c, *options, first=head)
         self.rest = x - first
         return context, x
 
     def close_to_last(self, change: Tensor, effect: Any = None) -> bool:
-        """Whether `rest` can be used in a step in which block 0 changes the tokens by `change` (B, L, D) and the stream
-        mixes in `effect`. Block 0 cannot show what is mixed in behind it, so both must be close.
+        """Whether `rest` can be reused in a step in which block 0 changes the image tokens by `change` (B, L, D) and
+        the stream mixes in `effect`. Both must be close: block 0 does not show what is mixed in at later blocks.
         """
         comparable = self.rest is not None and self.change.shape == change.shape
         if comparable and same_effect(effect, self.effect, self.threshold):
@@ -705,8 +713,8 @@ class Reuse:
 
 
 def same_effect(a: Any, b: Any, threshold: float) -> bool:
-    """Whether two effects (of a `ResidualStream`, of `Streams`, or None) differ in factors alone, and in those by less
-    than `threshold`, as a part of the larger.
+    """Whether two effects (of `ResidualStream` or `Streams`, or None) are equal but for factors that differ by less
+    than `threshold` relative to the larger.
     """
     pairs = itertools.zip_longest(*(e if isinstance(e, list) else [e] for e in (a, b)))
     return all(p == q or _close(p, q, threshold) for p, q in pairs)

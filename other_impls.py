@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 
 def count_layers(names: Iterable[str], stem: str) -> int:
-    """One more than the highest layer number after `stem`; a gap becomes a list of missing tensors later.
+    """One more than the highest layer number after `stem`. If some numbers are missing, loading lists their tensors.
 
-    Raises ValueError where most are missing, before a huge number becomes that many layers.
+    Raises ValueError if most are missing, so that a huge number does not build that many layers.
     """
     numbers = {name[len(stem) :].split(".", 1)[0] for name in names if name.startswith(stem)}
     found = {int(n) if len(n) < 7 else 10**7 for n in numbers if re.fullmatch(r"[0-9]+", n)}
@@ -33,9 +33,9 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, **options) -> Tensor:
-    """Scaled dot-product attention of (B, L, D) tensors, D split into `heads`; returns (B, L, D).
+    """Scaled dot-product attention over (B, L, D) tensors with D split into `heads`; returns (B, L, D).
 
-    mask: added to the scores; options: `is_causal`, `scale` of torch's scaled_dot_product_attention.
+    mask: added to the scores; options: `is_causal` and `scale`, see torch's scaled_dot_product_attention.
     """
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # (B, heads, L, D/heads)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
@@ -68,7 +68,7 @@ CLIP_LAYERS = "text_model.encoder.layers."
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Sizes of a CLIP text encoder; `positions` is the longest token sequence it takes (77)."""
+    """Sizes of a CLIP text encoder; `positions` is the length of the longest token sequence that it accepts (77)."""
 
     width: int
     depth: int
@@ -80,8 +80,8 @@ class CLIPConfig:
 
     @classmethod
     def from_shapes(cls, shapes: Shapes, activation: str, projection: bool) -> CLIPConfig:
-        """Reads the sizes off tensor names and shapes (no prefix); the file's role decides activation and projection
-        (a projection that CLIP-L's file may hold is not used).
+        """Reads the sizes from tensor names and shapes (no prefix). activation, projection: depend on the role of the
+        file (a projection in a CLIP-L file is not used).
         """
         vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
         if width > 64 and width % 64:
@@ -98,7 +98,7 @@ class CLIPConfig:
 
 
 class CLIPAttention(nn.Module):
-    """Causal self-attention, heads of 64."""
+    """Causal self-attention with 64 features per head."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -152,7 +152,7 @@ class _CLIPTextModel(nn.Module):
 class CLIP(nn.Module):
     """A CLIP text encoder."""
 
-    LAYERS = CLIP_LAYERS  # names of the layers' tensors begin with it and the layer's number
+    LAYERS = CLIP_LAYERS  # names of a layer's tensors start with this and its number
     TABLES = ("text_model.embeddings.token_embedding.weight", "text_model.embeddings.position_embedding.weight")
 
     def __init__(self, config: CLIPConfig):
@@ -164,7 +164,7 @@ class CLIP(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The transformer's layers, in order."""
+        """The transformer layers, in order."""
         return self.text_model.encoder.layers
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,19 +176,20 @@ class CLIP(nn.Module):
     def encode(
         self, texts: Iterable[Tensor], ids: Sequence[Tensor], layers: Iterable[nn.Module]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Embedded texts (B, L, D) of ids (B, L) -> of each, hidden (B, L, D), the last but one layer's output without
-        the final norm, and pooled (B, D): the last layer's output at the end token (the first place of the largest
-        id), with the final norm, projected where the model has a projection.
+        """Encodes texts, given as token embeddings (B, L, D) and ids (B, L). Returns hidden (B, L, D) and pooled (B, D)
+        for each.
 
-        layers: the encoder's, or a generator that loads them: a layer runs on all texts, each alone, before the next
-        one is asked for.
+        hidden: the output of the second-to-last layer, without the final norm; pooled: the output of the last layer
+        after the final norm, at the end token (the first position of the largest id), projected if the model has a
+        projection. layers: those of the encoder, or a generator that loads them; each layer runs on every text, one by
+        one, before the next layer is requested.
         """
         states = list(texts)
         hidden = list(states)
         for layer in layers:
             for i, x in enumerate(states):
                 hidden[i], states[i] = x, layer(x)
-        return [(h, self._pooled(x, own)) for h, x, own in zip(hidden, states, ids, strict=True)]
+        return [(h, self._pooled(x, row)) for h, x, row in zip(hidden, states, ids, strict=True)]
 
     def _pooled(self, x: Tensor, ids: Tensor) -> Tensor:
         rows = torch.arange(ids.shape[0], device=ids.device)
@@ -196,13 +197,13 @@ class CLIP(nn.Module):
         return self.text_projection(pooled) if self.config.projection else pooled
 
 
-T5_MAX_DISTANCE = 128  # all larger distances share the last bucket
+T5_MAX_DISTANCE = 128  # larger distances share the last bucket
 T5_LAYERS, T5_EMBEDDING = "encoder.block.", "encoder.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class T5Config:
-    """Sizes of a T5 v1.1 encoder; `inner` is heads times the width of a head."""
+    """Sizes of a T5 v1.1 encoder; `inner` is the number of heads times the width of a head."""
 
     width: int
     depth: int
@@ -214,7 +215,7 @@ class T5Config:
 
     @classmethod
     def from_shapes(cls, shapes: Shapes) -> T5Config:
-        """Reads the sizes off tensor names and shapes (no prefix); the embedding is `T5_EMBEDDING`."""
+        """Reads the sizes from tensor names and shapes (no prefix); the embedding table is `T5_EMBEDDING`."""
         first = f"{T5_LAYERS}0.layer."
         buckets, heads = shapes[first + "0.SelfAttention.relative_attention_bias.weight"]
         vocabulary, width = shapes[T5_EMBEDDING]
@@ -292,7 +293,7 @@ class _T5MlpLayer(nn.Module):
 
 
 class T5Block(nn.Module):
-    """Attention and gated MLP; the stream x (B, L, D) itself stays in float32."""
+    """Attention and gated MLP; the residual stream x (B, L, D) stays in float32."""
 
     def __init__(self, config: T5Config, bias: bool = False):
         super().__init__()
@@ -303,8 +304,8 @@ class T5Block(nn.Module):
 
 
 def t5_buckets(length: int, buckets: int, device: torch.device) -> Tensor:
-    """Relative-position bucket (L, L) of key minus query: half the buckets for keys after the query, in each half
-    the first half exact and the rest logarithmic up to `T5_MAX_DISTANCE`.
+    """Buckets (L, L) of relative positions, key minus query. Half of the buckets are for keys after the query; in each
+    half, the first half holds one distance each and the rest is logarithmic up to `T5_MAX_DISTANCE`.
     """
     places = torch.arange(length, device=device)
     offset = places[None, :] - places[:, None]  # (query, key)
@@ -317,7 +318,7 @@ def t5_buckets(length: int, buckets: int, device: torch.device) -> Tensor:
 
 
 def t5_position_bias(table: Tensor, length: int) -> Tensor:
-    """Score bias (1, heads, L, L) of every block, from the table (buckets, heads) of block 0."""
+    """Bias on the scores of every block, (1, heads, L, L), from the table (buckets, heads) of block 0."""
     return table[t5_buckets(length, table.shape[0], table.device)].permute(2, 0, 1)[None]
 
 
@@ -342,7 +343,7 @@ class T5(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The transformer's blocks, in order."""
+        """The transformer blocks, in order."""
         return self.encoder.block
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -350,13 +351,13 @@ class T5(nn.Module):
         return self.encode([self.encoder.embed_tokens(ids).float()], self.layers)[0]
 
     def encode(self, texts: Iterable[Tensor], layers: Iterable[nn.Module]) -> list[Tensor]:
-        """Embedded texts (B, L, D), float32, of any lengths -> of each, hidden states (B, L, D) after the final norm;
-        padding is not masked. layers: see `CLIP.encode`.
+        """Encodes texts of any lengths, given as token embeddings (B, L, D) in float32. Returns the hidden states
+        (B, L, D) of each after the final norm; padding is not masked. layers: see `CLIP.encode`.
         """
         states = list(texts)
-        biases: dict[int, Tensor] = {}  # by length
+        biases: dict[int, Tensor] = {}  # by text length
         for block in layers:
-            if not biases:  # the first block: it alone has the table, for all
+            if not biases:  # only the first block has the table; all use it
                 table = block.layer[0].SelfAttention.relative_attention_bias.weight
                 biases = {length: t5_position_bias(table, length) for length in {x.shape[1] for x in states}}
             for i, x in enumerate(states):
@@ -365,24 +366,24 @@ class T5(nn.Module):
 
 
 def join_text(clip_l: Tensor, clip_g: Tensor, t5: Tensor) -> Tensor:
-    """Text tokens (B, L1 + L2, D5): [CLIP-L | CLIP-G | zeros up to T5's width], followed by T5's."""
+    """Text tokens (B, L1 + L2, D5): [CLIP-L | CLIP-G | zeros up to T5's width], followed by those of T5."""
     clip = torch.cat([clip_l, clip_g], dim=-1)
     return torch.cat([F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], dim=1)
 
 
-T5_CHARACTERS = 226  # of a prompt that T5 reads, as in the public reference
-LARGE_WORD = 8  # tokens from which on a CLIP word is cut where it does not fit; a smaller one is left out
-COMMA_REACH = 20  # tokens that A1111 looks back for a comma where a chunk is full
+T5_CHARACTERS = 226  # T5 reads this many characters of a prompt, as in the public reference
+LARGE_WORD = 8  # a CLIP word of at least this many tokens is cut if it does not fit; a shorter one is left out
+COMMA_REACH = 20  # how many tokens A1111 looks back for a comma if a chunk is full
 
 
-NESTING_WEIGHT = 1.1  # of one pair of brackets without a number
-LONGEST_NUMBER = 400  # characters of a weight; a longer text is not parsed as one
+NESTING_WEIGHT = 1.1  # weight of a pair of brackets without a number
+LONGEST_NUMBER = 400  # maximum characters of a weight; a longer text is not parsed as a number
 
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a prompt. weight: in the text encoders; stream: in residual text streaming; starts: CLIP's tokens begin
-    a new chunk here, as `BREAK` stands before it.
+    """A part of a prompt. weight: in the text encoders; stream: weight in residual text streaming; starts: whether
+    `BREAK` precedes it, so that its CLIP tokens begin a new chunk.
     """
 
     text: str
@@ -392,12 +393,12 @@ class Span:
 
 
 def weighted_segments(text: str) -> list[tuple[str, float]]:
-    """Splits a prompt at its brackets into (text, weight), see `bracketed`."""
+    """Splits a prompt at its brackets into pairs (text, weight), see `bracketed`."""
     return [(unescaped(text[a:b]), weight) for a, b, weight, _, _ in bracketed(text)]
 
 
 def unescaped(text: str) -> str:
-    """A text with its escaped brackets as brackets."""
+    """Replaces escaped brackets with plain ones."""
     return text.replace("\\(", "(").replace("\\)", ")")
 
 
@@ -406,12 +407,12 @@ def bracketed(
     in_stream: Callable[[int], float | None] = lambda place: None,
     only: Collection[int] | None = None,
 ) -> Iterator[tuple[int, int, float, float, bool]]:
-    """(from, to, weight, weight in the stream, whether outside all brackets) of the parts of a prompt. By
-    ComfyUI's rule `(x)` weighs 1.1 times its surroundings and `(x:1.4)` exactly 1.4; `\\(`, `\\)` and everything from
-    an unclosed `(` on are text.
+    """Yields (start, end, weight, weight in the stream, whether outside all brackets) for each part of a prompt. As in
+    ComfyUI, `(x)` weighs 1.1 times the text around it and `(x:1.4)` exactly 1.4; `\\(`, `\\)` and everything from an
+    unclosed `(` on are plain text.
 
-    in_stream: the weight in the stream of brackets that end at a place, None where they have none; only: other brackets
-    than those that end at these places are text. Without recursion: a prompt may be nested as deeply as it is long.
+    in_stream: returns the weight in the stream of the brackets that end at a position, or None; only: positions of
+    closing brackets that count; all other brackets are plain text. Not recursive, as brackets may be nested deeply.
     """
     comfy = only is None
     escaped = {i + 1 for i in range(len(text) - 1) if text[i] == "\\" and text[i + 1] in "()"} if comfy else set()
@@ -419,7 +420,7 @@ def bracketed(
     if not comfy:
         closing = {a: b for a, b in closing.items() if b in only}
     colons = [i for i, char in enumerate(text) if char == ":"]
-    todo = [(0, len(text), 1.0, 1.0, True, True)]  # from, to, weights, outermost, whether there may be brackets inside
+    todo = [(0, len(text), 1.0, 1.0, True, True)]  # start, end, weights, outermost, whether to look for brackets inside
     while todo:
         start, end, weight, stream, outermost, nested = todo.pop()
         if not nested:
@@ -427,21 +428,21 @@ def bracketed(
             continue
         inside = []
         for a, b in _pieces(text, start, end, closing, escaped, comfy):
-            bracketed = b - a > 1 and text[a] == "(" and text[b - 1] == ")" and b - 1 not in escaped
-            if not bracketed or not (comfy or closing.get(a) == b - 1):
+            enclosed = b - a > 1 and text[a] == "(" and text[b - 1] == ")" and b - 1 not in escaped
+            if not enclosed or not (comfy or closing.get(a) == b - 1):
                 inside.append((a, b, weight, stream, outermost, False))
                 continue
-            own, stop, number = in_stream(b - 1), b - 1, None
+            stream_weight, stop, number = in_stream(b - 1), b - 1, None
             if comfy:
                 stop, number = _number(text, a + 1, b - 1, colons)
-            usual = weight * NESTING_WEIGHT if comfy and own is None else weight
-            inner = usual if number is None else number, stream if own is None else own
+            usual = weight * NESTING_WEIGHT if comfy and stream_weight is None else weight
+            inner = usual if number is None else number, stream if stream_weight is None else stream_weight
             inside.append((a + 1, stop, *inner, False, True))
         todo += inside[::-1]
 
 
 def _closing(text: str, escaped: set[int]) -> dict[int, int]:
-    """Place of the `)` by place of its `(`."""
+    """Positions of closing brackets by those of their opening brackets."""
     closing, opened = {}, []
     for i, char in enumerate(text):
         if char == "(" and i not in escaped:
@@ -454,8 +455,8 @@ def _closing(text: str, escaped: set[int]) -> dict[int, int]:
 def _pieces(
     text: str, start: int, end: int, closing: dict[int, int], escaped: set[int], comfy: bool
 ) -> list[tuple[int, int]]:
-    """Splits text[start:end] into bracketed pieces, with the brackets, and the pieces between. With ComfyUI an unclosed
-    `(` starts one last piece; after a surplus `)` the next `(` only balances it.
+    """Splits text[start:end] into bracketed pieces, including their brackets, and the pieces between them. In ComfyUI's
+    dialect an unclosed `(` starts a last piece, and a `(` after a surplus `)` only balances it.
     """
     pieces, depth, i = [], 0, start
     while i < end:
@@ -475,7 +476,7 @@ def _pieces(
 
 
 def _number(text: str, start: int, end: int, colons: list[int]) -> tuple[int, float | None]:
-    """The end of a bracketed text and its weight: the number after its last colon, None without one."""
+    """Where a bracketed text ends, and its weight: the number after its last colon, None if there is none."""
     place = bisect.bisect_left(colons, end) - 1
     colon = colons[place] if place >= 0 else -1
     number = read_number(text[colon + 1 : end]) if colon > start and end - colon <= LONGEST_NUMBER else None
@@ -483,7 +484,7 @@ def _number(text: str, start: int, end: int, colons: list[int]) -> tuple[int, fl
 
 
 def read_number(number: str | None) -> float | None:
-    """The number that a text is, None where it is none."""
+    """Parses a number; None if the text is not one."""
     if number is None or len(number) > LONGEST_NUMBER:
         return None
     try:
@@ -493,37 +494,37 @@ def read_number(number: str | None) -> float | None:
 
 
 def weighted_words(text: str) -> list[tuple[str, float]]:
-    """The words of a prompt, split at spaces, newlines and segment borders, each with its weight."""
+    """Splits a prompt at spaces, newlines and segment borders into pairs (word, weight)."""
     return [(word, weight) for segment, weight in weighted_segments(text) for word in words_of(segment)]
 
 
 def words_of(text: str) -> list[str]:
-    """A text split at spaces and newlines."""
+    """Splits a text at spaces and newlines."""
     return [word for _, word in words_in(text)]
 
 
 def words_in(text: str) -> list[tuple[int, str]]:
-    """The words of a text between spaces and newlines, with their places."""
+    """Splits a text at spaces and newlines into pairs (position, word)."""
     return [(match.start(), match[0]) for match in re.finditer(r"[^ \n]+", text)]
 
 
 class Run:
-    """Spans of a prompt as one text."""
+    """Consecutive spans of a prompt, joined into one text."""
 
     def __init__(self, spans: Sequence[Span], at_break: str = ""):
-        """at_break: what stands in the text where `BREAK` stood."""
+        """at_break: text to insert in place of `BREAK`."""
         texts = [at_break + span.text if span.starts else span.text for span in spans]
         self.spans, self.text = list(spans), "".join(texts)
         self.ends = list(itertools.accumulate(map(len, texts)))
         self.starts = bool(spans) and spans[0].starts
 
     def at(self, place: int) -> Span:
-        """The span of a character."""
+        """The span that contains the character at a position."""
         return self.spans[min(bisect.bisect_right(self.ends, max(place, 0)), len(self.spans) - 1)]
 
 
 def runs_of(spans: Sequence[Span]) -> list[Run]:
-    """Neighbours of one weight, between `BREAK`s, together: a weight in the stream alone does not part a word."""
+    """Joins consecutive spans of equal weight, up to the next `BREAK`. Weights in the stream do not split words."""
     groups: list[list[Span]] = []
     for span in spans:
         if groups and not span.starts and groups[-1][-1].weight == span.weight:
@@ -535,8 +536,8 @@ def runs_of(spans: Sequence[Span]) -> list[Run]:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids and weights of one prompt, or of one chunk of it; cut: whether some of the prompt did not fit; words:
-    how many are no padding, the first; stream: weights in residual text streaming, of the first ones (others: 1).
+    """Token ids and weights of a prompt or of a chunk of it. cut: whether part of the prompt did not fit; words: number
+    of tokens before the padding; stream: weights of the first tokens in residual text streaming (of the others: 1).
     """
 
     ids: list[int]
@@ -546,17 +547,17 @@ class Tokens:
     stream: list[float] = field(default_factory=list)
 
     def plain(self) -> Tokens:
-        """Without weights, which the public reference reads and does not use."""
+        """The tokens without weights: the public reference parses weights but does not use them."""
         return replace(self, weights=[1.0] * len(self.ids))
 
     @property
     def weighted(self) -> bool:
-        """Whether any token has a weight."""
+        """Whether any token has a weight other than 1."""
         return any(weight != 1 for weight in self.weights)
 
 
 class CLIPTokenizer:
-    """CLIP's byte-level BPE: `tokenizer` splits a word, this adds weights, start, end and padding."""
+    """CLIP's byte-level BPE. `tokenizer` splits text into tokens; this class adds weights, start, end and padding."""
 
     def __init__(self, tokenizer: Tokenizer):
         """Raises ValueError for a tokenizer without CLIP's start and end tokens."""
@@ -567,7 +568,7 @@ class CLIPTokenizer:
             raise ValueError(f"is no CLIP tokenizer: it has no {CLIP_START} or {CLIP_END}")
 
     def tokenize(self, prompt: str, length: int, pad: int | None = None) -> Tokens:
-        """Exactly `length` tokens: start, as many words as fit, end, padding (`pad`; None: the end token)."""
+        """Exactly `length` tokens: start, as many words as fit, end, and padding with `pad` (None: the end token)."""
         ids, weights, cut = [self.start], [1.0], False
         for word, weight in weighted_words(prompt):
             tokens = self.tokenizer.encode(word, add_special_tokens=False).ids
@@ -582,22 +583,22 @@ class CLIPTokenizer:
         return self._filled(ids, weights, [], length, pad, cut)
 
     def chunks(self, spans: Sequence[Span], length: int, pad: int | None = None, commas: bool = False) -> list[Tokens]:
-        """All tokens, in chunks of `length` with start, end and padding each; at least one chunk.
+        """All tokens, in chunks of `length`, each with start, end and padding; at least one chunk.
 
-        commas: where a chunk is full, what follows its last comma goes to the next, by A1111's rule; else a word that
-        does not fit does, or is cut there if it is long, by ComfyUI's.
+        commas: if a chunk is full, move the tokens after its last comma to the next one, as A1111 does; otherwise move
+        a word that does not fit, or split it if it is long, as ComfyUI does.
         """
         room = length - 2
-        places = self._by_commas(spans, room) if commas else self._by_words(spans, room)
+        chunks = self._by_commas(spans, room) if commas else self._by_words(spans, room)
         return [
             self._filled(
-                [self.start, *(i for i, _ in own)],
-                [1.0, *(s.weight for _, s in own)],
-                [1.0, *(s.stream for _, s in own)],
+                [self.start, *(token for token, _ in chunk)],
+                [1.0, *(span.weight for _, span in chunk)],
+                [1.0, *(span.stream for _, span in chunk)],
                 length,
                 pad,
             )
-            for own in places
+            for chunk in chunks
         ]
 
     def _by_words(self, spans: Sequence[Span], room: int) -> list[list[tuple[int, Span]]]:
@@ -640,9 +641,10 @@ class CLIPTokenizer:
         return out if out[-1] or len(out) == 1 else out[:-1]
 
     def _tokens(self, text: str, run: Run, place: int = 0) -> list[tuple[int, Span]]:
-        """The tokens of a text that stands at a place of a run, each with its span."""
-        got = self.tokenizer.encode(text, add_special_tokens=False)
-        return [(token, run.at(place + end - 1)) for token, (_, end) in zip(got.ids, got.offsets, strict=True)]
+        """The tokens of a text at a position of a run, each with its span."""
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        tokens = zip(encoding.ids, encoding.offsets, strict=True)
+        return [(token, run.at(place + end - 1)) for token, (_, end) in tokens]
 
     def _filled(
         self, ids: list[int], weights: list[float], stream: list[float], length: int, pad: int | None, cut: bool = False
@@ -657,8 +659,8 @@ CLIP_BPE = {"unk_token": CLIP_END, "continuing_subword_prefix": "", "end_of_word
 
 
 def clip_pipeline(bpe: models.BPE) -> Tokenizer:
-    """The published CLIP tokenizer around its merges, a BPE with the options `CLIP_BPE`: NFC, lower case, white space
-    collapsed, words split off, then byte-level BPE.
+    """The published CLIP tokenizer, built around its merges (a BPE with the options `CLIP_BPE`): NFC, lower case,
+    collapsed white space, split into words, byte-level BPE.
     """
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence(
@@ -676,8 +678,8 @@ def clip_pipeline(bpe: models.BPE) -> Tokenizer:
 
 
 class T5Tokenizer:
-    """T5's unigram pieces: `places` turns a text into piece ids and the places in it where they end; this adds weights,
-    the end token and padding.
+    """T5's unigram tokenizer. `places` returns the piece ids of a text and the positions at which they end; this class
+    adds weights, the end token and padding.
     """
 
     end, pad = 1, 0
@@ -690,7 +692,7 @@ class T5Tokenizer:
         return [token for token, _ in self.places(text)]
 
     def tokenize(self, prompt: str, minimum: int) -> Tokens:
-        """The first 226 characters' tokens and the end token, padded with 0 to at least `minimum`."""
+        """The tokens of the first 226 characters and the end token, padded with 0 to at least `minimum` tokens."""
         ids, weights = [], []
         for word, weight in weighted_words(prompt[:T5_CHARACTERS]):
             tokens = self.split(word)
@@ -699,15 +701,15 @@ class T5Tokenizer:
         return self._filled(ids, weights, [], minimum, len(prompt) > T5_CHARACTERS)
 
     def whole(self, spans: Sequence[Span], length: int) -> Tokens:
-        """Exactly `length` tokens: as many as fit, the end token and padding. The prompt is one text, which white space
-        splits into words; in place of `BREAK` there is a space. A token has the weight of the span in which it ends.
+        """Exactly `length` tokens: as many as fit, the end token and padding. The spans are joined into one text, with
+        a space in place of `BREAK`, and split at white space. A token has the weight of the span in which it ends.
         """
         run = Run(spans, " ")
         words = re.finditer(r"\S+", run.text)
         rows = [(token, run.at(word.start() + end - 1)) for word in words for token, end in self.places(word[0])]
-        own = rows[: length - 1]
-        weights, stream = [s.weight for _, s in own], [s.stream for _, s in own]
-        return self._filled([token for token, _ in own], weights, stream, length, len(own) < len(rows))
+        fitting = rows[: length - 1]
+        weights, stream = [span.weight for _, span in fitting], [span.stream for _, span in fitting]
+        return self._filled([token for token, _ in fitting], weights, stream, length, len(fitting) < len(rows))
 
     def _filled(self, ids: list[int], weights: list[float], stream: list[float], minimum: int, cut: bool) -> Tokens:
         words = len(ids) + 1
@@ -718,10 +720,10 @@ class T5Tokenizer:
 def sentencepiece_places(
     model: SentencePieceProcessor, rows: int | None = None
 ) -> Callable[[str], list[tuple[int, int]]]:
-    """A function from a word to its piece ids, each with the place where it ends (in a word that is normalised to
-    another length: about there); `</s>` and the like are their own ids, as on the hub.
+    """Returns a function from a word to its piece ids, each with the position at which it ends (approximate if
+    normalisation changes the length of the word). `</s>` and similar words become special tokens, as on the hub.
 
-    rows: of the encoder's embedding table, where known; extra ids beyond it are not used.
+    rows: number of rows of the encoder's embedding table, if known; extra ids beyond it are not used.
     """
     size = model.get_piece_size()
     extra = {f"<extra_id_{i}>": size + 99 - i for i in range(100) if rows is None or size + 99 - i < rows}

@@ -1,4 +1,4 @@
-"""Flow schedule, noise, latent format, guidance and samplers: from text tokens and a seed to a latent."""
+"""Flow schedules, noise, latent format, guidance and samplers: text tokens and seeds -> latents."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from mmditx import TIMESTEPS, ContextHook, MMDiT, ModelCall, Reuse, Stream, Stre
 
 LATENT_SHIFT = 0.0609
 LATENT_SCALE = 1.5305
-# denoise(x, sigma) -> the denoised image, both (B, C, h, w): what a sampler calls, as often as it likes
+# denoise(x, sigma) -> denoised image, both (B, C, h, w); a sampler may call it any number of times, at any sigma
 Denoise = Callable[[Tensor, float], Tensor]
-# noise(sigma, following) -> fresh standard normal noise like x, for a step between two levels
+# noise(sigma, following) -> fresh standard normal noise shaped as x, for the step from sigma to following
 Noise = Callable[[float, float], Tensor]
-# on_step(step, x, sigma, denoised): x (B, C, h, w) at the level sigma, and what it is denoised to; False stops the run
+# on_step(step, x, sigma, denoised): x (B, C, h, w) at sigma, and its denoised image; returning False stops the run
 OnStep = Callable[[int, Tensor, float, Tensor], "bool | None"]
 
 
 def latent_in(latent: Tensor) -> Tensor:
-    """VAE latent -> the space the MMDiT works in."""
+    """VAE latent -> latent in the model space of the MMDiT."""
     return (latent - LATENT_SHIFT) * LATENT_SCALE
 
 
 def latent_out(latent: Tensor) -> Tensor:
-    """The MMDiT's space -> VAE latent."""
+    """Latent in model space -> VAE latent."""
     return latent / LATENT_SCALE + LATENT_SHIFT
 
 
@@ -48,7 +48,7 @@ def flow_sigma(t: Tensor | float, shift: float) -> Tensor | float:
 def sigmas_normal(steps: int, shift: float) -> Tensor:
     """The `steps` + 1 sigmas of a run, float32 on the CPU, from sigma(1) down to 0.
 
-    Timesteps are spaced evenly between the shifted ends and shifted once more, as in the public reference.
+    Timesteps are evenly spaced between the shifted ends and then shifted again, as in the public reference.
     """
     first, last = (TIMESTEPS * flow_sigma(t, shift) for t in (1.0, 1.0 / TIMESTEPS))
     sigmas = flow_sigma(torch.linspace(first, last, steps) / TIMESTEPS, shift)
@@ -56,8 +56,8 @@ def sigmas_normal(steps: int, shift: float) -> Tensor:
 
 
 def sigmas_simple(steps: int, shift: float) -> Tensor:
-    """Every 1000/steps-th of the model's thousand levels from the top, shifted once, as ComfyUI's schedule of the name;
-    shapes as `sigmas_normal`.
+    """Every (1000 / steps)-th of the model's 1000 levels, from the highest, shifted once, as ComfyUI's schedule of this
+    name; shapes as `sigmas_normal`.
     """
     levels = flow_sigma(torch.arange(1, TIMESTEPS + 1) / TIMESTEPS, shift)
     places = [TIMESTEPS - 1 - i * TIMESTEPS // steps for i in range(steps)]
@@ -65,8 +65,8 @@ def sigmas_simple(steps: int, shift: float) -> Tensor:
 
 
 def sigmas_beta(steps: int, shift: float) -> Tensor:
-    """Levels that lie densely at both ends: the model's thousand, shifted once, at the quantiles of a Beta(0.6, 0.6)
-    distribution (Lee et al. 2024, arXiv 2407.12173), as ComfyUI's schedule of this name; shapes as `sigmas_normal`.
+    """Levels that are dense at both ends: those of the model's 1000, shifted once, at the quantiles of Beta(0.6, 0.6)
+    (Lee et al. 2024, arXiv 2407.12173), as ComfyUI's schedule of this name; shapes as `sigmas_normal`.
     """
     levels = flow_sigma(torch.arange(1, TIMESTEPS + 1) / TIMESTEPS, shift)
     places = [round(beta_quantile(1 - i / steps, 0.6, 0.6) * (TIMESTEPS - 1)) for i in range(steps)]
@@ -74,8 +74,8 @@ def sigmas_beta(steps: int, shift: float) -> Tensor:
 
 
 def beta_probability(x: float, a: float, b: float) -> float:
-    """How probable a value of at most x in [0, 1] is in a Beta(a, b) distribution: the regularised incomplete beta
-    function, by its power series (Abramowitz and Stegun, 26.5.4), which converges fast below 0.5.
+    """Cumulative distribution function of Beta(a, b) at x in [0, 1]: the regularised incomplete beta function, by its
+    power series (Abramowitz and Stegun, 26.5.4), which converges fast for x below 0.5.
     """
     if x > 0.5:
         return 1 - beta_probability(1 - x, b, a)
@@ -88,7 +88,7 @@ def beta_probability(x: float, a: float, b: float) -> float:
 
 
 def beta_quantile(p: float, a: float, b: float) -> float:
-    """The x in [0, 1] with `beta_probability` p: Newton's steps, halving where they leave the interval that is left."""
+    """The x in [0, 1] with `beta_probability` p, by Newton's method, with bisection if a step leaves the bracket."""
     scale = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b))
     low, high, x = 0.0, 1.0, 0.5
     while low < x < high:
@@ -102,11 +102,11 @@ def beta_quantile(p: float, a: float, b: float) -> float:
     return x
 
 
-flow_schedule = sigmas_normal  # its name in scripts
+flow_schedule = sigmas_normal  # the name that scripts use
 
 
 def schedule(name: str, steps: int, shift: float) -> Tensor:
-    """The sigmas of `sigmas_NAME`, neighbours that are one number once: as many steps run as there are sigmas but 0."""
+    """The sigmas of `sigmas_NAME` without repeated ones: the number of steps is one less than their number."""
     return globals()[f"sigmas_{name}"](steps, shift).unique_consecutive()
 
 
@@ -116,7 +116,7 @@ def img2img_sigmas(sigmas: Tensor, denoise: float) -> Tensor:
 
 
 def place_in(levels: Sequence[float], sigma: float) -> float:
-    """Where sigma lies in a falling schedule: i at levels[i], a fraction between two of them, 0 above the first."""
+    """Position of sigma in a decreasing schedule: i at levels[i], fractional between two levels, 0 above the first."""
     i = min(bisect.bisect_left(levels, -sigma, key=lambda level: -level), len(levels) - 1)
     if i == 0 or levels[i] == sigma:
         return i
@@ -128,9 +128,9 @@ def place_in(levels: Sequence[float], sigma: float) -> float:
 
 
 def seeded_generator(seed: int, stream: str = "") -> torch.Generator:
-    """A generator on the CPU, so that a seed means the same on every device.
+    """A generator on the CPU, so that a seed gives the same noise on every device.
 
-    `stream` names an independent series of the same seed; the start noise is the one without a name.
+    stream: name of an independent series of the same seed; the start noise has none.
     """
     if stream:
         seed = int.from_bytes(hashlib.sha256(f"{stream}:{seed}".encode()).digest()[:7], "big")
@@ -138,18 +138,18 @@ def seeded_generator(seed: int, stream: str = "") -> torch.Generator:
 
 
 def seeded_noise(seed: int, shape: Sequence[int], stream: str = "") -> Tensor:
-    """Standard normal float32 on the CPU, the first of a `seeded_generator`."""
+    """Standard normal noise, float32 on the CPU: the first draw of a `seeded_generator`."""
     return torch.randn(tuple(shape), generator=seeded_generator(seed, stream), dtype=torch.float32)
 
 
 def start_noise(seeds: Sequence[int], shape: Sequence[int], stream: str = "") -> Tensor:
-    """One (1, C, h, w) draw per seed, stacked: (len(seeds), C, h, w)."""
+    """One draw (1, C, h, w) per seed, concatenated: (len(seeds), C, h, w)."""
     return torch.cat([seeded_noise(seed, (1, *shape[1:]), stream) for seed in seeds])
 
 
 def step_noise(seeds: Sequence[int], like: Tensor) -> Noise:
-    """The noise that samplers add in their steps, shaped as `like` (len(seeds), C, h, w) and on its device: each row is
-    the next draw of its own seed's stream, so that an image does not depend on its batch.
+    """The noise that samplers add in a step, shaped as `like` (len(seeds), C, h, w) and on its device. Each row is
+    drawn from its own seed's generator, so that an image does not depend on its batch.
     """
     generators = [seeded_generator(seed, "step noise") for seed in seeds]
 
@@ -162,20 +162,20 @@ def step_noise(seeds: Sequence[int], like: Tensor) -> Noise:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded text of a batch: tokens (B, T, X), pooled (B, Y) and what the tokens are, None where that is unknown."""
+    """Encoded text of a batch: tokens (B, T, X), pooled (B, Y), and the kinds of the tokens, None if unknown."""
 
     context: Tensor
     pooled: Tensor
     kinds: TokenKinds | None = None
 
     def row(self, i: int) -> Conditioning:
-        """Row i; what has one row serves for all."""
-        own = slice(i, i + 1) if self.context.shape[0] > 1 else slice(0, 1)
-        return Conditioning(self.context[own], self.pooled[own], self.kinds and self.kinds.rows(own))
+        """Row i; a tensor with a single row is shared by all."""
+        row = slice(i, i + 1) if self.context.shape[0] > 1 else slice(0, 1)
+        return Conditioning(self.context[row], self.pooled[row], self.kinds and self.kinds.rows(row))
 
 
 def stack_halves(first: Conditioning, second: Conditioning) -> Conditioning:
-    """Both halves of guidance in one batch. Raises ValueError where their token counts differ."""
+    """The text of both halves of guidance as one batch. Raises ValueError if their token counts differ."""
     if first.context.shape[1] != second.context.shape[1]:
         raise ValueError(
             f"prompt and negative prompt have {first.context.shape[1]} and {second.context.shape[1]} text tokens; "
@@ -186,7 +186,7 @@ def stack_halves(first: Conditioning, second: Conditioning) -> Conditioning:
 
 
 def stack_kinds(kinds: Sequence[TokenKinds | None]) -> TokenKinds | None:
-    """The kinds of the tokens of several texts as one batch; None where those of one are unknown."""
+    """The kinds of the tokens of several texts, as one batch; None if those of any text are unknown."""
     if any(one is None or one.words is None for one in kinds):
         return None
     words, weights = torch.cat([one.words for one in kinds]), None
@@ -201,7 +201,7 @@ def stack_kinds(kinds: Sequence[TokenKinds | None]) -> TokenKinds | None:
 
 @dataclass(frozen=True)
 class Pass:
-    """One evaluation of the network: with which text, without which blocks, with the ControlNet or not."""
+    """One evaluation of the model: text, blocks that are skipped, and whether the ControlNet runs."""
 
     text: str = "cond"  # or uncond
     skip_layers: tuple[int, ...] = ()
@@ -212,8 +212,8 @@ COND, UNCOND = Pass(), Pass("uncond")
 
 
 class Place(NamedTuple):
-    """Where in a run the network is called: `step` of `steps` that run, from 0, a fraction between two levels of the
-    schedule; planned: the steps of the whole schedule, of which an image-to-image run executes the end.
+    """The place of a model call in a run. step: from 0, of `steps` that run; fractional between two levels of the
+    schedule; planned: steps of the whole schedule, of which an image-to-image run executes the last ones.
     """
 
     step: float
@@ -223,31 +223,31 @@ class Place(NamedTuple):
 
 
 class Guidance(Protocol):
-    """A method of guidance. Several act one after the other, each on what the one before it made."""
+    """A guidance method. Several are applied in turn, each to the result of the one before."""
 
     def passes(self, at: Place) -> tuple[Pass, ...]:
-        """The passes that it needs beside the conditional one, which always runs."""
+        """The passes that this method needs besides the conditional one, which always runs."""
 
     def combine(self, at: Place, x: Tensor, denoised: Mapping[Pass, Tensor], guided: Tensor) -> Tensor:
-        """The guided image; denoised: x - sigma v of each pass; guided: that of the methods before it, at first that
-        of the conditional pass; all (B, C, h, w) float32.
+        """Returns the guided image. denoised: x - sigma v by pass; guided: the result of the methods before, at first
+        that of the conditional pass; all (B, C, h, w) float32.
         """
 
 
 def guided_interval(start: float, end: float, steps: int) -> range:
-    """The steps that lie between two fractions of those that run: int(start N) <= step < int(end N), as in diffusers'
+    """The steps between two fractions of a run of N steps: int(start N) <= step < int(end N), as in diffusers'
     guiders.
     """
     return range(int(start * steps), int(end * steps))
 
 
 class ClassifierFreeGuidance:
-    """uncond + scale (cond - uncond), Ho and Salimans 2022, arXiv 2207.12598; a scale of 1 is the conditional pass, and
-    so is everything outside an interval of steps (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+    """uncond + scale (cond - uncond), Ho and Salimans 2022, arXiv 2207.12598. Skips the unconditional pass if scale is
+    1, and outside an interval of steps (Kynkaanniemi et al. 2024, arXiv 2404.07724).
     """
 
     def __init__(self, scale: float, start: float = 0.0, end: float = 1.0):
-        """start, end: see `guided_interval`."""
+        """start, end: the interval of steps, see `guided_interval`."""
         self.scale, self.start, self.end = scale, start, end
 
     def passes(self, at: Place) -> tuple[Pass, ...]:
@@ -261,17 +261,17 @@ class ClassifierFreeGuidance:
 
 
 class SkipLayers(Protocol):
-    """When skip-layer guidance acts, on which blocks and how much."""
+    """Settings of skip-layer guidance: scale, blocks that it skips, and the steps in which it acts."""
 
     scale: float
     layers: Sequence[int]
 
     def acts(self, step: float, steps: int) -> bool:
-        """Whether it acts in `step` (from 0) of a schedule of `steps`."""
+        """Whether skip-layer guidance acts in `step` (from 0) of a schedule of `steps` steps."""
 
 
 class SkipLayerGuidance:
-    """Adds scale (cond - cond without some blocks), as the public reference does for SD3.5 Medium; None: off."""
+    """Adds scale (cond - cond without some blocks), as the public reference does for SD3.5 Medium. None: off."""
 
     def __init__(self, config: SkipLayers | None):
         self.config = config
@@ -288,8 +288,8 @@ class SkipLayerGuidance:
 
 
 class GuidanceRescale:
-    """Gives each image's guided velocity v a share of the conditional one's deviation: share std(cond) / std(v) v +
-    (1 - share) v, Lin et al. 2023, arXiv 2305.08891, section 3.4; a share of 0 is off.
+    """Rescales each image's guided velocity v towards the standard deviation of the conditional one:
+    share std(cond) / std(v) v + (1 - share) v, Lin et al. 2023, arXiv 2305.08891, section 3.4. A share of 0 is off.
     """
 
     def __init__(self, share: float):
@@ -301,21 +301,21 @@ class GuidanceRescale:
     def combine(self, at: Place, x: Tensor, denoised: Mapping[Pass, Tensor], guided: Tensor) -> Tensor:
         if self.share == 0 or guided is denoised[COND]:
             return guided
-        v_cond, v = x - denoised[COND], x - guided  # both times sigma
+        v_cond, v = x - denoised[COND], x - guided  # both velocities times sigma
         ratio = v_cond.flatten(1).std(1) / v.flatten(1).std(1)
         factor = self.share * ratio + 1 - self.share
         return x - factor.view(-1, *[1] * (x.ndim - 1)) * v
 
 
-# ---- the network as the function that samplers call ----------------------------------------------
+# ---- the denoiser that samplers call -------------------------------------------------------------
 
 
 class StopSampling(Exception):
-    """`on_step` said that the run is not to go on."""
+    """Raised if `on_step` returns False."""
 
 
 class Denoiser:
-    """denoised(x, sigma) by the MMDiT under guidance and a ControlNet, for one run of a sampler."""
+    """A function (x, sigma) -> denoised image for one run of a sampler: the MMDiT with guidance and ControlNet."""
 
     def __init__(
         self,
@@ -332,10 +332,10 @@ class Denoiser:
         on_step: OnStep | None = None,
         planned: int | None = None,
     ):
-        """neg_cond: None where no guidance needs it; sigmas: the schedule of the run, in which the step of a call is
-        found by its sigma; control: latent of the control image in model space; streams: see `mmditx.Stream`, or
-        functions (i, context) -> what enters block i; cache: threshold of `mmditx.Reuse`, 0 for none; on_step: see
-        `OnStep`; planned: see `Place`, None for as many steps as run.
+        """neg_cond: None if no guidance method needs it; sigmas: the schedule of the run, in which the step of a call
+        is found from its sigma; control: latent of the control image in model space; streams: see `mmditx.Stream`, or
+        functions (i, context) -> text tokens that enter block i; cache: threshold of `mmditx.Reuse`, 0 for no cache;
+        on_step: see `OnStep`; planned: see `Place`, None for the number of steps that run.
         """
         self.model = model
         texts = {"cond": cond}
@@ -351,16 +351,16 @@ class Denoiser:
         self.streams = Streams(streams)
         self.steps_run = max(len(self.levels) - 1, 1)
         self.planned = planned or self.steps_run
-        self.step: float = 0  # of the call that runs
+        self.step: float = 0  # step of the current call
         self.cache = cache
-        self.reuse: dict[tuple, Reuse] = {}  # by kind of call
+        self.reuse: dict[tuple, Reuse] = {}  # step caches by kind of call
         self.on_step = on_step
-        self._last: tuple[int, Tensor, float, Tensor] | None = None  # call at a level, not reported yet
-        self._reported = math.inf  # the level reported last
+        self._last: tuple[int, Tensor, float, Tensor] | None = None  # call at a level that is not reported yet
+        self._reported = math.inf  # the last reported level
 
     def velocity(self, x: Tensor, sigma: float, text: str, control: bool, skip: Sequence[int]) -> Tensor:
-        """The network's velocity, float32; x (B, C, h, w) float32, one sigma for all rows; text: `cond`, `uncond`, or
-        `both`, whose rows are those of cond and then those of uncond.
+        """The velocity (B, C, h, w) that the model predicts, float32. x: (B, C, h, w) float32, with one sigma for all
+        rows; text: `cond`, `uncond`, or `both`: the rows of cond, then those of uncond.
         """
         x = x.to(self.model.x_embedder.proj.weight.dtype)
         t = torch.full((x.shape[0],), TIMESTEPS * sigma, dtype=torch.float32, device=x.device)
@@ -372,8 +372,8 @@ class Denoiser:
             states = self.controlnet(self.model, x, t, self.texts[text].y, latent, self.control_strength)
             controls = spread(states, self.model.config.depth)
         first, embedded = "uncond" if text == "uncond" else "cond", self.texts[text]
-        halves, given = text == "both", {"text": embedded, "skip_layers": skip, "kinds": self.kinds[text]}
-        call = ModelCall.of_rows(self.step, self.steps_run, sigma, x.shape[0], first, halves, **given)
+        halves, others = text == "both", {"text": embedded, "skip_layers": skip, "kinds": self.kinds[text]}
+        call = ModelCall.of_rows(self.step, self.steps_run, sigma, x.shape[0], first, halves, **others)
         stream = self.streams if self.streams.begin(call) else None
         run = run_blocks
         if self.cache:
@@ -381,7 +381,9 @@ class Denoiser:
         return self.model.velocity(x, t, embedded, controls, skip, stream, run).float()
 
     def run_passes(self, x: Tensor, sigma: float, passes: Collection[Pass]) -> dict[Pass, Tensor]:
-        """denoised = x - sigma v of each pass; both halves of guidance run as one batch."""
+        """denoised = x - sigma v by pass. The conditional and the unconditional pass run as one batch. Raises
+        ValueError if an unconditional pass has no text.
+        """
         if "uncond" not in self.texts and any(one.text == "uncond" for one in passes):
             raise ValueError("guidance needs neg_cond, the text of the unconditional pass")
         denoised: dict[Pass, Tensor] = {}
@@ -394,7 +396,7 @@ class Denoiser:
         return denoised
 
     def __call__(self, x: Tensor, sigma: Tensor | float) -> Tensor:
-        """The guided image; x (B, C, h, w) float32, sigma a number or (B,) of one value."""
+        """The guided denoised image. x: (B, C, h, w) float32; sigma: a number, or (B,) with equal values."""
         sigma = sigma if isinstance(sigma, float) else float(sigma.reshape(-1)[0])
         self._report(sigma)
         self.step = place_in(self.levels, sigma)
@@ -409,8 +411,8 @@ class Denoiser:
         return guided
 
     def _report(self, sigma: float) -> None:
-        """Hands `on_step` the last call at a level, once a call below it is due: samplers may call several times at one
-        level, and between levels. Raises StopSampling.
+        """Reports the last call at a level to `on_step` as soon as a call at a lower sigma follows: samplers may call
+        several times at one level, and between levels. Raises StopSampling.
         """
         if self._last is not None and self._last[2] > sigma:
             state, self._last, self._reported = self._last, None, self._last[2]
@@ -418,7 +420,7 @@ class Denoiser:
                 raise StopSampling
 
     def finish(self) -> None:
-        """Reports the last step, when the sampler is through: nothing is left to stop."""
+        """Reports the last step after the sampler has returned; there is nothing left to stop."""
         with contextlib.suppress(StopSampling):
             self._report(0.0)
 
@@ -427,8 +429,8 @@ class Denoiser:
 
 
 def _denoise(model: Callable[..., Tensor], extra_args: dict | None) -> Denoise:
-    """The model of a script, called with x, sigma (B,) and extra_args as the public reference calls it, as a `Denoise`;
-    a `Denoiser` takes the number itself, so that nothing waits for the device.
+    """Adapts a script's model, called with x, sigma (B,) and extra_args as in the public reference, to `Denoise`. A
+    `Denoiser` takes sigma as a number, which avoids a device synchronisation.
     """
     if isinstance(model, Denoiser):
         return model
@@ -446,8 +448,8 @@ def sample_euler(
 ) -> Tensor:
     """Euler steps along the probability flow (Karras et al. 2022, arXiv 2206.00364, algorithm 2 without noise).
 
-    x: (B, C, h, w) at sigmas[0]; sigmas: (n + 1,), falling; model(x, sigma (B,), **extra_args) -> denoised; noise is
-    not used. Returns x at the last sigma.
+    x: (B, C, h, w) at sigmas[0]; sigmas: (n + 1,), decreasing; model(x, sigma (B,), **extra_args) -> denoised; noise
+    is not used. Returns x at the last sigma.
     """
     denoise = _denoise(model, extra_args)
     for sigma, following in itertools.pairwise(sigmas.tolist()):
@@ -465,7 +467,9 @@ def sample_dpmpp_2m(
     *,
     extra_args: dict | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2M), Lu et al. 2022, arXiv 2211.01095, with lambda = -ln sigma; arguments as `sample_euler`."""
+    """DPM-Solver++(2M), Lu et al. 2022, arXiv 2211.01095, with lambda = -ln sigma; arguments and result as
+    `sample_euler`.
+    """
     denoise = _denoise(model, extra_args)
     levels = sigmas.double()
     lambdas = -levels.log()
@@ -479,15 +483,15 @@ def sample_dpmpp_2m(
             weight = h / (2 * h_previous)  # 1 / (2 r), r = previous h / h
             target = (1 + weight) * denoised - weight * previous
         x = (following / sigma) * x - torch.expm1(torch.tensor(-h, dtype=torch.float64)).item() * target
-        if h:  # 0 where a script's neighbouring sigmas are one number: nothing moved
+        if h:  # 0 if a script repeats a sigma: then x did not change
             previous, h_previous = denoised, h
     return x
 
 
 @torch.no_grad()
 def sample_heun(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Tensor:
-    """Heun's second-order steps (Karras et al. 2022, arXiv 2206.00364, algorithm 2 without noise): two calls a step,
-    one in the last. x: (B, C, h, w) at sigmas[0]; sigmas: (n + 1,), falling. Returns x at the last sigma.
+    """Heun's second-order steps (Karras et al. 2022, arXiv 2206.00364, algorithm 2 without noise): two calls per
+    step, one in the last. x: (B, C, h, w) at sigmas[0]; sigmas: (n + 1,), decreasing. Returns x at the last sigma.
     """
     for sigma, following in itertools.pairwise(sigmas.tolist()):
         slope = (x - denoise(x, sigma)) / sigma
@@ -501,8 +505,9 @@ def sample_heun(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise) -> Te
 
 @torch.no_grad()
 def sample_euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: Noise, eta: float = 1.0) -> Tensor:
-    """Euler steps to below each level and fresh noise up to it, in the form for flows: what adds noise also shrinks the
-    signal (ComfyUI's and diffusers' RF rule). eta: how far below, 0 for Euler; x and sigmas as `sample_heun`.
+    """Euler steps to below the next level, then fresh noise back up to it, in the form for rectified flow, which also
+    shrinks the signal (the RF rule of ComfyUI and diffusers). eta: how far below, 0 for plain Euler; x, sigmas and
+    result as `sample_heun`.
     """
     for sigma, following in itertools.pairwise(sigmas.tolist()):
         denoised = denoise(x, sigma)
@@ -510,7 +515,7 @@ def sample_euler_ancestral(denoise: Denoise, x: Tensor, sigmas: Tensor, noise: N
             return denoised
         down = following * (1 + (following / sigma - 1) * eta)
         x = (down / sigma) * x + (1 - down / sigma) * denoised
-        shrink = (1 - following) / (1 - down) if down < 1 else 1.0  # equal neighbours at 1
+        shrink = (1 - following) / (1 - down) if down < 1 else 1.0  # sigma repeated at 1
         x = shrink * x + math.sqrt(max(following**2 - (down * shrink) ** 2, 0.0)) * noise(sigma, following)
     return x
 
@@ -521,11 +526,11 @@ def find_sampler(name: str) -> Callable[..., Tensor]:
 
 
 def guided_sampling(denoiser: Denoiser, sampler: str, latent: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Runs a sampler over the denoiser's schedule, from `latent` (B, C, h, w, model space; zeros for text to image) and
-    the seeds' noise.
+    """Runs a sampler over the denoiser's schedule, from latent (B, C, h, w) in model space (zeros for text to image)
+    and the noise of the seeds.
 
-    Start: x = sigma_0 noise + (1 - sigma_0) latent. Returns the latent in model space, float32. Raises StopSampling
-    where `on_step` says so.
+    Starts at x = sigma_0 noise + (1 - sigma_0) latent. Returns the latent in model space, float32. Raises StopSampling
+    if `on_step` returns False.
     """
     latent = latent.float()
     first = denoiser.levels[0]

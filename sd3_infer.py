@@ -1,4 +1,4 @@
-"""Images from SD3 / SD3.5 weight files, with residual text streaming: the command line and `SD3Inferencer`.
+"""Makes images from SD3 and SD3.5 weight files with residual text streaming: the command line and `SD3Inferencer`.
 
 python sd3_infer.py --prompt "a red circle left of a blue square" --model models/demo/demo.safetensors
 """
@@ -10,7 +10,7 @@ import sys
 from sd3 import command, help, info
 
 if __name__ == "__main__":
-    # --help, --info and mistakes end here, before torch is imported.
+    # --help, --info and mistakes in the flags exit here, before torch is imported.
     request = command.begin(command.read_infer_flags, help.text, lambda request: info.answer(request.values))
 
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ __all__ = ["SD3Inferencer", "build_residual_config", "choose_device", "choose_dt
 
 
 class SD3Inferencer:
-    """A model, loaded once, and images made with it, under the names of the public reference."""
+    """A loaded model that makes images, with the method names of the public reference."""
 
     def __init__(self) -> None:
         self.tell = Terminal()  # notes and progress go to stderr; `tell.quiet = True` drops them
@@ -51,7 +51,7 @@ class SD3Inferencer:
 
     @property
     def engine(self) -> Engine:
-        """What does the work; raises NotLoaded before `load`, and after one that failed."""
+        """The engine; raises NotLoaded before `load`, and after a `load` that failed."""
         if self._engine is None:
             raise NotLoaded("no model is loaded; call SD3Inferencer.load first")
         return self._engine
@@ -70,19 +70,19 @@ class SD3Inferencer:
         load_tokenizers: bool = True,
         **others: Any,
     ) -> SD3Inferencer:
-        """Reads headers, checks that all files are there and fit each other, decides device and dtype.
+        """Reads headers, checks that no file is missing and that all fit each other, and chooses device and dtype.
 
-        others: further flags that decide what is loaded (`docs/flags.md`): device, dtype, no_t5, weights, ...
-        Raises Mistake that names the file and what is wrong with it.
+        others: other flags of loading (`docs/flags.md`): device, dtype, no_t5, weights, ... Raises Mistake with the
+        file and the reason.
         """
-        self._engine = None  # what was loaded before goes, also where this fails
-        given = others | {
+        self._engine = None  # release the previous model first, even if this load fails
+        flags = others | {
             "model": model, "vae": vae, "controlnet_ckpt": controlnet_ckpt, "model_folder": model_folder,
             "text_encoder_device": text_encoder_device,
         }  # fmt: skip
         check_parameters("load", others, (*names("load"), "shift", "verbose"), elsewhere=PLACES)
         read = read_values({"shift": shift, "verbose": verbose})
-        setup = Setup(**{name: value for name, value in given.items() if value is not None})
+        setup = Setup(**{name: value for name, value in flags.items() if value is not None})
         engine = Engine(setup, self.tell, load_tokenizers)
         self.shift = read.get("shift", engine.defaults["shift"])
         for line in about(engine) if read.get("verbose") else ():
@@ -90,12 +90,12 @@ class SD3Inferencer:
         self._engine = engine
         return self
 
-    # -- prompts and images to what the model takes --
+    # -- prompts and images as inputs of the model --
 
     def get_cond(self, prompt: str, length: int | None = None) -> tuple[Tensor, Tensor]:
         """Text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths) of a prompt.
 
-        length: T5 tokens to pad to (None: as few as usual).
+        length: number of T5 tokens to pad to (None: the usual minimum).
         """
         with self.engine.owned():
             return self.engine.text.get_cond(prompt, length)
@@ -103,10 +103,10 @@ class SD3Inferencer:
     def vae_encode(
         self, image: Image.Image, seed: int | Sequence[int] = DEFAULT_SEED, control: bool = False, tile: int = 0
     ) -> Tensor:
-        """Latents (one per seed, 16, H/8, W/8), in VAE space, of an RGB image.
+        """Encodes an RGB image to latents (number of seeds, 16, H/8, W/8) in VAE space.
 
-        The encoding noise is a stream of the seed apart from the start noise; control: the image is for the
-        ControlNet, whose kind decides the pixel range; tile: side of a tile in pixels, 0 for none.
+        The encoding noise is a separate series of each seed, not the start noise. control: the image is for the
+        ControlNet, whose kind determines the pixel range; tile: side of a tile in pixels, 0 for no tiles.
         """
         seeds, tile = read_row_seeds(seed), read_tile("vae_tile", tile) or 0
         if not isinstance(image, Image.Image):
@@ -136,13 +136,13 @@ class SD3Inferencer:
         on_step: Any = None,
         **others: Any,
     ) -> Tensor:
-        """Latents (B, 16, h, w) in VAE space, float32.
+        """Samples latents (B, 16, h, w) in VAE space, float32.
 
         latent: start (B, 16, h, w) in model space, zeros for text to image; seed: one per row (a number for one row);
-        conditioning and neg_cond: (text tokens (1 or B, T, X), pooled (1 or B, Y)), neg_cond unused where cfg_scale is
-        1; controlnet_cond: latents of the control image in model space; denoise: part of the schedule that runs;
-        streams and on_step: see `Network.sample`; others: further flags of sampling (`SAMPLING`). Raises Mistake, and
-        StopSampling where on_step returns False.
+        conditioning, neg_cond: (text tokens (1 or B, T, X), pooled (1 or B, Y)); neg_cond is not used if cfg_scale is
+        1; controlnet_cond: latents of the control image in model space; denoise: fraction of the schedule that runs;
+        streams, on_step: see `Network.sample`; others: other flags of sampling (`SAMPLING`). Raises Mistake, and
+        StopSampling if on_step returns False.
         """
         check_parameters("do_sampling", others, SAMPLING, {"cfg": "cfg_scale"}, PLACES | RESIDUAL)
         seeds = read_row_seeds(seed)
@@ -150,11 +150,11 @@ class SD3Inferencer:
             raise Mistake("latent", "", "must be a tensor (B, channels, height, width)")
         if len(seeds) != latent.shape[0]:
             raise Mistake("seed", "", f"{len(seeds)} given for {latent.shape[0]} rows of the latent; give one for each")
-        given = {"steps": steps, "cfg": cfg_scale, "sampler": sampler, "denoise": denoise}
-        given |= {"shift": self.shift} | {name: value for name, value in others.items() if value is not None}
-        given |= {"skip_layer": read_skip_layer_config(skip_layer_config)}
-        given |= residual_settings(read_residual(residual_config))
-        settings = Settings(prompt="", model=str(self.engine.model_file.path), **given)
+        values = {"steps": steps, "cfg": cfg_scale, "sampler": sampler, "denoise": denoise}
+        values |= {"shift": self.shift} | {name: value for name, value in others.items() if value is not None}
+        values |= {"skip_layer": read_skip_layer_config(skip_layer_config)}
+        values |= residual_settings(read_residual(residual_config))
+        settings = Settings(prompt="", model=str(self.engine.model_file.path), **values)
         if controlnet_cond is not None and self.engine.network.control is None:
             raise Mistake("controlnet_cond", "", "no ControlNet is loaded; load one with `controlnet_ckpt`")
         if not needs_uncond(settings):
@@ -170,10 +170,10 @@ class SD3Inferencer:
     # -- decoding --
 
     def vae_decode(self, latent: Tensor, tile: int = 0) -> Image.Image:
-        """The first latent of (B, 16, h, w), in VAE space, as a PIL image; tile: see `vae_encode`."""
+        """Decodes the first latent of (B, 16, h, w), in VAE space, to a PIL image; tile: see `vae_encode`."""
         return self.engine.decode(latent, tile)
 
-    # -- all of it, and saving --
+    # -- complete runs --
 
     def gen_image(
         self,
@@ -195,16 +195,16 @@ class SD3Inferencer:
         with_metadata: bool = True,
         **others: Any,
     ) -> list[Path]:
-        """Makes an image (or `num_images`) for every prompt and saves them as out_dir/000000.png and on.
+        """Makes one image (or `num_images`) per prompt and saves them as out_dir/000000.png, 000001.png and so on.
 
-        seed, seed_type: as on the command line: without both, seeds are drawn; a seed alone is where every prompt
-        starts. others: further flags of an image (`docs/flags.md`): negative_prompt, num_images, batch_size, cache, ...
-        Returns the paths. Settings left out (None) are the loaded model's usual ones. Raises Mistake before any weights
-        load for settings that do not fit.
+        seed, seed_type: as on the command line; without both, seeds are random; with seed alone, it is the first seed
+        of every prompt. others: other flags of an image (`docs/flags.md`): negative_prompt, num_images, batch_size,
+        cache, ... Settings that are None use the defaults of the loaded model. Returns the paths. Raises Mistake,
+        before any weights load, if settings do not fit.
         """
-        known = [name for name in names("picture") if name not in REFERENCE_NAMES.keys() | RESIDUAL.keys()]
-        check_parameters("gen_image", others, known, REFERENCE_NAMES, PLACES | RESIDUAL)
-        given = others | {
+        allowed = [name for name in names("picture") if name not in REFERENCE_NAMES.keys() | RESIDUAL.keys()]
+        check_parameters("gen_image", others, allowed, REFERENCE_NAMES, PLACES | RESIDUAL)
+        flags = others | {
             "width": width, "height": height, "steps": steps, "cfg": cfg_scale, "sampler": sampler, "seed": seed,
             "seed_type": seed_type, "controlnet_cond_image": controlnet_cond_image, "init_image": init_image,
             "denoise": denoise,
@@ -215,18 +215,19 @@ class SD3Inferencer:
             skip_layer=read_skip_layer_config(skip_layer_config),
             metadata=read_bool("with_metadata", with_metadata),
             out_dir=FLAGS["out_dir"].default if out_dir is None else out_dir,
-            **given,
+            **flags,
         )
         return [made.path for made in making]
 
 
-# Flags that `gen_image` has under the reference's names, and its parameters that are no flags of an image.
+# Parameters of `gen_image` that are not flags of an image.
 OWN = ("out_dir", "skip_layer_config", "residual_config", "with_metadata")
+# Names of parameters by flag, if the reference names them differently, and these parameters.
 REFERENCE_NAMES = {"cfg": "cfg_scale", "prompt": "prompts"} | {name: name for name in OWN}
-# Where flags belong that a function does not take.
+# Which function takes a flag, for messages about misplaced ones.
 PLACES = places(load="SD3Inferencer.load", picture="gen_image")
 RESIDUAL = dict.fromkeys(names("picture", group=FLAGS["residual_weights"].group), "belongs to residual_config")
-# Flags that `do_sampling` takes by their names, beside those that it has under the reference's.
+# Flags that `do_sampling` takes by name, besides its parameters with the reference's names.
 SAMPLING = {"shift", "controlnet_strength", "cache", *names("picture", group=FLAGS["sampler"].group, field="")}
 SAMPLING -= REFERENCE_NAMES.keys()
 
@@ -235,7 +236,7 @@ SAMPLING -= REFERENCE_NAMES.keys()
 
 
 def infer(request: command.Request) -> None:
-    """Does what the flags say: images, a replay, a self-check, a served session, the list of models."""
+    """Runs what the flags ask for: images, a replay, a self-check, a served session or the list of models."""
     values, words, flags = request.values, request.words, request.flags
     if flags is None:
         if values.keys() & {"serve_stdin", "self_check"}:

@@ -28,6 +28,7 @@ from sd3.mistakes import Mistake
 from sd3.readers import read_path
 from sd3.residual import ResidualConfig, residual_stream
 from sd3.rotations import Rotations, read_rotations
+from sd3.spans import STREAM
 from sd3_impls import stack_kinds
 
 NAME = "residual_text_streaming"
@@ -92,19 +93,21 @@ def _rotations_for(
     return None if path is None else read_rotations(path, config, width)
 
 
-def token_kinds(
-    pipe: Any, prompt: str, negative_prompt: str | None = None, max_sequence_length: int = 256
-) -> TokenKinds:
-    """What the text tokens of a StableDiffusion3Pipeline's prompt are, for `apply_residual`: one row for the negative
-    prompt and one for the prompt, or one for both where no negative prompt is given.
+def token_kinds(pipe: Any, prompt: str, negative_prompt: str = "", max_sequence_length: int = 256) -> TokenKinds:
+    """What the text tokens of a StableDiffusion3Pipeline's call are, for `apply_residual`: a row for the negative
+    prompt and a row for the prompt.
 
     max_sequence_length: as in the pipeline's call. Start and end tokens count as words; without T5 its zeros are
-    padding.
+    padding. The pipeline reads brackets and `{stream=W}` as text, so these are refused; raises Mistake.
     """
-    texts = [prompt] if negative_prompt is None else [negative_prompt, prompt]
+    for field, text in (("negative_prompt", negative_prompt), ("prompt", prompt)):
+        if not isinstance(text, str):
+            raise Mistake(field, text, "must be one text; make `kinds` for each call of the pipeline")
+        if STREAM in text:
+            raise Mistake(field, text, f"diffusers reads {STREAM}W}} as text; set the weights of `kinds` instead")
     clip = pipe.tokenizer.model_max_length
     rows = []
-    for text in texts:
+    for text in (negative_prompt, prompt):
         words = len(pipe.tokenizer(text, truncation=True, max_length=clip).input_ids)
         pieces = 0
         if getattr(pipe, "text_encoder_3", None) is not None:
@@ -151,6 +154,7 @@ class _Shared:
         self, config: ResidualConfig, stream: ResidualStream, pipe: Any, transformer: Any, kinds: TokenKinds | None
     ):
         self.config, self.kinds = config, kinds
+        self.stacked: dict[tuple, TokenKinds | None] = {}  # by rows and branches of a call
         self.stream = stream
         self.pipe = pipe
         self.scale = TIMESTEPS.get(type(transformer).__name__)
@@ -195,12 +199,11 @@ class _Shared:
         if kinds is None or kinds.words is None or kinds.words.shape[0] == 1:
             return kinds
         first, halves = self._branches(given)
-        if halves:
-            parts = [kinds.rows(slice(i, i + 1)) for i in (0, 1) for _ in range(rows // 2)]
-        else:
-            place = 0 if first == "uncond" else 1
-            parts = [kinds.rows(slice(place, place + 1))] * rows
-        return stack_kinds(parts)
+        key = rows, first, halves
+        if key not in self.stacked:  # the same object in every call, by which the stream knows it
+            places = [i for i in (0, 1) for _ in range(rows // 2)] if halves else [int(first != "uncond")] * rows
+            self.stacked[key] = stack_kinds([kinds.rows(slice(i, i + 1)) for i in places])
+        return self.stacked[key]
 
     def _step(self) -> tuple[int, int]:
         """The index of the current step among those that run, and their number."""

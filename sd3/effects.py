@@ -45,6 +45,15 @@ def whole_prompts(s: Any) -> Effect:
     return ("t5_tokens", "prompt_weights"), why
 
 
+def t5_prompt(s: Any) -> Effect:
+    """T5's prompt has no effect without T5; a prompt that no encoder reads gets a note."""
+    if s.no_t5:
+        return ("t5_prompt",), "`t5_prompt` has no effect with `no_t5`"
+    if s.clip_prompt is not None and s.t5_prompt is not None:
+        return (), "`prompt` has no effect: `clip_prompt` and `t5_prompt` are read in its place"
+    return (), ""
+
+
 def guidance(s: Any) -> Effect:
     """The negative prompt has no effect if no unconditional pass runs; an interval that contains no step turns guidance
     off, as `cfg` 1 does.

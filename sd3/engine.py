@@ -18,7 +18,7 @@ import sd3_impls
 from mmditx import ContextHook, Stream
 from sd3.device import choose_device, choose_threads, computing_on
 from sd3.effects import executed_steps, needs_uncond
-from sd3.files import contents
+from sd3.files import contents, is_adapter
 from sd3.find import Fit, models_folder
 from sd3.flags import FLAGS
 from sd3.loading import Loader
@@ -132,11 +132,12 @@ class Engine:
         files = Unchanged(stamps)
         for field in LOADED_FILES:  # those that no part opened, such as a patch's
             if all(where.field != field for where in stamps):
-                for own in (own for path in paths_of(getattr(setup, field)) for own in contents(Path(path))):
+                paths = map(Path, paths_of(getattr(setup, field)))
+                for own in (own for path in paths if not path.is_dir() or is_adapter(path) for own in contents(path)):
                     files.add(Where(field, own), own)
         parts = patched({role: replace(part, patches=()) for role, part in self.parts.items()}, setup)
-        self.setup, self.files.stamps = setup, files.stamps
         self.network.take(parts["mmdit"])
+        self.setup, self.files.stamps = setup, files.stamps
         self.pixels.part = parts["vae"]
         if self.network.control:
             self.network.control.part = parts["controlnet"]
@@ -148,6 +149,8 @@ class Engine:
     def set_lora(self, lora: Any) -> None:
         """Changes the LoRAs, see `Pipeline.set_lora`. Raises Mistake, and has changed nothing then."""
         with self.owned():
+            if self._owner.entries > 1:
+                raise Busy("this engine is making images; finish or close them before its LoRAs change")
             self._patch(replace(self.setup, lora=FLAGS["lora"].read("lora", lora)))
 
     @contextlib.contextmanager
@@ -218,6 +221,8 @@ class Engine:
         with renaming(RESIDUAL_FLAGS):
             self.network.residual_stream(s.residual)
         self.network.check_layers(s)
+        if _strong(s.lora) != _strong(self.setup.lora):
+            raise Mistake("lora", "", "was changed since these images were planned")
         if s.prompt_mode == "whole":
             self.text.keys(s)
         if self.network.control is None:
@@ -379,6 +384,11 @@ class Engine:
         texts = [self.text.get(key) for key in keys]
         context, pooled = (torch.cat(parts) for parts in zip(*texts, strict=True))
         return Conditioning(context, pooled, sd3_impls.stack_kinds([self.text.kinds(key) for key in keys]))
+
+
+def _strong(lora: Any) -> list[Any]:
+    """LoRAs that have an effect."""
+    return [file for file in lora or () if file.strength]
 
 
 def load_for(flags: Flags) -> Engine:

@@ -49,13 +49,19 @@ def file_sha256(*paths: Path) -> str:
     return digest.hexdigest()
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a folder is that of a PEFT adapter."""
+    return (path / ADAPTER).is_file()
+
+
 def contents(path: Path) -> list[Path]:
     """The files that a path stands for in hashes: itself, or the weights in a folder, and the configuration of a PEFT
     adapter, which is named as a folder or by the weights in it.
     """
     config = (path if path.is_dir() else path.parent) / ADAPTER_CONFIG
     if path.is_dir():
-        return [*path.rglob("*.safetensors"), *([config] if config.is_file() else [])]
+        weights = [path / ADAPTER] if is_adapter(path) else path.rglob("*.safetensors")
+        return [*weights, *([config] if config.is_file() else [])]
     return [path, config] if path.name == ADAPTER and config.is_file() else [path]
 
 

@@ -56,7 +56,7 @@ def list_models(*folders: str | Path) -> str:
                 size = sum(p.stat().st_size for p in {e.path for e in file.entries.values()})
                 lines.append(f"  found    {path.relative_to(place)}/  a model in diffusers layout, {_gigabytes(size)}")
                 names.add(f"{model_key(path)}.safetensors")
-        for path in weight_paths(place, "*", "*/*"):
+        for path in weight_paths(place, "*", "*/*", "*/loras/*"):
             with _damage_listed(lines):
                 file = WeightFile(path, folder=False)
                 roles |= list_roles(file)

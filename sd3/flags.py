@@ -116,7 +116,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
             "brackets in whole prompts: as comfy or a1111 read them, or off, where they are text",
             matters=effects.whole_prompts, also="probe"),
     picture("clip_prompt", TEXT, None, "what the CLIP encoders read in place of the prompt"),
-    picture("t5_prompt", TEXT, None, "what T5 reads in place of the prompt"),
+    picture("t5_prompt", TEXT, None, "what T5 reads in place of the prompt", matters=effects.t5_prompt),
     picture("seed", whole(0, SEED_LIMIT - 1), DEFAULT_SEED, "the first seed; images of one prompt count up from it",
             usual="drawn; 23 for seed_type fixed and roll", always=True, also="probe"),
     picture("seed_type", choice(*SEED_TYPES), None,

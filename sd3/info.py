@@ -124,10 +124,12 @@ def command(path: Path, record: Mapping[str, Any]) -> list[str]:
 
 
 def _names_mode(model: Any) -> bool:
-    """Whether a model file names a prompt mode of its own."""
+    """Whether a model file names a prompt mode of its own, or may do so, as it cannot be read."""
+    if isinstance(model, str) and os.path.isdir(model):
+        return False  # a folder in diffusers layout has no metadata
     with contextlib.suppress(Mistake, TypeError, OSError):
         return "prompt_mode" in read_header(Where("model", model), Path(model))[1]
-    return False
+    return True
 
 
 def _found(image: Replay, flag: str, name: str) -> str:

@@ -201,7 +201,7 @@ class Edit:
         """
         t = {role: self._load(entry, weight, load) for role, entry in self.module.items() if role != "alpha"}
         if self.kind.name == "set weight":
-            return t["set_weight"].reshape(weight.shape)
+            return weight.copy_(t["set_weight"].reshape(weight.shape))
         dora = next((role for role in MAGNITUDES if role in t), None)
         factor = self.scale * (1.0 if dora else self.strength)
         if self.kind.name == "LoRA" and "mid" not in t:

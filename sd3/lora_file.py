@@ -100,6 +100,9 @@ def _read_number(name: str, value: Any) -> float | None:
     raise ValueError(f"{name} is {value!r:.60}")
 
 
+MOST_REPEATS = 4  # in a regular expression; more may take longer than anybody waits
+
+
 def _read_pattern(name: str, values: Any) -> dict[str, float]:
     if values is None:
         return {}
@@ -108,8 +111,8 @@ def _read_pattern(name: str, values: Any) -> dict[str, float]:
     for key, value in values.items():
         if _read_number(f"{name} {key}", value) is None:
             raise ValueError(f"{name} {key} is None")
-        if len(key) > 1000:
-            raise ValueError(f"{name} has a key of {len(key)} letters")
+        if len(key) > 1000 or len(re.findall(r"[*+{]", key)) > MOST_REPEATS or re.search(r"\)[*+{]", key):
+            raise ValueError(f"{name} has a key that could take very long to match: {key!r:.60}")
         try:
             re.compile(_whole(key))
         except re.error as error:
@@ -282,7 +285,7 @@ class LoraFile:
         try:
             for counts in _read_object(self.metadata.get("ss_tag_frequency", "{}")).values():
                 tags.update({tag: int(count) for tag, count in counts.items()})
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, OverflowError):
             tags.clear()
         return out + [tag for tag, _ in tags.most_common(10)]
 
@@ -364,7 +367,7 @@ def _lines(file: LoraFile) -> Iterator[str]:
     yield f"  {'alpha':<32}{_range(alphas) if alphas else 'none: as rank'}"
     kinds = Counter(_place(name) for name in file.modules)
     yield f"  {'modules':<32}{len(file.modules)}"
-    yield from (f"    {kind:<30}{count}" for kind, count in sorted(kinds.items()))
+    yield from (f"    {display(kind):<30}{count}" for kind, count in sorted(kinds.items()))
     if file.embeddings:
         yield f"  {'words of its own':<32}{file.embeddings}, not loaded"
     for name in ("modelspec.title", "ss_output_name"):

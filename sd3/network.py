@@ -131,7 +131,7 @@ class Network:
             return torch.cat(rows)
         self.check_layers(s)
         if s.residual.active and s.residual.tokens != "all" and getattr(cond, "kinds", None) is None:
-            why = "needs a prompt, not its encoded tokens: which of them are words is not known"
+            why = "needs a prompt, not its encoded tokens: what they are is not known"
             raise Mistake("residual_tokens", s.residual.tokens, why)
         stream = self.residual_stream(s.residual)
         schedule = sd3_impls.schedule(s.scheduler, s.steps, s.shift)
@@ -167,10 +167,14 @@ class Network:
         patches change are read from the file again, and no others.
         """
         names = differently_patched(self.part, part) & on_meta(lambda: MMDiT(self.config)).state_dict().keys()
-        self.part = part
+        before, self.part = self.part, part
         if self._mmdit is not None and names:
-            drop(self._mmdit, names)
-            self._fill(self._mmdit, names)
+            try:
+                drop(self._mmdit, names)
+                self._fill(self._mmdit, names)
+            except BaseException:
+                self.part, self._mmdit = before, None  # half of it is filled: all is read again when it is needed
+                raise
 
     def _load_mmdit(self) -> MMDiT:
         model = on_meta(lambda: MMDiT(self.config))

@@ -18,6 +18,7 @@ from sd3.presets import read_preset, with_rotations
 from sd3.prompts import read_texts, shortened
 from sd3.residual import RESIDUAL_FLAGS, ResidualConfig
 from sd3.settings import Flags, Settings, effective
+from sd3.spans import STREAM, plain_text, read_spans
 
 if TYPE_CHECKING:
     from sd3.engine import Engine
@@ -111,7 +112,9 @@ def plan_pictures(
     ):
         shown = shown.changed(negative_prompt=kept)
         notes = [note for note in notes if not note.startswith("note: `negative_prompt`")]
-    notes = [*notes, *(weight_notes(prompts) if first.prompt_mode == "reference" else ())]
+    if first.prompt_mode == "reference":
+        texts = [*prompts, first.negative_prompt, first.clip_prompt, first.t5_prompt]
+        notes = [*notes, *weight_notes([text for text in texts if text])]
     names = [field.name for field in dataclasses.fields(Settings)]
     as_given = {n: getattr(first, n) for n in names if getattr(first, n) != getattr(shown, n)}
     pictures = [shown.changed(prompt=prompts[i // per_prompt], seed=seed) for i, seed in enumerate(seeds)]
@@ -157,7 +160,8 @@ def plan_for(
 def residual_of(flags: Flags, engine: Engine) -> ResidualConfig:
     """The residual settings that flags ask for; raises Mistake, also for a preset of another model."""
     if flags.residual_preset:
-        read_preset(flags.residual_preset).check(engine.config.depth, engine.config.width)
+        own = engine.config
+        read_preset(flags.residual_preset).check(own.depth, own.width, len(own.dual_layers))
     config = ResidualConfig.from_flags(flags.residual(), flags.residual_file)
     folder = engine.model_file.path if engine.model_file.folder else engine.model_file.path.parent
     return with_rotations(config, [folder])
@@ -200,11 +204,25 @@ def residual_notes(flags: Flags, config: ResidualConfig) -> Iterator[str]:
 
 
 def weight_notes(prompts: Sequence[str]) -> Iterator[str]:
-    """A line about prompts with weighted words, such as `(red:1.2)`."""
-    if weighted := next((p for p in prompts if any(weight != 1 for _, weight in weighted_segments(p))), None):
-        name = verbatim(shortened(weighted))
-        why = "word weights have no effect, and the brackets are removed; `prompt_mode` whole reads them"
-        yield f'note: "{name}": {why}'
+    """A line about prompts with weighted words, such as `(red:1.2)`, which the reference does not use."""
+    for why, found in (
+        ("word weights have no effect, and the brackets are removed", _has_weights),
+        (f"{STREAM}W}} is text", lambda prompt: STREAM in prompt),
+    ):
+        if named := next(filter(found, prompts), None):
+            yield f'note: "{verbatim(shortened(named))}": {why}; `prompt_mode` whole reads them'
+
+
+def _has_weights(prompt: str) -> bool:
+    return any(weight != 1 for _, weight in weighted_segments(prompt))
+
+
+def words_read(s: Settings, prompts: Sequence[str]) -> list[str]:
+    """Prompts, and the other texts of an image, without brackets and weights, as the encoders read them."""
+    texts = [text for text in (*prompts, s.negative_prompt, s.clip_prompt, s.t5_prompt) if text]
+    if s.prompt_mode == "whole":
+        return [plain_text(read_spans(text, s.prompt_weights)) for text in texts]
+    return [" ".join(part for part, _ in weighted_segments(text)) for text in texts]
 
 
 def unknown_words(metadata: Mapping[str, str], prompts: Sequence[str]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Prompts as tokens: which part of a prompt each text encoder reads, and what its tokens are."""
+"""Prompts to tokens: which part of a prompt each text encoder reads, and of which kind its tokens are."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sd3.prompts import shortened
 from sd3.settings import Settings
 from sd3.spans import read_spans
 
-MOST_CHUNKS = 16  # of a prompt's CLIP tokens
+MOST_CHUNKS = 16  # maximum chunks of CLIP tokens per prompt
 
 
 class Key(NamedTuple):
-    """A prompt as it is encoded. length: T5 tokens that it is padded to; chunks: of CLIP tokens, those beyond its own
-    are the empty prompt's; t5_prompt: what T5 reads, None for the prompt; dialect: whose rule of brackets, see
-    `readers.DIALECTS`, in whole prompts; empty: it is read as the public reference reads it.
+    """A prompt and how it is encoded. length: number of T5 tokens to pad to; chunks: number of chunks of CLIP tokens,
+    filled up with those of the empty prompt; t5_prompt: text for T5, None for `prompt`; dialect: the bracket syntax of
+    a whole prompt, see `readers.DIALECTS`; if empty, the prompt is read as in the public reference.
     """
 
     prompt: str
@@ -36,13 +36,13 @@ class PromptTokens:
     """Turns prompts into tokens."""
 
     def __init__(self, clip_tokenizer: CLIPTokenizer, t5_tokenizer: T5Tokenizer | None, positions: int):
-        """t5_tokenizer: None for a run without T5; positions: of CLIP's tokens."""
+        """t5_tokenizer: None for a run without T5; positions: number of tokens in a chunk of CLIP (77)."""
         self.clip_tokenizer, self.t5_tokenizer, self.positions = clip_tokenizer, t5_tokenizer, positions
 
     def keys(self, s: Settings) -> tuple[Key, Key]:
-        """An image's prompt and its negative prompt, both with as many tokens as the longer one needs.
+        """Keys of an image's prompt and negative prompt, both with the number of tokens that the longer one needs.
 
-        Raises Mistake for a prompt whose weights cannot be read, and for one that is too long.
+        Raises Mistake if the weights of a prompt cannot be parsed, or if it is too long.
         """
         prompt = s.prompt if s.clip_prompt is None else s.clip_prompt
         t5_prompt = s.prompt if s.t5_prompt is None else s.t5_prompt
@@ -59,7 +59,7 @@ class PromptTokens:
         return cond, Key(s.negative_prompt, length, chunks, None, dialect)
 
     def shape(self, s: Settings) -> tuple[int, int]:
-        """Chunks of CLIP tokens and T5 tokens of an image's prompts: images that share a run have the same."""
+        """Number of CLIP chunks and of T5 tokens of an image's prompts; equal for all images of a batch."""
         key = self.keys(s)[0]
         return key.chunks, key.length
 
@@ -72,58 +72,58 @@ class PromptTokens:
         return count
 
     def t5_length(self, prompt: str) -> int:
-        """How many T5 tokens a prompt has as the reference reads it (at least as many as CLIP takes: 77)."""
+        """Number of T5 tokens of a prompt that is read as in the public reference (at least 77, as for CLIP)."""
         if self.t5_tokenizer is None:
             return self.positions
         return len(self.t5_tokenizer.tokenize(prompt, self.positions).ids)
 
     def pair_length(self, prompt: str, negative: str) -> int:
-        """The T5 length at which the reference encodes both halves of a guided run."""
+        """Number of T5 tokens to which the public reference pads the prompt and the negative prompt."""
         return max(self.t5_length(prompt), self.t5_length(negative))
 
     def clip_tokens(self, key: Key, role: str = "clip_l") -> list[Tokens]:
-        """A prompt's tokens for a CLIP, by chunk."""
+        """The tokens of a prompt for one of the CLIP encoders, one item per chunk."""
         pad = 0 if role == "clip_g" else None
         if not key.dialect:
             return [self.clip_tokenizer.tokenize(key.prompt, self.positions, pad).plain()]
         commas = key.dialect == "a1111"
-        own = self.clip_tokenizer.chunks(read_spans(key.prompt, key.dialect), self.positions, pad, commas)
-        return own + self.clip_tokenizer.chunks([], self.positions, pad) * (key.chunks - len(own))
+        chunks = self.clip_tokenizer.chunks(read_spans(key.prompt, key.dialect), self.positions, pad, commas)
+        return chunks + self.clip_tokenizer.chunks([], self.positions, pad) * (key.chunks - len(chunks))
 
     def t5_tokens(self, key: Key) -> Tokens:
-        """A prompt's tokens for T5, which there must be."""
+        """The tokens of a prompt for T5; needs the T5 tokenizer."""
         prompt = key.prompt if key.t5_prompt is None else key.t5_prompt
         if not key.dialect:
             return self.t5_tokenizer.tokenize(prompt, key.length).plain()
         return self.t5_tokenizer.whole(read_spans(prompt, key.dialect), key.length)
 
     def clip_length(self, key: Key) -> int:
-        """How many of a prompt's text tokens are CLIP's."""
+        """Number of text tokens of a prompt from CLIP."""
         return self.positions * key.chunks
 
     def t5_length_of(self, key: Key) -> int:
-        """How many of a prompt's text tokens are T5's, zeros where there is no T5."""
+        """Number of text tokens of a prompt from T5; in a run without T5, of the zeros in their place."""
         return self.positions if self.t5_tokenizer is None and not key.dialect else key.length
 
     def kinds(self, key: Key) -> TokenKinds:
-        """What a prompt's text tokens are, on the CPU. Without T5 its zeros are padding."""
+        """The kinds of a prompt's text tokens, on the CPU. The zeros of a run without T5 count as padding."""
         parts = self.clip_tokens(key)
-        places = [self.positions] * len(parts)
+        lengths = [self.positions] * len(parts)
         if self.t5_tokenizer is not None:
             parts.append(self.t5_tokens(key))
-            places.append(len(parts[-1].ids))
+            lengths.append(len(parts[-1].ids))
         else:
-            places.append(self.t5_length_of(key))
-        words = torch.zeros(1, sum(places), dtype=torch.bool)
+            lengths.append(self.t5_length_of(key))
+        words = torch.zeros(1, sum(lengths), dtype=torch.bool)
         weights = torch.ones(words.shape)
         start = 0
-        for part, place in zip(parts, places, strict=False):
+        for part, length in zip(parts, lengths, strict=False):
             words[0, start : start + part.words] = True
             weights[0, start : start + len(part.stream)] = torch.tensor(part.stream)
-            start += place
+            start += length
         return TokenKinds(self.clip_length(key), words, None if bool((weights == 1).all()) else weights)
 
     def cost(self, key: Key) -> int:
-        """How many prompts of usual length, 2 x 77 tokens, a prompt takes the memory of."""
+        """Memory of an encoded prompt, as a number of prompts of the usual length of 2 x 77 tokens; at least 1."""
         key = Key(*key)
         return max(1, (self.clip_length(key) + self.t5_length_of(key)) // (2 * self.positions))

@@ -97,6 +97,7 @@ class Replay:
     def _flags(self) -> dict[str, Any]:
         recorded = self.record["settings"]
         raw = {n: self._read(n, v) for n, v in recorded.items() if v is not None and n in FLAGS and n not in self.given}
+        raw = LEFT_OUT | raw
         if {"residual_config", "residual_preset"} & self.given.keys():
             raw = {n: v for n, v in raw.items() if not n.startswith("residual_")}
         targets = self._given("residual_target_layers")
@@ -114,7 +115,7 @@ class Replay:
         ):
             raw.pop("controlnet_ckpt")  # earlier versions recorded a ControlNet without an image
         raw["skip_layer_cfg"] = self.record["settings"].get("skip_layer") is not None
-        return LEFT_OUT | {"offload": self._offload()} | self._threads() | raw | {"pad_batch": True}
+        return {"offload": self._offload()} | self._threads() | raw | {"pad_batch": True}
 
     def _threads(self) -> dict[str, int]:
         """The number of CPU threads that made the image or encoded its text; empty if a GPU did both."""
@@ -182,8 +183,9 @@ class Replay:
             yield from (Path(p) for p in paths if base_name(p) == name)
         models = Path(self._given("model_folder") or "models")
         yield from (self.path.parent / name, Path(name), models / name)
-        yield from sorted(models.glob(f"*/{glob.escape(name)}"))
-        yield shipped_folder() / name
+        for place in ("*", "loras", "*/loras"):
+            yield from sorted(models.glob(f"{place}/{glob.escape(name)}"))
+        yield from (shipped_folder() / name, shipped_folder() / "loras" / name)
 
     def _records(self) -> Iterator[dict[str, Any]]:
         """The run records in the image's folder and its parent."""

@@ -19,13 +19,12 @@ from sd3.files import contents, file_sha256
 from sd3.find import list_models, model_folders
 from sd3.flags import FLAGS
 from sd3.mistakes import Mistake, Where, flag_name, spell
-from sd3.planning import plan_for, residual_of, unknown_words
+from sd3.planning import plan_for, residual_of, unknown_words, words_read
 from sd3.presets import list_presets
 from sd3.prompts import folder_name, read_prompts
 from sd3.record import Picture, RunRecord, SingleFile, finish_killed
 from sd3.replay import Replay
 from sd3.settings import FILE_SETTINGS, Flags, Settings, paths_of
-from sd3.spans import plain_text, read_spans
 from sd3.unchanged import Unchanged
 
 Saved = TypeVar("Saved")
@@ -172,9 +171,7 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
     skip_layer = replay.skip_layer() if replay else None
     plan = plan_for(engine, flags, prompts, seeds, skip_layer, residual, recorded=replay is not None)
     pictures = plan.pictures
-    texts = [*prompts, flags.negative_prompt]
-    if pictures[0].prompt_mode == "whole":
-        texts = [plain_text(read_spans(text, pictures[0].prompt_weights)) for text in texts]
+    texts = words_read(pictures[0], prompts)
     for note in (*plan.notes, *unknown_words(engine.model_file.metadata, texts)):
         engine.tell.note(note)
     record = new_record(flags, name, given, len(pictures), engine)

@@ -1,5 +1,5 @@
-"""A prompt as spans of text with weights, as `prompt_mode` whole reads it: ComfyUI's or A1111's brackets, `BREAK`, and
-`{stream=W}` for the weight of a phrase in residual text streaming.
+"""Parses prompts into spans of text with weights, for `prompt_mode` whole: the brackets of ComfyUI or A1111, `BREAK`,
+and `{stream=W}`, the weight of a phrase in residual text streaming.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ _LIMITS = f"a number from -{WEIGHT_LIMIT:g} to {WEIGHT_LIMIT:g}"
 
 
 def read_spans(prompt: str, dialect: str = "comfy", field: str = "prompt") -> list[Span]:
-    """The spans of a prompt, in order. Neighbours of equal weights are one span, so that `(x:1.0)` is the same as `x`.
+    """The spans of a prompt, in order. Joins consecutive spans of equal weights, so that `(x:1.0)` is the same as `x`.
 
-    dialect: one of `readers.DIALECTS`. `(red circle){stream=0.6}` gives the phrase a weight in the stream; without a
-    number in the brackets its weight in the encoders stays. `BREAK` counts outside brackets. Raises Mistake that names
-    `field`.
+    dialect: one of `readers.DIALECTS`. `(red circle){stream=0.6}` gives the phrase a weight in the stream; its weight
+    in the encoders changes only if the brackets contain a number. `BREAK` has an effect outside brackets only. Raises
+    Mistake with `field`.
     """
     text, streams = _take_streams(prompt, field)
     spans = list(_read_a1111(text, streams) if dialect == "a1111" else _read_nested(text, streams, dialect == "comfy"))
     if streams.used != streams.keys():
-        why = f"{STREAM}W}} belongs behind the closing bracket of a phrase: (red circle){STREAM}0.6}}"
+        why = f"{STREAM}W}} belongs behind a phrase in brackets that are no text: (red circle){STREAM}0.6}}"
         raise Mistake(field, _shown(prompt), why)
     for span in spans:
-        if not abs(span.weight) <= WEIGHT_LIMIT:  # NaN too
+        if not abs(span.weight) <= WEIGHT_LIMIT:  # also refuses NaN
             raise Mistake(field, _shown(prompt), f'the weight of "{_shown(span.text)}" must be {_LIMITS}')
     return _joined(spans)
 
 
 def plain_text(spans: Sequence[Span]) -> str:
-    """The text without brackets and weights; in place of `BREAK` a space."""
+    """The text without brackets and weights, with a space in place of `BREAK`."""
     return "".join(f" {span.text}" if span.starts else span.text for span in spans).strip(" ")
 
 
@@ -58,7 +58,7 @@ def _joined(spans: Sequence[Span]) -> list[Span]:
 
 
 def _at_breaks(text: str) -> list[str]:
-    """A text split at `BREAK`, without the white space around it."""
+    """Splits a text at `BREAK` and removes the white space around it."""
     parts = BREAK.split(text)
     last = len(parts) - 1
     parts = [part.lstrip() if i else part for i, part in enumerate(parts)]
@@ -68,23 +68,23 @@ def _at_breaks(text: str) -> list[str]:
 # ---- weights in the stream -----------------------------------------------------------------------
 
 
-class _Streams(dict[int, float]):
-    """Weights in the stream by the place of the closing bracket that they follow. used: those of phrases."""
+class _StreamWeights(dict[int, float]):
+    """Weights in the stream by the position of the closing bracket before them. used: positions that ended a phrase."""
 
     def __init__(self) -> None:
         super().__init__()
         self.used: set[int] = set()
 
     def take(self, place: int) -> float | None:
-        """The weight of the phrase that ends with the bracket at `place`; None where it has none."""
+        """The weight of the phrase that ends with the bracket at position `place`, or None."""
         if place in self:
             self.used.add(place)
         return self.get(place)
 
 
-def _take_streams(prompt: str, field: str) -> tuple[str, _Streams]:
-    """The prompt without its `{stream=W}`, and these; raises Mistake."""
-    streams = _Streams()
+def _take_streams(prompt: str, field: str) -> tuple[str, _StreamWeights]:
+    """Removes all `{stream=W}` from a prompt; returns the rest and the weights. Raises Mistake."""
+    streams = _StreamWeights()
     first, *rest = prompt.split(STREAM)
     pieces, length = [first], len(first)
     for part in rest:
@@ -102,10 +102,10 @@ def _take_streams(prompt: str, field: str) -> tuple[str, _Streams]:
     return "".join(pieces), streams
 
 
-# ---- ComfyUI's brackets, and none ----------------------------------------------------------------
+# ---- dialects comfy and none ---------------------------------------------------------------------
 
 
-def _read_nested(text: str, streams: _Streams, comfy: bool) -> Iterator[Span]:
+def _read_nested(text: str, streams: _StreamWeights, comfy: bool) -> Iterator[Span]:
     for a, b, weight, stream, outermost in bracketed(text, streams.take, None if comfy else streams):
         for i, part in enumerate(_at_breaks(text[a:b]) if outermost else [text[a:b]]):
             yield Span(unescaped(part) if comfy else part, weight, stream, starts=i > 0)
@@ -115,10 +115,10 @@ def _read_nested(text: str, streams: _Streams, comfy: bool) -> Iterator[Span]:
 
 
 class _A1111Parts:
-    """The parts of a prompt while it is read: brackets change the weights of what came since they were opened."""
+    """The parts of a prompt while it is parsed: a closing bracket changes the weights of all parts since it opened."""
 
-    def __init__(self, most: int, streams: _Streams):
-        """most: how many parts there may be."""
+    def __init__(self, most: int, streams: _StreamWeights):
+        """most: maximum number of parts."""
         self.texts: list[str] = []
         self.starts: list[bool] = []
         self.weights = np.ones(most)
@@ -130,16 +130,16 @@ class _A1111Parts:
         self.starts.append(starts)
 
     def close(self, first: int, number: float | None, usual: float, place: int | None = None) -> None:
-        """Ends brackets that were opened before part `first`, with a number or the `usual` factor; place: of the
-        closing bracket.
+        """Closes brackets that were opened before part `first`, and applies their number or the `usual` factor. place:
+        position of the closing bracket, None if a phrase cannot end here.
         """
         inside = slice(first, len(self.texts))
-        own = None if place is None else self.streams.take(place)
-        if own is not None:
+        stream_weight = None if place is None else self.streams.take(place)
+        if stream_weight is not None:
             part = self.in_stream[inside]
-            part[np.isnan(part)] = own  # phrases inside with a weight of their own keep it
-        with np.errstate(over="ignore"):  # an infinite weight is a mistake, see `read_spans`
-            self.weights[inside] *= number if number is not None else usual if own is None else 1.0
+            part[np.isnan(part)] = stream_weight  # phrases inside that have a weight keep it
+        with np.errstate(over="ignore"):  # `read_spans` refuses infinite weights
+            self.weights[inside] *= number if number is not None else usual if stream_weight is None else 1.0
 
     def spans(self) -> Iterator[Span]:
         weights, in_stream = self.weights.tolist(), np.nan_to_num(self.in_stream, nan=1.0).tolist()
@@ -147,15 +147,15 @@ class _A1111Parts:
             yield Span(*row)
 
 
-def _read_a1111(text: str, streams: _Streams) -> Iterator[Span]:
-    """A1111's rule: `(x)` times 1.1, `[x]` divided by 1.1, `(x:1.3)` times 1.3, all multiplied; `\\` before a bracket
-    or a `\\` makes it text; unclosed brackets count to the end of the prompt.
+def _read_a1111(text: str, streams: _StreamWeights) -> Iterator[Span]:
+    """A1111's rules: `(x)` multiplies the weight by 1.1, `[x]` divides it by 1.1, `(x:1.3)` multiplies it by 1.3, and
+    nested factors multiply; `\\` escapes a bracket or a `\\`; unclosed brackets extend to the end of the prompt.
     """
-    found = list(_A1111.finditer(text))
-    parts = _A1111Parts(len(found) + text.count("BREAK") + 1, streams)
+    matches = list(_A1111.finditer(text))
+    parts = _A1111Parts(len(matches) + text.count("BREAK") + 1, streams)
     opened: dict[str, list[int]] = {"(": [], "[": []}
     usual = {"(": NESTING_WEIGHT, "[": 1 / NESTING_WEIGHT}
-    for match in found:
+    for match in matches:
         token, last = match[0], match.end() - 1
         if token[0] == "\\":
             parts.add(token[1:])
@@ -164,7 +164,7 @@ def _read_a1111(text: str, streams: _Streams) -> Iterator[Span]:
         elif token[-1] in ")]" and opened[kind := "(" if token[-1] == ")" else "["]:
             number = read_number(match[1])
             if len(token) > 1 and number is None:
-                parts.add(token[:-1])  # no number: the colon is text
+                parts.add(token[:-1])  # without a number, the colon is text
             parts.close(opened[kind].pop(), number, usual[kind], last if kind == "(" else None)
         elif opened["("] or opened["["]:
             parts.add(token)

@@ -1,4 +1,4 @@
-"""What a command line prints must never cost a picture: streams that may be closed, and quiet stops. Needs no torch."""
+"""Output streams that may be closed, and clean stops, so that printing never loses an image. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from typing import Any
 
 STREAMS = ("stdout", "stderr")
 STOPS = (signal.SIGINT, signal.SIGTERM)
-INTERRUPTED, TERMINATED = 130, 143  # exit statuses, as shells count signals
+INTERRUPTED, TERMINATED = 130, 143  # exit statuses, 128 + signal number as in shells
 
 
-MOST_SAID = 1000  # lines that `Once` remembers
+MOST_SAID = 1000  # number of lines that `Once` remembers
 
 
 class Stopped(BaseException):
-    """SIGTERM arrived."""
+    """Raised on SIGTERM."""
 
 
 class Once:
-    """Whether a line is said for the first time; of many lines the last are remembered."""
+    """Filters out repeated lines; remembers only the most recent ones."""
 
     def __init__(self) -> None:
         self.lines: dict[str, None] = {}
 
     def __call__(self, line: str) -> bool:
-        """True for a line that is new."""
+        """Whether a line is new."""
         if line in self.lines:
             return False
         while len(self.lines) >= MOST_SAID:
@@ -40,33 +40,33 @@ class Once:
 
 
 class Bearing:
-    """A text stream that can always be written to: what its reader does not take is dropped."""
+    """A text stream to which writing never fails: text that cannot be written is dropped."""
 
     def __init__(self, stream: Any):
         self.stream = stream
 
     def write(self, text: str) -> int:
-        """Writes, and hands on at the end of every line, so that a reader sees it now."""
+        """Writes text; flushes after every line, so that a reader sees it at once."""
         try:
             self.stream.write(text)
             if "\n" in text:
                 self.stream.flush()
-        except UnicodeEncodeError:  # letters that the stream's encoding lacks are spelled out
+        except UnicodeEncodeError:  # characters that the stream's encoding lacks are escaped
             encoding = getattr(self.stream, "encoding", None) or "ascii"
             return self.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except (OSError, ValueError):  # the reader left, the disk is full, or the stream was closed
+        except (OSError, ValueError):  # the reader is gone, the disk is full, or the stream is closed
             self._drop()
         return len(text)
 
     def flush(self) -> None:
-        """Hands on what is buffered."""
+        """Writes buffered text."""
         try:
             self.stream.flush()
         except (OSError, ValueError):
             self._drop()
 
     def _drop(self) -> None:
-        """Leads the stream to nowhere, so that what it still holds fails no later flush either."""
+        """Redirects the stream to the null device, so that flushing its buffer later does not fail either."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             try:
@@ -79,8 +79,8 @@ class Bearing:
 
 
 def open_descriptors() -> None:
-    """Opens those of stdin, stdout and stderr that are closed: else the next file that is opened, an image perhaps,
-    gets their number, and what a library prints goes into it.
+    """Opens the null device in place of stdin, stdout and stderr if they are closed. Otherwise the next file that is
+    opened, perhaps an image, would get their descriptor, and a library would print into it.
     """
     for number in (0, 1, 2):
         try:
@@ -97,12 +97,11 @@ def open_descriptors() -> None:
 
 
 def begin() -> None:
-    """First thing of a process: opens what is closed, and makes it end quietly if it is stopped during imports.
-
-    `imported` takes the handlers back.
+    """Call this first in a process: opens closed descriptors, and lets a stop during imports end the process without a
+    traceback, until `imported` restores the handlers.
     """
     open_descriptors()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # unless SIGINT is ignored
         signal.signal(signal.SIGINT, _interrupted)
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _terminated)
@@ -117,7 +116,7 @@ def _terminated(*_: Any) -> None:
 
 
 def imported() -> None:
-    """Takes the handlers of `begin` back, once there is work whose results a stop must keep."""
+    """Restores the signal handlers that `begin` replaced; call it before work whose results a stop must keep."""
     if signal.getsignal(signal.SIGINT) is _interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if signal.getsignal(signal.SIGTERM) is _terminated:
@@ -126,7 +125,7 @@ def imported() -> None:
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Inside, a stop (Ctrl-C, SIGTERM) waits until what belongs together is done; a second one does not wait."""
+    """Context in which a stop (Ctrl-C, SIGTERM) is delayed to its end; a second stop acts at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -151,7 +150,7 @@ def held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def bearing() -> Iterator[None]:
-    """Inside, stdout and stderr can be written to whatever became of their readers."""
+    """Context in which writing to stdout and stderr never fails, even if their readers are gone."""
     open_descriptors()
     before = {name: getattr(sys, name) for name in STREAMS}
     for name, stream in before.items():
@@ -165,7 +164,7 @@ def bearing() -> Iterator[None]:
 
 
 def command_line(main: Callable[..., int]) -> Callable[..., int]:
-    """A `main` that writes to streams that bear being closed, and whose status is 130 if Ctrl-C ends it."""
+    """Wraps a `main`: output streams may be closed, and the exit status after Ctrl-C is 130."""
 
     @functools.wraps(main)
     def guarded(*arguments: Any, **options: Any) -> int:

@@ -27,16 +27,16 @@ from sd3.unchanged import Unchanged
 from sd3.versions import versions
 from sd3.weights import ModelTensors, check_part, differently_patched, drop
 
-TEXTS_AT_ONCE = 256  # encoded prompts that are held in memory: 1.3 MB each at SD3's size
+TEXTS_AT_ONCE = 256  # maximum encoded prompts in memory: 1.3 MB each at SD3's size
 CLIP_ACTIVATIONS = {"clip_l": "quick_gelu", "clip_g": "gelu"}
 
-Row = tuple[int, ...]  # token ids that an encoder runs on at once
+Row = tuple[int, ...]  # token ids of one sequence, the input of an encoder
 Text = tuple[Tensor, Tensor]  # text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths)
 
 
 class TextEncoders(PromptTokens):
-    """The text encoders and tokenizers of a model. They are found and checked when this is made, from headers alone;
-    weights are read whenever prompts are encoded. The `most` prompts that were used last stay encoded.
+    """The text encoders and tokenizers of a model. The constructor finds and checks them from headers alone; weights
+    are read whenever prompts are encoded. Keeps the text tokens of the `most` most recently used prompts.
     """
 
     def __init__(
@@ -54,16 +54,16 @@ class TextEncoders(PromptTokens):
         tell: Reporter = SILENT,
         stages: Stages | None = None,
     ):
-        """folders: where to look beside the model's file; fit: the widths that the model needs; device, dtype: of the
-        encoded text; runs_on: where the encoders run; files: of the model, those of the encoders are added; stages:
-        where times are added.
+        """folders: where to look besides the model's file; fit: the widths that the model needs; device, dtype: of the
+        encoded text; runs_on: device of the encoders; files: files of the model, to which those of the encoders are
+        added; stages: collects times.
 
-        Raises Mistake that names the file and what is wrong with it.
+        Raises Mistake with the file and the reason.
         """
         self.fit, self.device, self.dtype, self.runs_on, self.threads = fit, device, dtype, runs_on, threads
         self.unchanged, self.tell, self.stages = files, tell, Stages() if stages is None else stages
         self.most = TEXTS_AT_ONCE
-        self._texts: OrderedDict[Key, Text] = OrderedDict()  # last used last
+        self._texts: OrderedDict[Key, Text] = OrderedDict()  # most recently used last
         if setup.no_t5 and setup.t5xxl:
             tell.note("note: `t5xxl` is not used: `no_t5`")
         roles = ENCODERS[:2] if setup.no_t5 else ENCODERS
@@ -84,15 +84,16 @@ class TextEncoders(PromptTokens):
             rows = models["t5xxl"].config.vocabulary
             t5_tokenizer = open_t5_tokenizer(self.tokenizer_folders["t5"], rows=rows)
         super().__init__(clip_tokenizer, t5_tokenizer, min(config.positions for config in clips))
-        own = {entry.path for entry in model_file.entries.values()}
-        self.separate_files = {role: sorted(paths - own) for role, paths in self.files().items() if paths - own}
+        in_model = {entry.path for entry in model_file.entries.values()}
+        separate = {role: sorted(paths - in_model) for role, paths in self.files().items()}
+        self.separate_files = {role: paths for role, paths in separate.items() if paths}
         for role, paths in self.separate_files.items():
             for path in paths:
                 files.add(Where("", f"{role} {path}"), path)
         self.cache_folder = setup.embed_cache
 
     def take(self, parts: Mapping[str, ModelTensors]) -> None:
-        """Takes other tensors for its encoders, such as patched ones; parts: by role, those of others are left."""
+        """Replaces the encoders' tensors, for example with patched ones. parts: by role; other roles are ignored."""
         for role, encoder in self.encoders.items():
             if names := differently_patched(encoder.part, parts[role]):
                 drop(encoder.model, names & set(encoder.names))
@@ -102,7 +103,7 @@ class TextEncoders(PromptTokens):
 
     @functools.cached_property
     def embed_cache(self) -> EmbedCache | None:
-        """The cache on disk, of these files and these patches; None without one."""
+        """The cache on disk for these files and patches; None if there is no cache folder."""
         if not self.cache_folder:
             return None
         dtype, positions, fit = encoder_dtype(self.dtype), self.positions, self.fit
@@ -115,7 +116,7 @@ class TextEncoders(PromptTokens):
             "versions": {n: v for n, v in versions().items() if n in ("torch", "tokenizers")},
         }
 
-        if any(part.patches for part in self.parts.values()):  # else keys are those of earlier versions
+        if any(part.patches for part in self.parts.values()):  # else earlier versions' keys stay valid
             how["patches"] = {role: [p.identity for p in part.patches] for role, part in self.parts.items()}
 
         def fits(key: Key, context: Tensor, pooled: Tensor) -> bool:
@@ -133,21 +134,21 @@ class TextEncoders(PromptTokens):
         return files
 
     def record(self) -> dict[str, dict[str, Any]]:
-        """Name, bytes and identity (see `describe_files`) of what encodes text and is not in the model's file."""
+        """Name, bytes and identity (see `describe_files`) of text encoders and tokenizers outside the model's file."""
         return {role: describe_files(paths) for role, paths in self.separate_files.items()}
 
     @property
     def opened(self) -> int:
-        """How often a text encoder was read from disk."""
+        """Number of times that a text encoder was read from disk."""
         return sum(encoder.opened for encoder in self.encoders.values())
 
     # -- encoded prompts --
 
     def get_cond(self, prompt: str, length: int | None = None) -> Text:
-        """Text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths) of a prompt, which is read as the
-        reference reads it.
+        """Text tokens (1, L, T5 width) and pooled text (1, CLIP-L + CLIP-G widths) of a prompt, read as in the public
+        reference.
 
-        length: T5 tokens to pad to (None: as few as usual).
+        length: number of T5 tokens to pad to (None: the usual minimum).
         """
         return self.get(Key(prompt, length or self.t5_length(prompt)))
 
@@ -160,25 +161,26 @@ class TextEncoders(PromptTokens):
 
     @property
     def count(self) -> int:
-        """How many encoded prompts are held."""
+        """Number of encoded prompts in memory."""
         return len(self._texts)
 
     def forget(self) -> None:
-        """Drops all encoded prompts; they are encoded again where they come again."""
+        """Drops all encoded prompts from memory; they are encoded again when needed."""
         self._texts.clear()
 
     def add(self, texts: Mapping[Key, Text]) -> None:
-        """Takes prompts that others with the same files encoded; all of them are held, see `encode`."""
+        """Adds prompts that another process encoded with the same files. Keeps all of them, see `encode`."""
         self._make_room(texts)
         for key, text in texts.items():
             self._hold(key, text)
 
     @torch.no_grad()
     def encode(self, wanted: Iterable[Key]) -> None:
-        """Encodes every prompt that is not held yet, each once and alone, so that no prompt's tokens depend on its
-        neighbours. Each encoder is read, used for all and dropped before the next.
+        """Encodes all wanted prompts that are not in memory. Each is encoded once and not in a batch, so that its
+        tokens do not depend on other prompts. Each encoder is read, run on all prompts and dropped before the next.
 
-        All wanted ones are held then, others only up to `most` in all: see `in_groups` for many.
+        Afterwards all wanted prompts are in memory, and others only up to a total of `most`; for many prompts, see
+        `in_groups`.
         """
         wanted = dict.fromkeys(Key(*key) for key in wanted)
         self._make_room(wanted)
@@ -187,19 +189,20 @@ class TextEncoders(PromptTokens):
             self._encode([key for key in wanted if key not in self._texts])
 
     def _make_room(self, wanted: Mapping[Key, Any]) -> None:
-        """Drops those that were used longest ago, for at most the memory of `most` together with the wanted ones."""
+        """Drops the least recently used prompts until they and the wanted ones take at most the memory of `most`."""
         others = [key for key in self._texts if key not in wanted]
-        held = sum(map(self.cost, [*others, *wanted]))
+        total = sum(map(self.cost, [*others, *wanted]))
         for key in others:
-            if held <= self.most:
+            if total <= self.most:
                 break
-            held -= self.cost(key)
+            total -= self.cost(key)
             del self._texts[key]
 
     def _hold(self, key: Key, text: Text) -> None:
         self._texts[key] = tuple(part.to(self.device, self.dtype) for part in text)
 
     def _encode(self, keys: list[Key]) -> None:
+        self._tell_of_cuts(keys)
         if self.embed_cache is not None:
             for key in keys:
                 if (text := self.embed_cache.read(key)) is not None:
@@ -207,11 +210,10 @@ class TextEncoders(PromptTokens):
             keys = [key for key in keys if key not in self._texts]
         if not keys:
             return
-        self._tell_of_cuts(keys)
         clip = {role: self._clip_states(role, keys) for role in CLIP_ACTIVATIONS}
         t5 = self._t5_states(keys)
         if self.embed_cache is not None:
-            self.unchanged.check()  # an entry says which files made it
+            self.unchanged.check()  # a cache entry names the files that made it
         for key in keys:
             (hidden_l, pooled_l), (hidden_g, pooled_g) = clip["clip_l"][key], clip["clip_g"][key]
             text = join_text(hidden_l, hidden_g, t5[key]), torch.cat([pooled_l, pooled_g], dim=-1)
@@ -219,7 +221,7 @@ class TextEncoders(PromptTokens):
             self._hold(key, text)
 
     def _clip_states(self, role: str, keys: Sequence[Key]) -> dict[Key, Text]:
-        """A CLIP's part of the text tokens (1, L, D) and its pooled text (1, D), the first chunk's, by prompt."""
+        """Text tokens (1, L, D) from a CLIP encoder and pooled text (1, D) of the first chunk, by prompt."""
         tokens = {key: self.clip_tokens(key, role) for key in keys}
         empty = row_of(self.clip_tokens(EMPTY, role)[0])
         wanted = dict.fromkeys(row_of(chunk) for chunks in tokens.values() for chunk in chunks)
@@ -234,63 +236,65 @@ class TextEncoders(PromptTokens):
         return out
 
     def _t5_states(self, keys: Sequence[Key]) -> dict[Key, Tensor]:
-        """T5's part of the text tokens (1, L, D) by prompt; zeros without T5."""
+        """Text tokens (1, L, D) from T5, by prompt; zeros in a run without T5."""
         if self.t5_tokenizer is None:
             zeros = functools.partial(torch.zeros, dtype=encoder_dtype(self.dtype), device=self.runs_on)
             return {key: zeros(1, self.t5_length_of(key), self.fit.context) for key in keys}
         tokens = {key: self.t5_tokens(key) for key in keys}
-        empty = {key: row_of(self.t5_tokenizer.whole([], key.length)) for key, own in tokens.items() if own.weighted}
+        empty = {key: row_of(self.t5_tokenizer.whole([], key.length)) for key, row in tokens.items() if row.weighted}
         wanted = dict.fromkeys([*map(row_of, tokens.values()), *empty.values()])
         with self.stages.timed("loading and running t5xxl"):
             states = self._run_t5(list(wanted))
-        return {key: weighted(states[row_of(own)], states.get(empty.get(key)), own) for key, own in tokens.items()}
+        return {key: weighted(states[row_of(row)], states.get(empty.get(key)), row) for key, row in tokens.items()}
 
     def _keep_on_disk(self, key: Key, text: Text) -> None:
         if self.embed_cache is not None:
             try:
                 self.embed_cache.write(key, text)
-            except OSError as error:  # the prompt is encoded; it is only not kept
+            except OSError as error:  # the prompt is encoded, but not cached
                 self.tell.note(f"note: `embed_cache`: {verbatim(str(error.strerror or error))}")
 
     def _tell_of_cuts(self, keys: Iterable[Key]) -> None:
-        """Notes about prompts that are not read to their end."""
+        """Prints a note for each prompt that an encoder does not read to its end."""
         for key in keys:
-            clip, t5 = key.prompt, key.prompt if key.t5_prompt is None else key.t5_prompt
+            t5_prompt = key.prompt if key.t5_prompt is None else key.t5_prompt
+            whole = "" if key.dialect else "; `prompt_mode` whole reads all"
+            cut = {}
             if any(tokens.cut for tokens in self.clip_tokens(key)):
-                why = f"CLIP takes {self.positions} tokens (T5 reads on); `prompt_mode` whole reads all"
-                self.tell.note(f'note: "{verbatim(shortened(clip))}" is cut: {why}')
+                reads_on = " (T5 reads on)" if self.t5_tokenizer is not None else ""
+                cut[key.prompt] = f"CLIP takes {self.positions} tokens{reads_on}"
             if self.t5_tokenizer is not None and self.t5_tokens(key).cut:
-                why = "T5 reads its first 226 characters; `prompt_mode` whole reads all"
-                if key.dialect:
-                    why = f"T5 takes {key.length} tokens, see `t5_tokens`"
-                self.tell.note(f'note: "{verbatim(shortened(t5))}" is cut: {why}')
+                why = f"T5 takes {key.length} tokens, see `t5_tokens`" if whole == "" else "T5 takes 226 characters"
+                cut[t5_prompt] = f"{cut[t5_prompt].removesuffix(reads_on)}, {why}" if t5_prompt in cut else why
+            for prompt, why in cut.items():
+                self.tell.note(f'note: "{verbatim(shortened(prompt))}" is cut: {why}{whole}')
 
     def _run_clip(self, role: str, rows: Sequence[Row]) -> dict[Row, Text]:
-        """Hidden states and pooled text of a CLIP by token ids, see `CLIP.encode`."""
+        """Hidden states and pooled text from a CLIP encoder, by token ids; see `CLIP.encode`."""
         encoder = self.encoders[role]
         (places,) = encoder.embed(1, [range(self.positions)])
         words = encoder.embed(0, rows)
-        texts = ((own + places).to(encoder.device, encoder.dtype)[None] for own in words)
+        texts = ((row + places).to(encoder.device, encoder.dtype)[None] for row in words)
         ids = [torch.tensor([row], device=encoder.device) for row in rows]
         with self.tell.progress(len(encoder.model.layers), f"encoding {role}", "layer") as update:
             return dict(zip(rows, encoder.run(texts, ids, update=update), strict=True))
 
     def _run_t5(self, rows: Sequence[Row]) -> dict[Row, Tensor]:
-        """T5's hidden states by token ids, see `T5.encode`."""
+        """Hidden states from T5, by token ids; see `T5.encode`."""
         encoder = self.encoders["t5xxl"]
-        texts = (own.to(encoder.device)[None] for own in encoder.embed(0, rows))
+        texts = (row.to(encoder.device)[None] for row in encoder.embed(0, rows))
         with self.tell.progress(len(encoder.model.layers), "encoding t5xxl", "layer") as update:
             return dict(zip(rows, encoder.run(texts, update=update), strict=True))
 
 
 def row_of(tokens: Tokens) -> Row:
-    """Token ids as a key of what an encoder makes of them."""
+    """The token ids as a tuple, a key for the output of an encoder."""
     return tuple(tokens.ids)
 
 
 def weighted(states: Tensor, empty: Tensor | None, tokens: Tokens) -> Tensor:
-    """states (1, L, D) with each token's weight w: e + w (z - e), where e is the state of the empty prompt at the same
-    position (ComfyUI, comfy/sd1_clip.py); a token of weight 1 stays as it is.
+    """Applies each token's weight w to states z (1, L, D): e + w (z - e), where e is the state of the empty prompt at
+    the same position (ComfyUI, comfy/sd1_clip.py). Tokens of weight 1 do not change.
     """
     if empty is None or not tokens.weighted:
         return states
@@ -308,27 +312,27 @@ def in_groups(
     most: int,
     cost: Callable[[Key], int] = lambda key: 1,
 ) -> Iterator[list[Batch]]:
-    """Batches in order, in groups of as many as have at most `most` different texts, but at least one batch; cost: for
-    how many a text counts.
+    """Groups consecutive batches so that each group has at most `most` distinct texts, but at least one batch. cost:
+    for how many texts a text counts.
     """
     group: list[Batch] = []
     of_group: set[Key] = set()
     for batch in batches:
-        own = set(texts(batch))
-        if group and sum(map(cost, of_group | own)) > most:
+        of_batch = set(texts(batch))
+        if group and sum(map(cost, of_group | of_batch)) > most:
             yield group
             group, of_group = [], set()
         group.append(batch)
-        of_group |= own
+        of_group |= of_batch
     if group:
         yield group
 
 
-# -- what is in a file --
+# -- encoders in files --
 
 
 def open_encoder(role: str, part: ModelTensors) -> CLIP | T5:
-    """The model of a part's sizes, on the meta device; raises Mistake where the part holds no such encoder."""
+    """An encoder with the sizes of a part's tensors, on the meta device. Raises Mistake if they are no such encoder."""
     if role == "t5xxl":
         config = part.config(T5Config.from_shapes, "a T5 encoder")
         return check_part(part, lambda: T5(config))
@@ -338,7 +342,7 @@ def open_encoder(role: str, part: ModelTensors) -> CLIP | T5:
 
 
 def check_widths(models: Mapping[str, CLIP | T5], parts: Mapping[str, ModelTensors], fit: Fit) -> None:
-    """Raises Mistake where encoders do not have the widths that the model needs."""
+    """Raises Mistake if encoders do not have the widths that the model needs."""
     widths = {role: model.config.width for role, model in models.items()}
     if widths["clip_l"] + widths["clip_g"] != fit.pooled:
         where, other = (parts[role].file.where for role in ("clip_l", "clip_g"))
@@ -351,33 +355,33 @@ def check_widths(models: Mapping[str, CLIP | T5], parts: Mapping[str, ModelTenso
 
 
 class StreamedEncoder:
-    """A text encoder of which one layer at a time is in memory: its parameters are on the meta device, those of a
-    layer are read when its turn comes and dropped after it. resident: they stay instead.
+    """A text encoder with one layer in memory at a time: its parameters are on the meta device, and those of a layer
+    are read before it runs and dropped after it. resident: keep them in memory instead.
     """
 
     def __init__(
         self, model: CLIP | T5, part: ModelTensors, device: torch.device, dtype: torch.dtype, resident: bool = False
     ):
-        """model: on the meta device; device, dtype: where and in what it runs."""
+        """model: on the meta device; device, dtype: of the computation."""
         self.model, self.part = model, part
         self.device, self.dtype, self.resident = device, dtype, resident
         self.names = list(model.state_dict())
-        self.opened = 0  # how often it was read from disk
+        self.opened = 0  # number of times it was read from disk
 
     def run(self, *texts: Any, update: Callable[[int], Any] = lambda layers: None) -> list[Any]:
-        """What the model's `encode` gives for texts, embedded by `embed`. update: called after every layer."""
+        """Runs the model's `encode` on texts that `embed` embedded. update: called after every layer."""
         stays = False
         try:
             out = self.model.encode(*texts, self._layers(update))
             stays = self.resident
             return out
         finally:
-            if not stays:  # nor does half of a layer, after an error
+            if not stays:  # after an error, this also drops a partly loaded layer
                 self.model.to("meta")
 
     def embed(self, number: int, ids: Iterable[Sequence[int]]) -> Iterator[Tensor]:
-        """Rows (L, D), float32 on the CPU, of one of the model's tables for each list of ids. The table is mapped: only
-        these rows of it are read, one by one as float8 has no gather.
+        """Looks up each list of ids in one of the model's tables; yields (L, D), float32 on the CPU. The table is
+        memory-mapped, so only these rows are read; one at a time, as torch cannot gather float8.
         """
         ((_, table),) = self.part.read([self.model.TABLES[number]], "cpu", None)
         for row in ids:
@@ -394,7 +398,7 @@ class StreamedEncoder:
             update(1)
 
     def _load(self, names: list[str]) -> bool:
-        """Reads those parameters that are not in memory; returns whether there are any."""
+        """Reads the parameters that are not in memory; returns whether there were any."""
         missing = [name for name in names if self.model.get_parameter(name).is_meta]
         self.part.load_into(self.model, self.device, self.dtype, names=missing)
         return bool(missing)

@@ -8,6 +8,7 @@ import random
 from dataclasses import replace
 
 import lora_writing as writing
+import numpy as np
 import pytest
 import to_diffusers
 import torch
@@ -17,7 +18,8 @@ from hypothesis import strategies as st
 from lora_writing import SPELLINGS, add, draw, every_module
 
 import sd3
-from sd3.engine import Engine
+from sd3.engine import Busy, Engine
+from sd3.files import contents
 from sd3.lora import layer_names, read_lora
 from sd3.mistakes import Mistake
 from sd3.patches import patched
@@ -419,3 +421,44 @@ def test_values_of_the_flag(tmp_path, monkeypatch):
 def test_values_that_are_refused(value, why):
     with pytest.raises(Mistake, match=why):
         read_patch_files("lora", value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_set_lora_that_fails_half_way_changes_nothing(small_model, whole_lora, monkeypatch, dtype):
+    pipe = sd3.load(small_model, device="cpu", dtype=dtype)
+    plain = image(pipe)
+
+    def full(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipe.engine.network), "_fill", full)
+        with pytest.raises(MemoryError):
+            pipe.set_lora(whole_lora)
+    assert pipe.engine.setup.lora is None
+    assert np.array_equal(image(pipe), plain)
+    pipe.set_lora(whole_lora)
+    assert np.array_equal(image(pipe), image(sd3.load(small_model, device="cpu", dtype=dtype, lora=whole_lora)))
+
+
+def test_loras_do_not_change_under_images_that_are_being_made(small_model, whole_lora):
+    pipe = sd3.load(small_model, device="cpu", dtype="float32")
+    values = {"seed": 1, "steps": 1, "width": 64, "height": 48}
+    making = pipe.stream(["a star", "a circle"], **values)
+    next(making)
+    with pytest.raises(Busy):
+        pipe.set_lora(whole_lora)
+    assert len(list(making)) == 1
+    planned = pipe.stream("a star", **values)
+    pipe.set_lora(whole_lora)
+    with pytest.raises(Mistake, match="lora: was changed since these images were planned"):
+        next(planned)
+    assert len(list(pipe.stream("a star", **values))) == 1
+
+
+def test_a_folder_of_an_adapter_stands_for_its_weights_and_configuration_alone(tmp_path):
+    for name in ("adapter_model.safetensors", "adapter_config.json", "checkpoint-1/adapter_model.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert {path.name for path in contents(tmp_path)} == {"adapter_model.safetensors", "adapter_config.json"}
+    assert all(path.parent == tmp_path for path in contents(tmp_path))

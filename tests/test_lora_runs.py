@@ -218,3 +218,33 @@ def test_the_shipped_lora_draws_crosses_in_kohyas_names_too(tmp_path):
     assert not shows_cross(np.asarray(Image.open(run(tmp_path / "b.png", *words))))
     kohya(str(shipped), str(tmp_path / "k.safetensors"))
     assert pixels(run(tmp_path / "c.png", *words, "--lora", tmp_path / "k.safetensors")) == pixels(path)
+
+
+def test_the_shipped_lora_is_listed_and_found_by_replay(tmp_path, capsys, monkeypatch):
+    shipped = DEMO.parent / "loras" / "cross.safetensors"
+    made = run(tmp_path / "made.png", *QUICK, "--seed", 1, "--lora", shipped)
+    again = run(tmp_path / "again.png", "--replay", made)
+    assert np.array_equal(np.asarray(Image.open(made)), np.asarray(Image.open(again)))
+    capsys.readouterr()
+    assert sd3_infer.main(["--list_models"]) == 0
+    assert "cross.safetensors  a LoRA for a model (8 blocks of width 128)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("metadata", "told"),
+    [
+        ({"ss_tag_frequency": '{"a": {"x": 1e999}}'}, "a LoRA"),
+        (
+            {"lora_adapter_metadata": json.dumps({"transformer.alpha_pattern": {r"((\w|\.)*)*!": 3}})},
+            "very long to match",
+        ),
+    ],
+)
+def test_hostile_metadata_is_no_traceback(loras, tmp_path, capsys, metadata, told):
+    from safetensors.torch import load_file, save_file
+
+    save_file(load_file(loras / "a.safetensors"), tmp_path / "x.safetensors", metadata)
+    sd3_infer.main(["--info", str(tmp_path / "x.safetensors")])
+    out = capsys.readouterr()
+    assert "Traceback" not in out.err
+    assert told in out.out + out.err

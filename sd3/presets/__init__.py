@@ -22,7 +22,8 @@ ROTATION_FOLDERS = (Path("prompt_reinjection/rotations"), Path("models"), Path("
 class Preset:
     """Facts about a preset.
 
-    depth, width: sizes of the model that it is for; source: where it was published; measured: what we measured with it
+    depth, width, dual_layers: sizes of the model that it is for (dual_layers: number of blocks with a second
+    attention); source: where it was published; measured: what we measured with it
     and what we did not; sampling: the sampling settings that it is used with.
     """
 
@@ -33,16 +34,18 @@ class Preset:
     source: str
     measured: str
     sampling: str
+    dual_layers: int = 0
 
     @property
     def path(self) -> Path:
         """The preset's file, in the format of `residual.read_fields`."""
         return FOLDER / f"{self.name}.json"
 
-    def check(self, depth: int, width: int) -> None:
-        """Raises Mistake if the model has another depth or width."""
-        if (depth, width) != (self.depth, self.width):
-            needed, given = (f"{d} blocks of width {w}" for d, w in ((self.depth, self.width), (depth, width)))
+    def check(self, depth: int, width: int, dual_layers: int = 0) -> None:
+        """Raises Mistake if the model has another depth, width, or number of blocks with a second attention."""
+        sizes = (self.depth, self.width, self.dual_layers), (depth, width, dual_layers)
+        if sizes[0] != sizes[1]:
+            needed, given = (f"{d} blocks of width {w}" + f", {n} with dual attention" * bool(n) for d, w, n in sizes)
             raise Mistake("residual_preset", self.name, f"is for {self.model} ({needed}); this model has {given}")
 
 
@@ -72,12 +75,12 @@ def with_rotations(config: Any, folders: Iterable[Path]) -> Any:
     name = config.rotations
     if not config.aligned or name is None or os.path.exists(name):
         return config
-    base = os.path.basename(name)
-    if name == base or base in ROTATION_FILES:
-        for folder in (*folders, *ROTATION_FOLDERS):
-            if (folder / base).is_file():
-                return replace(config, rotations=str(folder / base))
-    if base in ROTATION_FILES:
-        get = f"`hf download {ROTATION_FILES[base]} {base} --local-dir models`"
-        raise Missing("residual_rotations", verbatim(base), f"no such file here or in ./models; {get} fetches it")
+    if name != os.path.basename(name):
+        return config
+    for folder in (*folders, *ROTATION_FOLDERS):
+        if (folder / name).is_file():
+            return replace(config, rotations=str(folder / name))
+    if name in ROTATION_FILES:
+        get = f"`hf download {ROTATION_FILES[name]} {name} --local-dir models`"
+        raise Missing("residual_rotations", verbatim(name), f"no such file here or in ./models; {get} fetches it")
     return config

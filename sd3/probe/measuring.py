@@ -45,7 +45,7 @@ class Sums:
         self.guess: Tensor | None = None
 
     def add(self, x: Tensor, origin: Tensor, origin_guess: Tensor | None) -> None:
-        """x and origin (n, D): the same tokens here and at the origin."""
+        """x and origin: (n, D), the same tokens at this block and at the origin."""
         if self.guess is None:
             self.guess = x.mean(0)
         z = x - self.guess
@@ -251,7 +251,7 @@ class Measurement:
         }
 
     def chance(self) -> dict[str, float]:
-        """The value of each measure if the tokens held nothing of the prompt."""
+        """The value of each measure for tokens that contain no information about the prompt."""
         out = {
             "retrieval": 1 / len(self.kept),
             "neighbours": min(1.0, self.flags["neighbours"] / max(self.token_count - 1, 1)),
@@ -312,7 +312,7 @@ def summary(record: Mapping[str, Any]) -> str:
     return "\n".join([*lines, "| chance | " + " | ".join(chance) + " |"])
 
 
-# What a panel of the plot shows: the label of its y axis, and what is good, in one sentence.
+# Panels of the plot: the label of the y axis, and a sentence that says which values are good.
 PANELS = {
     "cosine": ("cosine to the origin's token", "1: the token still points where the origin's did."),
     "cka": ("linear CKA with the origin", "1: the tokens have the same geometry as at the origin."),

@@ -72,7 +72,7 @@ class Collector(Stream):
         self.masks, self.wanted, self.use = masks, wanted, use
         self.layers = frozenset(layers)
         self.at: ModelCall | None = None
-        self.states: dict[int, list[Tensor]] = {}  # of the last call, not passed on yet
+        self.states: dict[int, list[Tensor]] = {}  # of the last call, until they are passed on
 
     def begin(self, at: ModelCall) -> bool:
         """Prepares for a model call; False for skip-layer calls and unwanted steps. Of several calls at one step, which

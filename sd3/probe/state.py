@@ -82,7 +82,7 @@ def identity(
 ) -> str:
     """A hash of everything that the sums depend on."""
     files = {"model": {entry.path for entry in engine.model_file.entries.values()}, **engine.text.files()}
-    if loras := {own for path in paths_of(engine.setup.lora) for own in contents(Path(path))}:
+    if loras := {file for path in paths_of(engine.setup.lora) for file in contents(Path(path))}:
         files["lora"] = loras
     settings = plan_pictures(engine, [prompts[0].prompt], [0], **values).pictures[0].public()
     inputs = {

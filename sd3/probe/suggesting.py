@@ -78,13 +78,13 @@ def suggest(record: Mapping[str, Any], tolerance: float = 0.05) -> tuple[int, li
 
 def needed_prompts(tolerance: float) -> int:
     """How many prompts a measurement needs for a tolerance: with n prompts the standard error of retrieval, which is
-    the share of prompts that were recognised, is at most 0.5 / sqrt(n); from here on it is below the tolerance.
+    the share of recognised prompts, is at most 0.5 / sqrt(n). From this number on, it is below the tolerance.
     """
     return math.ceil((0.5 / tolerance) ** 2 - 1e-9) if tolerance else 0
 
 
 def too_few_prompts(record: Mapping[str, Any], tolerance: float) -> str:
-    """A note where a measurement has fewer prompts than `needed_prompts`; empty otherwise."""
+    """A note if a measurement has fewer prompts than `needed_prompts`; empty otherwise."""
     count, needed = record.get("kept_prompts"), needed_prompts(tolerance)
     if type(count) is not int or not 0 < count < needed:
         return ""

@@ -137,7 +137,7 @@ def write_layout(layout: str, entries: Sequence[Entry], plan: Plan, folder: Swee
 
     Builds a new folder and replaces the old one, so that no image of an earlier grid is scored. Raises Unwritable.
     """
-    whole, new = folder.path / layout, folder.path / f".{layout}.new"
+    target, new = folder.path / layout, folder.path / f".{layout}.new"
     shutil.rmtree(new, ignore_errors=True)
     names: set[str] = set()
     try:
@@ -150,15 +150,15 @@ def write_layout(layout: str, entries: Sequence[Entry], plan: Plan, folder: Swee
             if any(made for _, made in rows):
                 names.add(name)
                 WRITERS[layout](new / name, rows)
-        shutil.rmtree(whole, ignore_errors=True)
+        shutil.rmtree(target, ignore_errors=True)
         if not new.exists():
             return []
-        new.rename(whole)
-        return sorted(whole.iterdir())
+        new.rename(target)
+        return sorted(target.iterdir())
     except Mistake:
         raise
     except OSError as error:
-        raise Unwritable("", whole, f"cannot be written: {error.strerror or error}") from None
+        raise Unwritable("", target, f"cannot be written: {error.strerror or error}") from None
 
 
 def _write_geneval(target: Path, rows: Sequence[tuple[Entry, list[Path]]]) -> None:

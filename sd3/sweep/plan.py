@@ -56,7 +56,7 @@ class Plan:
 
     grid: Grid
     variants: tuple[Variant, ...]  # those of the grid, duplicates removed
-    baselines: tuple[int, ...]  # by variant: index of its baseline, its own for a baseline
+    baselines: tuple[int, ...]  # by variant: index of its baseline; a baseline has its own index
     engines: tuple[Flags, ...]  # flags of each engine
     engine_of: tuple[int, ...]  # by variant
     pictures: tuple[PlannedImage, ...]

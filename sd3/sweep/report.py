@@ -52,7 +52,7 @@ class Report:
         self.commands = [" ".join(command(s, f)) for s, f in zip(first, flags, strict=True)]
 
     def _varies(self, name: str) -> bool:
-        """Whether variants can be told apart by a setting, other than by residual text streaming being off."""
+        """Whether a setting differs between variants; those that turn residual text streaming off do not count."""
         off = {OFF} if is_residual(name) else set()
         return len({c[name] for c in self.choices} - off) > 1
 

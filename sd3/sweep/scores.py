@@ -139,7 +139,7 @@ def _values(
 
 
 def _pairs(plan: Plan, scores: Mapping[str, Mapping[str, float]], variant: int, kind: str) -> int:
-    """How many images of a variant have a score of a kind, or any, that their baseline has too."""
+    """Number of images of a variant with a score of a kind (or any) that their baseline has too."""
     if plan.baselines[variant] == variant:
         return 0
     both = [scores.get(p.id, {}).keys() & scores.get(plan.baseline(p).id, {}).keys() for p in plan.of(variant)]
@@ -157,7 +157,7 @@ def spread(values: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
 
 
 def best(plan: Plan, rows: Sequence[Row]) -> list[tuple[int, str]]:
-    """(variant, kind) of the highest mean of each kind, where its interval lies above its baseline's and at least
+    """(variant, kind) of the highest mean of each kind, if its interval lies above its baseline's and at least
     `LEAST_PAIRS` images are compared.
     """
     out = []

@@ -28,7 +28,7 @@ def variant_code(variant: Variant) -> str:
 
 
 def setting_words(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The value of every setting in words; `off` for those of residual text streaming where that is off."""
+    """The value of every setting in words; `off` for those of residual text streaming if it is off."""
     streaming = bool(settings["residual_target_layers"])
     return {n: OFF if is_residual(n) and not streaming else _value(n, v) for n, v in settings.items()}
 

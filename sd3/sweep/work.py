@@ -26,7 +26,7 @@ Result = bytes | str  # a PNG file, or why the image failed
 
 
 class Maker:
-    """An engine that makes batches of a sweep. `events`: to be logged."""
+    """An engine that makes batches of a sweep. `events`: events to log."""
 
     def __init__(self, flags: Flags, quiet: bool = False):
         """Reads headers only. Raises as `Engine` does."""
@@ -95,7 +95,7 @@ class Maker:
             return [why] * len(batch)
 
     def made_with(self, settings: Settings) -> MadeWith:
-        """The metadata about files and device; files are hashed once."""
+        """Metadata about files and device; each file is hashed once."""
         key = tuple(getattr(settings, name) for name in FILE_SETTINGS)
         if key not in self._made_with:
             self._made_with[key] = MadeWith(self.engine, settings)
