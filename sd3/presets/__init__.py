@@ -23,8 +23,8 @@ class Preset:
     """Facts about a preset.
 
     depth, width, dual_layers: sizes of the model that it is for (dual_layers: number of blocks with a second
-    attention); source: where it was published; measured: what we measured with it
-    and what we did not; sampling: the sampling settings that it is used with.
+    attention); source: where it was published; measured: what was measured with it and what was not; sampling: the
+    sampling settings that it is used with.
     """
 
     name: str
