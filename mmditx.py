@@ -223,8 +223,8 @@ class TokenKinds:
 
 
 def share_of(kinds: TokenKinds | None, tokens: str, context: Tensor) -> Tensor | None:
-    """`TokenKinds.share` for context (B, T, D), on its device, in float32. Raises ValueError if they are needed but
-    unknown.
+    """`TokenKinds.share` for context (B, T, D), on its device, in float32. Raises ValueError if the kinds are needed
+    but unknown.
     """
     if kinds is None:
         if tokens != "all":

@@ -97,7 +97,7 @@ def main(folder: str = "", rank: int = 64, rounds: int = 2, size: int = 512) -> 
                 got[name].append(json.loads(done.stdout.splitlines()[-1]))
                 print(name, number + 1, got[name][-1], file=sys.stderr)
     print(f"SD3 Medium, a LoRA of rank {rank} over {modules} layers ({size_of_lora / GB:.2f} GB), {size} x {size}")
-    print("| | peak memory | open and check, load | load | step |\n| --- | --- | --- | --- | --- |")
+    print("| LoRA | peak memory | open and check, load | load | step |\n| --- | --- | --- | --- | --- |")
     mean = {key: statistics.mean(run[key] for run in got["without"]) for key in got["without"][0]}
     mean["whole"] = mean["open"] + mean["load"]
     for name, runs in got.items():

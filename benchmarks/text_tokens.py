@@ -96,7 +96,7 @@ def main(rounds: int = 5, size: int = 512, dtype: str = "bfloat16", folder: str 
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             peaks[name] = json.loads(out.splitlines()[-1])
     print(f"SD3 Medium's size, {size} x {size}, 2 x {CLIP} CLIP tokens, {dtype}, {torch.get_num_threads()} threads")
-    print("| T5 tokens | step time / step time with 77: median | middle half | peak memory, GB | of 77 tokens' |")
+    print("| T5 tokens | step time / step time with 77: median | middle half | peak memory, GB | ratio to 77 tokens |")
     print("| --- | --- | --- | --- | --- |")
     for name, values in ratios.items():
         low, middle, high = statistics.quantiles(values, n=4)

@@ -146,8 +146,8 @@ def main(
             if save:
                 tile([Image.fromarray(p) for p in pictures], 20).save(save)
     used = engine.engine.defaults | values
-    told = ", ".join(f"{k} {used[k]}" for k in ("steps", "sampler", "cfg", "shift"))
-    print(f"{len(prompts)} prompts, seeds {seed} to {seed + len(prompts) - 1}, {told}, {engine.engine.dtype}")
+    used_values = ", ".join(f"{k} {used[k]}" for k in ("steps", "sampler", "cfg", "shift"))
+    print(f"{len(prompts)} prompts, seeds {seed} to {seed + len(prompts) - 1}, {used_values}, {engine.engine.dtype}")
     print(table(results, prompts))
     if "off" in results and len(columns) > 1:
         print("\n" + paired(results, prompts))

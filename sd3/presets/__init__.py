@@ -22,8 +22,9 @@ ROTATION_FOLDERS = (Path("prompt_reinjection/rotations"), Path("models"), Path("
 class Preset:
     """Facts about a preset.
 
-    depth, width: sizes of the model that it is for; source: where it was published; measured: what we measured with it
-    and what we did not; sampling: the sampling settings that it was published with.
+    depth, width, dual_layers: sizes of the model that it is for (dual_layers: number of blocks with a second
+    attention); source: where it was published; measured: what was measured with it and what was not; sampling: the
+    sampling settings that it is used with.
     """
 
     name: str
@@ -41,11 +42,11 @@ class Preset:
         return FOLDER / f"{self.name}.json"
 
     def check(self, depth: int, width: int, dual_layers: int = 0) -> None:
-        """Raises Mistake for a model of another depth, width, or number of blocks with a second attention."""
-        own, this = (self.depth, self.width, self.dual_layers), (depth, width, dual_layers)
-        if own != this:
-            told = [f"{d} blocks of width {w}" + f", {n} with dual attention" * bool(n) for d, w, n in (own, this)]
-            raise Mistake("residual_preset", self.name, f"is for {self.model} ({told[0]}); this model has {told[1]}")
+        """Raises Mistake if the model has another depth, width, or number of blocks with a second attention."""
+        sizes = (self.depth, self.width, self.dual_layers), (depth, width, dual_layers)
+        if sizes[0] != sizes[1]:
+            needed, given = (f"{d} blocks of width {w}" + f", {n} with dual attention" * bool(n) for d, w, n in sizes)
+            raise Mistake("residual_preset", self.name, f"is for {self.model} ({needed}); this model has {given}")
 
 
 def read_preset(name: str) -> Preset:
