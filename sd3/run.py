@@ -171,7 +171,7 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
     skip_layer = replay.skip_layer() if replay else None
     plan = plan_for(engine, flags, prompts, seeds, skip_layer, residual, recorded=replay is not None)
     pictures = plan.pictures
-    texts = words_read(pictures[0], prompts)
+    texts = [] if flags.lora else words_read(pictures[0], prompts)  # a LoRA may teach words
     for note in (*plan.notes, *unknown_words(engine.model_file.metadata, texts)):
         engine.tell.note(note)
     record = new_record(flags, name, given, len(pictures), engine)
