@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections import Counter
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +13,8 @@ from safetensors import safe_open
 
 from demo.score import sample
 from sd3.shapes.prompts import held_out_prompts
-from sd3.shapes.scenes import INVERSE, NORMAL, SIZE, SMALL, Scene, Thing, render, training_scene
-from sd3.shapes.scorer import Seen, holds, read_picture, score
+from sd3.shapes.scenes import INVERSE, Scene, training_scene
+from sd3.shapes.scorer import read_picture, score, shown
 from sd3.sheet import tile
 from sd3_infer import SD3Inferencer
 
@@ -42,31 +40,6 @@ def watched() -> tuple[list, list[tuple[str, Scene]]]:
             kind = kinds.get(name, ("relation", "count", "pair", "relations")[i % 4])
             scenes.append((name, training_scene(rng, kind, short=name != "sentences", sized=name == "sizes")))
     return prompts, scenes
-
-
-@lru_cache
-def _middle_area(shape: str) -> float:
-    """Share of the image that an object covers whose size is halfway between small and normal."""
-    radius = (SMALL[shape][1] + NORMAL[shape][0]) / 2
-    picture = render(Scene("", "", (Thing("red", shape, SIZE / 2, SIZE / 2, radius),), "white"))
-    return float((np.abs(picture.astype(float) - 245).sum(-1) > 100).mean()) * 0.95
-
-
-def shown(scene: Scene, seen: list[Seen]) -> bool:
-    """Whether the detected objects `seen` agree with the scene's caption: all its objects and no others, with their
-    sizes and relations.
-    """
-
-    def key(thing: Thing | Seen) -> tuple[str, str, bool]:
-        small = (
-            thing.small if isinstance(thing, Thing) else bool(thing.shape) and thing.area < _middle_area(thing.shape)
-        )
-        return thing.colour, thing.shape, small
-
-    if Counter(map(key, scene.things)) != Counter(map(key, seen)):
-        return False
-    by_key = {key(s): s for s in seen}
-    return all(holds(r, by_key[key(scene.things[a])], by_key[key(scene.things[b])]) for a, r, b in scene.relations)
 
 
 def look(model: Path, folder: Path, seed: int = 9000, batch: int = 48, **values) -> dict[str, float]:

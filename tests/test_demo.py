@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from helpers import DEMO, ROOT
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
-from demo import data, flow, optim, score, text, train, watch
+from demo import data, flow, optim, score, text, train
 from mmditx import MMDiTConfig
 from sd3.files import MMDIT_PREFIX, WeightFile
 from sd3.mistakes import Mistake
@@ -133,10 +134,10 @@ def test_stated_relations_and_sizes_hold_in_the_picture(trained_on):
             assert scorer.holds(relation, seen[first], seen[second])
             assert any(p in scene.caption for r in (relation, scenes.INVERSE[relation]) for p in scenes.PHRASINGS[r])
     read = trained_on[:200]
-    assert all(watch.shown(s, scorer.read_picture(scenes.render(s))) for s in read)
+    assert all(scorer.shown(s, scorer.read_picture(scenes.render(s))) for s in read)
     others = [s for s in read if s.relations]
     turned = [scorer.read_picture(scenes.render(s)[::-1, ::-1]) for s in others]  # triangles and stars upside down too
-    assert not any(watch.shown(s, seen) for s, seen in zip(others, turned, strict=True))
+    assert not any(scorer.shown(s, seen) for s, seen in zip(others, turned, strict=True))
 
 
 def test_word_order_matters_and_both_orders_are_as_frequent():
@@ -280,13 +281,17 @@ def test_the_scorer_refuses_what_is_wrong():
     assert not said("position", [circle, square], relation="right of")
     assert not said("position", [circle, square], relation="above")
     assert not said("position", [circle], relation="left of")
-    assert said("counting", [circle, circle, square], count=2)
+    assert not said("position", [circle, square, square], relation="left of")
+    assert said("counting", [circle, circle], count=2)
+    assert not said("counting", [circle, circle, square], count=2)
+    assert not said("counting", [circle, circle, replace(circle, shape="")], count=2)
     assert not said("counting", [circle] * 3, count=2)
     assert not said("single object", [circle, circle], wanted=wanted[:1])
     assert said("colours", [circle], wanted=wanted[:1])
     assert not said("colours", [circle], wanted=(("blue", "circle"),))
     swapped = [scorer.Seen("circle", "blue", 0.2, 0.5), scorer.Seen("square", "red", 0.8, 0.5)]
     assert said("two objects", swapped)
+    assert not said("two objects", [*swapped, circle])
     assert not said("colour attribution", swapped)
     assert said("colour attribution", [square, circle])
     assert scorer.read_picture(np.full((96, 96, 3), 128, np.uint8)) == []

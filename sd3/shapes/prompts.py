@@ -23,20 +23,26 @@ from sd3.shapes.scenes import (
     place,
     relation_cells,
     render,
+    training_scene,
 )
 
 KINDS = ("single object", "two objects", "counting", "colours", "position", "colour attribution")
+SCENE_KINDS = ("two relations", "three objects", "sizes", "sentences")  # of `scene_prompts`
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A scored prompt: its text, its kind, and what the image has to show."""
+    """A scored prompt: its text, its kind, and what the image has to show.
+
+    scene: for the kinds in `SCENE_KINDS`, everything that the text says; then wanted, count and relation do not count.
+    """
 
     text: str
     kind: str
-    wanted: tuple[Combination, ...]
+    wanted: tuple[Combination, ...] = ()
     count: int = 1
     relation: str = ""
+    scene: Scene | None = None
 
 
 def held_out_prompts(per_kind: int = 40, seed: int = 7) -> list[Prompt]:
@@ -52,6 +58,30 @@ def held_out_prompts(per_kind: int = 40, seed: int = 7) -> list[Prompt]:
             if prompt.text not in texts or tries > 50 * per_kind:
                 texts.add(prompt.text if prompt.text not in texts else f"{prompt.text}#{tries}")
                 out.append(prompt)
+    return out
+
+
+def scene_prompts(per_kind: int = 40, seed: int = 7) -> list[Prompt]:
+    """`per_kind` prompts of each kind in `SCENE_KINDS`, from the combinations of `held_out_prompts`: three objects with
+    two relations or with none, up to two objects with sizes, and everything in sentences.
+    """
+    rng = random.Random(f"scenes {seed}")
+    combinations = tuple(sorted(HELD_OUT))
+    kinds = {
+        "two relations": ("relations",),
+        "three objects": ("three",),
+        "sizes": ("single", "pair", "relation"),
+        "sentences": ("relation", "count", "pair", "relations"),
+    }
+    out = []
+    for kind in SCENE_KINDS:
+        own: dict[str, Prompt] = {}
+        while len(own) < per_kind:
+            scene_kind = kinds[kind][len(own) % len(kinds[kind])]
+            scene = training_scene(rng, scene_kind, combinations, short=kind != "sentences", sized=kind == "sizes")
+            if kind != "sizes" or any(thing.small for thing in scene.things):
+                own[scene.caption] = Prompt(scene.caption, kind, scene=scene)
+        out += own.values()
     return out
 
 
@@ -98,6 +128,8 @@ def read_caption(text: str) -> list[Prompt]:
 
 def draw(prompt: Prompt, rng: random.Random) -> np.ndarray:
     """Renders an image that shows exactly what the prompt says, as ground truth for the scorer."""
+    if prompt.scene is not None:
+        return render(prompt.scene)
     radius = rng.uniform(11.0, 12.5)
     if prompt.kind == "counting":
         cells = rng.choice(COUNT_LAYOUTS[prompt.count])

@@ -1,0 +1,63 @@
+"""The scorer of coloured shapes against a person's verdicts, and on kinds of prompts with scenes."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from demo import score
+from sd3.shapes import scenes, scorer
+from sd3.shapes.prompts import SCENE_KINDS, draw, scene_prompts
+from sd3.shapes.scenes import Scene, Thing
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    return score.labelled()
+
+
+def test_the_scorer_agrees_with_a_person(labelled):
+    """On the images that it was mended on, and on those that were used once, after it was finished."""
+    wrong = [item.prompt.text for item in labelled if scorer.score(item.prompt, item.seen()) != item.right]
+    mended_on, later = labelled[: score.MENDED_ON], labelled[score.MENDED_ON :]
+    assert (len(mended_on), len(later)) == (200, 100)
+    assert 0.1 < np.mean([not item.right for item in mended_on]) < 0.3  # enough of both
+    assert 0.1 < np.mean([not item.right for item in later]) < 0.3
+    errors = [sum(item.prompt.text in wrong for item in part) for part in (mended_on, later)]
+    assert errors[0] <= 1
+    assert (errors[1], len(later)) == scorer.ERRORS
+
+
+def test_scene_prompts_are_read_on_ground_truth_and_not_on_others():
+    prompts = scene_prompts(12, seed=3)
+    assert {p.kind for p in prompts} == set(SCENE_KINDS)
+    seen = [scorer.read_picture(draw(p, random.Random(0))) for p in prompts]
+    assert all(scorer.score(p, s) for p, s in zip(prompts, seen, strict=True))
+    assert np.mean(score.shuffled(prompts, seen)) < 0.2
+    for p, s in zip(prompts, seen, strict=True):
+        assert not scorer.score(p, s[1:])
+        assert not scorer.score(p, [*s, replace(s[0], x=0.5, y=0.5)])
+        assert not scorer.score(p, [replace(s[0], shape=""), *s[1:]])
+
+
+@pytest.mark.parametrize("relation", scenes.RELATIONS)
+def test_a_diagonal_is_no_relation(relation):
+    dx, dy = scenes.RELATIONS[relation]
+    second = scorer.Seen("square", "blue", 0.5, 0.5)
+    assert scorer.holds(relation, scorer.Seen("circle", "red", 0.5 + 0.33 * dx, 0.5 + 0.33 * dy), second)
+    assert not scorer.holds(
+        relation, scorer.Seen("circle", "red", 0.5 + 0.33 * (dx or 1), 0.5 + 0.33 * (dy or 1)), second
+    )
+    assert not scorer.holds(relation, scorer.Seen("circle", "red", 0.5 - 0.33 * dx, 0.5 - 0.33 * dy), second)
+
+
+def test_sizes_count_where_the_caption_names_them():
+    def seen(radius: float) -> list[scorer.Seen]:
+        return scorer.read_picture(scenes.render(Scene("", "", (Thing("red", "circle", 48, 48, radius),), "white")))
+
+    small = Scene("a small red circle", "single", (Thing("red", "circle", 48, 48, 8, small=True),), "white")
+    large = Scene("a large red circle", "single", (Thing("red", "circle", 48, 48, 12),), "white")
+    plain = replace(large, caption="a red circle")
+    verdicts = [[scorer.shown(scene, seen(radius)) for radius in (8, 12)] for scene in (small, large, plain)]
+    assert verdicts == [[True, False], [False, True], [True, True]]
