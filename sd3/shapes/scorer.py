@@ -21,7 +21,7 @@ LEAST_FIT = {"circle": 0.87, "square": 0.79, "triangle": 0.79, "star": 0.79}
 LEAST_LEAD = 0.05  # ... or if the best shape overlaps with it by no more than this beyond the second best
 FINE = 3  # points per pixel along each axis at which a shape is drawn for comparison
 MAIN_DIRECTION = 1.25  # an object is left of another if it is further left by this times what it is above or below
-ERRORS = (0, 100)  # wrong verdicts, and images: those that a person labelled and that were used once, at the end
+ERRORS = (1, 100)  # wrong verdicts, and images: those that a person labelled and that were used once, at the end
 COLOUR_NAMES, COLOUR_VALUES = list(COLOURS), np.array(list(COLOURS.values()), dtype=np.float32)
 
 
