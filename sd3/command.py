@@ -73,7 +73,7 @@ def answer_early(
         streams.begin()
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         words = sys.argv[1:]
-    with streams.bearing():
+    with streams.safe_output():
         everything = bool(set(HELP_ALL) & set(words))
         if everything or set(HELP) & set(words) or list(words[:1]) == ["help"] or not (words or bare):
             print(help_text() if everything or short_help is None else short_help())
@@ -206,7 +206,7 @@ def execute(work: Callable[[], Any], smaller: str, words: Sequence[str] = ()) ->
         streams.imported()
         previous = signal.signal(signal.SIGTERM, _stop)
     try:
-        with streams.bearing(), warnings.catch_warnings():
+        with streams.safe_output(), warnings.catch_warnings():
             warnings.showwarning = _note_once()
             warnings.simplefilter("always", Note)  # regardless of PYTHONWARNINGS
             work()
@@ -218,7 +218,7 @@ def execute(work: Callable[[], Any], smaller: str, words: Sequence[str] = ()) ->
     except streams.Stopped:
         return streams.TERMINATED
     except Exception as error:
-        with streams.bearing():
+        with streams.safe_output():
             return _explain(error, smaller, words)
     finally:
         if previous is not None:
