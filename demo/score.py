@@ -114,7 +114,7 @@ def paired(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
 def by_kind(hits: Sequence[bool], prompts: Sequence[Prompt]) -> dict[str, list[int]]:
     """By kind: the number of right images, and of all."""
     own = {kind: of_kind(hits, prompts, kind) for kind in dict.fromkeys(p.kind for p in prompts)}
-    return {kind: [sum(values), len(values)] for kind, values in own.items()}
+    return {kind: [int(sum(values)), len(values)] for kind, values in own.items()}
 
 
 def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
