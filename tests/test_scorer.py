@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from demo import score
+from sd3.mistakes import Mistake
 from sd3.shapes import scenes, scorer
-from sd3.shapes.prompts import SCENE_KINDS, draw, scene_prompts
+from sd3.shapes.prompts import SCENE_KINDS, draw, read_caption, scene_prompts
 from sd3.shapes.scenes import Scene, Thing
 
 
@@ -61,3 +62,44 @@ def test_sizes_count_where_the_caption_names_them():
     plain = replace(large, caption="a red circle")
     verdicts = [[scorer.shown(scene, seen(radius)) for radius in (8, 12)] for scene in (small, large, plain)]
     assert verdicts == [[True, False], [False, True], [True, True]]
+
+
+def test_captions_are_read_back():
+    """Every caption in the short form, with what it says."""
+    rng = random.Random(8)
+    for _ in range(400):
+        scene = scenes.training_scene(rng, short=True)
+        for prompt in read_caption(scene.caption):
+            assert prompt.text == scene.caption
+            if prompt.scene is not None:
+                wanted = [(t.colour, t.shape, t.small) for t in scene.things]
+                assert [(t.colour, t.shape, t.small) for t in prompt.scene.things] == wanted
+                assert prompt.scene.relations == scene.relations
+            else:
+                assert prompt.relation == scene.relation
+                assert prompt.wanted == tuple(dict.fromkeys((t.colour, t.shape) for t in scene.things))
+                assert prompt.count == (len(scene.things) if scene.kind == "count" else 1)
+            assert scorer.score(prompt, scorer.read_picture(scenes.render(scene)))
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds"),
+    [
+        ("a red circle", ["single object", "colours"]),
+        ("A red circle to the left of a blue square", ["position"]),
+        ("a large red circle on a gray background", ["sizes"]),
+        ("three small red circles", ["sizes"]),
+        ("a red circle, a blue square and a green star", ["three objects"]),
+        ("a red circle above a blue square and left of a small green star", ["two relations"]),
+    ],
+)
+def test_kinds_of_captions(text, kinds):
+    assert [p.kind for p in read_caption(text)] == kinds
+
+
+@pytest.mark.parametrize(
+    "text", ["a cat", "red circle", "a red circle and", "five red circles", "a red circle, a star"]
+)
+def test_other_texts_are_no_captions(text):
+    with pytest.raises(Mistake, match="is no caption of coloured shapes"):
+        read_caption(text)

@@ -15,10 +15,12 @@ from sd3.shapes.scenes import (
     COUNT_LAYOUTS,
     COUNTS,
     HELD_OUT,
+    PHRASINGS,
     RELATIONS,
     SHAPES,
     Combination,
     Scene,
+    Thing,
     article,
     place,
     relation_cells,
@@ -106,24 +108,48 @@ def _held_out(kind: str, rng: random.Random) -> Prompt:
     return Prompt(text, kind, (first, second), relation=relation)
 
 
+_NOUN = rf"(?:(?:small|large) )?(?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
+_RELATION_OF = {phrase: relation for relation, phrases in PHRASINGS.items() for phrase in phrases}
+_RELATED = "|".join(_RELATION_OF)
+_FORMS = [
+    re.compile(rf"{form}(?: on an? (?:{'|'.join(BACKGROUNDS)}) background)?")
+    for form in (
+        rf"(?P<number>{'|'.join(COUNTS.values())}) (?P<first>{_NOUN})s",
+        rf"an? (?P<first>{_NOUN})",
+        rf"an? (?P<first>{_NOUN}) (?P<joint>and|{_RELATED}) an? (?P<second>{_NOUN})",
+        rf"an? (?P<first>{_NOUN})(?:,| and) an? (?P<second>{_NOUN}) and an? (?P<third>{_NOUN})",
+        rf"an? (?P<first>{_NOUN}) (?P<joint>{_RELATED}) an? (?P<second>{_NOUN}) "
+        rf"and (?P<other_joint>{_RELATED}) an? (?P<third>{_NOUN})",
+    )
+]
+
+
 def read_caption(text: str) -> list[Prompt]:
-    """Parses a caption into prompts, one for each kind that it belongs to. Raises Mistake if the text is no caption."""
-    colour, shape = "|".join(COLOURS), "|".join(SHAPES)
-    thing = rf"an? ({colour}) ({shape})"
-    ground = rf"(?: on an? (?:{'|'.join(BACKGROUNDS)}) background)?"
+    """Parses a caption into prompts, one for each kind that it belongs to: one object, several of a kind, two or three
+    objects, one object with relations to one or two others; with sizes or without. Captions in sentences are not read.
+    Raises Mistake if the text is no such caption.
+    """
     text = text.strip().lower()
-    if match := re.fullmatch(rf"({'|'.join(COUNTS.values())}) ({colour}) ({shape})s{ground}", text):
-        count = next(n for n, word in COUNTS.items() if word == match[1])
-        return [Prompt(text, "counting", ((match[2], match[3]),), count)]
-    if match := re.fullmatch(rf"{thing}{ground}", text):
-        return [Prompt(text, kind, ((match[1], match[2]),)) for kind in ("single object", "colours")]
-    if match := re.fullmatch(rf"{thing} (and|{'|'.join(RELATIONS)}) {thing}{ground}", text):
-        both = ((match[1], match[2]), (match[4], match[5]))
-        if match[3] != "and":
-            return [Prompt(text, "position", both, relation=match[3])]
-        return [Prompt(text, kind, both) for kind in ("two objects", "colour attribution")]
-    why = f'"{verbatim(text)}" is no caption of coloured shapes, such as "a red circle left of a blue square"'
-    raise Mistake("score", "demo", why)
+    match = next(filter(None, (form.fullmatch(text) for form in _FORMS)), None)
+    if match is None:
+        why = f'"{verbatim(text)}" is no caption of coloured shapes, such as "a red circle left of a blue square"'
+        raise Mistake("score", "demo", why)
+    found = match.groupdict()
+    named = [found[n].split() for n in ("first", "second", "third") if found.get(n)]  # [size,] colour, shape
+    count = next((n for n, word in COUNTS.items() if word == found.get("number")), 1)
+    joints = [_RELATION_OF.get(found.get(n) or "", "") for n in ("joint", "other_joint")]
+    wanted = tuple((words[-2], words[-1]) for words in named)
+    if len(named) > 2 or any(len(words) > 2 for words in named):
+        things = tuple(Thing(w[-2], w[-1], 0, 0, 0, small=w[0] == "small") for w in named) * count
+        relations = tuple((0, relation, i) for i, relation in enumerate(joints, 1) if relation)
+        kind = "sizes" if len(named) < 3 else "two relations" if relations else "three objects"
+        return [Prompt(text, kind, scene=Scene(text, "", things, "", relations=relations))]
+    if count > 1:
+        return [Prompt(text, "counting", wanted, count)]
+    if joints[0]:
+        return [Prompt(text, "position", wanted, relation=joints[0])]
+    kinds = ("single object", "colours") if len(named) == 1 else ("two objects", "colour attribution")
+    return [Prompt(text, kind, wanted) for kind in kinds]
 
 
 def draw(prompt: Prompt, rng: random.Random) -> np.ndarray:

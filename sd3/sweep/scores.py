@@ -12,7 +12,7 @@ from PIL import Image
 
 from sd3.device import choose_device
 from sd3.mistakes import Missing, Mistake, verbatim
-from sd3.shapes.prompts import KINDS, Prompt, held_out_prompts, read_caption
+from sd3.shapes.prompts import KINDS, SCENE_KINDS, Prompt, held_out_prompts, read_caption
 from sd3.shapes.scorer import ERRORS, interval, read_picture, score
 from sd3.sweep.grid import Grid
 from sd3.sweep.plan import Plan
@@ -122,7 +122,7 @@ def summarise(plan: Plan, scores: Mapping[str, Mapping[str, float]]) -> list[Row
     scores: by image, then by kind. The bootstrap resamples prompts, each with all its seeds; with one prompt it
     resamples images. A gain is over the images whose baseline is scored too.
     """
-    kinds = [k for k in KINDS if any(k in s for s in scores.values())]
+    kinds = [k for k in (*KINDS, *SCENE_KINDS) if any(k in s for s in scores.values())]
     kinds += sorted({k for s in scores.values() for k in s} - set(kinds))
     rows = []
     for number in range(len(plan.variants)):
