@@ -85,7 +85,7 @@ class CLIPConfig:
         """
         vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
         if width > 64 and width % 64:
-            raise ValueError(f"width {width}, which is no multiple of 64")
+            raise ValueError(f"width {width}, which is not a multiple of 64")
         return cls(
             width=width,
             depth=count_layers(shapes, CLIP_LAYERS),

@@ -39,6 +39,27 @@ class Reporter:
 SILENT = Reporter()
 
 
+class Collector(Reporter):
+    """Collects lines and notes, each note once, with its fields spelled. quiet: collects nothing; may be set at any
+    time.
+    """
+
+    def __init__(self, spelling: Callable[[str], str] = str):
+        """spelling: how notes name a field, such as `flag_name`."""
+        self.spelling, self.quiet = spelling, False
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Adds a line."""
+        if not self.quiet:
+            self.lines.append(text)
+
+    def note(self, text: str) -> None:
+        """Adds a note, unless it is among the lines."""
+        if (line := spell(text, self.spelling)) not in self.lines:
+            self.say(line)
+
+
 class Terminal(Reporter):
     """Notes on stderr, each once, and progress: bars on a terminal, lines elsewhere. quiet: writes nothing; may be set
     at any time.
