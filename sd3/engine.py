@@ -328,7 +328,7 @@ class Engine:
         for s, latent in zip(batch, latents[: len(batch)], strict=True):
             s = s.changed(batch_size=rows)
             try:
-                check_finite(latent, "the latent", self.dtype, self.damage)
+                check_finite(latent, "the latent", self.dtype, self.damage, bool(_strong(self.setup.lora)))
             except Mistake as mistake:
                 yield s, mistake
             else:

@@ -391,7 +391,7 @@ def _lines(file: LoraFile) -> Iterator[str]:
     yield f"  {'alpha':<32}{_range(alphas) if alphas else 'none: equal to the rank'}"
     kinds = Counter(_place(name) for name in file.modules)
     yield f"  {'modules':<32}{len(file.modules)}"
-    yield from (f"    {display(kind):<30}{count}" for kind, count in sorted(kinds.items()))
+    yield from (f"    {display(kind):<29} {count}" for kind, count in sorted(kinds.items()))
     if file.embeddings:
         yield f"  {'trained words':<32}{file.embeddings}, not loaded"
     for name in ("modelspec.title", "ss_output_name"):

@@ -495,6 +495,9 @@ def test_a_lora_that_is_too_large_is_one_line_and_changes_nothing(small_model, t
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: --lora {bad}: makes ") and f"{FC1}.weight NaN or infinite" in error
     assert not (tmp_path / "x.png").exists()
+    strong = filled(tmp_path, "strong", 1e18, 1e18)
+    with pytest.raises(Mistake, match=r"the latent became NaN .*; try a smaller strength of lora or dtype float32$"):
+        image(sd3.load(small_model, device="cpu", dtype="bfloat16", lora=strong))
     pipe = sd3.load(small_model, device="cpu")
     plain = image(pipe).tobytes()
     with pytest.raises(Mistake, match="NaN or infinite"):

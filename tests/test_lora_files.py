@@ -374,6 +374,7 @@ def test_info_and_lists(models, tmp_path, capsys):
         "  alpha                           2 to 10",
         "  modules                         23",
         "    CLIP-L                        2",
+        "    context_block_adaLN_modulation_1 2",
         "  trigger words                   fxx, fox, a red fox",
     ):
         assert line in told, told

@@ -114,9 +114,12 @@ def test_a_lora_without_effect_is_not_recorded(loras, tmp_path, capsys):
 
 def test_a_sweep_says_a_note_once(loras, tmp_path, capsys):
     a, c = loras / "a.safetensors", loras / "c"
-    words = [*QUICK, "--out", tmp_path / "s", "--seed", "0-1", "--lora", f"none; {a}; {a}:0.5; {a},{c}; {a}:0"]
+    again = a.parent / ".." / a.parent.name / a.name  # the same file, so the same variant
+    values = f"none; {a}; {a}:0.5; {a},{c}; {a}:0; {again}"
+    words = [*QUICK, "--out", tmp_path / "s", "--seed", "0-1", "--lora", values]
     assert sd3.sweep.command.main([*map(str, words)]) == 0
     err = capsys.readouterr().err
+    assert len(list((tmp_path / "s" / "pictures").glob("*.png"))) == 8
     for path in (a, c):
         assert err.count(f"note: --lora {path}: LoRA, 4 modules of the MMDiT\n") == 1
     assert f"note: --lora {a}: no effect at strength 0 (" in err
