@@ -135,7 +135,7 @@ class Found:
             elif target is None:
                 found.unknown.append(module)
             elif not _is_used(target, models[target.part].shapes):
-                found.idle[module] = "the model does not use this layer"
+                found.idle[module] = "the model does not use these layers"
             elif target in found.matched:
                 both = verbatim(f"{found.matched[target]} and {module}")
                 raise Mistake(*lora.where, f"changes the same layer twice, in {both}")
@@ -156,7 +156,7 @@ class Found:
             verb = "match" if n > 1 else "matches"
             line += f"; {n} {verb} no layer of the model, such as {verbatim(display(self.unknown[0]))}"
         if n := lora.embeddings:
-            line += f"; {n} trained word{'s' * (n != 1)} not loaded"
+            line += f"; {n} textual inversion{'s' * (n != 1)}, not loaded"
         return line
 
     def why_none(self, lora: LoraFile) -> str:

@@ -1,4 +1,4 @@
-"""Contents of a LoRA file: modules, algorithms, settings and words, read from the header. Needs no torch.
+"""Contents of a LoRA file: modules, algorithms, settings and trigger words, read from the header. Needs no torch.
 
 A key is `<module><suffix>`. `ROLES` gives the meaning of each suffix; `sd3/lora.py` looks the modules up in the model.
 """
@@ -44,7 +44,7 @@ REFUSED = {
 }  # fmt: skip
 _PEFT_NAMES = re.compile(r"(\.(?:lora_[AB]|lora_magnitude_vector|lokr_\w+|hada_\w+))\.default(?=$|\.weight$|\.bias$)")
 ALGORITHMS = {"down": "LoRA", "up": "LoRA", "mid": "LoCon", "hada_": "LoHa", "lokr_": "LoKr", "set_": "set weights"}
-EMBEDDING = "bundle_emb."  # words that OneTrainer stores beside a LoRA
+EMBEDDING = "bundle_emb."  # textual inversions that OneTrainer stores with a LoRA
 # Patterns of module names that only other models have.
 OTHER_MODELS = (
     (r"single_transformer_blocks|double_blocks|single_blocks", "FLUX"),
@@ -58,10 +58,11 @@ FAMILIES = (
     ("text_encoders.", "ComfyUI"), ("text_encoder", "diffusers"), ("lora_te", "kohya"),
 )  # fmt: skip
 MODELS_OF_WIDTH = {1536: "SD3 Medium or SD3.5 Medium", 2432: "SD3.5 Large"}
-# Layers of an MMDiT whose inputs, or whose outputs, have the model's width.
+# Layers of an MMDiT whose inputs, and layers whose outputs, have the model's width.
 _OF_WIDTH = re.compile(r"(attn2?[._](to_[qkv]|add_[qkv]_proj|qkv|proj|to_out|to_add_out)|norm1(_context)?[._]linear"
                        r"|adaLN_modulation[._]1|mlp[._]fc1|ff(_context)?[._]net[._]0[._]proj)([._]0)?$")  # fmt: skip
 _TO_WIDTH = re.compile(r"(mlp[._]fc2|ff(_context)?[._]net[._]2)$")
+# The adaLN layers of blocks that may have a second attention: 9 outputs of the model's width if so, else 6.
 _ADALN = re.compile(r"(x_block[._]adaLN_modulation[._]1|norm1[._]linear)$")
 _BLOCK = re.compile(r"(?:joint_blocks|transformer_blocks)[._](\d{1,6})[._]")
 Module = Mapping[str, Entry]  # tensors by role
@@ -134,7 +135,7 @@ def _whole(key: str) -> str:
 class LoraFile:
     """The header of a LoRA, which is a file, or a folder that PEFT or diffusers saved. Reads no weights.
 
-    modules: for each module name in the file, its tensors by role; embeddings: number of trained words in the file.
+    modules: for each module name in the file, its tensors by role; embeddings: number of textual inversions in the file.
     """
 
     def __init__(self, path: str | Path, field: str = "lora"):
@@ -377,7 +378,7 @@ def _range(numbers: Sequence[float]) -> str:
 
 
 def describe(path: str, field: str = "info") -> str:
-    """The text of `--info` for a LoRA: family, algorithm, ranks, alphas, modules, words. Raises Mistake."""
+    """The text of `--info` for a LoRA: family, algorithm, ranks, alphas, modules, trigger words. Raises Mistake."""
     file = LoraFile(path, field)
     return "\n".join([f"{path}: {file.summary()}", "", *_lines(file)])
 
@@ -393,7 +394,7 @@ def _lines(file: LoraFile) -> Iterator[str]:
     yield f"  {'modules':<32}{len(file.modules)}"
     yield from (f"    {display(kind):<29} {count}" for kind, count in sorted(kinds.items()))
     if file.embeddings:
-        yield f"  {'trained words':<32}{file.embeddings}, not loaded"
+        yield f"  {'textual inversions':<32}{file.embeddings}, not loaded"
     for name in ("modelspec.title", "ss_output_name"):
         if value := file.metadata.get(name):
             yield f"  {name.split('.')[-1]:<32}{display(value)}"

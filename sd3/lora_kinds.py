@@ -174,7 +174,7 @@ def kind_of(module: Module) -> Kind | None:
     if not kinds and not module.keys() & set(BIASES):
         raise ValueError(f"is incomplete: it has only {' and '.join(sorted(module))}")
     if not kinds and (lone := module.keys() & {*MAGNITUDES, "up_bias"}):
-        raise ValueError(f"is incomplete: it has {lone.pop()} but no change of the weight")
+        raise ValueError(f"is incomplete: it has {lone.pop()} but no weight change")
     return kinds[0] if kinds else None
 
 

@@ -381,8 +381,8 @@ def test_notes_count_modules(small_model, shapes, tmp_path):
     sd3.load(small_model, lora=path, no_t5=True, tell=Listener())
     assert lines[-1] == (
         f"note: `lora` {path}: LoRA, 27 modules of the MMDiT, 2 modules of CLIP-G; 3 without effect: the model does "
-        "not use this layer; 1 without effect: T5 is not loaded; 1 matches no layer of the model, such as "
-        "transformer.hat; 1 trained word not loaded"
+        "not use these layers; 1 without effect: T5 is not loaded; 1 matches no layer of the model, such as "
+        "transformer.hat; 1 textual inversion, not loaded"
     )
 
 

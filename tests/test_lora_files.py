@@ -98,7 +98,7 @@ BAD = {
     "unknown names": ({"hat.lora_A.weight": torch.ones(2, 2)}, "matches no layer of this model (such as hat)"),
     "nothing that acts": (
         {f"lora_te1_text_projection.lora_{n}.weight": torch.ones(2, 2) for n in ("down", "up")},
-        "has no effect: the model does not use this layer (such as lora_te1_text_projection)",
+        "has no effect: the model does not use these layers (such as lora_te1_text_projection)",
     ),
     "half of a pair": ({k: v for k, v in PAIR.items() if "down" in k}, f"{KEY} is incomplete: it has down but no up"),
     "the other half": ({k: v for k, v in PAIR.items() if "up" in k}, f"{KEY} is incomplete: it has up but no down"),
