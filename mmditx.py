@@ -108,9 +108,9 @@ class ResidualStream(Stream):
         if mode == "aligned" and rotations is None:
             raise ValueError("mode aligned needs rotations")
         self.rotations, self.tokens = rotations, tokens
-        self.kept: Tensor | None = None  # C_o of the rows that are mixed
+        self.origin_context: Tensor | None = None  # C_o of the rows that are mixed
         self.prepared: dict[Any, Tensor] = {}  # standardised C_o (key None), and rotated C_o by (target, bucket)
-        self.turned: dict[Any, Tensor] = {}  # rotations by (target, bucket), on the model's device and in its dtype
+        self.matrices: dict[Any, Tensor] = {}  # rotations by (target, bucket), on the model's device and in its dtype
         self.sigma, self.factor = 1.0, schedule_factor(schedule, 1.0)
         self.rows: slice | None = None  # rows of the batch that are mixed; None: all
         self.text: Text | None = None
@@ -132,7 +132,7 @@ class ResidualStream(Stream):
     def keep(self, i: int, context: Tensor) -> None:
         """Keeps context (B, T, D) if block i is the origin."""
         if i == self.origin:
-            self.kept = context if self.rows is None else context[self.rows]
+            self.origin_context = context if self.rows is None else context[self.rows]
             self.share = self._share(context)
             text_alone = i == 0 and self.text is not None and not context.requires_grad
             self.prepared = self.text.prepared.setdefault(self, {}) if text_alone else {}
@@ -158,8 +158,8 @@ class ResidualStream(Stream):
         w = self.weights[i] * self.factor
         if self.mode == "add":
             if self.share is None:
-                return context.add(self.kept, alpha=w)  # C_i + w C_o
-            mixed = (context + w * self.share * self.kept).to(context.dtype)
+                return context.add(self.origin_context, alpha=w)  # C_i + w C_o
+            mixed = (context + w * self.share * self.origin_context).to(context.dtype)
         elif self.share is None:
             return anchored_mix(context, self._direction(i), w)
         else:
@@ -171,14 +171,16 @@ class ResidualStream(Stream):
         block 0, whose input does not change between steps.
         """
         if None not in self.prepared:
-            self.prepared[None] = standardise(self.kept)
+            self.prepared[None] = standardise(self.origin_context)
         if self.mode != "aligned":
             return self.prepared[None]
         key = i, self.rotations.bucket(self.sigma)
         if key not in self.prepared:
-            if key not in self.turned:
-                self.turned[key] = self.rotations.matrix(i, self.sigma).to(self.kept.device, self.kept.dtype)
-            self.prepared[key] = (self.prepared[None].to(self.kept.dtype) @ self.turned[key]).float()
+            if key not in self.matrices:
+                self.matrices[key] = self.rotations.matrix(i, self.sigma).to(
+                    self.origin_context.device, self.origin_context.dtype
+                )
+            self.prepared[key] = (self.prepared[None].to(self.origin_context.dtype) @ self.matrices[key]).float()
         return self.prepared[key]
 
     @property

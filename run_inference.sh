@@ -12,8 +12,9 @@ usage: run_inference.sh <sd3|sd3.5|demo> "prompt" [flags of sd3_infer.py]
 environment (default):
   MODEL_DIR        folder of the models ($here/models)
   MODEL_FOLDER     folder of the text encoders and tokenizers (\$MODEL_DIR)
-  SD3_MODEL_PATH   (\$MODEL_DIR/sd3_medium.safetensors)    SD3_SHIFT   (1.0)
-  SD35_MODEL_PATH  (\$MODEL_DIR/sd3.5_large.safetensors)   SD35_SHIFT  (3.0)
+  SD3_MODEL_PATH   (\$MODEL_DIR/sd3_medium.safetensors, else an sd3_medium_incl_clips*.safetensors)
+  SD35_MODEL_PATH  (\$MODEL_DIR/sd3.5_large.safetensors, else the sd3.5_medium or large_turbo file)
+  SD3_SHIFT, SD35_SHIFT  (1.0, 3.0)
   VAE_PATH         a separate VAE file (\$MODEL_DIR/sd3_vae.safetensors if it exists)
   PYTHON           the Python to use (one that has the packages, else a .venv created on the first run)
 TEXT
@@ -45,12 +46,27 @@ shift
 
 models=${MODEL_DIR:-$here/models}
 arguments=()
+
+# The first of these files in the models' folder that exists; if none does, the first, so that it is named as missing.
+first_of() {
+  local name file
+  for name in "$@"; do
+    file=$models/$name.safetensors
+    if [ -f "$file" ]; then
+      [ "$name" = "$1" ] || say "model: $file"
+      printf '%s' "$file"
+      return
+    fi
+  done
+  printf '%s' "$models/$1.safetensors"
+}
+
 case $which in
   sd3)
-    arguments+=(--model "${SD3_MODEL_PATH:-$models/sd3_medium.safetensors}" --shift "${SD3_SHIFT:-1.0}")
+    arguments+=(--model "${SD3_MODEL_PATH:-$(first_of sd3_medium sd3_medium_incl_clips{,_t5xxlfp16,_t5xxlfp8})}" --shift "${SD3_SHIFT:-1.0}")
     ;;
   sd3.5)
-    arguments+=(--model "${SD35_MODEL_PATH:-$models/sd3.5_large.safetensors}" --shift "${SD35_SHIFT:-3.0}")
+    arguments+=(--model "${SD35_MODEL_PATH:-$(first_of sd3.5_large sd3.5_medium sd3.5_medium_incl_clips_t5xxlfp8scaled sd3.5_large_turbo)}" --shift "${SD35_SHIFT:-3.0}")
     ;;
   demo)
     arguments+=(--model "$here/models/demo/demo.safetensors")

@@ -11,7 +11,9 @@ from sd3 import command, help, info
 
 if __name__ == "__main__":
     # --help, --info and mistakes in the flags exit here, before torch is imported.
-    request = command.begin(command.read_infer_flags, help.text, lambda request: info.answer(request.values))
+    request = command.begin(
+        command.read_infer_flags, help.text, lambda request: info.answer(request.values), help.short
+    )
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -262,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status, see `command.execute`."""
     words = sys.argv[1:] if arguments is None else arguments
     answer = lambda request: info.answer(request.values)  # noqa: E731
-    status, request = command.answer_early(words, command.read_infer_flags, help.text, answer)
+    status, request = command.answer_early(words, command.read_infer_flags, help.text, answer, short_help=help.short)
     return execute(request) if status is None else status
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +15,14 @@ from torch import Tensor
 from sd3 import png, writing
 from sd3.engine import Engine
 from sd3.flags import FLAGS, names, places, read_values
-from sd3.mistakes import Mistake, check_parameters
+from sd3.mistakes import Mistake, check_parameters, spell
 from sd3.models import SkipLayerConfig, read_skip_layer_config
 from sd3.planning import plan_for
 from sd3.prompts import read_texts
 from sd3.residual import ResidualConfig, read_residual
 from sd3.run import MadeWith, Picture, make_pictures
 from sd3.settings import Flags, Settings, Setup
-from sd3.telling import SILENT, Reporter
+from sd3.telling import Reporter, Warnings
 from sd3_impls import OnStep
 
 OUTPUTS = ("pil", "latent")
@@ -54,6 +55,15 @@ class Pipeline:
     def __init__(self, engine: Engine, shift: float | None = None):
         """shift: the default for images; None: the model's usual one."""
         self.engine, self.shift = engine, shift
+
+    def __repr__(self) -> str:
+        """The model, its size, and where and how it runs."""
+        config, set_up, loaded = self.engine.config, self.engine.setup, self.engine.loaded_settings()
+        lora = f", lora={set_up.lora!r}" if set_up.lora else ""
+        return (
+            f"<sd3.Pipeline {loaded['model']}: {config.depth} blocks of width {config.width}, "
+            f"{loaded['dtype']} on {loaded['device']}{lora}>"
+        )
 
     def set_lora(self, lora: Any = None) -> None:
         """Changes the LoRAs: files, folders or pairs (file, strength), as the flag `lora` takes them; None for none.
@@ -155,15 +165,46 @@ class Pipeline:
         return flags, plan.pictures
 
 
-def load(model: str | Path = FLAGS["model"].default, *, tell: Reporter = SILENT, **settings: Any) -> Pipeline:
+def load(model: str | Path = FLAGS["model"].default, *, tell: Reporter | None = None, **settings: Any) -> Pipeline:
     """Opens a model: reads headers and checks that all files exist and fit each other. Weights are read on first use.
 
     model: a file, a folder in diffusers layout, or `demo`, the small model that ships. settings: the flags that decide
     what is loaded (`docs/flags.md`): device, dtype, vae, controlnet_ckpt, weights ..., and `shift`, the default for
-    images. tell: receives notes and progress, such as `sd3.Terminal()`; silent by default. Raises Mistake, which names
-    the file and the problem.
+    images. tell: receives notes and progress, such as `sd3.Terminal()`, or `sd3.Reporter()` to drop them; by default
+    notes are warnings of class `sd3.Note`, and there is no progress. Raises Mistake, which names the file and the
+    problem.
     """
     check_parameters("load", settings, ("shift", *names("load")), {"tell": "tell"}, PLACES)
     shift = read_values({"shift": settings.pop("shift", None)}).get("shift")
     given = {name: value for name, value in settings.items() if value is not None}
-    return Pipeline(Engine(Setup(model=model, **given), tell), shift)
+    return Pipeline(Engine(Setup(model=model, **given), tell or Warnings()), shift)
+
+
+TYPES = {"whole": int, "number": float, "switch": bool, "choice": str, "text": str, "size": int, "device": str}
+
+
+def _with_settings(function: Callable, settings: Sequence[str], like: Callable | None = None) -> None:
+    """Gives a function that takes `**settings` a signature and a documentation that name them.
+
+    like: a function whose keywords it takes too.
+    """
+    own = inspect.signature(function).parameters
+    more = inspect.signature(like).parameters if like else {}
+    keywords = {n: p for n, p in (own | more).items() if p.kind is not p.VAR_KEYWORD}
+    lines = [inspect.cleandoc(function.__doc__ or ""), "", "Settings:"]
+    for name in settings:
+        row = FLAGS[name]
+        kind = TYPES[row.read.kind] | None if row.read.kind in TYPES else Any
+        keywords[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        usual = row.usual or ("" if row.default in (None, False, "", ()) else row.default)
+        lines.append(f"  {name}: {spell(row.help)}" + (f" (default: {spell(str(usual))})" if usual != "" else ""))
+    function.__signature__ = inspect.Signature(
+        list(keywords.values()), return_annotation=function.__annotations__["return"]
+    )
+    function.__doc__ = "\n".join(lines)
+
+
+_OF_A_CALL = [name for name in names("picture") if name not in OPTIONS]
+_with_settings(Pipeline.stream, _OF_A_CALL)
+_with_settings(Pipeline.__call__, _OF_A_CALL, like=Pipeline.stream)
+_with_settings(load, [name for name in ("shift", *names("load")) if name != "model"])

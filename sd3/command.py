@@ -29,7 +29,7 @@ from sd3.versions import NAME, __version__
 
 MISTAKE, FAILED = 2, 1  # exit statuses; shells count signals from 128
 Values = dict[str, Any]
-HELP = ("--help", "-h", "-help", "-?")
+HELP, HELP_ALL = ("--help", "-h", "-help", "-?"), ("--help_all", "--help-all")
 Read = TypeVar("Read")  # a command's flags, as its own `read` returns them
 
 
@@ -41,12 +41,13 @@ def begin(
     read: Callable[[Sequence[str]], Read],
     help_text: Callable[[], str],
     answer: Callable[[Read], str | None] = lambda request: None,
+    short_help: Callable[[], str] | None = None,
 ) -> Read:
     """Reads the command line of the process; a program calls it before it imports torch.
 
     Exits on --help, --version, a mistake in the words, and if `answer` returns a text to print.
     """
-    status, request = answer_early(None, read, help_text, answer)
+    status, request = answer_early(None, read, help_text, answer, short_help=short_help)
     if status is not None:
         sys.exit(status)
     return request
@@ -58,21 +59,24 @@ def answer_early(
     help_text: Callable[[], str],
     answer: Callable[[Read], str | None] = lambda request: None,
     bare: bool = True,
+    short_help: Callable[[], str] | None = None,
 ) -> tuple[int | None, Read | None]:
     """Handles what needs no model: help, version, mistakes. Returns the exit status if that ends the command, else
     None; and the result of `read`.
 
     words: None for those of the process; then torch, not yet imported, is also asked for large pages, because page
     faults dominate the time of loading on a CPU. answer: returns the text to print if the request needs no model, else
-    None. bare: whether the command runs without any words; otherwise the help is shown.
+    None. bare: whether the command runs without any words; otherwise the help is shown. short_help: what --help shows
+    where `help_text` is long; --help_all shows that.
     """
     if words is None:
         streams.begin()
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         words = sys.argv[1:]
-    with streams.bearing():
-        if set(HELP) & set(words) or list(words[:1]) == ["help"] or not (words or bare):
-            print(help_text())
+    with streams.safe_output():
+        everything = bool(set(HELP_ALL) & set(words))
+        if everything or set(HELP) & set(words) or list(words[:1]) == ["help"] or not (words or bare):
+            print(help_text() if everything or short_help is None else short_help())
             return (0 if words else MISTAKE), None
         if "--version" in words:
             print(f"{NAME} {__version__}")
@@ -202,7 +206,7 @@ def execute(work: Callable[[], Any], smaller: str, words: Sequence[str] = ()) ->
         streams.imported()
         previous = signal.signal(signal.SIGTERM, _stop)
     try:
-        with streams.bearing(), warnings.catch_warnings():
+        with streams.safe_output(), warnings.catch_warnings():
             warnings.showwarning = _note_once()
             warnings.simplefilter("always", Note)  # regardless of PYTHONWARNINGS
             work()
@@ -214,7 +218,7 @@ def execute(work: Callable[[], Any], smaller: str, words: Sequence[str] = ()) ->
     except streams.Stopped:
         return streams.TERMINATED
     except Exception as error:
-        with streams.bearing():
+        with streams.safe_output():
             return _explain(error, smaller, words)
     finally:
         if previous is not None:

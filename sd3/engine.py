@@ -136,13 +136,13 @@ class Engine:
                 for own in (own for path in paths if not path.is_dir() or lora_in(path) for own in contents(path)):
                     files.add(Where(field, own), own)
         parts = patched({role: replace(part, patches=()) for role, part in self.parts.items()}, setup)
-        self.network.take(parts["mmdit"])
+        self.network.repatch(parts["mmdit"])
         self.setup, self.files.stamps = setup, files.stamps
         self.pixels.part = parts["vae"]
         if self.network.control:
             self.network.control.part = parts["controlnet"]
         if self._text:
-            self._text.take(parts)
+            self._text.repatch(parts)
         for line in (line for part in parts.values() for patch in part.patches for line in patch.notes):
             self.tell.note(line)
 

@@ -32,8 +32,17 @@ Makes images with an SD3 or SD3.5 model, with or without residual text streaming
 
 A setting that is not given is the model's usual one. Images are saved below outputs/, with their settings."""
 END = """\
---help prints this, --version the version. docs/flags.md has the range of every flag.
+docs/flags.md has the range of every flag.
 exit status: 0 done, 1 failed, 2 a mistake in flags or files, 130 or 143 stopped"""
+
+
+def short() -> str:
+    """The flags that are used most, by group."""
+    lines = [START]
+    for group, rows in _by_group():
+        if rows := [row for row in rows if row.main]:
+            lines += ["", _heading(group), *table(rows)]
+    return "\n".join([*lines, "", f"--help_all lists all {len(FLAGS)} flags with examples, --version the version."])
 
 
 def text() -> str:
@@ -41,7 +50,7 @@ def text() -> str:
     lines = [START]
     for group, rows in _by_group():
         lines += ["", _heading(group), f"  example: python sd3_infer.py {GROUPS[group]}", *table(rows)]
-    return "\n".join([*lines, "", END])
+    return "\n".join([*lines, "", "--help lists the most used flags, --version the version.", END])
 
 
 def table(rows: Iterable[Flag]) -> Iterator[str]:

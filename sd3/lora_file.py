@@ -135,7 +135,7 @@ def _whole(key: str) -> str:
 class LoraFile:
     """The header of a LoRA, which is a file, or a folder that PEFT or diffusers saved. Reads no weights.
 
-    modules: for each module name in the file, its tensors by role; embeddings: number of textual inversions in the file.
+    modules: for each module name in the file, its tensors by role; embeddings: number of textual inversions.
     """
 
     def __init__(self, path: str | Path, field: str = "lora"):

@@ -162,9 +162,9 @@ class Network:
 
     # -- loading --
 
-    def take(self, part: ModelTensors) -> None:
-        """Takes the MMDiT's tensors with other patches. Where weights are in memory, those that the old or the new
-        patches change are read from the file again, and no others.
+    def repatch(self, part: ModelTensors) -> None:
+        """Replaces the MMDiT's tensors by those with other patches. Where weights are in memory, those that the old or
+        the new patches change are read from the file again, and no others.
         """
         names = differently_patched(self.part, part) & on_meta(lambda: MMDiT(self.config)).state_dict().keys()
         before, self.part = self.part, part

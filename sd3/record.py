@@ -81,10 +81,10 @@ class RunRecord:
             yield
         except BaseException as error:
             stopped = isinstance(error, (KeyboardInterrupt, streams.Stopped))
-            with streams.held(), contextlib.suppress(OSError):  # report the first error
+            with streams.delayed_stops(), contextlib.suppress(OSError):  # report the first error
                 self.end("stopped" if stopped else "failed")
             raise
-        with streams.held():
+        with streams.delayed_stops():
             self.end("finished")
 
     def save(self, picture: Picture) -> Path:

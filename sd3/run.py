@@ -142,7 +142,7 @@ def make_pictures(
     """
     for number, settings, image in pictures:
         picture = Picture(number, settings, image, made_with.wait())
-        with streams.held():
+        with streams.delayed_stops():
             saved = save(picture)
         yield picture, saved
 

@@ -75,7 +75,7 @@ class _StreamWeights(dict[int, float]):
         super().__init__()
         self.used: set[int] = set()
 
-    def take(self, place: int) -> float | None:
+    def use(self, place: int) -> float | None:
         """The weight of the phrase that ends with the bracket at position `place`, or None."""
         if place in self:
             self.used.add(place)
@@ -134,7 +134,7 @@ class _A1111Parts:
         position of the closing bracket, None if a phrase cannot end here.
         """
         inside = slice(first, len(self.texts))
-        stream_weight = None if place is None else self.streams.take(place)
+        stream_weight = None if place is None else self.streams.use(place)
         if stream_weight is not None:
             part = self.in_stream[inside]
             part[np.isnan(part)] = stream_weight  # phrases inside that have a weight keep it

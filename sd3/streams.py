@@ -16,7 +16,7 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 INTERRUPTED, TERMINATED = 130, 143  # exit statuses, 128 + signal number as in shells
 
 
-MOST_SAID = 1000  # number of lines that `Once` remembers
+MOST_LINES = 1000  # number of lines that `Once` remembers
 
 
 class Stopped(BaseException):
@@ -33,13 +33,13 @@ class Once:
         """Whether a line is new."""
         if line in self.lines:
             return False
-        while len(self.lines) >= MOST_SAID:
+        while len(self.lines) >= MOST_LINES:
             self.lines.pop(next(iter(self.lines)))
         self.lines[line] = None
         return True
 
 
-class Bearing:
+class SafeStream:
     """A text stream to which writing never fails: text that cannot be written is dropped."""
 
     def __init__(self, stream: Any):
@@ -124,7 +124,7 @@ def imported() -> None:
 
 
 @contextlib.contextmanager
-def held() -> Iterator[None]:
+def delayed_stops() -> Iterator[None]:
     """Context in which a stop (Ctrl-C, SIGTERM) is delayed to its end; a second stop acts at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -149,12 +149,12 @@ def held() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def bearing() -> Iterator[None]:
+def safe_output() -> Iterator[None]:
     """Context in which writing to stdout and stderr never fails, even if their readers are gone."""
     open_descriptors()
     before = {name: getattr(sys, name) for name in STREAMS}
     for name, stream in before.items():
-        setattr(sys, name, stream if isinstance(stream, Bearing) else Bearing(stream))
+        setattr(sys, name, stream if isinstance(stream, SafeStream) else SafeStream(stream))
     try:
         yield
     finally:
@@ -168,7 +168,7 @@ def command_line(main: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def guarded(*arguments: Any, **options: Any) -> int:
-        with bearing():
+        with safe_output():
             try:
                 return main(*arguments, **options)
             except KeyboardInterrupt:

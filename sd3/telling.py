@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,7 +40,7 @@ class Reporter:
 SILENT = Reporter()
 
 
-class Collector(Reporter):
+class NoteList(Reporter):
     """Collects lines and notes, each note once, with its fields spelled. quiet: collects nothing; may be set at any
     time.
     """
@@ -58,6 +59,23 @@ class Collector(Reporter):
         """Adds a note, unless it is among the lines."""
         if (line := spell(text, self.spelling)) not in self.lines:
             self.say(line)
+
+
+class Note(UserWarning):
+    """Something worth knowing about settings or files, such as a setting without effect."""
+
+
+class Warnings(Reporter):
+    """Notes as warnings of class `Note` at the caller's line. Ignores lines and progress."""
+
+    def note(self, text: str) -> None:
+        """Warns. Python shows a warning once per line of code that caused it."""
+        frame, level, outermost = sys._getframe(), 1, 1
+        while frame := frame.f_back:
+            level += 1
+            if frame.f_globals.get("__name__", "").startswith("sd3."):
+                outermost = level
+        warnings.warn(spell(text, str).removeprefix("note: "), Note, stacklevel=outermost + 1)
 
 
 class Terminal(Reporter):

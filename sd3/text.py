@@ -92,7 +92,7 @@ class TextEncoders(PromptTokens):
                 files.add(Where("", f"{role} {path}"), path)
         self.cache_folder = setup.embed_cache
 
-    def take(self, parts: Mapping[str, ModelTensors]) -> None:
+    def repatch(self, parts: Mapping[str, ModelTensors]) -> None:
         """Replaces the encoders' tensors, for example with patched ones. parts: by role; other roles are ignored."""
         for role, encoder in self.encoders.items():
             if names := differently_patched(encoder.part, parts[role]):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ from PIL import Image
 import sd3
 import sd3.png
 import sd3.weights
+from sd3.api import OPTIONS
+from sd3.flags import names
 from sd3_infer import SD3Inferencer
 
 FEW = {"steps": 2, "width": 64, "height": 64}
@@ -175,3 +179,31 @@ def test_notes_go_to_who_asks_for_them(capsys):
 def test_importing_the_package_imports_no_torch():
     code = "import sys, sd3; sd3.Mistake, sd3.__version__; assert not {'torch', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_signatures_name_every_setting():
+    """What editors and `help` show comes from the flag table."""
+    call, load = inspect.signature(sd3.Pipeline.__call__).parameters, inspect.signature(sd3.load).parameters
+    assert {"prompt", "output", "out_dir", "on_step", "seed", "steps", "residual_target_layers"} <= set(call)
+    assert set(call) - {"self"} == {"output", *OPTIONS} | set(names("picture"))
+    assert set(load) == {"tell", "shift", *names("load")}
+    assert call["steps"].annotation == int | None
+    for function, name in ((sd3.Pipeline.__call__, "residual_mode"), (sd3.load, "device")):
+        assert f"\n  {name}: " in function.__doc__
+        assert "`" not in function.__doc__.split("Settings:")[1]
+
+
+def test_a_pipeline_shows_what_it_is(pipe):
+    shown = repr(pipe)
+    assert str(DEMO) in shown
+    depth, width = pipe.engine.config.depth, pipe.engine.config.width
+    assert f"{depth} blocks of width {width}, float32 on cpu" in shown
+
+
+def test_notes_are_warnings_at_the_line_of_the_call(pipe):
+    with pytest.warns(sd3.Note, match="^t5_tokens and prompt_weights have no effect") as heard:
+        pipe("a red circle", seed=1, t5_tokens=100, **FEW)
+    assert heard[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd3.load(DEMO, device="cpu", tell=sd3.Reporter())("a red circle", seed=1, t5_tokens=100, **FEW)

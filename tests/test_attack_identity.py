@@ -292,13 +292,13 @@ def test_a_second_stop_does_not_wait():
     heard = []
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append("stop"))
     try:
-        with sd3.streams.held():
+        with sd3.streams.delayed_stops():
             os.kill(os.getpid(), signal.SIGTERM)
             assert heard == []
             os.kill(os.getpid(), signal.SIGTERM)
             assert heard == ["stop"]
         assert heard == ["stop"]
-        with pytest.raises(OSError, match="full"), sd3.streams.held():
+        with pytest.raises(OSError, match="full"), sd3.streams.delayed_stops():
             os.kill(os.getpid(), signal.SIGTERM)
             raise OSError("full")
         assert heard == ["stop"] * 2  # what failed inside does not swallow it
@@ -310,7 +310,7 @@ def test_other_threads_hold_nothing():
     inside = []
 
     def work():
-        with sd3.streams.held():
+        with sd3.streams.delayed_stops():
             inside.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)

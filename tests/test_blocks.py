@@ -44,7 +44,7 @@ def test_a_residual_stream_keeps_what_arrives_whatever_mixes_before_it():
     other = Hook(lambda i, context: 3 * context)
     stream = ResidualStream(0, {1: 0.5})
     image_tokens(stream=Streams([other, stream]))
-    assert stream.kept is CONTEXT
+    assert stream.origin_context is CONTEXT
 
 
 @torch.no_grad()

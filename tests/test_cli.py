@@ -24,6 +24,7 @@ import sd3.weights
 import sd3.writing
 import sd3_infer
 from sd3.command import read_arguments
+from sd3.flags import FLAGS
 from sd3.mistakes import Mistake
 from sd3.models import SkipLayerConfig
 from sd3.planning import resolve
@@ -105,11 +106,22 @@ def test_prompts_arrive_as_typed(prompt, monkeypatch):
 
 def test_every_flag_of_the_table_is_taken_and_documented(monkeypatch, capsys):
     names = set(Flags.__dataclass_fields__)
-    assert cli("--help") == 0
+    assert cli("--help_all") == 0
     shown = capsys.readouterr()
     assert names <= set(re.findall(r"^  --(\w+)", shown.out, re.MULTILINE))
     page = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
     assert not [n for n in names if f"`--{n}`" not in page]
+
+
+def test_the_short_help_fits_two_screens_and_names_the_long_one(capsys):
+    assert cli("--help") == 0
+    short = capsys.readouterr().out
+    shown = set(re.findall(r"^  --(\w+)", short, re.MULTILINE))
+    assert {"prompt", "seed", "steps", "residual_target_layers", "model", "lora"} <= shown < set(FLAGS)
+    assert len(short.splitlines()) < 80
+    assert "--help_all lists all" in short
+    assert cli("--help-all", "--steps", "x") == 0
+    assert len(capsys.readouterr().out) > 1.5 * len(short)
 
 
 def test_switches_and_repeats():

@@ -47,6 +47,28 @@ def test_defaults(tmp_path, echo, which, name, shift):
     assert got == [*wanted, "--prompt=a cat"]
 
 
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [
+        ("sd3", "sd3_medium_incl_clips_t5xxlfp8"), ("sd3", "sd3_medium_incl_clips"), ("sd3.5", "sd3.5_medium"),
+        ("sd3.5", "sd3.5_large_turbo"),
+    ],
+)  # fmt: skip
+def test_another_file_of_the_model_is_found_and_named(tmp_path, echo, which, name):
+    """The file that the README downloads holds everything, and has another name."""
+    models = tmp_path / "my models"
+    models.mkdir()
+    (models / f"{name}.safetensors").touch()
+    done = launch(which, "a cat", cwd=tmp_path, PYTHON=str(echo), MODEL_DIR=str(models))
+    assert passed(done)[:2] == ["--model", f"{models}/{name}.safetensors"]
+    assert done.stderr == f"model: {models}/{name}.safetensors\n"
+    usual = models / ("sd3_medium.safetensors" if which == "sd3" else "sd3.5_large.safetensors")
+    usual.touch()
+    done = launch(which, "a cat", cwd=tmp_path, PYTHON=str(echo), MODEL_DIR=str(models))
+    assert passed(done)[:2] == ["--model", str(usual)]
+    assert done.stderr == ""
+
+
 def test_demo(tmp_path, echo):
     got = passed(launch("demo", "a cat", "--steps", "3", cwd=tmp_path, PYTHON=str(echo)))
     assert got == ["--model", f"{ROOT}/models/demo/demo.safetensors", "--prompt=a cat", "--steps", "3"]

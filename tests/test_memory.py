@@ -28,7 +28,7 @@ from sd3.memory import OutOfMemory, explained, out_of_memory
 from sd3.network import Network
 from sd3.record import RunRecord
 from sd3.settings import Flags, Settings
-from sd3.streams import MOST_SAID
+from sd3.streams import MOST_LINES
 from sd3.telling import Terminal
 from sd3.text import TextEncoders, in_groups
 from sd3_infer import SD3Inferencer
@@ -232,10 +232,10 @@ def test_encoded_prompts_are_dropped_when_there_are_many(small_model):
 
 def test_what_was_said_is_not_remembered_for_ever():
     terminal = Terminal(quiet=True)
-    for number in range(3 * MOST_SAID):
+    for number in range(3 * MOST_LINES):
         terminal.note(f"line {number}")
         terminal.say(f"other {number}")
-    assert len(terminal.first.lines) <= MOST_SAID
+    assert len(terminal.first.lines) <= MOST_LINES
 
 
 def test_a_long_record_is_written_once_and_not_again_with_every_picture(small_engine, tmp_path, monkeypatch):

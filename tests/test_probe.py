@@ -506,7 +506,7 @@ def test_as_a_real_process(tmp_path):
         [sys.executable, ROOT / "sd3_probe.py", "calibrate", "--promts", "x"], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert done.stderr == "error: --promts: unknown flag; did you mean --prompts? (--help lists all)\n"
+    assert done.stderr == "error: --promts: unknown flag; did you mean --prompts? (--help_all lists all)\n"
     shown = subprocess.run([sys.executable, ROOT / "sd3_probe.py", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
     for readers in sd3.probe.command.COMMANDS.values():

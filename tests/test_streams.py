@@ -83,7 +83,7 @@ class Broken(io.StringIO):
 def test_printing_bears_what_a_stream_raises(monkeypatch, error):
     monkeypatch.setattr(sys, "stdout", Broken(error))
     monkeypatch.setattr(sys, "stderr", Broken(error))
-    with sd3.streams.bearing():
+    with sd3.streams.safe_output():
         print("a picture")
         print("a note", file=sys.stderr, flush=True)
     assert isinstance(sys.stdout, Broken)
@@ -92,7 +92,7 @@ def test_printing_bears_what_a_stream_raises(monkeypatch, error):
 def test_what_an_encoding_lacks_is_spelled_out(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    with sd3.streams.bearing():
+    with sd3.streams.safe_output():
         print("caf\xe9 \u6771 \udcff")
         assert raw.getvalue() == b"caf\\xe9 \\u6771 \\udcff\n"
 

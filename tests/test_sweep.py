@@ -225,7 +225,7 @@ def test_bad_grids(tmp_path, monkeypatch, capsys, arguments, message):
 def test_mistakes_as_a_real_process(tmp_path):
     done = subprocess.run(shell(tmp_path / "o", "--prompt", "x", "--cgf", "2"), capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --cgf: unknown flag; did you mean --cfg? (--help lists all)\n"
+    assert done.stderr == "error: --cgf: unknown flag; did you mean --cfg? (--help_all lists all)\n"
 
 
 def test_help_names_every_flag(capsys):

@@ -155,14 +155,13 @@ def test_enlarges_with_settings_score_and_command(page, swept):
 def test_scores_are_those_of_the_table(page, swept):
     assert page.locator("#kinds button").first.inner_text() == "overall"
     off = next(line for line in (swept / "scores.csv").read_text().splitlines() if ",off,overall," in line)
-    mean, low, high = map(float, off.split(",")[4:7])
+    mean = float(off.split(",")[4])
     row = page.locator("#table .line[data-variant='0']")
     assert row.locator(".mean").inner_text() == f"{mean:.2f}"
-    assert row.locator(".interval").first.inner_text() == f"{low:.2f} to {high:.2f}"
     assert float(row.locator(".fill").evaluate("e => parseFloat(e.style.width)")) == pytest.approx(100 * mean, abs=0.01)
-    assert float(row.locator(".whisker").evaluate("e => parseFloat(e.style.left)")) == pytest.approx(
-        100 * low, abs=0.01
-    )
+    assert row.locator(".interval").first.inner_text() == "too few"  # three prompts
+    assert row.locator(".whisker").count() == 0
+    assert "they need at least 5" in page.inner_text("#legend")
     assert page.locator("#table .best").count() == 0
     assert "here 6 have one, too few for a ★" in page.inner_text("#legend")
     marks = page.locator(".note").all_inner_texts()
@@ -173,7 +172,7 @@ def test_a_star_marks_the_best_row_of_the_kind_that_is_shown(browser, swept, tmp
     copy = tmp_path / "copy"
     shutil.copytree(swept, copy)
     data = data_of(swept)
-    data["rows"] = [[*row[:9], 10 if row[6] is not None else 0] for row in data["rows"]]
+    data["rows"] = [[*row[:9], 10 if row[6] is not None else 0, 10] for row in data["rows"]]
     (copy / "data.js").write_text(
         f"window.sweepData({json.dumps(data | {'best': [[2, 'overall'], [3, 'position']]})});"
     )
@@ -182,7 +181,13 @@ def test_a_star_marks_the_best_row_of_the_kind_that_is_shown(browser, swept, tmp
     page.wait_for_selector("#table .line")
     assert [e.get_attribute("data-variant") for e in page.locator("#table .best").all()] == ["2"]
     assert "★ best" in page.locator("#table .best .name").inner_text()
-    assert "too few" not in page.inner_text("#legend")
+    assert "too few" not in page.inner_text("#scores")
+    _, _, _, _, low, high, *_ = next(row for row in data["rows"] if row[:2] == [0, "overall"])
+    row = page.locator("#table .line[data-variant='0']")
+    assert row.locator(".interval").first.inner_text() == f"{low:.2f} to {high:.2f}"
+    assert float(row.locator(".whisker").evaluate("e => parseFloat(e.style.left)")) == pytest.approx(
+        100 * low, abs=0.01
+    )
     page.close()
 
 

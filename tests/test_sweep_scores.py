@@ -149,6 +149,17 @@ def test_the_mean_over_kinds_and_the_table():
     assert rows[0, "position"].mean == 0
     assert rows[1, "overall"].gain == pytest.approx((0.5 + 1) / 2)
     assert (rows[1, "overall"].pairs, rows[1, "colours"].pairs) == (2, 1)  # images, not scores
-    text = table(plan, list(rows.values()))
-    assert text.count("\n") == 3
-    assert "+1.00 (+1.00 to +1.00)" in text
+    text = table(plan, list(rows.values()), ["off", "add, block 0 into 3"])
+    assert "| add, block 0 into 3 (0:3:1.0) | " in text
+    assert "1.00; +1.00 |" in text
+    assert "to" not in text.replace("Too few", "").replace("into", "")  # intervals of two prompts say nothing
+    assert text.endswith("Too few for intervals: they need 5 prompts, or 5 images of one prompt.")
+
+
+def test_intervals_are_shown_from_five_prompts_on():
+    for prompts, seeds, shown in ((4, 9, False), (5, 1, True), (1, 5, True), (1, 4, False)):
+        plan = plan_of(prompts, seeds)
+        rows = summarise(plan, {p.id: {"clip": float(p.variant)} for p in plan.pictures})
+        text = table(plan, rows, ["off", "on"])
+        assert ("+1.00 (+1.00 to +1.00)" in text) == shown
+        assert ("Too few" in text) != shown

@@ -86,7 +86,7 @@ def help_text() -> str:
         if command == "measure":
             lines.append(f"  --{'residual_... ':<31}measure with residual text streaming; flags as in sd3_infer.py")
     shared = " ".join(f"--{row.name}" for row in SHARED)
-    about = f"measure and calibrate also take {shared}, as in sd3_infer.py (python sd3_infer.py --help)"
+    about = f"measure and calibrate also take {shared}, as in sd3_infer.py (python sd3_infer.py --help_all)"
     return "\n".join([*lines, "", *textwrap.wrap(about, help.WIDTH)])
 
 

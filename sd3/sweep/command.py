@@ -69,7 +69,7 @@ def help_text() -> str:
         "",
         "any other flag of sd3_infer.py, alternatives separated by `;`: "
         '--residual_weights "each:0.3;each:0.6" --cfg "3;5"',
-        "(python sd3_infer.py --help); exit status: 0 all made, 1 some failed, 2 a mistake in flags or files",
+        "(python sd3_infer.py --help_all); exit status: 0 all made, 1 some failed, 2 a mistake in flags or files",
     ]
     return "\n".join(lines)
 

@@ -26,7 +26,7 @@ from sd3.settings import (
     paths_of,
 )
 from sd3.sweep.grid import Grid, Variant
-from sd3.telling import Collector
+from sd3.telling import NoteList
 
 ID_LENGTH = 20  # letters of the digest in a file name
 
@@ -143,7 +143,7 @@ class _Planner:
         self.numbers: dict[str, int] = {}  # index of a variant by its name; equal variants share one
         self.first: dict[str, tuple[int, tuple]] = {}  # digest of a first image -> index of its variant, text encoders
         self.paths: dict[tuple[str, str], str] = {}  # by flag and file name
-        self.loading = Collector(flag_name)  # notes of the engines, each once
+        self.loading = NoteList(flag_name)  # notes of the engines, each once
         self.lines: list[str] = []
         self.without_effect: dict[str, list[str]] = {}  # names of variants by note
 

@@ -46,6 +46,7 @@ class Report:
         self.written_at = self.write_seconds = 0.0
         first = [plan.of(i)[0].settings for i in range(len(plan.variants))]
         self.settings = [{n: v for n, v in s.by_file_names().items() if n not in OF_IMAGE} for s in first]
+        self.words = variant_words(plan.variants, self.settings)
         self.choices = [setting_words(s) for s in self.settings]
         self.varying = [n for n in self.settings[0] if self._varies(n)]
         flags = [plan.engines[plan.engine_of[i]] for i in range(len(plan.variants))]
@@ -88,7 +89,7 @@ class Report:
 
     def table(self) -> str:
         """Scores as Markdown."""
-        return scoring.table(self.plan, self.rows)
+        return scoring.table(self.plan, self.rows, self.words)
 
     def data(self, scores: Mapping[str, Mapping[str, float]], running: bool) -> dict[str, Any]:
         """The contents of data.js."""
@@ -120,15 +121,15 @@ class Report:
                     "choices": {n: self.choices[i][n] for n in self.varying},
                     "command": self.commands[i],
                 }
-                for i, (variant, words) in enumerate(
-                    zip(self.plan.variants, variant_words(self.plan.variants, self.settings), strict=True)
-                )
+                for i, (variant, words) in enumerate(zip(self.plan.variants, self.words, strict=True))
             ],
             "score": self.score,
             "rows": [
-                [r.variant, r.kind, r.count, r.mean, r.low, r.high, r.gain, r.gain_low, r.gain_high, r.pairs]
+                [r.variant, r.kind, r.count, r.mean, r.low, r.high, r.gain, r.gain_low, r.gain_high, r.pairs, r.units]
                 for r in self.rows
             ],
+            "scorer": scoring.ABOUT.get(self.score, self.score),
+            "least_units": scoring.LEAST_UNITS,
             "least_pairs": scoring.LEAST_PAIRS,
             "best": scoring.best(self.plan, self.rows),
             "pictures": pictures,
@@ -164,7 +165,7 @@ class Report:
 
     def score_lines(self) -> list[dict[str, Any]]:
         """Rows of scores.csv: one per variant and kind."""
-        names = ("count", "mean", "low", "high", "gain", "gain_low", "gain_high")
+        names = ("count", "mean", "low", "high", "gain", "gain_low", "gain_high", "units")
         return [
             {"scorer": self.score, "variant": self.plan.variants[r.variant].name, "kind": r.kind}
             | {n: getattr(r, n) for n in names}

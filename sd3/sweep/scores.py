@@ -13,19 +13,26 @@ from PIL import Image
 from sd3.device import choose_device
 from sd3.mistakes import Missing, Mistake, verbatim
 from sd3.shapes.prompts import KINDS, Prompt, held_out_prompts, read_caption
-from sd3.shapes.scorer import interval, read_picture, score
+from sd3.shapes.scorer import ERRORS, interval, read_picture, score
 from sd3.sweep.grid import Grid
 from sd3.sweep.plan import Plan
 
 Scorer = Callable[[Image.Image, str], dict[str, float]]  # image and prompt -> scores by kind
 OVERALL = "overall"
+LEAST_UNITS = 5  # resampled prompts or images; below, the bootstrap's intervals say nothing and are not shown
 LEAST_PAIRS = 10  # images with a baseline; below, the bootstrap's intervals are too narrow to mark a best row
+ABOUT = {  # what the report says about each scorer
+    "demo": f"share of what the prompts ask for that the images show; {ERRORS[0]} of {ERRORS[1]} verdicts on labelled "
+    "images were wrong",
+    "clip": "100 × the cosine of image and prompt, CLIP",
+}
 
 
 @dataclass(frozen=True)
 class Row:
     """Mean score of a variant with its 95 % interval; gain: mean difference to the baseline on the same prompts and
-    seeds, with its interval, None for a baseline; pairs: images with such a baseline.
+    seeds, with its interval, None for a baseline; pairs: images with such a baseline; units: how many prompts, or
+    images of one prompt, the bootstrap resamples.
     """
 
     variant: int
@@ -38,6 +45,7 @@ class Row:
     gain_low: float | None = None
     gain_high: float | None = None
     pairs: int = 0
+    units: int = LEAST_UNITS
 
 
 def demo_scorer(grid: Grid, per_kind: int | None = None) -> Scorer:
@@ -123,7 +131,9 @@ def summarise(plan: Plan, scores: Mapping[str, Mapping[str, float]]) -> list[Row
                 mean, low, high = spread([(prompt, value) for prompt, value, _ in values])
                 gains = [(prompt, gain) for prompt, _, gain in values if gain is not None]
                 gain = spread(gains) if gains else (None, None, None)
-                rows.append(Row(number, kind, len(values), mean, low, high, *gain, _pairs(plan, scores, number, kind)))
+                pairs = _pairs(plan, scores, number, kind)
+                units = len(_units([(prompt, value) for prompt, value, _ in values]))
+                rows.append(Row(number, kind, len(values), mean, low, high, *gain, pairs, units))
     return rows
 
 
@@ -148,12 +158,17 @@ def _pairs(plan: Plan, scores: Mapping[str, Mapping[str, float]], variant: int, 
 
 def spread(values: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
     """Mean of (prompt, value) and its 95 % bootstrap interval; prompts are resampled with all their values."""
+    units = _units(values)
+    low, high = interval(units)
+    return float(np.mean(units)), low, high
+
+
+def _units(values: Sequence[tuple[int, float]]) -> list[float]:
+    """What the bootstrap resamples: the mean of each prompt, or the values if there is one prompt."""
     groups: dict[int, list[float]] = {}
     for prompt, value in values:
         groups.setdefault(prompt, []).append(value)
-    units = [float(np.mean(g)) for g in groups.values()] if len(groups) > 1 else [v for _, v in values]
-    low, high = interval(units)
-    return float(np.mean(units)), low, high
+    return [float(np.mean(g)) for g in groups.values()] if len(groups) > 1 else [v for _, v in values]
 
 
 def best(plan: Plan, rows: Sequence[Row]) -> list[tuple[int, str]]:
@@ -170,18 +185,27 @@ def best(plan: Plan, rows: Sequence[Row]) -> list[tuple[int, str]]:
     return out
 
 
-def table(plan: Plan, rows: Sequence[Row]) -> str:
-    """Markdown: a row per variant, with mean, gain over its baseline and their intervals."""
+def table(plan: Plan, rows: Sequence[Row], words: Sequence[str]) -> str:
+    """Markdown: a row per variant, with mean, gain over its baseline and their intervals.
+
+    words: every variant in words, as the report names it.
+    """
     kinds = list(dict.fromkeys(r.kind for r in rows))
     lines = ["| variant | " + " | ".join(kinds) + " |", "| --- |" + " --- |" * len(kinds)]
     for number, variant in enumerate(plan.variants):
         cells = {r.kind: r for r in rows if r.variant == number}
-        shown = []
-        for kind in kinds:
-            r = cells.get(kind)
-            text = f"{r.mean:.2f} ({r.low:.2f} to {r.high:.2f})" if r else ""
-            if r and r.gain is not None:
-                text += f"; {r.gain:+.2f} ({r.gain_low:+.2f} to {r.gain_high:+.2f})"
-            shown.append(text)
-        lines.append(f"| {variant.name} | " + " | ".join(shown) + " |")
+        name = words[number] if variant.name in words[number] else f"{words[number]} ({variant.name})"
+        shown = [_cell(cells[kind]) if kind in cells else "" for kind in kinds]
+        lines.append(f"| {name} | " + " | ".join(shown) + " |")
+    if any(r.units < LEAST_UNITS for r in rows):
+        lines += ["", f"Too few for intervals: they need {LEAST_UNITS} prompts, or {LEAST_UNITS} images of one prompt."]
     return "\n".join(lines)
+
+
+def _cell(r: Row) -> str:
+    """`0.75 (0.60 to 0.88); +0.05 (-0.02 to +0.11)`, without intervals of too few units."""
+    enough = r.units >= LEAST_UNITS
+    text = f"{r.mean:.2f}" + (f" ({r.low:.2f} to {r.high:.2f})" if enough else "")
+    if r.gain is not None:
+        text += f"; {r.gain:+.2f}" + (f" ({r.gain_low:+.2f} to {r.gain_high:+.2f})" if enough else "")
+    return text
