@@ -402,7 +402,7 @@ def _open(
     edits = _edits(lora, found, models, file.strength)
     line = found.line(lora)
     if _check_numbers(lora, edits):
-        line += "; trained with split_qkv: q, k and v act at a third of that strength, as in other programs"
+        line += "; q, k and v are apart: if trained with kohya's split_qkv, they act at a third of that strength"
     return edits, line
 
 
