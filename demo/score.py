@@ -2,6 +2,7 @@
 
 python -m demo.score --check_scorer    the scorer on rendered ground truth, right and shuffled
 python -m demo.score                   the shipped model on 400 prompts, a few residual settings
+python -m demo.record                  writes demo/score.json for new weights, unless they are worse
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 from demo.command_line import run
+from sd3 import writing
 from sd3.files import file_sha256
 from sd3.mistakes import Mistake
 from sd3.planning import plan_pictures, residual_settings
@@ -28,6 +30,7 @@ from sd3.sheet import tile
 from sd3_infer import SD3Inferencer
 
 LABELLED = Path(__file__).parent / "labelled.json"  # a person's verdicts on the 96 x 96 images in labelled.png
+RECORD = Path(__file__).parent / "score.json"  # how many images of each kind the shipped weights draw right
 MENDED_ON = 200  # the scorer was mended on these first images; on the others it was tried once, when it was finished
 
 
@@ -105,6 +108,44 @@ def paired(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
     return "\n".join(lines)
 
 
+# ---- what ships never gets worse -----------------------------------------------------------------
+
+
+def by_kind(hits: Sequence[bool], prompts: Sequence[Prompt]) -> dict[str, list[int]]:
+    """By kind: the number of right images, and of all."""
+    own = {kind: of_kind(hits, prompts, kind) for kind in dict.fromkeys(p.kind for p in prompts)}
+    return {kind: [int(sum(values)), len(values)] for kind, values in own.items()}
+
+
+def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share (Wilson's score interval, which has a width at 0 and 1, too)."""
+    share, n = right / count, count + z * z
+    middle = (right + z * z / 2) / n
+    half = z / n * (count * share * (1 - share) + z * z / 4) ** 0.5
+    return middle - half, middle + half
+
+
+def worse(new: dict[str, list[int]], old: dict[str, list[int]]) -> list[str]:
+    """The kinds of `old` in which `new` is worse: its interval lies below the old one's."""
+    return [kind for kind in old if wilson(*new.get(kind, (0, old[kind][1])))[1] < wilson(*old[kind])[0]]
+
+
+def record(model: str = "models/demo/demo.safetensors") -> None:
+    """Scores a model on the 400 prompts of seed 7 and writes its score to demo/score.json, unless it is worse than the
+    score there. Weights that ship need that file, see tests/test_demo.py.
+    """
+    prompts = [*held_out_prompts(), *scene_prompts()]
+    engine = opened(model)
+    seen = [read_picture(p) for p in sample(engine, prompts, "off", 1000, 40)]
+    new = by_kind([score(p, s) for p, s in zip(prompts, seen, strict=True)], prompts)
+    old = json.loads(RECORD.read_text(encoding="utf-8"))["right"] if RECORD.exists() else {}
+    if kinds := worse(new, old):
+        raise Mistake("model", model, f"is worse than the weights before it in {', '.join(kinds)}: {new}")
+    text = json.dumps({"sha256": file_sha256(Path(model)), "right": new}, indent=1)
+    writing.atomic_write(RECORD, lambda f: f.write(f"{text}\n".encode()))
+    print(f"{RECORD}: {new}")
+
+
 def check(per_kind: int = 40, seed: int = 3) -> dict[str, list[bool]]:
     """Scores rendered ground truth against its own prompts, against shuffled prompts, and with random relations."""
     rng = random.Random(seed)
@@ -147,6 +188,13 @@ def residual_of(setting: str, rotations: str | None = None):
     return ResidualConfig.parse(*fields, mode=mode, rotations=rotations if mode == "aligned" else None)
 
 
+def opened(model: str) -> SD3Inferencer:
+    """A model on the CPU, silent unless somebody watches."""
+    engine = SD3Inferencer().load(model, device="cpu")
+    engine.tell.quiet = not sys.stderr.isatty()
+    return engine
+
+
 def sample(
     engine, prompts: Sequence[Prompt], setting: str, seed: int, batch: int, rotations: str | None = None, **values
 ) -> list[np.ndarray]:
@@ -171,22 +219,22 @@ def main(
     save: str = "",
     rotations: str | None = None,
     prompt_seed: int | str = 7,
+    against: str = "",
     **values,
 ) -> None:
     """Prints the table of scores with a column per setting (`off;0:3,5,7:each:0.1`, [MODE:]ORIGIN:TARGETS:WEIGHTS).
     If one setting is `off`, it also prints the differences to that.
 
     rotations: the rotation file of mode aligned; prompt_seed: which prompts are drawn, a number, or `file` for one that
-    comes from the model file, so that nobody could choose it; save: a file for a sheet of the images of `off`. `values`
-    (steps, cfg, shift, sampler) replace the model's defaults.
+    comes from the model file, so that nobody could choose it; save: a file for a sheet of the images of `off`; against:
+    another model file, which gets a column too. `values` (steps, cfg, shift, sampler) replace the models' defaults.
     """
     if check_scorer:
         print(f"{wrong_verdicts()}\n{table(check(per_kind), [*held_out_prompts(per_kind), *scene_prompts(per_kind)])}")
         return
     seed_of_prompts = int(file_sha256(Path(model))[:8], 16) if prompt_seed == "file" else int(prompt_seed)
     prompts = [*held_out_prompts(per_kind, seed_of_prompts), *scene_prompts(per_kind, seed_of_prompts)]
-    engine = SD3Inferencer().load(model, device="cpu")
-    engine.tell.quiet = not sys.stderr.isatty()
+    engine = opened(model)
     results, columns = {}, settings.split(";") if isinstance(settings, str) else settings
     for setting in columns:
         pictures = sample(engine, prompts, setting, seed, batch, rotations, **values)
@@ -196,6 +244,9 @@ def main(
             results["off, shuffled prompts"] = shuffled(prompts, seen)
             if save:
                 tile([Image.fromarray(p) for p in pictures], 20).save(save)
+    if against:
+        others = sample(opened(against), prompts, "off", seed, batch, **values)
+        results[f"off, {against}"] = [score(p, read_picture(o)) for p, o in zip(prompts, others, strict=True)]
     used = engine.engine.defaults | values
     used_values = ", ".join(f"{k} {used[k]}" for k in ("steps", "sampler", "cfg", "shift"))
     drawn = f"{len(prompts)} prompts (prompt_seed {seed_of_prompts})"

@@ -17,9 +17,9 @@ from helpers import DEMO, ROOT
 from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
-from demo import data, flow, optim, score, text, train
+from demo import data, flow, optim, readme, score, text, train
 from mmditx import MMDiTConfig
-from sd3.files import MMDIT_PREFIX, WeightFile
+from sd3.files import MMDIT_PREFIX, WeightFile, file_sha256
 from sd3.mistakes import Mistake
 from sd3.planning import plan_pictures
 from sd3.residual import ResidualConfig
@@ -312,6 +312,43 @@ def test_the_shipped_model_draws_what_it_is_asked_for():
     assert np.mean(hits) >= 0.6
 
 
+def test_the_score_of_what_ships_is_in_the_repository():
+    """New weights need `python -m demo.record`, which refuses worse ones."""
+    recorded = json.loads(score.RECORD.read_text(encoding="utf-8"))
+    assert recorded["sha256"] == file_sha256(DEMO)
+    assert set(recorded["right"]) == {*shape_prompts.KINDS, *shape_prompts.SCENE_KINDS}
+    assert all(0 <= right <= count == 40 for right, count in recorded["right"].values())
+
+
+def test_worse_weights_are_refused(tmp_path, monkeypatch):
+    assert score.worse({"a": [36, 40], "b": [40, 40]}, {"a": [38, 40], "b": [40, 40]}) == []
+    assert score.worse({"a": [20, 40], "b": [40, 40]}, {"a": [38, 40], "b": [40, 40]}) == ["a"]
+    assert score.worse({"b": [40, 40]}, {"a": [38, 40], "b": [40, 40]}) == ["a"]
+    low, high = score.wilson(40, 40)
+    assert (low, high) == pytest.approx((0.912, 1.0), abs=1e-3)
+    path = tmp_path / "score.json"
+    best = {kind: [40, 40] for kind in (*shape_prompts.KINDS, *shape_prompts.SCENE_KINDS)}
+    path.write_text(json.dumps({"sha256": "", "right": best}))
+    monkeypatch.setattr(score, "RECORD", path)
+    monkeypatch.setattr(score, "sample", lambda engine, prompts, *_: [np.zeros((96, 96, 3), np.uint8)] * len(prompts))
+    with pytest.raises(Mistake, match="is worse than the weights before it in single object, two objects"):
+        score.record(str(DEMO))
+    assert json.loads(path.read_text())["right"] == best
+    path.unlink()
+    score.record(str(DEMO))
+    assert json.loads(path.read_text())["right"] == {kind: [0, 40] for kind in best}
+
+
+def test_the_first_command_of_the_readme_is_counted(capsys):
+    flags = readme.first_command()
+    assert flags["prompt"].startswith("a ")
+    assert any(name.startswith("residual_") for name in flags)
+    readme.main(seeds=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert lines[1].startswith("without residual flags: ")
+
+
 def test_newton_schulz_makes_matrices_nearly_orthogonal():
     g = torch.randn(3, 48, 32, generator=torch.Generator().manual_seed(0))
     s = torch.linalg.svdvals(optim.orthogonalise(g, iterations=8).float())
@@ -501,7 +538,7 @@ def test_the_rate_warms_up_stays_and_falls_where_told():
     assert flow.rate(7000, 0, 4000, 6000) == 0.02
 
 
-@pytest.mark.parametrize("module", ["demo.score", "demo.train", "demo.captions"])
+@pytest.mark.parametrize("module", ["demo.score", "demo.record", "demo.readme", "demo.train", "demo.captions"])
 def test_help_is_printed_also_to_a_reader_that_stops(module):
     command = f"{sys.executable} -m {module} --help"
     done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, timeout=120)

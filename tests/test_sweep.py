@@ -172,7 +172,7 @@ BAD = [
      "2 given for 1 target layers"),
     (["--prompt", "x", "--residual_target_layers", "1,2;3", "--residual_weights", "0.1"],
      "--residual_weights: 1 given for 2 target layers; give one each, each:0.1 for all"),
-    (["--prompt", "x", "--residual_target_layers", "3;8"], "8: no such layer (this model has 8 joint blocks"),
+    (["--prompt", "x", "--residual_target_layers", "3;99"], "99: no such layer (this model has "),
     (["--prompt", "x", "--model", "a.safetensors;b.safetensors"], "--model a.safetensors: no such file"),
     (["--prompt", "x", "--width", "96;5000"], "--width 5000: must be a multiple of 16"),
     (["--prompt", "x", "--score", "clap"], "--score clap: must be one of demo, clip; did you mean clip?"),

@@ -106,7 +106,7 @@ def _seen(pixels: np.ndarray, mask: np.ndarray, colour: np.ndarray, background: 
     y, x = ndimage.center_of_mass(cover)
     name = COLOUR_NAMES[int(np.linalg.norm(COLOUR_VALUES - colour, axis=-1).argmin())]
     shape = shape_of(cover[ndimage.find_objects(near.astype(int))[0]])
-    return Seen(shape, name, x / mask.shape[1], y / mask.shape[0], float(cover.mean()))
+    return Seen(shape, name, float(x) / mask.shape[1], float(y) / mask.shape[0], float(cover.mean()))
 
 
 def holds(relation: str, first: Seen, second: Seen) -> bool:
