@@ -34,7 +34,7 @@ class ControlNetConfig:
         width, latent_channels, patch, _ = shapes["pos_embed_input.proj.weight"]
         shapes["controlnet_blocks.0.weight"]
         if width % 64:
-            raise ValueError(f"width {width}, which is no multiple of 64")
+            raise ValueError(f"width {width}, which is not a multiple of 64")
         return cls(
             latent_channels=latent_channels,
             patch=patch,

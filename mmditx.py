@@ -146,7 +146,7 @@ class ResidualStream(Stream):
         return share if share is None or self.rows is None or share.shape[0] == 1 else share[self.rows]
 
     def mix(self, i: int, context: Tensor) -> Tensor:
-        """Returns context (B, T, D) with the origin's tokens mixed in, or context itself if block i is no target."""
+        """Returns context (B, T, D) with the origin's tokens mixed in, or context itself if block i is not a target."""
         if i not in self.weights:
             return context
         if self.rows is None:
@@ -386,7 +386,7 @@ class MMDiTConfig:
         """Reads the sizes from tensor names and shapes (no prefix). Raises KeyError for a missing tensor."""
         width, latent_channels, patch, _ = shapes["x_embedder.proj.weight"]
         if width % HEAD_WIDTH:
-            raise ValueError(f"width {width}, which is no multiple of {HEAD_WIDTH}")
+            raise ValueError(f"width {width}, which is not a multiple of {HEAD_WIDTH}")
         depth = count_layers(shapes, "joint_blocks.")
         dual = (i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in shapes)
         return cls(

@@ -85,7 +85,7 @@ class CLIPConfig:
         """
         vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
         if width > 64 and width % 64:
-            raise ValueError(f"width {width}, which is no multiple of 64")
+            raise ValueError(f"width {width}, which is not a multiple of 64")
         return cls(
             width=width,
             depth=count_layers(shapes, CLIP_LAYERS),
@@ -565,7 +565,7 @@ class CLIPTokenizer:
         self.start = tokenizer.token_to_id(CLIP_START)
         self.end = tokenizer.token_to_id(CLIP_END)
         if self.start is None or self.end is None:
-            raise ValueError(f"is no CLIP tokenizer: it has no {CLIP_START} or {CLIP_END}")
+            raise ValueError(f"is not a CLIP tokenizer: {CLIP_START} or {CLIP_END} is missing")
 
     def tokenize(self, prompt: str, length: int, pad: int | None = None) -> Tokens:
         """Exactly `length` tokens: start, as many words as fit, end, and padding with `pad` (None: the end token)."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sd3.methods import make_guidance
+from sd3.mistakes import display, verbatim
 
 Effect = tuple[Sequence[str] | Mapping[str, Any], str]
 Rule = Callable[[Any], Effect]  # takes `Settings`, which cannot be imported here: its fields come from the flag table
@@ -105,10 +106,11 @@ def control(s: Any) -> Effect:
 
 def lora(s: Any) -> Effect:
     """A LoRA has no effect at strength 0."""
-    idle = [file.path for file in s.lora or () if not file.strength]
+    idle = dict.fromkeys(file.path for file in s.lora or () if not file.strength)
     if not idle:
         return (), ""
-    return {"lora": tuple(file for file in s.lora if file.strength) or None}, "a LoRA has no effect at strength 0"
+    why = f"`lora` {verbatim(', '.join(map(display, idle)))}: no effect at strength 0"
+    return {"lora": tuple(file for file in s.lora if file.strength) or None}, why
 
 
 def schedule(s: Any) -> Effect:

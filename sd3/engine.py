@@ -18,7 +18,7 @@ import sd3_impls
 from mmditx import ContextHook, Stream
 from sd3.device import choose_device, choose_threads, computing_on
 from sd3.effects import executed_steps, needs_uncond
-from sd3.files import contents, is_adapter
+from sd3.files import contents, lora_in
 from sd3.find import Fit, models_folder
 from sd3.flags import FLAGS
 from sd3.loading import Loader
@@ -133,7 +133,7 @@ class Engine:
         for field in LOADED_FILES:  # those that no part opened, such as a patch's
             if all(where.field != field for where in stamps):
                 paths = map(Path, paths_of(getattr(setup, field)))
-                for own in (own for path in paths if not path.is_dir() or is_adapter(path) for own in contents(path)):
+                for own in (own for path in paths if not path.is_dir() or lora_in(path) for own in contents(path)):
                     files.add(Where(field, own), own)
         parts = patched({role: replace(part, patches=()) for role, part in self.parts.items()}, setup)
         self.network.repatch(parts["mmdit"])
@@ -328,7 +328,7 @@ class Engine:
         for s, latent in zip(batch, latents[: len(batch)], strict=True):
             s = s.changed(batch_size=rows)
             try:
-                check_finite(latent, "the latent", self.dtype, self.damage)
+                check_finite(latent, "the latent", self.dtype, self.damage, bool(_strong(self.setup.lora)))
             except Mistake as mistake:
                 yield s, mistake
             else:
@@ -391,9 +391,9 @@ def _strong(lora: Any) -> list[Any]:
     return [file for file in lora or () if file.strength]
 
 
-def load_for(flags: Flags) -> Engine:
-    """The engine of a command, for its flags; raises as `Engine` does."""
-    tell = Terminal(flag_name)
+def load_for(flags: Flags, tell: Reporter | None = None) -> Engine:
+    """The engine of a command, for its flags; raises as `Engine` does. tell: receives notes; None for the terminal."""
+    tell = tell or Terminal(flag_name)
     engine = Engine(Setup.of(flags), tell)
     for line in about(engine) if flags.verbose else ():
         tell.say(line)

@@ -28,7 +28,8 @@ ENCODERS = ("clip_l", "clip_g", "t5xxl")
 ENCODER_PREFIX = "text_encoders.{}.transformer."
 TRANSFORMER = "transformer/"  # prefix of its tensors in a diffusers folder
 ENCODER_FOLDERS = {"clip_l": "text_encoder/", "clip_g": "text_encoder_2/", "t5xxl": "text_encoder_3/"}
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # of a PEFT adapter, in its folder
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # in the folder of a PEFT adapter
+LORA_FILES = (ADAPTER, "pytorch_lora_weights.safetensors")  # in folders that PEFT and diffusers save
 # Starts of tensor names, after any prefix, by kind of model, in the published and in diffusers layout.
 STEMS = {
     "mmdit": ("joint_blocks.",),
@@ -49,19 +50,19 @@ def file_sha256(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether a folder is that of a PEFT adapter."""
-    return (path / ADAPTER).is_file()
+def lora_in(folder: Path) -> Path | None:
+    """The LoRA in a folder that PEFT or diffusers saved, or None for any other folder or file."""
+    return next((folder / name for name in LORA_FILES if (folder / name).is_file()), None)
 
 
 def contents(path: Path) -> list[Path]:
-    """The files that a path stands for in hashes: itself, or the weights in a folder, and the configuration of a PEFT
-    adapter, which is named as a folder or by the weights in it.
+    """The files that a path stands for in hashes: itself, the LoRA in a folder (see `lora_in`) or all weights in it;
+    with the weights of a PEFT adapter also its configuration.
     """
-    config = (path if path.is_dir() else path.parent) / ADAPTER_CONFIG
     if path.is_dir():
-        weights = [path / ADAPTER] if is_adapter(path) else path.rglob("*.safetensors")
-        return [*weights, *([config] if config.is_file() else [])]
+        lora = lora_in(path)
+        return contents(lora) if lora else list(path.rglob("*.safetensors"))
+    config = path.with_name(ADAPTER_CONFIG)
     return [path, config] if path.name == ADAPTER and config.is_file() else [path]
 
 
@@ -141,7 +142,7 @@ def describe(start: bytes, size: int, end: bytes = b"") -> str:
         return "a web page, probably from a refused download; download it again"
     if text[:1] in (b"{", b"["):
         return "JSON"
-    return "" if start.strip(b"\0") else "nothing but zeros at its beginning: an unfinished download"
+    return "" if start.strip(b"\0") else "all zeros at the start, probably an unfinished download"
 
 
 def is_pickle(start: bytes, end: bytes = b"") -> bool:

@@ -70,7 +70,7 @@ def _kind(file: WeightFile) -> str:
     """What a file is; of a LoRA also the model that it is for."""
     kind = file.looks_like()
     if kind == "a LoRA":
-        with contextlib.suppress(Mistake):  # of an algorithm that is not read
+        with contextlib.suppress(Mistake):  # of an unsupported algorithm
             return LoraFile(file.path).summary()
     return kind
 

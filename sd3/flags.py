@@ -209,7 +209,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
          always=True, also="probe", main=True),
     load("vae", OPTIONAL_FILE, None, "a VAE file, in place of the one in the model file", always=True, also="probe"),
     load("lora", PATCH_FILES, None,
-         "LoRA files, or folders of PEFT adapters, each with a strength (1 where it is left out), such as "
+         "LoRA files, or folders that PEFT or diffusers saved, each with a strength (1 where it is left out), such as "
          "a.safetensors:0.8,b.safetensors; they add up",
          matters=effects.lora, also="probe", main=True),
     load("model_folder", OPTIONAL_FOLDER, None, "the folder with text encoders and tokenizers", pixels=False,

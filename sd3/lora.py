@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from sd3.files import ENCODERS, contents, open_tensors
 from sd3.headers import Entry
 from sd3.lora_file import LoraFile, Module
 from sd3.lora_kinds import BIASES, MAGNITUDES, Kind, Shape, kind_of, matrix, scale_of
-from sd3.mistakes import Mistake, display, verbatim
+from sd3.mistakes import Mistake, Where, display, verbatim
 from sd3.readers import PatchFile
 from sd3.reading import reading
 from sd3.weights import ModelTensors, Patch
@@ -136,10 +135,10 @@ class Found:
             elif target is None:
                 found.unknown.append(module)
             elif not _is_used(target, models[target.part].shapes):
-                found.idle[module] = "the model has no such part"
+                found.idle[module] = "the model does not use these layers"
             elif target in found.matched:
                 both = verbatim(f"{found.matched[target]} and {module}")
-                raise Mistake(*lora.where, f"changes one layer twice, as {both}")
+                raise Mistake(*lora.where, f"changes the same layer twice, in {both}")
             else:
                 found.matched[target] = module
         return found
@@ -153,11 +152,20 @@ class Found:
         )
         for why, n in Counter(self.idle.values()).items():
             line += f"; {n} without effect: {why}"
-        if self.unknown:
-            line += f"; {len(self.unknown)} that no layer matches, such as {verbatim(display(self.unknown[0]))}"
-        if lora.embeddings:
-            line += f"; words of its own, not loaded: {lora.embeddings}"
+        if n := len(self.unknown):
+            verb = "match" if n > 1 else "matches"
+            line += f"; {n} {verb} no layer of the model, such as {verbatim(display(self.unknown[0]))}"
+        if n := lora.embeddings:
+            line += f"; {n} textual inversion{'s' * (n != 1)}, not loaded"
         return line
+
+    def why_none(self, lora: LoraFile) -> str:
+        """Why no module matches, if so."""
+        first = display(next(iter(lora.modules), ""))
+        if not self.unknown:
+            return f"has no effect: {' and '.join(dict.fromkeys(self.idle.values()))} (such as {first})"
+        made_for = f": it is for {lora.made_for()}" if lora.made_for() else ""
+        return f"matches no layer of this model{made_for} (such as {display(self.unknown[0])})"
 
 
 def _find(module: str, names: Mapping[str, Mapping[str, Target]]) -> tuple[Target | None, str]:
@@ -215,6 +223,7 @@ class Edit:
             return changed
         magnitude, dims = _as_magnitude(t[dora], dora, weight)
         norm = torch.linalg.vector_norm(changed, dim=dims, keepdim=True) + EPS
+        norm.masked_fill_(norm.isinf(), torch.nan)  # else W' is 0; `ModelTensors.read` reports NaN
         return torch.lerp(weight, changed * (magnitude / norm), self.strength)
 
     def bias(self, bias: Tensor, load: Load) -> Tensor:
@@ -244,27 +253,23 @@ def _per_row(shape: Shape, role: str) -> bool:
 
 @dataclass(frozen=True)
 class Change:
-    """The change of one tensor of a model: a sequence of edits of its rows."""
+    """The change that a LoRA makes to one tensor of a model: a sequence of edits of its rows."""
 
     edits: tuple[Edit, ...]
     of_bias: bool = False
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Returns the changed tensor. `tensor` is modified and may be the result itself."""
-        with contextlib.ExitStack() as stack:
-            opened: dict[Path, Load] = {}
+        with _open_tensors(self.edits[0].lora) as load:
             for edit in self.edits:
-                path = edit.lora.weights
-                if path not in opened:
-                    opened[path] = stack.enter_context(_open_tensors(edit.lora))
                 target, apply = edit.target, edit.bias if self.of_bias else edit.weight
                 if target.swap:
-                    tensor = _swapped(apply(_swapped(tensor), opened[path]))
+                    tensor = _swapped(apply(_swapped(tensor), load))
                 elif target.pieces == 1:
-                    tensor = apply(tensor, opened[path])
+                    tensor = apply(tensor, load)
                 else:
                     rows = target.rows_of(tensor)
-                    rows.copy_(apply(rows, opened[path]))
+                    rows.copy_(apply(rows, load))
         return tensor
 
 
@@ -299,19 +304,19 @@ def _check_model(lora: LoraFile, model: ModelTensors) -> None:
         raise Mistake(*lora.where, verbatim(f"is for {made_for}; this model has {size}"))
     dual = [i for i in range(depth) if f"joint_blocks.{i}.x_block.attn2.qkv.weight" in model.shapes]
     if missing := sorted(set(lora.dual) - set(dual)):
-        has = f"{len(dual)} blocks" if dual else "no block"
+        has = f"one in {len(dual)} blocks" if dual else "none"
         why = f"is for {lora.made_for() or 'a model'} with a second attention in block {missing[0]}"
-        raise Mistake(*lora.where, f"{verbatim(why)}; this model has one in {has}")
+        raise Mistake(*lora.where, f"{verbatim(why)}; this model has {has}")
 
 
 def _check_shapes(edit: Edit, name: str, shapes: Mapping[str, Shape]) -> None:
     """Raises Mistake if a module's tensors do not fit the layer that they change."""
     target, module = edit.target, edit.module
 
-    def refuse(role: str, has: object, needs: object) -> None:
+    def refuse(role: str, has: str, needs: str) -> None:
         entry = next((module[r] for r in (role, "up", "lokr_w1", "hada_w1_a") if r in module), None)
         what = entry.name if entry else name
-        raise Mistake(*edit.lora.where, verbatim(f"{what} does not fit: it makes {has}, the model has {needs}"))
+        raise Mistake(*edit.lora.where, verbatim(f"{what} does not fit: {has}, the model has {needs}"))
 
     whole = shapes[f"{target.layer}.weight"]
     rows = whole[0] // target.pieces
@@ -319,18 +324,18 @@ def _check_shapes(edit: Edit, name: str, shapes: Mapping[str, Shape]) -> None:
         shape = edit.kind.shape(module)
         needs = (rows, *whole[1:])
         if not shape or shape[0] != rows or math.prod(shape) != math.prod(needs):
-            refuse("down", _text(shape), _text(needs))
+            refuse("down", f"the change is {_text(shape)}", _text(needs))
     for role in BIASES:
         if role in module:
             bias = shapes.get(f"{target.layer}.bias")
             if bias is None or module[role].shape != (rows,):
-                refuse(role, _text(module[role].shape), _text((rows,)) if bias else "no bias")
+                refuse(role, f"it is {_text(module[role].shape)}", _text((rows,)) if bias else "no bias")
     for role in MAGNITUDES:
         if role in module:
             shape = module[role].shape
             needs = rows if _per_row(shape, role) else whole[1]
             if math.prod(shape) != needs:
-                refuse(role, _text(shape), f"{rows} rows and {math.prod(whole[1:])} columns")
+                refuse(role, f"it is {_text(shape)}", f"{rows} rows and {math.prod(whole[1:])} columns")
 
 
 def _text(shape: Shape) -> str:
@@ -347,7 +352,7 @@ def _check_numbers(lora: LoraFile, edits: Iterable[Edit]) -> bool:
             for role, entry in edit.module.items():
                 tensor = load(entry)
                 if not torch.isfinite(tensor.float()).all():
-                    raise Mistake(*lora.where, f"{verbatim(entry.name)} holds NaN or infinity")
+                    raise Mistake(*lora.where, f"{verbatim(entry.name)} contains NaN or infinity")
                 if role == "up" and edit.target.layer.endswith("attn.qkv") and edit.target.pieces == 1:
                     split = split or _is_split(tensor.float())
     return split
@@ -379,7 +384,7 @@ def _edits(lora: LoraFile, found: Found, models: Mapping[str, ModelTensors], str
         except ValueError as error:
             raise Mistake(*lora.where, f"{verbatim(display(name))} {verbatim(str(error))}") from None
         if not abs(edit.scale) <= MOST_SCALE:  # NaN too
-            why = f"has a scale of {edit.scale:g} (alpha / rank); it must be within {MOST_SCALE:g}"
+            why = f"has a scale (alpha / rank) of {edit.scale:g}; at most {MOST_SCALE:g} is supported"
             raise Mistake(*lora.where, f"{verbatim(display(name))} {why}")
         out.append(edit)
     return out
@@ -393,45 +398,41 @@ def _open(
     _check_model(lora, models["mmdit"])
     found = Found.look_up(lora, names, models)
     if not found.matched:
-        other = lora.made_for()
-        why = f": it is for {other}" if other and found.unknown else ""
-        first = next(iter(lora.modules), "")
-        reason = found.idle.get(first, "")
-        raise Mistake(
-            *lora.where,
-            f"matches no layer of this model{verbatim(why)} (such as {verbatim(display(first))}"
-            f"{': ' + reason if reason else ''})",
-        )
+        raise Mistake(*lora.where, verbatim(found.why_none(lora)))
     edits = _edits(lora, found, models, file.strength)
     line = found.line(lora)
     if _check_numbers(lora, edits):
-        line += "; trained with split_qkv: q, k and v act at a third of that strength, as in other programs"
+        line += "; q, k and v are apart: if trained with kohya's split_qkv, they act at a third of that strength"
     return edits, line
 
 
-def read_lora(files: Sequence[PatchFile], models: Mapping[str, ModelTensors]) -> dict[str, Patch]:
-    """A patch for each model that the files change (see `sd3/patches.py`). Raises Mistake before any weights load."""
-    names = layer_names(models)
+def _patches(edits: Iterable[Edit], identity: str, note: str, where: Where) -> dict[str, Patch]:
+    """The patch of each model that a file changes. The first one has the note."""
     changes: dict[str, dict[str, list[Edit]]] = {}
-    notes: list[str] = []
-    identities: dict[str, list[Any]] = {}  # by model, of the files that change it
-    for file in files:
-        edits, line = _open(file, names, models)
-        notes.append(line)
-        if not file.strength:
-            continue
-        identity = [[file_identity(path) for path in contents(Path(file.path))], file.strength]
-        for part in {edit.target.part for edit in edits}:
-            identities.setdefault(part, []).append(identity)
-        for edit in edits:
-            of_part = changes.setdefault(edit.target.part, {})
-            if edit.kind is not None:
-                of_part.setdefault(f"{edit.target.layer}.weight", []).append(edit)
-            if edit.module.keys() & set(BIASES):
-                of_part.setdefault(f"{edit.target.layer}.bias", []).append(edit)
+    for edit in edits:
+        of_part = changes.setdefault(edit.target.part, {})
+        if edit.kind is not None:
+            of_part.setdefault(f"{edit.target.layer}.weight", []).append(edit)
+        if edit.module.keys() & set(BIASES):
+            of_part.setdefault(f"{edit.target.layer}.bias", []).append(edit)
     out: dict[str, Patch] = {}
     for part, by_name in changes.items():
-        changes_by_name = {name: Change(tuple(edits), name.endswith(".bias")) for name, edits in by_name.items()}
-        lines = () if out else tuple(f"note: {line}" for line in notes)  # only in the first patch, to print them once
-        out[part] = Patch(changes_by_name, json.dumps(identities[part]), lines)
+        of_part = {name: Change(tuple(own), name.endswith(".bias")) for name, own in by_name.items()}
+        out[part] = Patch(of_part, identity, () if out else (note,), where)
+    return out
+
+
+def read_lora(files: Sequence[PatchFile], models: Mapping[str, ModelTensors]) -> dict[str, list[Patch]]:
+    """The patches of each model, one per file that changes it (see `sd3/patches.py`); none for strength 0. Raises
+    Mistake before any weights load.
+    """
+    names = layer_names(models)
+    out: dict[str, list[Patch]] = {}
+    for file in files:
+        edits, line = _open(file, names, models)
+        if not file.strength:
+            continue
+        identity = json.dumps([[file_identity(path) for path in contents(Path(file.path))], file.strength])
+        for part, patch in _patches(edits, identity, f"note: {line}", Where("lora", file.path)).items():
+            out.setdefault(part, []).append(patch)
     return out

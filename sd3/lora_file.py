@@ -1,4 +1,4 @@
-"""Contents of a LoRA file: modules, algorithms, settings and words, read from the header. Needs no torch.
+"""Contents of a LoRA file: modules, algorithms, settings and trigger words, read from the header. Needs no torch.
 
 A key is `<module><suffix>`. `ROLES` gives the meaning of each suffix; `sd3/lora.py` looks the modules up in the model.
 """
@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sd3.files import ADAPTER, ADAPTER_CONFIG, WeightFile, readable_dtypes
+from sd3.files import ADAPTER, ADAPTER_CONFIG, LORA_FILES, WeightFile, lora_in, readable_dtypes, weight_paths
 from sd3.headers import Entry
 from sd3.mistakes import Missing, Mistake, Where, display, verbatim
 from sd3.reading import check_file, parse_json, reading
@@ -39,12 +39,12 @@ _SUFFIXES = sorted(ROLES, key=len, reverse=True)
 REFUSED = {
     ".oft_blocks": "OFT", ".oft_diag": "OFT", ".oft_R.weight": "OFT", ".oft_r": "OFT", ".rescale": "OFT or BOFT",
     ".boft_R": "BOFT", ".a1.weight": "GLoRA", ".a2.weight": "GLoRA", ".b1.weight": "GLoRA", ".b2.weight": "GLoRA",
-    ".on_input": "IA3", ".ia3_l": "IA3", ".reshape_weight": "a control LoRA, which reshapes weights",
+    ".on_input": "IA3", ".ia3_l": "IA3", ".reshape_weight": "reshape_weight (a control LoRA)",
     ".lora_E": "AdaLoRA", ".lora_ranknum": "AdaLoRA", ".vera_lambda_b": "VeRA", ".vera_lambda_d": "VeRA",
 }  # fmt: skip
 _PEFT_NAMES = re.compile(r"(\.(?:lora_[AB]|lora_magnitude_vector|lokr_\w+|hada_\w+))\.default(?=$|\.weight$|\.bias$)")
 ALGORITHMS = {"down": "LoRA", "up": "LoRA", "mid": "LoCon", "hada_": "LoHa", "lokr_": "LoKr", "set_": "set weights"}
-EMBEDDING = "bundle_emb."  # words that OneTrainer stores beside a LoRA
+EMBEDDING = "bundle_emb."  # textual inversions that OneTrainer stores with a LoRA
 # Patterns of module names that only other models have.
 OTHER_MODELS = (
     (r"single_transformer_blocks|double_blocks|single_blocks", "FLUX"),
@@ -58,9 +58,12 @@ FAMILIES = (
     ("text_encoders.", "ComfyUI"), ("text_encoder", "diffusers"), ("lora_te", "kohya"),
 )  # fmt: skip
 MODELS_OF_WIDTH = {1536: "SD3 Medium or SD3.5 Medium", 2432: "SD3.5 Large"}
-# Layers of an MMDiT whose inputs have the model's width.
+# Layers of an MMDiT whose inputs, and layers whose outputs, have the model's width.
 _OF_WIDTH = re.compile(r"(attn2?[._](to_[qkv]|add_[qkv]_proj|qkv|proj|to_out|to_add_out)|norm1(_context)?[._]linear"
                        r"|adaLN_modulation[._]1|mlp[._]fc1|ff(_context)?[._]net[._]0[._]proj)([._]0)?$")  # fmt: skip
+_TO_WIDTH = re.compile(r"(mlp[._]fc2|ff(_context)?[._]net[._]2)$")
+# The adaLN layers of blocks that may have a second attention: 9 outputs of the model's width if so, else 6.
+_ADALN = re.compile(r"(x_block[._]adaLN_modulation[._]1|norm1[._]linear)$")
 _BLOCK = re.compile(r"(?:joint_blocks|transformer_blocks)[._](\d{1,6})[._]")
 Module = Mapping[str, Entry]  # tensors by role
 
@@ -81,7 +84,7 @@ class PeftSettings:
         alpha = values.get("lora_alpha", values.get("alpha"))
         rslora = values.get("use_rslora") or False
         if not isinstance(rslora, bool):
-            raise ValueError(f"use_rslora is {rslora!r:.60}")
+            raise ValueError(f"use_rslora must be true or false, not {rslora!r:.60}")
         patterns = [_read_pattern(name, values.get(name)) for name in ("rank_pattern", "alpha_pattern")]
         return cls(_read_number("r", values.get("r")), _read_number("alpha", alpha), rslora, *patterns)
 
@@ -97,7 +100,7 @@ class PeftSettings:
 def _read_number(name: str, value: Any) -> float | None:
     if value is None or (type(value) in (int, float) and math.isfinite(value)):
         return value
-    raise ValueError(f"{name} is {value!r:.60}")
+    raise ValueError(f"{name} must be a number, not {value!r:.60}")
 
 
 MOST_REPEATS = 4  # in a regular expression; more may take longer than anybody waits
@@ -107,16 +110,16 @@ def _read_pattern(name: str, values: Any) -> dict[str, float]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ValueError(f"{name} is {values!r:.60}")
+        raise ValueError(f"{name} must be an object, not {values!r:.60}")
     for key, value in values.items():
         if _read_number(f"{name} {key}", value) is None:
-            raise ValueError(f"{name} {key} is None")
+            raise ValueError(f"{name} {key} must be a number, not null")
         if len(key) > 1000 or len(re.findall(r"[*+{]", key)) > MOST_REPEATS or re.search(r"\)[*+{]", key):
             raise ValueError(f"{name} has a key that could take very long to match: {key!r:.60}")
         try:
             re.compile(_whole(key))
         except re.error as error:
-            raise ValueError(f"{name} {key!r:.60} is no regular expression ({error})") from None
+            raise ValueError(f"{name} {key!r:.60} is not a regular expression ({error})") from None
     return values
 
 
@@ -130,9 +133,9 @@ def _whole(key: str) -> str:
 
 
 class LoraFile:
-    """The header of a LoRA, which is a file or the folder of a PEFT adapter. Reads no weights.
+    """The header of a LoRA, which is a file, or a folder that PEFT or diffusers saved. Reads no weights.
 
-    modules: for each module name in the file, its tensors by role; embeddings: number of trained words in the file.
+    modules: for each module name in the file, its tensors by role; embeddings: number of textual inversions.
     """
 
     def __init__(self, path: str | Path, field: str = "lora"):
@@ -152,41 +155,46 @@ class LoraFile:
     def _find_weights(self, field: str) -> Path:
         if not os.path.isdir(self.path):
             return self.path
-        if not (self.path / ADAPTER).exists():
-            pickled = (self.path / "adapter_model.bin").exists()
-            why = "holds only a pickled adapter_model.bin, which is not loaded" if pickled else f"holds no {ADAPTER}"
-            raise Missing(field, self.path, why)
-        return self.path / ADAPTER
+        if weights := lora_in(self.path):
+            return weights
+        why = f"contains neither {' nor '.join(LORA_FILES)}"
+        if len(others := weight_paths(self.path, "*")) == 1:
+            why += f"; if you mean the file in it, give {verbatim(display(others[0]))}"
+        pickles = (Path(name).with_suffix(".bin") for name in LORA_FILES)
+        if pickled := next((name for name in pickles if (self.path / name).exists()), None):
+            why += f"; {pickled} is a pickle, which is not loaded"
+        raise Missing(field, self.path, why)
 
     def _check_kind(self, file: WeightFile) -> None:
         """Raises Mistake if the file is not a LoRA or uses an unsupported algorithm."""
         if "lora_controlnet" in file.entries:
-            raise Mistake(*self.where, "is a control LoRA, which is not read")
+            raise Mistake(*self.where, "is a control LoRA, which this program does not support")
         for key in file.entries:
             if name := next((name for suffix, name in REFUSED.items() if key.endswith(suffix)), None):
-                raise Mistake(*self.where, f"is of an algorithm that is not read: {name} ({verbatim(key)})")
+                raise Mistake(*self.where, f"uses {name}, which this program does not support ({verbatim(key)})")
         if not any(split_key(key)[1] for key in file.entries):
-            kind = file.looks_like()
-            what = "a LoRA of an unknown algorithm" if kind == "a LoRA" else kind
+            kind, first = file.looks_like(), _first(file.entries)
+            if kind == "a LoRA":
+                raise Mistake(*self.where, f"uses an unknown LoRA algorithm ({first})")
             turn = "; give it with `model`" if kind in ("an SD3-type MMDiT", "a diffusers transformer") else ""
-            raise Mistake(*self.where, f"is not a LoRA: it looks like {what} (such as {_first(file.entries)}){turn}")
+            raise Mistake(*self.where, f"is not a LoRA: it looks like {kind} (such as {first}){turn}")
 
     def _add(self, key: str, entry: Entry) -> None:
         module, role = split_key(key)
         if not role:
-            raise Mistake(*self.where, f"holds a tensor that is not read: {verbatim(display(key))}")
+            raise Mistake(*self.where, f"contains an unknown tensor: {verbatim(display(key))}")
         of_module = self.modules.setdefault(module, {})
         if role in of_module:
-            raise Mistake(
-                *self.where, f"holds two tensors for one place: {verbatim(f'{of_module[role].name} and {key}')}"
-            )
+            both = verbatim(f"{of_module[role].name} and {key}")
+            raise Mistake(*self.where, f"contains the same tensor twice, as {both}")
         whole = entry.dtype.lstrip("IU").isdigit() and role == "alpha"
         if entry.dtype not in readable_dtypes() and not whole:
-            raise Mistake(*self.where, f"{verbatim(key)} is {entry.dtype}; {', '.join(readable_dtypes())} are read")
+            why = f"has the unsupported dtype {entry.dtype} (supported: {', '.join(readable_dtypes())})"
+            raise Mistake(*self.where, f"{verbatim(key)} {why}")
         if role != "alpha" and 0 in entry.shape:
-            raise Mistake(*self.where, f"{verbatim(key)} has no numbers in it: {list(entry.shape)}")
+            raise Mistake(*self.where, f"{verbatim(key)} is empty: its shape is {list(entry.shape)}")
         if role == "alpha" and math.prod(entry.shape) != 1:
-            raise Mistake(*self.where, f"{verbatim(key)} must be a single number, it has {list(entry.shape)}")
+            raise Mistake(*self.where, f"{verbatim(key)} must be a single number, not {list(entry.shape)}")
         of_module[role] = entry
 
     # -- PEFT's configuration --
@@ -255,17 +263,24 @@ class LoraFile:
     @property
     def dual(self) -> list[int]:
         """The blocks whose second attention the LoRA changes."""
-        found = {int(m[1]) for name in self.modules if re.search(r"[._]attn2[._]", name) and (m := _BLOCK.search(name))}
-        return sorted(found)
+        return sorted({int(m[1]) for name in self.modules if (m := _BLOCK.search(name)) and self._is_dual(name)})
+
+    def _is_dual(self, name: str) -> bool:
+        """Whether a module belongs to a second attention, or is an adaLN layer with 9 outputs of the model's width."""
+        if re.search(r"[._]attn2[._]", name):
+            return True
+        rows, columns = matrix_size(self.modules[name])
+        return bool(_ADALN.search(name)) and bool(columns) and rows == 9 * columns
 
     @property
     def width(self) -> int | None:
-        """Width of the MMDiT that the LoRA is for: the most common input width, or None if no module shows it."""
-        widths = Counter(
-            columns
-            for name, module in self.modules.items()
-            if _BLOCK.search(name) and _OF_WIDTH.search(name) and (columns := columns_of(module))
-        )
+        """Width of the MMDiT that the LoRA is for: the most common one, or None if no module shows it."""
+        widths: Counter[int | None] = Counter()
+        for name, module in self.modules.items():
+            if _BLOCK.search(name):
+                rows, columns = matrix_size(module)
+                widths[columns if _OF_WIDTH.search(name) else rows if _TO_WIDTH.search(name) else None] += 1
+        del widths[None]
         return widths.most_common(1)[0][0] if widths else None
 
     def made_for(self) -> str:
@@ -293,7 +308,8 @@ class LoraFile:
         """Model, algorithm and rank in a few words, for a list of files."""
         made_for = f" for {self.made_for()}" if self.made_for() else ""
         ranks = f", rank {_range(self.ranks())}" if self.ranks() else ""
-        return f"a LoRA{made_for}, {self.algorithm()}{ranks}"
+        algorithm = self.algorithm().removeprefix("LoRA").removeprefix(", ")  # the line begins with that word
+        return f"a LoRA{made_for}{algorithm and f', {algorithm}'}{ranks}"
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -313,12 +329,21 @@ def rank_of(module: Module) -> int | None:
     return None
 
 
-def columns_of(module: Module) -> int | None:
-    """Number of inputs of the layer that a module changes, or None if its tensors do not show it directly."""
-    for role in ("down", "hada_w1_b", "diff", "set_weight"):
-        if role in module and len(module[role].shape) == 2:
-            return module[role].shape[1]
-    return None
+# The tensors whose rows, and those whose columns, are those of the changed matrix. LoKr has two factors of each.
+_SIDES = (
+    (("up", "down"),), (("hada_w1_a", "hada_w1_b"),), (("diff", "diff"),), (("set_weight", "set_weight"),),
+    *(((f"lokr_w1{a}", f"lokr_w1{b}"), (f"lokr_w2{c}", f"lokr_w2{d}"))
+      for a, b in (("", ""), ("_a", "_b")) for c, d in (("", ""), ("_a", "_b"))),
+)  # fmt: skip
+
+
+def matrix_size(module: Module) -> tuple[int, int] | tuple[None, None]:
+    """Rows and columns of the matrix that a module changes; None twice for a convolution or an incomplete module."""
+    for factors in _SIDES:
+        shapes = [module[role].shape for pair in factors for role in pair if role in module]
+        if len(shapes) == 2 * len(factors) and all(len(shape) == 2 for shape in shapes):
+            return math.prod(shape[0] for shape in shapes[::2]), math.prod(shape[1] for shape in shapes[1::2])
+    return None, None
 
 
 _NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h", "I8": "<b", "U8": "<B"}
@@ -339,7 +364,7 @@ def read_number(entry: Entry) -> float:
 def _read_object(text: str) -> dict[str, Any]:
     values = parse_json(text)
     if not isinstance(values, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not a JSON object")
     return values
 
 
@@ -353,7 +378,7 @@ def _range(numbers: Sequence[float]) -> str:
 
 
 def describe(path: str, field: str = "info") -> str:
-    """The text of `--info` for a LoRA: family, algorithm, ranks, alphas, modules, words. Raises Mistake."""
+    """The text of `--info` for a LoRA: family, algorithm, ranks, alphas, modules, trigger words. Raises Mistake."""
     file = LoraFile(path, field)
     return "\n".join([f"{path}: {file.summary()}", "", *_lines(file)])
 
@@ -364,12 +389,12 @@ def _lines(file: LoraFile) -> Iterator[str]:
     if ranks := file.ranks():
         yield f"  {'rank':<32}{_range(ranks)}"
     alphas = file.alphas()
-    yield f"  {'alpha':<32}{_range(alphas) if alphas else 'none: as rank'}"
+    yield f"  {'alpha':<32}{_range(alphas) if alphas else 'none: equal to the rank'}"
     kinds = Counter(_place(name) for name in file.modules)
     yield f"  {'modules':<32}{len(file.modules)}"
-    yield from (f"    {display(kind):<30}{count}" for kind, count in sorted(kinds.items()))
+    yield from (f"    {display(kind):<29} {count}" for kind, count in sorted(kinds.items()))
     if file.embeddings:
-        yield f"  {'words of its own':<32}{file.embeddings}, not loaded"
+        yield f"  {'textual inversions':<32}{file.embeddings}, not loaded"
     for name in ("modelspec.title", "ss_output_name"):
         if value := file.metadata.get(name):
             yield f"  {name.split('.')[-1]:<32}{display(value)}"

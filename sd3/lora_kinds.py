@@ -31,13 +31,14 @@ def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _fits(*pairs: tuple[str, int, int]) -> None:
     for what, one, other in pairs:
         if one != other:
-            raise ValueError(f"{what} disagree: {one} and {other}")
+            raise ValueError(f"has {what} that do not match: {one} and {other}")
 
 
 def _sides(module: Module, *roles: str, least: int = 2) -> list[Shape]:
     for role in roles:
         if len(module[role].shape) < least:
-            raise ValueError(f"{role} must be a matrix, it has {list(module[role].shape)}")
+            kind = "a matrix" if least == 2 else f"a tensor of {least} dimensions"
+            raise ValueError(f"has the wrong shape: {role} must be {kind}, not {list(module[role].shape)}")
     return [module[role].shape for role in roles]
 
 
@@ -69,7 +70,7 @@ def _loha_shape(module: Module) -> Shape:
             _fits(("ranks", a[1], b[0]))
             sides.append((a[0], math.prod(b[1:])))
     if sides[0] != sides[1]:
-        raise ValueError(f"its two products disagree: {list(sides[0])} and {list(sides[1])}")
+        raise ValueError(f"has two products of different shapes: {list(sides[0])} and {list(sides[1])}")
     return sides[0]
 
 
@@ -166,13 +167,14 @@ def kind_of(module: Module) -> Kind | None:
     """
     kinds = [kind for kind in KINDS if kind.roles & module.keys()]
     if len(kinds) > 1:
-        raise ValueError(f"is of two algorithms, {kinds[0].name} and {kinds[1].name}")
+        raise ValueError(f"mixes two algorithms, {kinds[0].name} and {kinds[1].name}")
     if kinds and (missing := kinds[0].missing(module)):
-        raise ValueError(f"is incomplete: it has {', '.join(sorted(kinds[0].roles & module.keys()))} and no {missing}")
+        has = ", ".join(sorted(kinds[0].roles & module.keys()))
+        raise ValueError(f"is incomplete: it has {has} but no {missing}")
     if not kinds and not module.keys() & set(BIASES):
-        raise ValueError(f"is incomplete: it has {' and '.join(sorted(module))} alone")
+        raise ValueError(f"is incomplete: it has only {' and '.join(sorted(module))}")
     if not kinds and (lone := module.keys() & {*MAGNITUDES, "up_bias"}):
-        raise ValueError(f"is incomplete: it has {lone.pop()}, and no weight that it belongs to")
+        raise ValueError(f"is incomplete: it has {lone.pop()} but no weight change")
     return kinds[0] if kinds else None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +11,9 @@ from sd3.settings import Setup
 from sd3.weights import ModelTensors, Patch
 
 Models = Mapping[str, ModelTensors]  # the models present, by part: mmdit, vae, controlnet, clip_l, clip_g, t5xxl
-# Flag -> function that takes the flag's value and the models (headers only) and returns a patch for each model that it
-# changes. The function raises Mistake if the value fits no model.
-PATCHES: dict[str, Callable[[Any, Models], Mapping[str, Patch]]] = {"lora": read_lora}
+# Flag -> function that takes the flag's value and the models (headers only) and returns the patches of each model that
+# it changes. The function raises Mistake if the value fits no model.
+PATCHES: dict[str, Callable[[Any, Models], Mapping[str, Sequence[Patch]]]] = {"lora": read_lora}
 
 
 def patched(models: Models, setup: Setup) -> dict[str, ModelTensors]:
@@ -21,6 +21,6 @@ def patched(models: Models, setup: Setup) -> dict[str, ModelTensors]:
     out = dict(models)
     for flag, read in PATCHES.items():
         if value := getattr(setup, flag):
-            for part, patch in read(value, models).items():
-                out[part] = replace(out[part], patches=(*out[part].patches, patch))
+            for part, patches in read(value, models).items():
+                out[part] = replace(out[part], patches=(*out[part].patches, *patches))
     return out

@@ -51,7 +51,7 @@ def plain_value(value: Any, where: Where, name: str) -> Any:
         return value
     check_tensor(value, where, name)
     if value.numel() > MOST_VALUES:
-        raise Mistake(*where, f"{name}: has {value.numel():,} numbers; at most {MOST_VALUES:,} are read")
+        raise Mistake(*where, f"{name}: has {value.numel():,} numbers; the limit is {MOST_VALUES:,}")
     return value.tolist()
 
 

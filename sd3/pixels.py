@@ -93,13 +93,19 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(scaled.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
 
 
-def check_finite(x: Tensor, what: str, dtype: torch.dtype, cause: Callable[[], str] = str) -> None:
-    """Raises Mistake if `x` contains NaN or infinity: with the cause if it is known, else with a dtype to try."""
+def check_finite(
+    x: Tensor, what: str, dtype: torch.dtype, cause: Callable[[], str] = str, patched: bool = False
+) -> None:
+    """Raises Mistake if `x` contains NaN or infinity: with the cause if it is known, else with what to try.
+
+    patched: whether a LoRA is applied, which may be too strong.
+    """
     if not torch.isfinite(x).all():
         if line := cause():
             raise Mistake("", "", f"{line}; it made {what} NaN or infinite; no image is saved")
-        others = {torch.float16: "try `dtype` bfloat16 or float32", torch.bfloat16: "try `dtype` float32"}
-        advice = others.get(dtype, "the model file may be damaged: download it again")
+        others = {torch.float16: "`dtype` bfloat16 or float32", torch.bfloat16: "`dtype` float32"}
+        turns = [*(["a smaller strength of `lora`"] if patched else []), *([others[dtype]] if dtype in others else [])]
+        advice = f"try {' or '.join(turns)}" if turns else "the model file may be damaged: download it again"
         name = str(dtype).removeprefix("torch.")
         raise Mistake("", "", f"{what} became NaN or infinite in {name}; no image is saved; {advice}")
 

@@ -359,7 +359,8 @@ def read_patch_files(flag: str, value: Any) -> tuple[PatchFile, ...] | None:
             raise Mistake(flag, "", f"names more than {MOST_PATCH_FILES} files")
     names: dict[str, str] = {}
     for path, _ in files:
-        if names.setdefault(os.path.basename(os.path.normpath(path)), path) != path:  # records have names alone
+        place = os.path.realpath(path)
+        if names.setdefault(os.path.basename(os.path.normpath(path)), place) != place:  # records have names alone
             raise Mistake(flag, path, "has the same name as another file of this flag; rename one of them")
     return tuple(files) or None
 

@@ -40,6 +40,27 @@ class Reporter:
 SILENT = Reporter()
 
 
+class NoteList(Reporter):
+    """Collects lines and notes, each note once, with its fields spelled. quiet: collects nothing; may be set at any
+    time.
+    """
+
+    def __init__(self, spelling: Callable[[str], str] = str):
+        """spelling: how notes name a field, such as `flag_name`."""
+        self.spelling, self.quiet = spelling, False
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Adds a line."""
+        if not self.quiet:
+            self.lines.append(text)
+
+    def note(self, text: str) -> None:
+        """Adds a note, unless it is among the lines."""
+        if (line := spell(text, self.spelling)) not in self.lines:
+            self.say(line)
+
+
 class Note(UserWarning):
     """Something worth knowing about settings or files, such as a setting without effect."""
 

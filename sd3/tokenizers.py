@@ -47,7 +47,7 @@ def open_t5_tokenizer(folder: str | Path, field: str = "model_folder", rows: int
         return T5Tokenizer(lambda text: _places(tokenizer, text))
     where = Where(field, Path(folder) / "spiece.model")
     check_file(where, where.value)
-    with reading(where, "is no usable tokenizer"):
+    with reading(where, "is not a usable tokenizer"):
         model = SentencePieceProcessor(model_file=str(where.value))
         model.encode(SAMPLE_TEXT)
         model.id_to_piece(2)
@@ -63,7 +63,7 @@ def _places(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
 def _read_tokenizer_json(where: Where) -> Tokenizer:
     """A tokenizer.json, without the padding and the truncation that another program left in it."""
     check_file(where, where.value)
-    with reading(where, "is no usable tokenizer"):
+    with reading(where, "is not a usable tokenizer"):
         tokenizer = Tokenizer.from_file(str(where.value))
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -74,13 +74,13 @@ def _read_tokenizer_json(where: Where) -> Tokenizer:
 def _read_clip_bpe(vocabulary: Where, merges: Where) -> models.BPE:
     for where in (vocabulary, merges):
         check_file(where, where.value)
-    with reading(vocabulary, "is no usable vocabulary"):
+    with reading(vocabulary, "is not a usable vocabulary"):
         ids = parse_json(vocabulary.value.read_bytes())
         if not isinstance(ids, dict) or not all(type(i) is int and 0 <= i < 2**32 for i in ids.values()):
             raise ValueError("it must hold a number for every token")
     if CLIP_START not in ids or CLIP_END not in ids:  # else the library would add them under unused numbers
-        raise Mistake(*vocabulary, f"is no CLIP vocabulary: it has no {CLIP_START} or {CLIP_END}")
-    with reading(merges, f"are no merges of {vocabulary.value.name}"):
+        raise Mistake(*vocabulary, f"is not a CLIP vocabulary: {CLIP_START} or {CLIP_END} is missing")
+    with reading(merges, f"does not fit {vocabulary.value.name}"):
         bpe = models.BPE.from_file(str(vocabulary.value), str(merges.value), **CLIP_BPE)
         _check_merges(ids, merges.value)
     return bpe

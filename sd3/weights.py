@@ -41,12 +41,14 @@ class Patch:
 
     changes: our tensor name -> a function that takes the contiguous float32 tensor and returns one of the same shape,
     either the argument after modifying it or a new one; identity: a text that distinguishes patches, such as a file's
-    hash and a strength; notes: lines for the user, with names of fields between backquotes.
+    hash and a strength; notes: lines for the user, with names of fields between backquotes; where: the field and the
+    file that an error names.
     """
 
     changes: Mapping[str, Callable[[Tensor], Tensor]]
     identity: str
     notes: tuple[str, ...] = ()
+    where: Where = field(default=Where(""))
 
 
 @dataclass(frozen=True)
@@ -193,10 +195,10 @@ class ModelTensors:
                     zero.append(entry.name)
         if weights and len(zero) == len(weights):
             raise Mistake(
-                *self.file.where, "holds nothing but zeros, probably from an unfinished download; download it again"
+                *self.file.where, "contains only zeros, probably because its download did not finish; download it again"
             )
         if zero and not some_may_be_empty:
-            some = f"{len(zero)} of {len(weights)} checked weights hold nothing but zeros, such as {zero[0]}"
+            some = f"{len(zero)} of {len(weights)} checked weights contain only zeros, such as {zero[0]}"
             warnings.warn(
                 f"{verbatim(str(self.file.path))}: {verbatim(some)}; its download may have stopped early",
                 Note,
@@ -218,7 +220,7 @@ class ModelTensors:
 
         On the CPU, a tensor that keeps its dtype is a view of the file if the file's format is mapped into memory. The
         file is reopened every `CHUNK` bytes, which frees the pages that are already converted. A patched tensor is
-        rounded once, after all its patches.
+        rounded once, after all its patches. Raises Mistake if a patch makes a tensor NaN or infinite in `dtype`.
         """
 
         def place(name: str) -> tuple[str, int]:
@@ -251,8 +253,20 @@ class ModelTensors:
                     whole = scratch.exact(whole) if changes else whole
                     for change in changes:
                         whole = change(whole)
-                    yield name, whole.to(dtype) if changes and dtype else whole
+                    whole = whole.to(dtype) if changes and dtype else whole
+                    if changes and not _is_finite(whole):
+                        self._blame_patch(name, device, dtype)
+                    yield name, whole
                     del pieces, whole
+
+    def _blame_patch(self, name: str, device: Any, dtype: torch.dtype | None) -> None:
+        """Raises Mistake for the first patch that makes a tensor NaN or infinite; returns if it is so in the file."""
+        *before, last = self.patches
+        ((_, tensor),) = replace(self, patches=tuple(before)).read([name], device, dtype)  # may blame an earlier one
+        if _is_finite(tensor):
+            kind = str(dtype or torch.float32).removeprefix("torch.")
+            why = f"makes {self.full_name(name)} NaN or infinite in {kind}: its values or its strength are too large"
+            raise Mistake(*last.where, verbatim(why))
 
     def load_into(
         self,
@@ -279,6 +293,11 @@ class ModelTensors:
             if progress is not None:
                 progress(tensor.nbytes)
         return model.eval()
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite. A finite sum shows it, and takes a thirtieth of the time of `isfinite`."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 class Scratch:

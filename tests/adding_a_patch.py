@@ -24,13 +24,13 @@ from sd3.sweep.command import main as sweep
 from sd3.weights import ModelTensors, Patch
 
 
-def read_nudge(path: str, models: Mapping[str, ModelTensors]) -> dict[str, Patch]:
+def read_nudge(path: str, models: Mapping[str, ModelTensors]) -> dict[str, list[Patch]]:
     """Adds the tensors of a file, PART/NAME, to the weights of these names."""
     stored, out = load_file(path), {}
     for part in models:
         names = [name for name in stored if name.startswith(f"{part}/")]
         changes = {n.removeprefix(f"{part}/"): lambda weight, n=n: weight + stored[n] for n in names}
-        out[part] = Patch(changes, file_sha256(Path(path)))
+        out[part] = [Patch(changes, file_sha256(Path(path)))]
     return out
 
 

@@ -250,7 +250,7 @@ def test_merges_that_were_cut_off(tmp_path, part, ends):
     whole = open_clip_tokenizer(folder).tokenize("a red circle", 77).ids
     assert whole == open_clip_tokenizer(TOKENIZERS / "tokenizer").tokenize("a red circle", 77).ids
     (folder / "merges.txt").write_bytes(ends.join(lines[: int(len(lines) * part)]))
-    with pytest.raises(Mistake, match=r"merges\.txt: are no merges of vocab\.json .*cut off"):
+    with pytest.raises(Mistake, match=r"merges\.txt: does not fit vocab\.json .*cut off"):
         open_clip_tokenizer(folder)
 
 

@@ -367,7 +367,7 @@ def test_a_format_is_recognised_by_contents_and_checked_as_any(toy, tmp_path, mo
     tensors = tensors_of(modules())
     short = {n: t for n, t in tensors.items() if not n.endswith("joint_blocks.1.x_block.mlp.fc1.weight")}
     zeros = {n: torch.zeros_like(t) if n.startswith(VAE_PREFIX) else t for n, t in tensors.items()}
-    for name, part, why in (("short", short, "1 missing"), ("zeros", zeros, "holds nothing but zeros")):
+    for name, part, why in (("short", short, "1 missing"), ("zeros", zeros, "contains only zeros")):
         write_toy(tmp_path / f"{name}.toy", part)
         with pytest.raises(Mistake, match=why):
             SD3Inferencer().load(str(tmp_path / f"{name}.toy"), device="cpu", model_folder=str(toy))

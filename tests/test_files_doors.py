@@ -159,7 +159,7 @@ NAMED = {
     "zip": "a zip archive",
     "gzip": "a gzip archive",
     "nested JSON": "JSON",
-    "zeros": "nothing but zeros",
+    "zeros": "all zeros at the start",
     "bytes behind": "its header is damaged (100 bytes follow",
     "cut off": "is truncated",
     "a folder": "is a folder",

@@ -565,14 +565,14 @@ def test_a_download_that_never_filled_is_refused(tmp_path, whole, capsys, prefix
     words = ["--model", str(path), "--prompt", "red", "--device", "cpu", "--out_dir", str(tmp_path / "o")]
     assert sd3_infer.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "holds nothing but zeros" in line
+    assert "contains only zeros" in line
     assert not (tmp_path / "o").exists()
 
 
 def test_one_that_filled_in_part_is_noted(tmp_path, whole):
     late = [k for k in whole if k.startswith(MMDIT_PREFIX + "joint_blocks.3.")]
     path = place(tmp_path, whole | {k: torch.zeros_like(whole[k]) for k in late})
-    with pytest.warns(UserWarning, match="checked weights hold nothing but zeros"):
+    with pytest.warns(UserWarning, match="checked weights contain only zeros"):
         engine(path)
 
 
@@ -623,7 +623,7 @@ def test_a_whole_model_whose_heads_do_not_fit(tmp_path, whole, capsys, width):
     path = place(tmp_path, tensors | {MMDIT_PREFIX + k: v.detach() for k, v in net.state_dict().items()})
     assert sd3_infer.main(["--model", str(path), "--prompt", "x", "--device", "cpu"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"width {width}, which is no multiple of 64" in line
+    assert f"width {width}, which is not a multiple of 64" in line
 
 
 @pytest.mark.parametrize("width", [100, 200])
@@ -632,7 +632,7 @@ def test_a_clip_whose_heads_do_not_fit(tmp_path, whole, width):
     net = randomise(CLIP(dataclasses.replace(CLIP_L, width=width)), 0)
     tensors = {k: v for k, v in whole.items() if not k.startswith(prefix)}
     path = place(tmp_path, tensors | {prefix + k: v.detach() for k, v in net.state_dict().items()})
-    with pytest.raises(Mistake, match=f"width {width}, which is no multiple of 64"):
+    with pytest.raises(Mistake, match=f"width {width}, which is not a multiple of 64"):
         engine(path)
 
 

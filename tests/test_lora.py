@@ -18,13 +18,15 @@ from hypothesis import strategies as st
 from lora_writing import SPELLINGS, add, draw, every_module
 
 import sd3
+import sd3_infer
 from sd3.engine import Busy, Engine
-from sd3.files import contents
+from sd3.files import WeightFile, contents
 from sd3.lora import layer_names, read_lora
-from sd3.mistakes import Mistake
+from sd3.mistakes import Mistake, Where
 from sd3.patches import patched
 from sd3.readers import PatchFile, read_patch_files
 from sd3.settings import Setup
+from sd3.weights import ModelTensors, Patch
 
 LIMIT = 1e-6  # of rounding in float32; a missing module or a wrong factor is off by 1e-2 at least
 CHANGED = ("mmdit", "clip_l", "clip_g", "t5xxl")
@@ -327,6 +329,25 @@ def test_set_lora_reads_nothing_that_it_does_not_change(small_model, shapes, tmp
     assert len(read) == 1
 
 
+def test_a_lora_of_text_encoders_alone(small_model, shapes, tmp_path):
+    pairs = draw(shapes, every_module(["clip_l", "t5xxl"]), lambda: 2)
+    path = SPELLINGS["kohya"][0](pairs, tmp_path / "a.safetensors")
+    alone = SPELLINGS["kohya"][0]([p for p in pairs if p.part == "t5xxl"], tmp_path / "t5.safetensors")
+    plain = image(sd3.load(small_model, device="cpu"))
+    assert image(sd3.load(small_model, device="cpu", lora=path)).tobytes() != plain.tobytes()
+    assert image(sd3.load(small_model, device="cpu", lora=alone)).tobytes() != plain.tobytes()
+    lines = []
+
+    class Listener(sd3.Reporter):
+        def note(self, text):
+            lines.append(text)
+
+    sd3.load(small_model, lora=path, no_t5=True, tell=Listener())
+    assert lines[-1].endswith("LoRA, 2 modules of CLIP-L; 2 without effect: T5 is not loaded")
+    with pytest.raises(Mistake, match=r"has no effect: T5 is not loaded \(such as lora_te3_encoder_block_"):
+        sd3.load(small_model, lora=alone, no_t5=True)
+
+
 def test_text_encoders_have_another_key_in_the_cache(small_model, shapes, tmp_path):
     """A LoRA of the MMDiT alone shares the cached prompts of the plain model."""
     files = {}
@@ -359,9 +380,9 @@ def test_notes_count_modules(small_model, shapes, tmp_path):
 
     sd3.load(small_model, lora=path, no_t5=True, tell=Listener())
     assert lines[-1] == (
-        f"note: `lora` {path}: LoRA, 27 modules of the MMDiT, 2 modules of CLIP-G; 3 without effect: the model has no "
-        "such part; 1 without effect: T5 is not loaded; 1 that no layer matches, such as transformer.hat; "
-        "words of its own, not loaded: 1"
+        f"note: `lora` {path}: LoRA, 27 modules of the MMDiT, 2 modules of CLIP-G; 3 without effect: the model does "
+        "not use these layers; 1 without effect: T5 is not loaded; 1 matches no layer of the model, such as "
+        "transformer.hat; 1 textual inversion, not loaded"
     )
 
 
@@ -373,11 +394,12 @@ def test_split_qkv_is_said(models, shapes, tmp_path):
     tensors[f"{key}.alpha"] = torch.tensor(2.0)
     base, got = patched_layer(models, tmp_path, tensors, "joint_blocks.2.x_block.attn.qkv")
     assert relative(got, base + 2 / 6 * (torch.block_diag(*ups) @ down).double()) < LIMIT
-    patch = read_lora([PatchFile(str(tmp_path / "one.safetensors"))], models)["mmdit"]
-    assert "trained with split_qkv" in patch.notes[0]
+    (patch,) = read_lora([PatchFile(str(tmp_path / "one.safetensors"))], models)["mmdit"]
+    assert "if trained with kohya's split_qkv, they act at a third" in patch.notes[0]
     tensors[f"{key}.lora_up.weight"] = rand(384, 6)
     path = writing.write(tensors, tmp_path / "whole.safetensors")
-    assert "trained with" not in read_lora([PatchFile(str(path))], models)["mmdit"].notes[0]
+    (patch,) = read_lora([PatchFile(str(path))], models)["mmdit"]
+    assert "kohya's split_qkv" not in patch.notes[0]
 
 
 # ---- values of the flag --------------------------------------------------------------------------
@@ -401,6 +423,88 @@ def test_values_of_the_flag(tmp_path, monkeypatch):
     assert math.isclose(read(f"x:{0.1 + 0.2}")[0].strength, 0.30000000000000004, rel_tol=0)
 
 
+def test_one_file_in_two_spellings_is_one_file_given_twice(models, shapes, tmp_path, monkeypatch):
+    """Its change is added twice, however the file is named."""
+    monkeypatch.chdir(tmp_path)
+    pairs = draw(shapes, every_module(["mmdit"]), lambda: 2)
+    SPELLINGS["kohya"][0](pairs, tmp_path / "a.safetensors")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "a.safetensors").symlink_to(tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").symlink_to("a.safetensors")
+    twice = weights(models, "a.safetensors,a.safetensors:0.5")["mmdit"]
+    check(models, "a.safetensors,a.safetensors:0.5", add(add(weights(models), pairs), pairs, 0.5))
+    for again in ("./a.safetensors", tmp_path / "a.safetensors", "links/a.safetensors", "b.safetensors"):
+        got = weights(models, f"a.safetensors,{again}:0.5")["mmdit"]
+        assert all(torch.equal(tensor, twice[name]) for name, tensor in got.items()), again
+
+
+# ---- products that are too large -----------------------------------------------------------------
+
+
+def patched_part(models, lora):
+    return patched(models, Setup(model="x", lora=lora))["mmdit"]
+
+
+def filled(tmp_path, name, down, up, **more):
+    """A LoRA of one layer whose matrices hold one number each."""
+    tensors = {f"{KEY}.lora_down.weight": torch.full((2, 128), down), f"{KEY}.lora_up.weight": torch.full((256, 2), up)}
+    return str(writing.write(tensors | {f"{KEY}.{k}": v for k, v in more.items()}, tmp_path / f"{name}.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "strength", "dtype"),
+    [
+        ((1e30, 1e30), 1, torch.float32),
+        ((1e30, 1e30), 1, torch.bfloat16),
+        ((1e20, 1e17), 900, torch.float32),
+        ((300.0, 300.0), 1, torch.float16),
+    ],
+)
+def test_a_product_that_is_too_large_names_the_lora(models, tmp_path, numbers, strength, dtype):
+    good, bad = filled(tmp_path, "good", 0.1, 0.1), filled(tmp_path, "bad", *numbers)
+    for order in ([(good, 1.0), (bad, strength)], [(bad, strength), (good, 1.0)]):
+        part = patched_part(models, order)
+        with pytest.raises(Mistake) as told:
+            list(part.read([f"{FC1}.weight"], "cpu", dtype))
+        kind = str(dtype).removeprefix("torch.")
+        why = f"makes {part.full_name(f'{FC1}.weight')} NaN or infinite in {kind}: its values or its strength are"
+        assert str(told.value).startswith(f"lora {bad}: {why}")
+    list(patched_part(models, [(good, 1.0), (bad, 1e-30)]).read([f"{FC1}.weight"], "cpu", torch.float32))
+
+
+def test_a_dora_whose_norm_is_too_large_names_the_lora(models, tmp_path):
+    """An infinite norm would make the weight zero."""
+    bad = filled(tmp_path, "bad", 1e10, 1e12, dora_scale=torch.ones(256, 1))
+    with pytest.raises(Mistake, match="NaN or infinite"):
+        list(patched_part(models, [(bad, 1.0)]).read([f"{FC1}.weight"], "cpu", torch.float32))
+
+
+def test_a_model_that_is_damaged_itself_is_not_blamed_on_a_patch(tmp_path):
+    path = writing.write({"a": torch.tensor([1.0, torch.nan]), "b": torch.ones(2)}, tmp_path / "m.safetensors")
+    patch = Patch({"a": lambda t: t + 1, "b": lambda t: t / 0}, "x", where=Where("lora", "file"))
+    part = ModelTensors(WeightFile(path, "model"), patches=(patch, replace(patch, where=Where("lora", "other"))))
+    assert len(list(part.read(["a"], "cpu", torch.float32))) == 1
+    with pytest.raises(Mistake, match="lora file: makes b NaN"):
+        list(part.read(["b"], "cpu", torch.float32))
+
+
+def test_a_lora_that_is_too_large_is_one_line_and_changes_nothing(small_model, tmp_path, capsys):
+    bad = filled(tmp_path, "bad", 1e30, 1e30)
+    words = ["--model", small_model, "--prompt", "a", "--device", "cpu", "--lora", bad, "--out", tmp_path / "x.png"]
+    assert sd3_infer.main([*map(str, words)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: --lora {bad}: makes ") and f"{FC1}.weight NaN or infinite" in error
+    assert not (tmp_path / "x.png").exists()
+    strong = filled(tmp_path, "strong", 1e18, 1e18)
+    with pytest.raises(Mistake, match=r"the latent became NaN .*; try a smaller strength of lora or dtype float32$"):
+        image(sd3.load(small_model, device="cpu", dtype="bfloat16", lora=strong))
+    pipe = sd3.load(small_model, device="cpu")
+    plain = image(pipe).tobytes()
+    with pytest.raises(Mistake, match="NaN or infinite"):
+        pipe.set_lora(bad)
+    assert image(pipe).tobytes() == plain
+
+
 @pytest.mark.parametrize(
     ("value", "why"),
     [
@@ -414,6 +518,7 @@ def test_values_of_the_flag(tmp_path, monkeypatch):
         ([3], "must be FILE"),
         (["a", None], "its strength must be a number"),
         ("a/x,b/x", "has the same name as another file of this flag"),
+        ("a/x,./b/../b/x", "has the same name as another file of this flag"),
         ("a\0b", "null character"),
         (",".join(f"{i}.s" for i in range(101)), "names more than 100 files"),
     ],

@@ -17,6 +17,7 @@ from safetensors.torch import save, save_file
 
 import sd3_infer
 from sd3.engine import Engine
+from sd3.files import contents
 from sd3.find import list_models
 from sd3.headers import DTYPE_BITS
 from sd3.lora import read_lora
@@ -44,6 +45,17 @@ def large(width=2432, blocks=38, prefix="transformer.", names=("attn.to_q",)):
     return out
 
 
+def other_lokr():
+    """A LoKr of SD3.5 Large, one factor of which is a product of two."""
+    out = {}
+    for i in range(38):
+        for name, rows in (("attn_to_q", 2432), ("ff_net_0_proj", 4 * 2432)):
+            key = f"lycoris_transformer_blocks_{i}_{name}"
+            out |= {f"{key}.lokr_w1": torch.ones(8, 8), f"{key}.lokr_w2_a": torch.ones(rows // 8, 1)}
+            out |= {f"{key}.lokr_w2_b": torch.ones(1, 304), f"{key}.alpha": torch.tensor(1.0)}
+    return out
+
+
 def with_nan(name):
     tensors = {name: tensor.clone() for name, tensor in PAIR.items()} | {f"{KEY}.alpha": torch.tensor(1.0)}
     tensors[name].view(-1)[0] = torch.nan
@@ -55,6 +67,22 @@ FC1 = "diffusion_model.joint_blocks.1.x_block.mlp.fc1"
 BAD = {
     "SD3.5 Large": (large(), "is for SD3.5 Large (38 blocks of width 2432); this model has 4 of 128"),
     "more blocks": (large(128, 7), "is for a model (7 blocks of width 128); this model has 4 of 128"),
+    "LoKr": (other_lokr(), "is for SD3.5 Large (38 blocks of width 2432); this model has 4 of 128"),
+    "LoKr of whole factors": (
+        {"lycoris_transformer_blocks_23_ff_net_2.lokr_w1": torch.ones(8, 8)}
+        | {"lycoris_transformer_blocks_23_ff_net_2.lokr_w2": torch.ones(192, 768)},
+        "is for SD3 Medium or SD3.5 Medium (24 blocks of width 1536); this model has 4 of 128",
+    ),
+    "LoHa of another model": (
+        {f"lycoris_transformer_blocks_37_attn_to_q.hada_w{n}_{k}": torch.ones(s)
+         for n in "12" for k, s in (("a", (2432, 2)), ("b", (2, 2432)))},
+        "is for SD3.5 Large (38 blocks of width 2432); this model has 4 of 128",
+    ),
+    "adaLN of dual attention": (
+        {f"transformer.transformer_blocks.3.norm1.linear.lora_{k}.weight": torch.ones(s)
+         for k, s in (("A", (1, 128)), ("B", (9 * 128, 1)))},
+        "with a second attention in block 3; this model has one in 2 blocks",
+    ),
     "dual attention": (
         large(128, 4, names=("attn2.to_q",)),
         "second attention in block 2; this model has one in 2 blocks",
@@ -70,62 +98,68 @@ BAD = {
     "unknown names": ({"hat.lora_A.weight": torch.ones(2, 2)}, "matches no layer of this model (such as hat)"),
     "nothing that acts": (
         {f"lora_te1_text_projection.lora_{n}.weight": torch.ones(2, 2) for n in ("down", "up")},
-        "matches no layer of this model (such as lora_te1_text_projection: the model has no such part)",
+        "has no effect: the model does not use these layers (such as lora_te1_text_projection)",
     ),
-    "half of a pair": ({k: v for k, v in PAIR.items() if "down" in k}, f"{KEY} is incomplete: it has down and no up"),
-    "the other half": ({k: v for k, v in PAIR.items() if "up" in k}, f"{KEY} is incomplete: it has up and no down"),
-    "alpha alone": ({ALPHA: torch.tensor(1.0)}, f"{KEY} is incomplete: it has alpha alone"),
-    "a magnitude alone": ({f"{KEY}.dora_scale": torch.ones(128, 1)}, "is incomplete: it has dora_scale alone"),
-    "half of LoKr": ({f"{KEY}.lokr_w1": torch.ones(2, 2)}, "is incomplete: it has lokr_w1 and no lokr_w2_a"),
-    "half of LoHa": ({f"{KEY}.hada_w1_a": torch.ones(2, 2)}, "is incomplete: it has hada_w1_a and no hada_w1_b"),
-    "NaN": (with_nan(f"{KEY}.lora_up.weight"), f"{KEY}.lora_up.weight holds NaN or infinity"),
-    "NaN as alpha": (with_nan(ALPHA), "has a scale of nan (alpha / rank)"),
-    "a huge alpha": (PAIR | {ALPHA: torch.tensor(1e30)}, "has a scale of 5e+29 (alpha / rank); it must be within"),
-    "ranks": (PAIR | {f"{KEY}.lora_up.weight": torch.ones(128, 3)}, f"{KEY} ranks disagree: 2 and 3"),
-    "a vector": (PAIR | {f"{KEY}.lora_up.weight": torch.ones(128)}, f"{KEY} up must be a matrix, it has [128]"),
+    "half of a pair": ({k: v for k, v in PAIR.items() if "down" in k}, f"{KEY} is incomplete: it has down but no up"),
+    "the other half": ({k: v for k, v in PAIR.items() if "up" in k}, f"{KEY} is incomplete: it has up but no down"),
+    "alpha alone": ({ALPHA: torch.tensor(1.0)}, f"{KEY} is incomplete: it has only alpha"),
+    "a magnitude alone": ({f"{KEY}.dora_scale": torch.ones(128, 1)}, "is incomplete: it has only dora_scale"),
+    "half of LoKr": ({f"{KEY}.lokr_w1": torch.ones(2, 2)}, "is incomplete: it has lokr_w1 but no lokr_w2_a"),
+    "half of LoHa": ({f"{KEY}.hada_w1_a": torch.ones(2, 2)}, "is incomplete: it has hada_w1_a but no hada_w1_b"),
+    "NaN": (with_nan(f"{KEY}.lora_up.weight"), f"{KEY}.lora_up.weight contains NaN or infinity"),
+    "NaN as alpha": (with_nan(ALPHA), "has a scale (alpha / rank) of nan"),
+    "a huge alpha": (PAIR | {ALPHA: torch.tensor(1e30)}, "has a scale (alpha / rank) of 5e+29; at most 1e+06"),
+    "ranks": (PAIR | {f"{KEY}.lora_up.weight": torch.ones(128, 3)}, f"{KEY} has ranks that do not match: 2 and 3"),
+    "a vector": (
+        PAIR | {f"{KEY}.lora_up.weight": torch.ones(128)},
+        f"{KEY} has the wrong shape: up must be a matrix, not [128]",
+    ),
     "rows": (
         PAIR | {f"{KEY}.lora_up.weight": torch.ones(64, 2)},
-        f"{KEY}.lora_down.weight does not fit: it makes 64x128, the model has 128x128",
+        f"{KEY}.lora_down.weight does not fit: the change is 64x128, the model has 128x128",
     ),
     "columns of the MLP": (
         {f"{FC1}.lora_A.weight": torch.ones(2, 64), f"{FC1}.lora_B.weight": torch.ones(256, 2)},
         "is for a model (2 blocks of width 64); this model has 4 of 128",
     ),
     "a difference": ({f"{FC1}.diff": torch.ones(256, 127)}, "this model has 4 of 128"),
-    "a bias": ({f"{FC1}.diff_b": torch.ones(255)}, f"{FC1}.diff_b does not fit: it makes 255, the model has 256"),
+    "a bias": ({f"{FC1}.diff_b": torch.ones(255)}, f"{FC1}.diff_b does not fit: it is 255, the model has 256"),
     "no bias": (
         {"lora_te3_encoder_block_0_layer_0_SelfAttention_q.diff_b": torch.ones(96)},
-        "does not fit: it makes 96, the model has no bias",
+        "does not fit: it is 96, the model has no bias",
     ),
     "a magnitude": (
         PAIR | {f"{KEY}.dora_scale": torch.ones(127, 1)},
-        f"{KEY}.dora_scale does not fit: it makes 127x1, the model has 128 rows and 128 columns",
+        f"{KEY}.dora_scale does not fit: it is 127x1, the model has 128 rows and 128 columns",
     ),
     "LoHa": (
         {
             f"{KEY}.hada_{n}": torch.ones(s)
             for n, s in (("w1_a", (128, 2)), ("w1_b", (2, 128)), ("w2_a", (128, 2)), ("w2_b", (2, 64)))
         },
-        f"{KEY} its two products disagree: [128, 128] and [128, 64]",
+        f"{KEY} has two products of different shapes: [128, 128] and [128, 64]",
     ),
-    "two algorithms": (PAIR | {f"{KEY}.diff": torch.ones(128, 128)}, "is of two algorithms, LoRA and full difference"),
+    "two algorithms": (PAIR | {f"{KEY}.diff": torch.ones(128, 128)}, "mixes two algorithms, LoRA and full difference"),
     "an alpha that is a matrix": (
-        PAIR | {ALPHA: torch.ones(2, 2)}, f"{ALPHA} must be a single number, it has [2, 2]"
+        PAIR | {ALPHA: torch.ones(2, 2)}, f"{ALPHA} must be a single number, not [2, 2]"
     ),
-    "an empty tensor": (PAIR | {f"{KEY}.lora_up.weight": torch.ones(128, 0)}, "has no numbers in it: [128, 0]"),
+    "an empty tensor": (PAIR | {f"{KEY}.lora_up.weight": torch.ones(128, 0)}, "is empty: its shape is [128, 0]"),
     "two spellings": (
-        PAIR | {f"{KEY}.lora_A.weight": torch.ones(2, 128)}, "holds two tensors for one place"
+        PAIR | {f"{KEY}.lora_A.weight": torch.ones(2, 128)}, "contains the same tensor twice"
     ),
     "one layer twice": (
-        PAIR | {k.replace("lora_unet_", "lycoris_"): v.clone() for k, v in PAIR.items()}, "changes one layer twice"
+        PAIR | {k.replace("lora_unet_", "lycoris_"): v.clone() for k, v in PAIR.items()}, "changes the same layer twice"
     ),
-    "integers": (PAIR | {f"{KEY}.lora_up.weight": torch.ones(128, 2, dtype=torch.int32)}, "is I32; F64, F32, "),
-    "OFT": ({f"{KEY}.oft_blocks": torch.ones(2, 2, 2)}, "is of an algorithm that is not read: OFT (lora_unet_joint"),
-    "GLoRA": ({f"{KEY}.{n}.weight": torch.ones(2, 2) for n in ("a1", "b1")}, "algorithm that is not read: GLoRA"),
-    "IA3": ({f"{KEY}.on_input": torch.ones(1)}, "algorithm that is not read: IA3"),
-    "reshape": (PAIR | {f"{KEY}.reshape_weight": torch.ones(2)}, "a control LoRA, which reshapes weights"),
-    "control": (PAIR | {"lora_controlnet": torch.ones(1)}, "is a control LoRA, which is not read"),
-    "an unknown suffix": (PAIR | {f"{KEY}.hat": torch.ones(1)}, f"holds a tensor that is not read: {KEY}.hat"),
+    "integers": (
+        PAIR | {f"{KEY}.lora_up.weight": torch.ones(128, 2, dtype=torch.int32)},
+        "has the unsupported dtype I32 (supported: F64, F32, ",
+    ),
+    "OFT": ({f"{KEY}.oft_blocks": torch.ones(2, 2, 2)}, "uses OFT, which this program does not support (lora_"),
+    "GLoRA": ({f"{KEY}.{n}.weight": torch.ones(2, 2) for n in ("a1", "b1")}, "uses GLoRA, which this program does not"),
+    "IA3": ({f"{KEY}.on_input": torch.ones(1)}, "uses IA3, which this program does not support"),
+    "reshape": (PAIR | {f"{KEY}.reshape_weight": torch.ones(2)}, "uses reshape_weight (a control LoRA), which"),
+    "control": (PAIR | {"lora_controlnet": torch.ones(1)}, "is a control LoRA, which this program does not support"),
+    "an unknown suffix": (PAIR | {f"{KEY}.hat": torch.ones(1)}, f"contains an unknown tensor: {KEY}.hat"),
 }  # fmt: skip
 
 
@@ -176,20 +210,42 @@ def test_a_checkpoint_as_a_lora_and_the_reverse(small_model, tmp_path, capsys, m
 
 def test_missing_files_and_folders(small_model, tmp_path, capsys, monkeypatch):
     assert "no such file" in refused(small_model, tmp_path / "none.safetensors", capsys, monkeypatch)
-    assert "holds no adapter_model.safetensors" in refused(small_model, tmp_path, capsys, monkeypatch)
+    neither = f"{tmp_path}: contains neither adapter_model.safetensors nor pytorch_lora_weights.safetensors"
+    assert refused(small_model, tmp_path, capsys, monkeypatch).endswith(f"{neither}\n")
     (tmp_path / "adapter_model.bin").touch()
-    assert "only a pickled adapter_model.bin" in refused(small_model, tmp_path, capsys, monkeypatch)
+    pickled = f"{neither}; adapter_model.bin is a pickle, which is not loaded\n"
+    assert refused(small_model, tmp_path, capsys, monkeypatch).endswith(pickled)
+    (tmp_path / "adapter_model.bin").unlink()
+    only = writing.write(PAIR, tmp_path / "fox.safetensors")
+    error = refused(small_model, tmp_path, capsys, monkeypatch)
+    assert error.endswith(f"{neither}; if you mean the file in it, give {only}\n")
+    writing.write(PAIR, tmp_path / "hen.safetensors")
+    assert refused(small_model, tmp_path, capsys, monkeypatch).endswith(f"{neither}\n")
+
+
+def test_the_folder_that_diffusers_saves(models, tmp_path, capsys):
+    shapes = {role: models[role].shapes for role in models}
+    pairs = draw(shapes, every_module(["mmdit", "clip_l"]), lambda: 2)
+    folder = tmp_path / "fox"
+    folder.mkdir()
+    file = SPELLINGS["diffusers with metadata"][0](pairs, folder / "pytorch_lora_weights.safetensors")
+    (folder / "other.safetensors").touch()
+    assert contents(folder) == contents(file) == [file]
+    (in_folder,), (alone,) = (read_lora([PatchFile(str(path))], models)["mmdit"] for path in (folder, file))
+    assert in_folder.identity == alone.identity and in_folder.changes.keys() == alone.changes.keys()
+    assert sd3_infer.main(["--info", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith(f"{folder}: a LoRA for a model (4 blocks of width 128)")
 
 
 SETTINGS = {
     "no JSON": ("{", "is damaged"),
-    "no object": ("[1]", "is damaged (it is no object)"),
-    "alpha": ('{"lora_alpha": "x"}', "is damaged (alpha is 'x')"),
-    "NaN": ('{"lora_alpha": NaN}', "is damaged (alpha is nan)"),
-    "pattern": ('{"alpha_pattern": {"(": 1}}', "is damaged (alpha_pattern '(' is no regular expression"),
-    "a pattern with flags": ('{"alpha_pattern": {"(?i)x": 1}}', "is no regular expression"),
-    "pattern's value": ('{"rank_pattern": {"a": null}}', "is damaged (rank_pattern a is None)"),
-    "rslora": ('{"use_rslora": 3}', "is damaged (use_rslora is 3)"),
+    "no object": ("[1]", "is damaged (it is not a JSON object)"),
+    "alpha": ('{"lora_alpha": "x"}', "is damaged (alpha must be a number, not 'x')"),
+    "NaN": ('{"lora_alpha": NaN}', "is damaged (alpha must be a number, not nan)"),
+    "pattern": ('{"alpha_pattern": {"(": 1}}', "is damaged (alpha_pattern '(' is not a regular expression"),
+    "a pattern with flags": ('{"alpha_pattern": {"(?i)x": 1}}', "is not a regular expression"),
+    "pattern's value": ('{"rank_pattern": {"a": null}}', "is damaged (rank_pattern a must be a number, not null)"),
+    "rslora": ('{"use_rslora": 3}', "is damaged (use_rslora must be true or false, not 3)"),
 }
 
 
@@ -292,7 +348,7 @@ def test_a_thousand_fuzzed_headers(models, tmp_path_factory, tensors, config, fl
     except Mistake as mistake:
         assert mistake.field == "lora" and "\n" not in str(mistake)
         return
-    for part, patch in patches.items():
+    for part, (patch,) in patches.items():
         model = replace(models[part], patches=(patch,))
         for name, tensor in model.read(list(patch.changes), "cpu", None):
             assert tensor.shape == model.shapes[name]
@@ -313,16 +369,17 @@ def test_info_and_lists(models, tmp_path, capsys):
     assert sd3_infer.main(["--info", str(path)]) == 0
     told = capsys.readouterr().out
     for line in (
-        f"{path}: a LoRA for a model (4 blocks of width 128), LoRA, rank 2 to 10",
+        f"{path}: a LoRA for a model (4 blocks of width 128), rank 2 to 10\n",
         "  family                          kohya",
         "  alpha                           2 to 10",
         "  modules                         23",
         "    CLIP-L                        2",
+        "    context_block_adaLN_modulation_1 2",
         "  trigger words                   fxx, fox, a red fox",
     ):
         assert line in told, told
     listed = list_models(tmp_path / "models")
-    assert "fox.safetensors  a LoRA for a model (4 blocks of width 128), LoRA, rank 2 to 10, 0.00 GB" in listed
+    assert "fox.safetensors  a LoRA for a model (4 blocks of width 128), rank 2 to 10, 0.00 GB" in listed
     with pytest.raises(Mistake, match="is not a LoRA"):
         describe(str(writing.write({"a.weight": torch.ones(2)}, tmp_path / "x.safetensors")))
 

@@ -100,10 +100,29 @@ def test_replay_finds_the_files_and_says_what_differs(loras, tmp_path, capsys, m
 
 
 def test_a_lora_without_effect_is_not_recorded(loras, tmp_path, capsys):
-    path = run(tmp_path / "x.png", *QUICK, "--seed", 1, "--lora", f"{loras / 'a.safetensors'}:0")
-    assert "note: a LoRA has no effect at strength 0" in capsys.readouterr().err
+    a, b = loras / "a.safetensors", loras / "b.safetensors"
+    path = run(tmp_path / "x.png", *QUICK, "--seed", 1, "--lora", f"{a}:0")
+    note = f"note: --lora {a}: no effect at strength 0\n"
+    err = capsys.readouterr().err
+    assert note in err and err.count("--lora") == 1
+    run(tmp_path / "z.png", *QUICK, "--seed", 1, "--lora", f"{a}:0,{b}")
+    err = capsys.readouterr().err
+    assert note in err and f"note: --lora {b}: LoRA, 4 modules of the MMDiT\n" in err and err.count("--lora") == 2
     assert "lora" not in png.read_record(path)["settings"]
     assert path.read_bytes() == run(tmp_path / "y.png", *QUICK, "--seed", 1).read_bytes()
+
+
+def test_a_sweep_says_a_note_once(loras, tmp_path, capsys):
+    a, c = loras / "a.safetensors", loras / "c"
+    again = a.parent / ".." / a.parent.name / a.name  # the same file, so the same variant
+    values = f"none; {a}; {a}:0.5; {a},{c}; {a}:0; {again}"
+    words = [*QUICK, "--out", tmp_path / "s", "--seed", "0-1", "--lora", values]
+    assert sd3.sweep.command.main([*map(str, words)]) == 0
+    err = capsys.readouterr().err
+    assert len(list((tmp_path / "s" / "pictures").glob("*.png"))) == 8
+    for path in (a, c):
+        assert err.count(f"note: --lora {path}: LoRA, 4 modules of the MMDiT\n") == 1
+    assert f"note: --lora {a}: no effect at strength 0 (" in err
 
 
 def sweep(out: Path, *words) -> list[str]:

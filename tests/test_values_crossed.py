@@ -96,7 +96,7 @@ def planned(record) -> Iterator[list[Settings]]:
 
     loaded: dict[str, Engine] = {}
 
-    def load_once(flags: Flags) -> Engine:
+    def load_once(flags: Flags, tell: sd3.Reporter | None = None) -> Engine:
         key = repr((Setup.of(flags), flags.shift))
         if key not in loaded:
             loaded[key] = load(flags)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from sd3.settings import (
     paths_of,
 )
 from sd3.sweep.grid import Grid, Variant
+from sd3.telling import NoteList
 
 ID_LENGTH = 20  # letters of the digest in a file name
 
@@ -141,6 +143,7 @@ class _Planner:
         self.numbers: dict[str, int] = {}  # index of a variant by its name; equal variants share one
         self.first: dict[str, tuple[int, tuple]] = {}  # digest of a first image -> index of its variant, text encoders
         self.paths: dict[tuple[str, str], str] = {}  # by flag and file name
+        self.loading = NoteList(flag_name)  # notes of the engines, each once
         self.lines: list[str] = []
         self.without_effect: dict[str, list[str]] = {}  # names of variants by note
 
@@ -177,11 +180,12 @@ class _Planner:
         """The engine for these flags, with its index."""
         key = Setup.of(flags)
         if key not in self.engines:
-            engine = load_for(flags)
-            engine.tell.quiet = True
+            self.loading.quiet = False
+            engine = load_for(flags, self.loading)
+            for note in unknown_words(engine.model_file.metadata, [*self.grid.prompts, flags.negative_prompt]):
+                self.loading.note(note)
+            self.loading.quiet = True  # notes on prompts come when images are made
             self.engines[key] = (resolve_flags(flags, engine), engine)
-            words = unknown_words(engine.model_file.metadata, [*self.grid.prompts, flags.negative_prompt])
-            self.lines.extend(spell(line, flag_name) for line in words)
         return list(self.engines).index(key), self.engines[key][1]
 
     def _number(self, variant: Variant, first: Settings, text_files: tuple) -> int:
@@ -198,7 +202,7 @@ class _Planner:
 
     def notes(self) -> list[str]:
         """Notes to print; each flag without effect is named once, with its variants."""
-        out = list(self.lines)
+        out = [*self.loading.lines, *self.lines]
         for note, names in self.without_effect.items():
             where = names[0] if len(names) == 1 else f"{len(names)} of {len(self.grid.variants)} variants"
             out.append(f"{note} ({where})")
@@ -227,7 +231,7 @@ def resolve_flags(flags: Flags, engine: Engine) -> Flags:
 def check_names(settings: Settings, paths: dict[tuple[str, str], str]) -> None:
     """Raises Mistake if two files of a sweep share a name: ids are hashed from names, not paths."""
     for (flag, name), path in file_paths(settings).items():
-        if paths.setdefault((flag, name), path) != path:
+        if os.path.realpath(paths.setdefault((flag, name), path)) != os.path.realpath(path):
             raise Mistake(flag, path, f"has the same name as {verbatim(paths[flag, name])}; rename one of them")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sd3 import writing
-from sd3.files import ADAPTER, contents, file_sha256
+from sd3.files import contents, file_sha256, lora_in
 from sd3.mistakes import Mistake, Where, display, verbatim
 from sd3.reading import parse_json, reading
 from sd3.settings import TEXT_FILES, Settings, base_name
@@ -81,11 +81,11 @@ class SweepRecord:
             hashes = recorded()
         for path in files_of(plan):
             name, place = base_name(path), Path(path)
-            adapter = (place / ADAPTER).is_file()  # a folder that is hashed whole, unlike a model's
-            if name not in hashes or not (place.is_file() or adapter):
+            folder = lora_in(place) is not None  # of a LoRA: it is hashed whole, unlike a model's
+            if name not in hashes or not (place.is_file() or folder):
                 continue
             with reading(Where("", path)):
-                same = not adapter and _is_as_recorded(place, records.get(name, {}))
+                same = not folder and _is_as_recorded(place, records.get(name, {}))
                 if not same and file_sha256(*contents(place)) != hashes[name]:
                     file = verbatim(display(path))
                     why = f"{file} is not the file that this sweep began with; restore it or name another folder"

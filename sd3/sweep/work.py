@@ -11,13 +11,14 @@ from typing import Any
 from sd3 import png
 from sd3.engine import load_for
 from sd3.memory import OutOfMemory, one_line, out_of_memory
-from sd3.mistakes import Mistake
+from sd3.mistakes import Mistake, flag_name
 from sd3.pixels import open_images
 from sd3.prompt_tokens import Key
 from sd3.record import Picture
 from sd3.run import MadeWith, make_pictures
 from sd3.settings import FILE_SETTINGS, Flags, Settings
 from sd3.sweep.plan import Batch, Plan
+from sd3.telling import Terminal
 from sd3.text import Text, in_groups
 from sd3.unchanged import Changed
 
@@ -29,8 +30,8 @@ class Maker:
     """An engine that makes batches of a sweep. `events`: events to log."""
 
     def __init__(self, flags: Flags, quiet: bool = False):
-        """Reads headers only. Raises as `Engine` does."""
-        self.engine = load_for(flags)
+        """Reads headers only, and prints no notes about them: planning has printed them. Raises as `Engine` does."""
+        self.engine = load_for(flags, Terminal(flag_name, quiet=True))
         self.engine.tell.quiet = quiet
         self.engine.text.most = TEXTS_AT_ONCE
         self.events: list[dict[str, Any]] = []
