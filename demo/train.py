@@ -299,10 +299,13 @@ def flow(
     )
 
 
-def grow(work: str, depth: int = 16) -> None:
-    """Adds blocks to the state, up to `depth`, without changing its output. Keeps the old state as flow-DEPTH.pt."""
+def grow(work: str, depth: int = 16, fresh: bool = False) -> None:
+    """Adds blocks to the state, up to `depth`, without changing its output. Keeps the old state as flow-DEPTH.pt.
+
+    fresh: ignores unfinished weights in the repository.
+    """
     folder = Path(work)
-    state = newest(folder)
+    state = newest(folder, None if fresh else RESUME)
     if state is None:
         raise SystemExit(f"error: --work {work}: has no state to grow")
     save(folder / f"flow-{state['depth']}.pt", state)
@@ -335,14 +338,15 @@ def watch(work: str, steps: int = 20, average: str = "average", **values) -> Non
 DEFAULTS = {"width": SIZE, "height": SIZE, "steps": 24, "shift": 2.0, "cfg": 2.5, "sampler": "euler"}
 
 
-def export(work: str, out: str = "models/demo", average: str = "average") -> None:
+def export(work: str, out: str = "models/demo", average: str = "average", fresh: bool = False) -> None:
     """Writes `demo.safetensors` (bfloat16, layout `incl_clips`) and the tokenizers to `out`.
 
-    average: the weights to write: average, long_average, or model (the latest ones, not averaged).
+    average: the weights to write: average, long_average, or model (the latest ones, not averaged); fresh: ignores
+    unfinished weights in the repository.
     """
     folder = Path(out)
     captions = Captions(Path(work) / "tokenizers")
-    state = newest(Path(work))
+    state = newest(Path(work), None if fresh else RESUME)
     if state is None:
         raise SystemExit(f"error: --work {work}: has no state")
     for name in ("tokenizer", "tokenizer_3"):
@@ -387,15 +391,31 @@ def fold_latent_format(model: VAE, scale: float) -> None:
     decoder.bias -= LATENT_SHIFT * decoder.weight.sum(dim=(1, 2, 3))
 
 
-def all(work: str, out: str = "models/demo", fresh: bool = False, **values) -> None:
-    """Runs all stages, up to the file that ships. Starts from scratch, or from the unfinished weights in the
-    repository, which need the autoencoder that ships. `values`: arguments of `flow`.
+def all(
+    work: str,
+    out: str = "models/demo",
+    fresh: bool = False,
+    grow_at: int = 13600,
+    depth: int = 16,
+    decay_from: int = 16200,
+    steps: int = 19600,
+    **values,
+) -> None:
+    """Runs all stages, up to the file that ships, with the steps that its weights had: 8 blocks up to the step grow_at,
+    then `depth` blocks, and a falling learning rate from the step decay_from to the last one.
+
+    Starts from scratch, or from the unfinished weights in the repository, which need the autoencoder that ships.
+    `values`: arguments of `flow`.
     """
     if fresh or not RESUME.exists():
         vae(work)
     encode(work)
-    flow(work, fresh=fresh, **values)
-    export(work, out)
+    state = newest(Path(work), None if fresh else RESUME)
+    if state is None or state["depth"] < depth:
+        flow(work, steps=grow_at, fresh=fresh, **values)
+        grow(work, depth, fresh)
+    flow(work, steps=steps, decay_from=decay_from, decay_to=steps, fresh=fresh, **values)
+    export(work, out, fresh=fresh)
 
 
 COMMANDS = (vae, encode, text, flow, grow, resume, watch, export, all)

@@ -548,6 +548,32 @@ def test_help_is_printed_also_to_a_reader_that_stops(module):
     assert done.stderr == ""
 
 
+def test_all_runs_the_stages_in_order_and_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    """The stages themselves are tested above; here they only leave a state."""
+    ran, states = [], [None]
+
+    def flow_stage(work, steps, fresh, decay_from=None, decay_to=None, **values):
+        ran.append(("flow", steps, decay_from, values))
+        states.append({"depth": states[-1]["depth"] if states[-1] else 8, "step": steps})
+
+    def grow_stage(work, depth, fresh):
+        ran.append(("grow", depth))
+        states.append(states[-1] | {"depth": depth})
+
+    monkeypatch.setattr(train, "RESUME", tmp_path / "none")
+    monkeypatch.setattr(train, "newest", lambda *_: states[-1])
+    for name, stand_in in (("flow", flow_stage), ("grow", grow_stage)):
+        monkeypatch.setattr(train, name, stand_in)
+    for name in ("vae", "encode", "export"):
+        monkeypatch.setattr(train, name, lambda *_, name=name, **__: ran.append(name))
+    train.all("w", batch=4)
+    longer = [("flow", 19600, 16200, {"batch": 4}), "export"]
+    assert ran == ["vae", "encode", ("flow", 13600, None, {"batch": 4}), ("grow", 16), *longer]
+    ran.clear()
+    train.all("w", batch=4)  # killed in the last stage: the first one is not run again
+    assert ran == ["vae", "encode", *longer]
+
+
 @pytest.mark.slow
 def test_training_runs_saves_resumes_and_exports(tmp_path):
     """Every stage for a moment, the flow stage twice: the second run goes on where the first stopped."""
