@@ -35,7 +35,7 @@ RESIDUAL_FILE = "residual.json"  # in every run's folder, readable by `residual_
 FILES_OF_IMAGES = tuple(name for name in FILE_SETTINGS if FLAGS[name].scope == "picture")
 
 
-class MadeWith:
+class Provenance:
     """What images are made with besides their settings: file hashes, text encoders and the device. A thread computes
     the hashes while the first image is made.
 
@@ -130,7 +130,7 @@ def component_files(engine: Engine) -> dict[str, dict[str, Any]]:
 
 def make_pictures(
     pictures: Iterable[tuple[int, Settings, Image.Image | Mistake]],
-    made_with: MadeWith,
+    made_with: Provenance,
     save: Callable[[Picture], Saved],
 ) -> Iterator[tuple[Picture, Saved]]:
     """Makes images and saves each as soon as it is finished: the only loop that does both. Yields each with the result
@@ -180,7 +180,7 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
         engine.tell.say(drawn_seeds([s.seed for s in pictures]))
     if isinstance(record, RunRecord):
         record.beside[RESIDUAL_FILE] = residual.as_file(folder)
-    made_with = MadeWith(engine, pictures[0], hashed=bool(replay) or not flags.no_metadata)
+    made_with = Provenance(engine, pictures[0], hashed=bool(replay) or not flags.no_metadata)
     try:
         with record.recording():
             for picture, path in make_pictures(engine.make(pictures, flags.pad_batch), made_with, record.save):

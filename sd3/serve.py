@@ -20,7 +20,7 @@ from sd3.mistakes import Mistake, flag_name, spell
 from sd3.planning import plan_for
 from sd3.prompts import read_prompts
 from sd3.record import RunRecord
-from sd3.run import MadeWith, make_pictures, new_folder
+from sd3.run import Provenance, make_pictures, new_folder
 from sd3.settings import FILE_SETTINGS, Flags, Settings, paths_of
 from sd3.unchanged import stamp
 
@@ -37,7 +37,7 @@ class Server:
         self.engine, self.values, self.folder = engine, dict(values), folder
         self.record = RunRecord(folder, flags, words, 0, engine)
         self.notes: list[str] = []  # about the current line
-        self.made_with: dict[tuple, MadeWith] = {}  # one entry, by the files of an image and their time stamps
+        self.made_with: dict[tuple, Provenance] = {}  # one entry, by the files of an image and their time stamps
 
     def answer(self, line: str | bytes) -> dict[str, Any]:
         """The answer to a line: files, seeds and seconds, or the error; `id` is returned as given.
@@ -86,11 +86,11 @@ class Server:
         for picture, path in make_pictures(making, made_with, self.record.save):
             yield path, picture.settings.seed
 
-    def _files(self, settings: Settings) -> MadeWith:
+    def _files(self, settings: Settings) -> Provenance:
         paths = [path for name in FILE_SETTINGS for path in paths_of(getattr(settings, name))]
         key = tuple((path, stamp(path)) for path in paths)
         if key not in self.made_with or self.made_with[key].error is not None:
-            self.made_with = {key: MadeWith(self.engine, settings)}  # one entry: files rarely change
+            self.made_with = {key: Provenance(self.engine, settings)}  # one entry: files rarely change
         return self.made_with[key]
 
 

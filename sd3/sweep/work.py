@@ -15,7 +15,7 @@ from sd3.mistakes import Mistake, flag_name
 from sd3.pixels import open_images
 from sd3.prompt_tokens import Key
 from sd3.record import Picture
-from sd3.run import MadeWith, make_pictures
+from sd3.run import Provenance, make_pictures
 from sd3.settings import FILE_SETTINGS, Flags, Settings
 from sd3.sweep.plan import Batch, Plan
 from sd3.telling import Terminal
@@ -35,7 +35,7 @@ class Maker:
         self.engine.tell.quiet = quiet
         self.engine.text.most = TEXTS_AT_ONCE
         self.events: list[dict[str, Any]] = []
-        self._made_with: dict[tuple, MadeWith] = {}
+        self._made_with: dict[tuple, Provenance] = {}
 
     def texts(self, batch: Batch) -> list[Key]:
         """The texts of a batch, each with its length in tokens."""
@@ -95,11 +95,11 @@ class Maker:
                 why = f"{kind}: {why}"
             return [why] * len(batch)
 
-    def made_with(self, settings: Settings) -> MadeWith:
+    def made_with(self, settings: Settings) -> Provenance:
         """Metadata about files and device; each file is hashed once."""
         key = tuple(getattr(settings, name) for name in FILE_SETTINGS)
         if key not in self._made_with:
-            self._made_with[key] = MadeWith(self.engine, settings)
+            self._made_with[key] = Provenance(self.engine, settings)
         return self._made_with[key]
 
     def hashes(self) -> dict[str, str]:
