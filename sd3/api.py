@@ -20,7 +20,7 @@ from sd3.models import SkipLayerConfig, read_skip_layer_config
 from sd3.planning import plan_for
 from sd3.prompts import read_texts
 from sd3.residual import ResidualConfig, read_residual
-from sd3.run import Provenance, Picture, make_pictures
+from sd3.run import Picture, Provenance, make_pictures
 from sd3.settings import Flags, Settings, Setup
 from sd3.telling import Reporter, Warnings
 from sd3_impls import OnStep
@@ -128,7 +128,7 @@ class Pipeline:
         """As `stream`; with `decode` False yields latents (16, h, w) and saves nothing."""
         flags, pictures = self._plan(prompt, residual, read_skip_layer_config(skip_layer), settings)
         folder = None if out_dir is None else writing.open_folder(FLAGS["out_dir"].read("out_dir", out_dir))
-        made_with = Provenance(self.engine, pictures[0], hashed=metadata and folder is not None)
+        provenance = Provenance(self.engine, pictures[0], hashed=metadata and folder is not None)
 
         def save(picture: Picture) -> Made:
             path = folder and folder / f"{picture.number:06d}.png"
@@ -137,7 +137,7 @@ class Pipeline:
             return Made(picture.image, picture.settings, path)
 
         making = self.engine.make(pictures, flags.pad_batch, on_step, decode)
-        return (made for _, made in make_pictures(making, made_with, save))
+        return (made for _, made in make_pictures(making, provenance, save))
 
     def _plan(
         self,

@@ -90,22 +90,22 @@ def parameters(settings: Settings, model_hash: str, software: Mapping[str, str])
 
 
 def save_picture(
-    path: Path, image: Image.Image, settings: Settings, made_with: Mapping[str, Any] | None = None
+    path: Path, image: Image.Image, settings: Settings, provenance: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes a PNG atomically. With `made_with` (at least model_sha256), it carries its settings as text chunks."""
-    data = encode_picture(image, settings, made_with)
+    """Writes a PNG atomically. With `provenance` (at least model_sha256), it carries its settings as text chunks."""
+    data = encode_picture(image, settings, provenance)
     atomic_write(path, lambda f: f.write(data))
 
 
-def encode_picture(image: Image.Image, settings: Settings, made_with: Mapping[str, Any] | None = None) -> bytes:
-    """The bytes of a PNG; `made_with` as for `save_picture`."""
+def encode_picture(image: Image.Image, settings: Settings, provenance: Mapping[str, Any] | None = None) -> bytes:
+    """The bytes of a PNG; `provenance` as for `save_picture`."""
     info = PngInfo()
-    if made_with is not None:
+    if provenance is not None:
         software = versions()
-        record = {"settings": settings.public(), **made_with, "version": __version__, "versions": software}
+        record = {"settings": settings.public(), **provenance, "version": __version__, "versions": software}
         if planned_steps(settings) != settings.steps:
             record["steps_run"] = executed_steps(settings)
-        info.add_text("parameters", parameters(settings, made_with.get("model_sha256", ""), software))
+        info.add_text("parameters", parameters(settings, provenance.get("model_sha256", ""), software))
         info.add_text(SETTINGS_CHUNK, json.dumps(record, ensure_ascii=False))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=info)

@@ -65,7 +65,7 @@ class RunRecord:
         """total: number of planned images, 0 if unknown; given: the flags as typed."""
         self.folder, self.flags, self.given, self.total, self.engine = folder, flags, list(given), total, engine
         self.count = 0
-        self.made_with: Mapping[str, Any] = {}
+        self.provenance: Mapping[str, Any] = {}
         self.beside: dict[str, Any] = {}  # additional files by name, written with the first image
         self.unwritten: list[Any] = []  # lines not written because the disk was full
         self.started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -96,9 +96,9 @@ class RunRecord:
         self.add(path, picture.settings, picture.record)
         return path
 
-    def add(self, path: Path, settings: Settings, made_with: Mapping[str, Any]) -> None:
+    def add(self, path: Path, settings: Settings, provenance: Mapping[str, Any]) -> None:
         """Adds a finished image to the record. A full disk is reported at the next image or in `end`."""
-        self.made_with = made_with
+        self.provenance = provenance
         if not self.count:
             self._take_lock()
             self.unwritten.append(self._head(RUNNING))
@@ -133,7 +133,7 @@ class RunRecord:
             "dtype": str(self.engine.dtype).removeprefix("torch."),
             "arguments": self.given,
             "flags": self.flags,
-            **self.made_with,
+            **self.provenance,
             "version": __version__,
             "versions": versions(),
             "planned": self.total,

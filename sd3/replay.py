@@ -206,9 +206,9 @@ class Replay:
         now, then = (json.loads(json.dumps(_as_shown(s))) for s in (effective(settings)[0], had_effect))
         return [f"{n} {then[n]} -> {now[n]}" for n in now if then[n] != now[n]]
 
-    def differs(self, made_with: Mapping[str, Any]) -> list[str]:
+    def differs(self, provenance: Mapping[str, Any]) -> list[str]:
         """Other differences from the record: files, versions, the device."""
-        now = json.loads(json.dumps({**made_with, "versions": versions()}))
+        now = json.loads(json.dumps({**provenance, "versions": versions()}))
         out = []
         if self.record.get("model_sha256") and now.get("model_sha256") != self.record["model_sha256"]:
             out.append("the model file's contents")
@@ -234,9 +234,9 @@ class Replay:
             out += [f"{n} {then[n] or 'none'} -> {here.get(n) or 'none'}" for n in then if then[n] != here.get(n)]
         return out
 
-    def report(self, image: Image.Image, settings: Settings, made_with: Mapping[str, Any]) -> list[str]:
+    def report(self, image: Image.Image, settings: Settings, provenance: Mapping[str, Any]) -> list[str]:
         """Lines for the user: whether `image` is the recorded one bit for bit, and the known differences."""
-        changed, differs = self.changed(settings), self.differs(made_with)
+        changed, differs = self.changed(settings), self.differs(provenance)
         lines = [f"replay: changed {', '.join(changed)}"] if changed else []
         lines += [f"replay: different from the record: {', '.join(differs)}"] if differs else []
         difference = compare(self.path, image)

@@ -130,7 +130,7 @@ def component_files(engine: Engine) -> dict[str, dict[str, Any]]:
 
 def make_pictures(
     pictures: Iterable[tuple[int, Settings, Image.Image | Mistake]],
-    made_with: Provenance,
+    provenance: Provenance,
     save: Callable[[Picture], Saved],
 ) -> Iterator[tuple[Picture, Saved]]:
     """Makes images and saves each as soon as it is finished: the only loop that does both. Yields each with the result
@@ -141,7 +141,7 @@ def make_pictures(
     opened.
     """
     for number, settings, image in pictures:
-        picture = Picture(number, settings, image, made_with.wait())
+        picture = Picture(number, settings, image, provenance.wait())
         with streams.delayed_stops():
             saved = save(picture)
         yield picture, saved
@@ -180,10 +180,10 @@ def run(flags: Flags, given: Sequence[str] = (), replay: Replay | None = None) -
         engine.tell.say(drawn_seeds([s.seed for s in pictures]))
     if isinstance(record, RunRecord):
         record.beside[RESIDUAL_FILE] = residual.as_file(folder)
-    made_with = Provenance(engine, pictures[0], hashed=bool(replay) or not flags.no_metadata)
+    provenance = Provenance(engine, pictures[0], hashed=bool(replay) or not flags.no_metadata)
     try:
         with record.recording():
-            for picture, path in make_pictures(engine.make(pictures, flags.pad_batch), made_with, record.save):
+            for picture, path in make_pictures(engine.make(pictures, flags.pad_batch), provenance, record.save):
                 tqdm.write(str(path))
                 if replay and picture.number == 0:
                     for line in replay.report(picture.image, picture.settings, picture.record):

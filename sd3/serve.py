@@ -37,7 +37,7 @@ class Server:
         self.engine, self.values, self.folder = engine, dict(values), folder
         self.record = RunRecord(folder, flags, words, 0, engine)
         self.notes: list[str] = []  # about the current line
-        self.made_with: dict[tuple, Provenance] = {}  # one entry, by the files of an image and their time stamps
+        self.provenance: dict[tuple, Provenance] = {}  # one entry, by the files of an image and their time stamps
 
     def answer(self, line: str | bytes) -> dict[str, Any]:
         """The answer to a line: files, seeds and seconds, or the error; `id` is returned as given.
@@ -81,17 +81,17 @@ class Server:
         pictures, self.notes = plan.pictures, [spell(note, flag_name) for note in plan.notes]
         for note in plan.notes:
             self.engine.tell.note(note)
-        made_with = self._files(pictures[0])
+        provenance = self._files(pictures[0])
         making = self.engine.make(pictures, flags.pad_batch)
-        for picture, path in make_pictures(making, made_with, self.record.save):
+        for picture, path in make_pictures(making, provenance, self.record.save):
             yield path, picture.settings.seed
 
     def _files(self, settings: Settings) -> Provenance:
         paths = [path for name in FILE_SETTINGS for path in paths_of(getattr(settings, name))]
         key = tuple((path, stamp(path)) for path in paths)
-        if key not in self.made_with or self.made_with[key].error is not None:
-            self.made_with = {key: Provenance(self.engine, settings)}  # one entry: files rarely change
-        return self.made_with[key]
+        if key not in self.provenance or self.provenance[key].error is not None:
+            self.provenance = {key: Provenance(self.engine, settings)}  # one entry: files rarely change
+        return self.provenance[key]
 
 
 def read_line(line: str | bytes) -> dict[str, Any]:

@@ -192,8 +192,8 @@ def test_an_earlier_picture_whose_longer_negative_prompt_lengthened_its_text(tmp
     assert settings.negative_prompt == LONG  # as earlier versions made it: at the longer length
     assert settings.digest() == earlier_digest(settings)
     ((_, settings, image),) = engine.engine.make([settings])
-    made_with = sd3.run.Provenance(engine.engine, settings).wait()
-    sd3.png.save_picture(tmp_path / "then.png", image, settings, made_with)
+    provenance = sd3.run.Provenance(engine.engine, settings).wait()
+    sd3.png.save_picture(tmp_path / "then.png", image, settings, provenance)
     told = replayed(tmp_path / "then.png", tmp_path / "now", capsys)
     assert "bit for bit" in told
     assert "changed" not in told

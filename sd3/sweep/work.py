@@ -80,22 +80,22 @@ class Maker:
         """
         self.load()
         self.engine.tell.quiet = True
-        made_with = self.made_with(batch[0])
+        provenance = self.provenance(batch[0])
         try:
             making = self.engine.make_batch(batch, open_images(batch[:1]), pad_batch=True)
             numbered = ((number, *made) for number, made in enumerate(making))
-            return [result for _, result in make_pictures(numbered, made_with, encode_result)]
+            return [result for _, result in make_pictures(numbered, provenance, encode_result)]
         except Changed:
             raise
         except Exception as error:  # other batches may still succeed
-            made_with.wait()  # raises Changed if that is why
+            provenance.wait()  # raises Changed if that is why
             why = one_line(error, 500)
             if not isinstance(error, OutOfMemory):
                 kind = "out of memory" if out_of_memory(error) else type(error).__name__
                 why = f"{kind}: {why}"
             return [why] * len(batch)
 
-    def made_with(self, settings: Settings) -> Provenance:
+    def provenance(self, settings: Settings) -> Provenance:
         """Metadata about files and device; each file is hashed once."""
         key = tuple(getattr(settings, name) for name in FILE_SETTINGS)
         if key not in self._made_with:
@@ -105,8 +105,8 @@ class Maker:
     def hashes(self) -> dict[str, str]:
         """sha256 by path, of the files hashed so far."""
         out = {}
-        for made_with in self._made_with.values():
-            out |= made_with.hashes()
+        for provenance in self._made_with.values():
+            out |= provenance.hashes()
         return out
 
     def take_events(self) -> list[dict[str, Any]]:
