@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sd3 import self_check, streams
 from sd3.api import Pipeline
-from sd3.device import available_devices, choose_device, choose_dtype
+from sd3.device import choose_device, choose_dtype, missing_devices
 from sd3.effects import needs_uncond
 from sd3.engine import Engine, NotLoaded, about
 from sd3.flags import DEFAULT_DENOISE, DEFAULT_SEED, FLAGS, names, places, read_values
@@ -244,7 +244,7 @@ def infer(request: command.Request) -> None:
         if values.keys() & {"serve_stdin", "self_check"}:
             raise Mistake("replay", "", "goes with neither `serve_stdin` nor `self_check`")
         picture = Replay.read(values)
-        run(Flags.read(picture.flags(available_devices(picture.record["settings"]))), words, picture)
+        run(Flags.read(picture.flags(missing_devices(picture.record["settings"]))), words, picture)
     elif flags.self_check:
         if not self_check.run(flags):
             raise command.Failed

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 from demo.command_line import run
-from sd3.shapes.scenes import ALL_COMBINATIONS, HELD_OUT, SEEN, Scene, sample_scene
+from sd3.shapes.scenes import ALL_COMBINATIONS, HELD_OUT, SEEN, Scene, sample_scene, training_scene
 
+MORE_KINDS = ("three", "relations")  # of `training_scene`: three objects, without relations or with two
 SETS = {"seen": SEEN, "held_out": tuple(sorted(HELD_OUT)), "all": ALL_COMBINATIONS}
 
 
@@ -30,15 +31,21 @@ def labels(scene: Scene) -> dict[str, str]:
 def captions(count: int, combinations: str = "seen", seed: int = 0, kind: str | None = None) -> list[dict]:
     """`count` distinct captions with their labels.
 
-    combinations: shape-colour combinations to use: seen (in training), held_out or all. Raises ValueError if there are
-    fewer captions than `count`.
+    combinations: shape-colour combinations to use: seen (in training), held_out or all; kind: single, pair, count,
+    relation (None: any of these), three or relations. Raises ValueError for other values, and if there are fewer
+    captions than `count`.
     """
     if combinations not in SETS:
         raise ValueError(f"--combinations {combinations}: must be {', '.join(SETS)}")
+    if kind not in (None, "single", "pair", "count", "relation", *MORE_KINDS):
+        raise ValueError(f"--kind {kind}: must be single, pair, count, relation, {' or '.join(MORE_KINDS)}")
     rng = random.Random(seed)
     out: dict[str, dict] = {}
     for _ in range(200 * count):
-        scene = sample_scene(rng, kind, SETS[combinations])
+        if kind in MORE_KINDS:
+            scene = training_scene(rng, kind, SETS[combinations], short=True, sized=False)
+        else:
+            scene = sample_scene(rng, kind, SETS[combinations])
         out.setdefault(scene.caption, {"prompt": scene.caption, "labels": labels(scene)})
         if len(out) == count:
             return list(out.values())

@@ -172,7 +172,7 @@ def encoder_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def available_devices(settings: Mapping[str, Any]) -> dict[str, str]:
+def missing_devices(settings: Mapping[str, Any]) -> dict[str, str]:
     """`auto` for each recorded device that this machine lacks; invalid names stay, so that they are reported."""
     out = {}
     for name in ("device", "text_encoder_device"):

@@ -18,6 +18,7 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
 from demo import data, flow, optim, readme, score, text, train
+from demo.captions import captions as captions_of
 from mmditx import MMDiTConfig
 from sd3.files import MMDIT_PREFIX, WeightFile, file_sha256
 from sd3.mistakes import Mistake
@@ -25,6 +26,7 @@ from sd3.planning import plan_pictures
 from sd3.residual import ResidualConfig
 from sd3.shapes import prompts as shape_prompts
 from sd3.shapes import scenes, scorer
+from sd3.shapes.prompts import read_caption
 from sd3.shapes.scenes import ALL_COMBINATIONS, COLOURS, HELD_OUT, SEEN, SHAPES, sample_scene, training_scene
 from sd3.tokenizers import open_clip_tokenizer, open_t5_tokenizer
 from sd3.weights import ModelTensors
@@ -528,6 +530,15 @@ def test_text_alone_teaches_t5_which_side_an_object_is_on(captions):
     accuracies = flow.read_text(model, captions, data.text_set(unseen))
     assert accuracies["t5 sides"] > 0.95
     assert accuracies["clip sides"] > 0.95  # of the object named last
+
+
+def test_captions_of_every_kind():
+    for kind in ("single", "pair", "count", "relation", "three", "relations"):
+        made = captions_of(4, "held_out", seed=2, kind=kind)
+        assert len({c["prompt"] for c in made}) == 4
+        assert all(read_caption(c["prompt"]) for c in made)
+    with pytest.raises(ValueError, match=r"--kind circle: must be single, pair, count, relation, three or relations"):
+        captions_of(4, kind="circle")
 
 
 def test_the_rate_warms_up_stays_and_falls_where_told():
