@@ -17,6 +17,8 @@ environment (default):
   SD3_SHIFT, SD35_SHIFT  (1.0, 3.0)
   VAE_PATH         a separate VAE file (\$MODEL_DIR/sd3_vae.safetensors if it exists)
   PYTHON           the Python to use (one that has the packages, else a .venv created on the first run)
+
+all flags: python sd3_infer.py --help_all
 TEXT
 }
 
@@ -27,10 +29,16 @@ fail() {
   exit 2
 }
 
-if [ $# -lt 1 ] || [ "$1" = "-h" ] || [ "$1" = "--help" ] || [ "$1" = "-help" ] || [ "$1" = "help" ]; then
+if [ $# -lt 1 ]; then
   usage
-  [ $# -ge 1 ] && exit 0 || exit 2
+  exit 2
 fi
+case $1 in
+  -h | -help | --help | help | --help_all | --help-all)
+    usage
+    exit 0
+    ;;
+esac
 which=$1
 shift
 literal=
@@ -63,7 +71,7 @@ first_of() {
 
 case $which in
   sd3)
-    arguments+=(--model "${SD3_MODEL_PATH:-$(first_of sd3_medium sd3_medium_incl_clips{,_t5xxlfp16,_t5xxlfp8})}" --shift "${SD3_SHIFT:-1.0}")
+    arguments+=(--model "${SD3_MODEL_PATH:-$(first_of sd3_medium sd3_medium_incl_clips{_t5xxlfp16,_t5xxlfp8,})}" --shift "${SD3_SHIFT:-1.0}")
     ;;
   sd3.5)
     arguments+=(--model "${SD35_MODEL_PATH:-$(first_of sd3.5_large sd3.5_medium sd3.5_medium_incl_clips_t5xxlfp8scaled sd3.5_large_turbo)}" --shift "${SD35_SHIFT:-3.0}")

@@ -9,10 +9,8 @@ import re
 import shlex
 from pathlib import Path
 
-import numpy as np
-
 from demo.command_line import run
-from demo.score import opened, wrong_verdicts
+from demo.score import images, opened, wrong_verdicts
 from sd3.command import read_arguments
 from sd3.mistakes import Mistake
 from sd3.planning import plan_pictures
@@ -42,7 +40,7 @@ def main(seeds: int = 20, model: str = "models/demo/demo.safetensors") -> None:
     print(f"{prompt!r}, seeds 1 to {seeds}; {wrong_verdicts()}")
     for name, settings in (("without residual flags", {}), (" ".join(residual.values()) or "with none", residual)):
         plan = plan_pictures(engine, prompt, range(1, seeds + 1), **(engine.defaults | others | settings))
-        seen = [read_picture(np.asarray(image)) for _, _, image in engine.make(plan.pictures)]
+        seen = [read_picture(image) for image in images(engine, plan.pictures)]
         wrong = [i for i, s in enumerate(seen, 1) if not all(score(p, s) for p in read_caption(prompt))]
         print(
             f"{name}: {seeds - len(wrong)} right" + (f", wrong with seed {', '.join(map(str, wrong))}" if wrong else "")

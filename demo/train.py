@@ -10,6 +10,7 @@ tokenizers). Each stage saves often and continues from its last save.
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import time
@@ -410,12 +411,22 @@ def all(
     if fresh or not RESUME.exists():
         vae(work)
     encode(work)
+    values = {"minutes": math.inf, "fresh": fresh} | values
     state = newest(Path(work), None if fresh else RESUME)
     if state is None or state["depth"] < depth:
-        flow(work, steps=grow_at, fresh=fresh, **values)
+        flow(work, steps=grow_at, **values)
+        _check_steps(work, grow_at, fresh)
         grow(work, depth, fresh)
-    flow(work, steps=steps, decay_from=decay_from, decay_to=steps, fresh=fresh, **values)
+    flow(work, steps=steps, decay_from=decay_from, decay_to=steps, **values)
+    _check_steps(work, steps, fresh)
     export(work, out, fresh=fresh)
+
+
+def _check_steps(work: str, steps: int, fresh: bool) -> None:
+    """Ends the process if `flow` stopped before its last step, for instance because of --minutes."""
+    done = newest(Path(work), None if fresh else RESUME)["step"]
+    if done < steps:
+        raise SystemExit(f"stopped after {done} of {steps} steps; run the command again to go on")
 
 
 COMMANDS = (vae, encode, text, flow, grow, resume, watch, export, all)

@@ -20,7 +20,7 @@ _PLACES = {
     "SkipLayerConfig": "sd3.models",
     "Settings": "sd3.settings",
     "Mistake": "sd3.mistakes",
-    "Note": "sd3.telling",
+    "Note": "sd3.reading",
     "Reporter": "sd3.telling",
     "Terminal": "sd3.telling",
     "apply_residual": "sd3.diffusers_hooks",  # needs diffusers

@@ -15,6 +15,7 @@ from torch import Tensor
 from sd3 import png, writing
 from sd3.engine import Engine
 from sd3.flags import FLAGS, names, places, read_values
+from sd3.help import default
 from sd3.mistakes import Mistake, check_parameters, spell
 from sd3.models import SkipLayerConfig, read_skip_layer_config
 from sd3.planning import plan_for
@@ -26,7 +27,7 @@ from sd3.telling import Reporter, Warnings
 from sd3_impls import OnStep
 
 OUTPUTS = ("pil", "latent")
-# Parameters of a call that are no settings.
+# Parameters of a call other than settings.
 OPTIONS = ("prompt", "output", "out_dir", "metadata", "on_step", "residual", "skip_layer")
 PLACES = places(load="sd3.load", picture="the call of the pipeline")
 
@@ -184,7 +185,7 @@ TYPES = {"whole": int, "number": float, "switch": bool, "choice": str, "text": s
 
 
 def _with_settings(function: Callable, settings: Sequence[str], like: Callable | None = None) -> None:
-    """Gives a function that takes `**settings` a signature and a documentation that name them.
+    """Adds settings to the signature and the docstring of a function that takes `**settings`.
 
     like: a function whose keywords it takes too.
     """
@@ -196,15 +197,14 @@ def _with_settings(function: Callable, settings: Sequence[str], like: Callable |
         row = FLAGS[name]
         kind = TYPES[row.read.kind] | None if row.read.kind in TYPES else Any
         keywords[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
-        usual = row.usual or ("" if row.default in (None, False, "", ()) else row.default)
-        lines.append(f"  {name}: {spell(row.help)}" + (f" (default: {spell(str(usual))})" if usual != "" else ""))
+        lines.append(f"  {name}: {spell(row.help + default(row))}")
     function.__signature__ = inspect.Signature(
         list(keywords.values()), return_annotation=function.__annotations__["return"]
     )
     function.__doc__ = "\n".join(lines)
 
 
-_OF_A_CALL = [name for name in names("picture") if name not in OPTIONS]
-_with_settings(Pipeline.stream, _OF_A_CALL)
-_with_settings(Pipeline.__call__, _OF_A_CALL, like=Pipeline.stream)
+CALL_SETTINGS = [name for name in names("picture") if name not in OPTIONS]
+_with_settings(Pipeline.stream, CALL_SETTINGS)
+_with_settings(Pipeline.__call__, CALL_SETTINGS, like=Pipeline.stream)
 _with_settings(load, [name for name in ("shift", *names("load")) if name != "model"])

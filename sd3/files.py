@@ -51,7 +51,9 @@ def file_sha256(*paths: Path) -> str:
 
 
 def lora_in(folder: Path) -> Path | None:
-    """The LoRA in a folder that PEFT or diffusers saved, or None for any other folder or file."""
+    """The LoRA in a folder that PEFT or diffusers saved, or None for any other folder, such as a model's, or file."""
+    if (folder / "model_index.json").is_file():
+        return None
     return next((folder / name for name in LORA_FILES if (folder / name).is_file()), None)
 
 

@@ -40,7 +40,7 @@ def short() -> str:
     """The flags that are used most, by group."""
     lines = [START]
     for group, rows in _by_group():
-        if rows := [row for row in rows if row.main]:
+        if rows := [row for row in rows if row.common]:
             lines += ["", _heading(group), *table(rows)]
     return "\n".join([*lines, "", f"--help_all lists all {len(FLAGS)} flags with examples, --version the version."])
 
@@ -56,7 +56,7 @@ def text() -> str:
 def table(rows: Iterable[Flag]) -> Iterator[str]:
     """Lines of flags: name, kind of value, help and default."""
     for row in rows:
-        about = textwrap.wrap(f"{spell(row.help, flag_name)}{spell(_default(row), flag_name)}", WIDTH - COLUMN)
+        about = textwrap.wrap(f"{spell(row.help, flag_name)}{spell(default(row), flag_name)}", WIDTH - COLUMN)
         name = f"--{row.name} {PLACEHOLDERS.get(row.read.kind, '')}".rstrip()
         yield f"  {name:<{COLUMN - 2}}{about[0]}"
         yield from (" " * COLUMN + line for line in about[1:])
@@ -76,7 +76,7 @@ def markdown() -> str:
         lines += ["", f"## {_heading(group)}", "", f"    python sd3_infer.py {GROUPS[group]}", ""]
         lines += ["| flag | what it sets | range | default | |", "| --- | --- | --- | --- | --- |"]
         lines += [
-            f"| `--{row.name}` | {spell(row.help)} | {row.read.range()} | {spell(_usual(row))} | "
+            f"| `--{row.name}` | {spell(row.help)} | {row.read.range()} | {spell(usual(row))} | "
             f"{', '.join(_uses(row))} |"
             for row in rows
         ]
@@ -106,7 +106,7 @@ def _heading(group: str) -> str:
     return f"{group[0].upper()}{group[1:]}"
 
 
-def _usual(row: Flag) -> str:
+def usual(row: Flag) -> str:
     """The default in words; empty where there is none."""
     if row.usual:
         return row.usual
@@ -117,9 +117,10 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _default(row: Flag) -> str:
-    usual = _usual(row)
-    return f" ({usual})" if usual == REQUIRED else f" (default: {usual})" if usual else ""
+def default(row: Flag) -> str:
+    """The default in brackets, for the end of a line; empty where there is none."""
+    words = usual(row)
+    return f" ({words})" if words == REQUIRED else f" (default: {words})" if words else ""
 
 
 def _uses(row: Flag) -> list[str]:

@@ -162,10 +162,12 @@ class Found:
     def why_none(self, lora: LoraFile) -> str:
         """Why no module matches, if so."""
         first = display(next(iter(lora.modules), ""))
+        why = " and ".join(dict.fromkeys(self.idle.values()))
         if not self.unknown:
-            return f"has no effect: {' and '.join(dict.fromkeys(self.idle.values()))} (such as {first})"
-        made_for = f": it is for {lora.made_for()}" if lora.made_for() else ""
-        return f"matches no layer of this model{made_for} (such as {display(self.unknown[0])})"
+            return f"has no effect: {why} (such as {first})"
+        made_for = f": it is for {made_for}" if (made_for := lora.made_for()) else ""
+        others = f"; of its other modules: {why}" if why else ""
+        return f"matches no layer of this model{made_for} (such as {display(self.unknown[0])}){others}"
 
 
 def _find(module: str, names: Mapping[str, Mapping[str, Target]]) -> tuple[Target | None, str]:
@@ -401,9 +403,14 @@ def _open(
         raise Mistake(*lora.where, verbatim(found.why_none(lora)))
     edits = _edits(lora, found, models, file.strength)
     line = found.line(lora)
+    whole = not (found.idle or found.unknown or lora.embeddings)
     if _check_numbers(lora, edits):
-        line += "; q, k and v are apart: if trained with kohya's split_qkv, they act at a third of that strength"
-    return edits, line
+        line += (
+            "; q, k and v have separate LoRAs in one file: if they were trained with kohya's split_qkv, they act at a "
+            "third of the strength"
+        )
+        whole = False
+    return edits, line if whole else f"note: {line}"
 
 
 def _patches(edits: Iterable[Edit], identity: str, note: str, where: Where) -> dict[str, Patch]:
@@ -433,6 +440,6 @@ def read_lora(files: Sequence[PatchFile], models: Mapping[str, ModelTensors]) ->
         if not file.strength:
             continue
         identity = json.dumps([[file_identity(path) for path in contents(Path(file.path))], file.strength])
-        for part, patch in _patches(edits, identity, f"note: {line}", Where("lora", file.path)).items():
+        for part, patch in _patches(edits, identity, line, Where("lora", file.path)).items():
             out.setdefault(part, []).append(patch)
     return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -17,7 +16,7 @@ from sd3.files import WeightFile
 from sd3.loading import Loader
 from sd3.mistakes import Missing, Mistake, Where, display, verbatim
 from sd3.network import ControlPart, Network
-from sd3.reading import Note
+from sd3.reading import warn
 from sd3.settings import Settings
 from sd3.vae import VAE, VAEConfig
 from sd3.weights import check_part, find_vae, has_vae, on_meta
@@ -37,7 +36,7 @@ def open_image(field: str, path: str, width: int, height: int) -> Image.Image:
     if transparent and where not in _TRANSPARENT:
         _TRANSPARENT.add(where)
         why = "is partly transparent; it is placed on white"
-        warnings.warn(f"`{field}` {verbatim(display(path))}: {why}", Note, stacklevel=2)
+        warn(f"`{field}` {verbatim(display(path))}: {why}")
     return opaque
 
 

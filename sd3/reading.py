@@ -9,6 +9,8 @@ import contextlib
 import json
 import os
 import stat
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,22 @@ from sd3.mistakes import Missing, Mistake, Where, spell, verbatim
 
 
 class Note(UserWarning):
-    """A warning of this tool about a file; the command lines always show it. Fields stand between backquotes."""
+    """A warning of this tool, about a file or a setting without effect; the command lines always show it. Fields stand
+    between backquotes.
+    """
 
     def __str__(self) -> str:
         return spell(self.args[0])
+
+
+def warn(text: str) -> None:
+    """Warns with a `Note`, at the line outside of this package that led here."""
+    frame, level, outermost = sys._getframe(), 1, 1
+    while frame := frame.f_back:
+        level += 1
+        if frame.f_globals.get("__name__", "").startswith("sd3."):
+            outermost = level
+    warnings.warn(Note(text), stacklevel=outermost + 1)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from sd3.flags import FLAGS
 from sd3.mistakes import Mistake, Where, display, nearest, renaming, verbatim
 from sd3.pickles import is_pickle, plain_value, read_pickle
 from sd3.readers import read_path, read_weights, spread_weights
-from sd3.reading import Note, parse_json, reading
+from sd3.reading import parse_json, reading, warn
 from sd3.versions import __version__
 
 if TYPE_CHECKING:
@@ -194,7 +193,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
             fields[name] = plain_value(value, where, key)
         elif pickled:
             file, unknown = verbatim(display(path)), verbatim(display(key))
-            warnings.warn(f"`{where.field}` {file}: not used, unknown: {unknown}", Note, stacklevel=2)
+            warn(f"`{where.field}` {file}: not used, unknown: {unknown}")
         else:
             keys = [_KEYS.get(name, name) for name in _READ]
             others = f"{nearest(key, keys)} (known: {', '.join(keys)})"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
 
 from sd3.mistakes import spell
+from sd3.reading import warn
 from sd3.streams import Once
 
 SECONDS_BETWEEN_LINES = 60.0  # for the same work, without a terminal
@@ -27,7 +27,9 @@ class Reporter:
         """A line about the work."""
 
     def note(self, text: str) -> None:
-        """A line for the user, with field names between backquotes; repetitions are shown once."""
+        """A line for the user, with field names between backquotes; repetitions are shown once. It begins with `note: `
+        if it is about something unexpected.
+        """
 
     @contextlib.contextmanager
     def progress(self, total: int, what: str, unit: str = "step") -> Iterator[Callable[[int], Any]]:
@@ -61,21 +63,13 @@ class NoteList(Reporter):
             self.say(line)
 
 
-class Note(UserWarning):
-    """Something worth knowing about settings or files, such as a setting without effect."""
-
-
 class Warnings(Reporter):
     """Notes as warnings of class `Note` at the caller's line. Ignores lines and progress."""
 
     def note(self, text: str) -> None:
-        """Warns. Python shows a warning once per line of code that caused it."""
-        frame, level, outermost = sys._getframe(), 1, 1
-        while frame := frame.f_back:
-            level += 1
-            if frame.f_globals.get("__name__", "").startswith("sd3."):
-                outermost = level
-        warnings.warn(spell(text, str).removeprefix("note: "), Note, stacklevel=outermost + 1)
+        """Warns of something unexpected. Python shows a warning once per line of code that caused it."""
+        if text.startswith("note: "):
+            warn(text.removeprefix("note: "))
 
 
 class Terminal(Reporter):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,7 +18,7 @@ from sd3.diffusers_names import BLOCK, RENAMES, StoredAs, diffusers_mmdit, diffu
 from sd3.files import MMDIT_PREFIX, TRANSFORMER, VAE_PREFIX, WeightFile, open_tensors, readable_dtypes
 from sd3.headers import Entry
 from sd3.mistakes import Mistake, Where, verbatim
-from sd3.reading import Note, reading
+from sd3.reading import reading, warn
 
 # Tensors in released files that no model needs.
 HARMLESS = (
@@ -127,7 +126,7 @@ class ModelTensors:
         other_models = self.file.owners()
         extra = [name for name in self.shapes if name not in state and not self._harmless(name, other_models)]
         if extra:
-            warnings.warn(verbatim(f"{self.file.path}: not used, unknown: {_first_few(extra)}"), Note, stacklevel=2)
+            warn(verbatim(f"{self.file.path}: not used, unknown: {_first_few(extra)}"))
 
     def _problems(self, wanted: dict[str, tuple[int, ...]]) -> dict[str, list[str]]:
         """Problems with the wanted tensors (shape by name), grouped by kind."""
@@ -199,11 +198,7 @@ class ModelTensors:
             )
         if zero and not some_may_be_empty:
             some = f"{len(zero)} of {len(weights)} checked weights contain only zeros, such as {zero[0]}"
-            warnings.warn(
-                f"{verbatim(str(self.file.path))}: {verbatim(some)}; its download may have stopped early",
-                Note,
-                stacklevel=2,
-            )
+            warn(f"{verbatim(str(self.file.path))}: {verbatim(some)}; its download may have stopped early")
 
     def not_finite(self) -> str:
         """The name of the first tensor with NaN or infinity, or an empty string. Reads all tensors, without patches."""

@@ -182,7 +182,7 @@ def test_importing_the_package_imports_no_torch():
 
 
 def test_signatures_name_every_setting():
-    """What editors and `help` show comes from the flag table."""
+    """What `help` and notebooks show comes from the flag table."""
     call, load = inspect.signature(sd3.Pipeline.__call__).parameters, inspect.signature(sd3.load).parameters
     assert {"prompt", "output", "out_dir", "on_step", "seed", "steps", "residual_target_layers"} <= set(call)
     assert set(call) - {"self"} == {"output", *OPTIONS} | set(names("picture"))
@@ -207,3 +207,16 @@ def test_notes_are_warnings_at_the_line_of_the_call(pipe):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sd3.load(DEMO, device="cpu", tell=sd3.Reporter())("a red circle", seed=1, t5_tokens=100, **FEW)
+
+
+def test_a_note_about_a_file_is_a_warning_at_the_line_of_the_call(pipe, tmp_path):
+    Image.new("RGBA", (64, 64), (255, 0, 0, 100)).save(tmp_path / "half.png")
+    with pytest.warns(sd3.Note, match=r"half\.png: is partly transparent") as heard:
+        pipe("a red circle", seed=1, init_image=tmp_path / "half.png", **FEW)
+    assert heard[0].filename == __file__
+
+
+def test_a_lora_that_fits_wholly_is_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd3.load(DEMO, device="cpu", lora=DEMO.parent / "loras" / "cross.safetensors")

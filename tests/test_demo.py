@@ -330,12 +330,12 @@ def test_worse_weights_are_refused(tmp_path, monkeypatch):
     assert (low, high) == pytest.approx((0.912, 1.0), abs=1e-3)
     path = tmp_path / "score.json"
     best = {kind: [40, 40] for kind in (*shape_prompts.KINDS, *shape_prompts.SCENE_KINDS)}
-    path.write_text(json.dumps({"sha256": "", "right": best}))
+    path.write_text(json.dumps({"sha256": "", "right": {}, "best": best}))
     monkeypatch.setattr(score, "RECORD", path)
     monkeypatch.setattr(score, "sample", lambda engine, prompts, *_: [np.zeros((96, 96, 3), np.uint8)] * len(prompts))
-    with pytest.raises(Mistake, match="is worse than the weights before it in single object, two objects"):
+    with pytest.raises(Mistake, match="is worse than earlier weights in single object, two objects"):
         score.record(str(DEMO))
-    assert json.loads(path.read_text())["right"] == best
+    assert json.loads(path.read_text())["best"] == best
     path.unlink()
     score.record(str(DEMO))
     assert json.loads(path.read_text())["right"] == {kind: [0, 40] for kind in best}
@@ -549,7 +549,9 @@ def test_the_rate_warms_up_stays_and_falls_where_told():
     assert flow.rate(7000, 0, 4000, 6000) == 0.02
 
 
-@pytest.mark.parametrize("module", ["demo.score", "demo.record", "demo.readme", "demo.train", "demo.captions"])
+@pytest.mark.parametrize(
+    "module", ["demo.score", "demo.record", "demo.readme", "demo.train", "demo.captions", "demo.curve"]
+)
 def test_help_is_printed_also_to_a_reader_that_stops(module):
     command = f"{sys.executable} -m {module} --help"
     done = subprocess.run(command.split(), cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -563,9 +565,9 @@ def test_all_runs_the_stages_in_order_and_goes_on_where_it_was_killed(tmp_path, 
     """The stages themselves are tested above; here they only leave a state."""
     ran, states = [], [None]
 
-    def flow_stage(work, steps, fresh, decay_from=None, decay_to=None, **values):
+    def flow_stage(work, steps, fresh, minutes, decay_from=None, decay_to=None, **values):
         ran.append(("flow", steps, decay_from, values))
-        states.append({"depth": states[-1]["depth"] if states[-1] else 8, "step": steps})
+        states.append({"depth": states[-1]["depth"] if states[-1] else 8, "step": steps if minutes > 1 else 5})
 
     def grow_stage(work, depth, fresh):
         ran.append(("grow", depth))
@@ -583,6 +585,10 @@ def test_all_runs_the_stages_in_order_and_goes_on_where_it_was_killed(tmp_path, 
     ran.clear()
     train.all("w", batch=4)  # killed in the last stage: the first one is not run again
     assert ran == ["vae", "encode", *longer]
+    ran.clear()
+    with pytest.raises(SystemExit, match="stopped after 5 of 19600 steps"):
+        train.all("w", batch=4, minutes=1)
+    assert "export" not in ran
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 # Commands that are not run, by what they begin with or name, and why.
 LEFT_OUT = {
     "make test": "runs these tests",
+    "source .venv/bin/activate": "changes the shell",
     "python -m pip install": "needs the network",
     "hf ": "needs the network and accepted licences",
     "./run_inference.sh sd3": "needs the released weights",

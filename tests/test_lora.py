@@ -395,7 +395,7 @@ def test_split_qkv_is_said(models, shapes, tmp_path):
     base, got = patched_layer(models, tmp_path, tensors, "joint_blocks.2.x_block.attn.qkv")
     assert relative(got, base + 2 / 6 * (torch.block_diag(*ups) @ down).double()) < LIMIT
     (patch,) = read_lora([PatchFile(str(tmp_path / "one.safetensors"))], models)["mmdit"]
-    assert "if trained with kohya's split_qkv, they act at a third" in patch.notes[0]
+    assert "if they were trained with kohya's split_qkv, they act at a third" in patch.notes[0]
     tensors[f"{key}.lora_up.weight"] = rand(384, 6)
     path = writing.write(tensors, tmp_path / "whole.safetensors")
     (patch,) = read_lora([PatchFile(str(path))], models)["mmdit"]

@@ -17,7 +17,7 @@ from safetensors.torch import save, save_file
 
 import sd3_infer
 from sd3.engine import Engine
-from sd3.files import contents
+from sd3.files import contents, lora_in
 from sd3.find import list_models
 from sd3.headers import DTYPE_BITS
 from sd3.lora import read_lora
@@ -235,6 +235,8 @@ def test_the_folder_that_diffusers_saves(models, tmp_path, capsys):
     assert in_folder.identity == alone.identity and in_folder.changes.keys() == alone.changes.keys()
     assert sd3_infer.main(["--info", str(folder)]) == 0
     assert capsys.readouterr().out.startswith(f"{folder}: a LoRA for a model (4 blocks of width 128)")
+    (folder / "model_index.json").touch()  # a model's folder, into which a LoRA was saved too: hashed as a model
+    assert lora_in(folder) is None
 
 
 SETTINGS = {

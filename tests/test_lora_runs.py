@@ -107,7 +107,7 @@ def test_a_lora_without_effect_is_not_recorded(loras, tmp_path, capsys):
     assert note in err and err.count("--lora") == 1
     run(tmp_path / "z.png", *QUICK, "--seed", 1, "--lora", f"{a}:0,{b}")
     err = capsys.readouterr().err
-    assert note in err and f"note: --lora {b}: LoRA, 4 modules of the MMDiT\n" in err and err.count("--lora") == 2
+    assert note in err and f"\n--lora {b}: LoRA, 4 modules of the MMDiT\n" in f"\n{err}" and err.count("--lora") == 2
     assert "lora" not in png.read_record(path)["settings"]
     assert path.read_bytes() == run(tmp_path / "y.png", *QUICK, "--seed", 1).read_bytes()
 
@@ -121,7 +121,7 @@ def test_a_sweep_says_a_note_once(loras, tmp_path, capsys):
     err = capsys.readouterr().err
     assert len(list((tmp_path / "s" / "pictures").glob("*.png"))) == 8
     for path in (a, c):
-        assert err.count(f"note: --lora {path}: LoRA, 4 modules of the MMDiT\n") == 1
+        assert err.count(f"--lora {path}: LoRA, 4 modules of the MMDiT\n") == 1
     assert f"note: --lora {a}: no effect at strength 0 (" in err
 
 

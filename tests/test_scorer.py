@@ -9,7 +9,7 @@ import pytest
 from demo import score
 from sd3.mistakes import Mistake
 from sd3.shapes import scenes, scorer
-from sd3.shapes.prompts import SCENE_KINDS, draw, read_caption, scene_prompts
+from sd3.shapes.prompts import SCENE_KINDS, Prompt, draw, read_caption, scene_prompts
 from sd3.shapes.scenes import Scene, Thing
 
 
@@ -19,15 +19,14 @@ def labelled():
 
 
 def test_the_scorer_agrees_with_a_person(labelled):
-    """On the images that it was mended on, and on those that were used once, after it was finished."""
-    wrong = [item.prompt.text for item in labelled if scorer.score(item.prompt, item.seen()) != item.right]
-    mended_on, later = labelled[: score.MENDED_ON], labelled[score.MENDED_ON :]
-    assert (len(mended_on), len(later)) == (200, 100)
-    assert 0.1 < np.mean([not item.right for item in mended_on]) < 0.3  # enough of both
+    """On the images that it was tuned on, and on those that were used once, after it was finished."""
+    wrong = [scorer.score(item.prompt, item.seen()) != item.right for item in labelled]
+    first, later = labelled[: score.TUNED_ON], labelled[score.TUNED_ON :]
+    assert (len(first), len(later)) == (200, 100)
+    assert 0.1 < np.mean([not item.right for item in first]) < 0.3  # enough of both
     assert 0.1 < np.mean([not item.right for item in later]) < 0.3
-    errors = [sum(item.prompt.text in wrong for item in part) for part in (mended_on, later)]
-    assert errors[0] <= 1
-    assert (errors[1], len(later)) == scorer.ERRORS
+    assert sum(wrong[: score.TUNED_ON]) <= 1
+    assert (sum(wrong[score.TUNED_ON :]), len(later)) == scorer.ERRORS
 
 
 def test_scene_prompts_are_read_on_ground_truth_and_not_on_others():
@@ -101,5 +100,26 @@ def test_kinds_of_captions(text, kinds):
     "text", ["a cat", "red circle", "a red circle and", "five red circles", "a red circle, a star"]
 )
 def test_other_texts_are_no_captions(text):
-    with pytest.raises(Mistake, match="is no caption of coloured shapes"):
+    with pytest.raises(Mistake, match="is not a caption of coloured shapes"):
         read_caption(text)
+
+
+def test_two_equal_objects():
+    left, right = (scorer.Seen("circle", "red", x, 0.5) for x in (0.2, 0.8))
+    both = (("red", "circle"), ("red", "circle"))
+    assert scorer.score(Prompt("", "position", both, relation="left of"), [right, left])
+    assert not scorer.score(Prompt("", "position", both, relation="above"), [right, left])
+    assert scorer.score(Prompt("", "colour attribution", both), [left, right])
+    assert not scorer.score(Prompt("", "colour attribution", both), [left, replace(right, colour="blue")])
+    things = tuple(Thing("red", "circle", 0, 0, 0) for _ in range(2))
+    assert scorer.shown(Scene("", "", things, "", relations=((0, "right of", 1),)), [left, right])
+    assert not scorer.shown(Scene("", "", things, "", relations=((0, "above", 1),)), [left, right])
+
+
+def test_large_images_are_read_like_small_ones():
+    scene = Scene("", "", (Thing("red", "star", 30, 40, 13), Thing("blue", "square", 70, 60, 12)), "gray")
+    small, large = (scorer.read_picture(scenes.render(scene, side)) for side in (96, 960))
+    assert [(s.colour, s.shape) for s in large] == [(s.colour, s.shape) for s in small]
+    assert len(large) == 2
+    for a, b in zip(small, large, strict=True):
+        assert (a.x, a.y, a.area) == pytest.approx((b.x, b.y, b.area), abs=0.01)

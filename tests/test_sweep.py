@@ -176,7 +176,7 @@ BAD = [
     (["--prompt", "x", "--model", "a.safetensors;b.safetensors"], "--model a.safetensors: no such file"),
     (["--prompt", "x", "--width", "96;5000"], "--width 5000: must be a multiple of 16"),
     (["--prompt", "x", "--score", "clap"], "--score clap: must be one of demo, clip; did you mean clip?"),
-    (["--prompt", "a cat", "--score", "demo"], '"a cat" is no caption of coloured shapes'),
+    (["--prompt", "a cat", "--score", "demo"], '"a cat" is not a caption of coloured shapes'),
     (["--prompt", "x", "--score", "clip"], "--score clip: needs --clip_model"),
     (["--prompt", "x", "--score", "clip", "--clip_model", "nowhere"], "--clip_model nowhere: no such folder"),
     (["--prompt", "x", "--score", "clip", "--clip_model", "."], "--clip_model .: cannot be loaded"),

@@ -172,7 +172,10 @@ def test_a_star_marks_the_best_row_of_the_kind_that_is_shown(browser, swept, tmp
     copy = tmp_path / "copy"
     shutil.copytree(swept, copy)
     data = data_of(swept)
-    data["rows"] = [[*row[:9], 10 if row[6] is not None else 0, 10] for row in data["rows"]]
+    gained = lambda row: row[6] is not None  # noqa: E731
+    data["rows"] = [
+        [*row[:4], 0.1, 0.9, row[6], *((-0.2, 0.3, 10) if gained(row) else (None, None, 0))] for row in data["rows"]
+    ]
     (copy / "data.js").write_text(
         f"window.sweepData({json.dumps(data | {'best': [[2, 'overall'], [3, 'position']]})});"
     )
@@ -182,12 +185,9 @@ def test_a_star_marks_the_best_row_of_the_kind_that_is_shown(browser, swept, tmp
     assert [e.get_attribute("data-variant") for e in page.locator("#table .best").all()] == ["2"]
     assert "★ best" in page.locator("#table .best .name").inner_text()
     assert "too few" not in page.inner_text("#scores")
-    _, _, _, _, low, high, *_ = next(row for row in data["rows"] if row[:2] == [0, "overall"])
     row = page.locator("#table .line[data-variant='0']")
-    assert row.locator(".interval").first.inner_text() == f"{low:.2f} to {high:.2f}"
-    assert float(row.locator(".whisker").evaluate("e => parseFloat(e.style.left)")) == pytest.approx(
-        100 * low, abs=0.01
-    )
+    assert row.locator(".interval").first.inner_text() == "0.10 to 0.90"
+    assert float(row.locator(".whisker").evaluate("e => parseFloat(e.style.left)")) == pytest.approx(10, abs=0.01)
     page.close()
 
 

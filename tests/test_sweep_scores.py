@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
+import re
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from sd3.settings import Flags, Settings
 from sd3.shapes.prompts import KINDS, draw, held_out_prompts, held_out_texts, read_caption
 from sd3.sweep.grid import Grid
 from sd3.sweep.plan import Plan, PlannedImage
-from sd3.sweep.scores import clip_scorer, demo_scorer, spread, summarise, table
+from sd3.sweep.scores import best, clip_scorer, demo_scorer, spread, summarise, table
 
 
 def test_captions_are_read_as_they_were_written():
@@ -24,7 +25,7 @@ def test_captions_are_read_as_they_were_written():
         read = {p.kind: p for p in read_caption(prompt.text)}
         got = read[prompt.kind]
         assert (got.wanted, got.count, got.relation) == (prompt.wanted, prompt.count, prompt.relation)
-    with pytest.raises(ValueError, match="is no caption of coloured shapes"):
+    with pytest.raises(ValueError, match="is not a caption of coloured shapes"):
         read_caption("a red circle near a blue square")
 
 
@@ -132,7 +133,7 @@ def test_intervals_draw_prompts_whole():
     mean, low, high = spread(one)
     assert high - low == pytest.approx(2 * 1.96 * np.std(prompts) / 30**0.5, rel=0.1)
     assert low < mean < high
-    _, low, high = spread([(0, 1.0), (0, 0.0), (0, 1.0)])  # one prompt: over pictures
+    _, low, high = spread([(0, 1.0), (0, 0.0), (0, 1.0), (0, 1.0), (0, 1.0)])  # one prompt: over images
     assert low < high
 
 
@@ -152,7 +153,7 @@ def test_the_mean_over_kinds_and_the_table():
     text = table(plan, list(rows.values()), ["off", "add, block 0 into 3"])
     assert "| add, block 0 into 3 (0:3:1.0) | " in text
     assert "1.00; +1.00 |" in text
-    assert "to" not in text.replace("Too few", "").replace("into", "")  # intervals of two prompts say nothing
+    assert not re.search(r"\d to ", text)  # intervals of two prompts say nothing
     assert text.endswith("Too few for intervals: they need 5 prompts, or 5 images of one prompt.")
 
 
@@ -163,3 +164,28 @@ def test_intervals_are_shown_from_five_prompts_on():
         text = table(plan, rows, ["off", "on"])
         assert ("+1.00 (+1.00 to +1.00)" in text) == shown
         assert ("Too few" in text) != shown
+
+
+def test_kinds_of_one_image_are_no_more_images():
+    """`overall` of three images of one prompt, of two kinds each, has too few images for an interval."""
+    plan = plan_of(1, 3)
+    rows = summarise(plan, {p.id: {"single object": 1.0, "colours": float(p.seed > 0)} for p in plan.pictures})
+    overall = next(r for r in rows if (r.variant, r.kind) == (0, "overall"))
+    assert (overall.count, overall.low) == (3, None)
+    assert overall.mean == pytest.approx(5 / 6)
+
+
+def test_the_best_row_needs_intervals():
+    """Two prompts with nine seeds each are enough images, but no interval."""
+    for prompts, wanted in ((2, []), (6, [(1, "clip")])):
+        plan = plan_of(prompts, 9)
+        rows = summarise(plan, {p.id: {"clip": float(p.variant)} for p in plan.pictures})
+        assert best(plan, rows) == wanted
+
+
+def test_a_gain_of_few_prompts_has_no_interval():
+    plan = plan_of(8, 1)
+    scores = {p.id: {"clip": 1.0} for p in plan.of(1)} | {p.id: {"clip": 0.0} for p in plan.of(0) if p.prompt < 3}
+    _, residual = summarise(plan, scores)
+    assert residual.low == residual.high == 1.0
+    assert (residual.gain, residual.gain_low) == (1.0, None)

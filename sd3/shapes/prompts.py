@@ -111,7 +111,7 @@ def _held_out(kind: str, rng: random.Random) -> Prompt:
 _NOUN = rf"(?:(?:small|large) )?(?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)})"
 _RELATION_OF = {phrase: relation for relation, phrases in PHRASINGS.items() for phrase in phrases}
 _RELATED = "|".join(_RELATION_OF)
-_FORMS = [
+_CAPTION_FORMS = [
     re.compile(rf"{form}(?: on an? (?:{'|'.join(BACKGROUNDS)}) background)?")
     for form in (
         rf"(?P<number>{'|'.join(COUNTS.values())}) (?P<first>{_NOUN})s",
@@ -127,12 +127,12 @@ _FORMS = [
 def read_caption(text: str) -> list[Prompt]:
     """Parses a caption into prompts, one for each kind that it belongs to: one object, several of a kind, two or three
     objects, one object with relations to one or two others; with sizes or without. Captions in sentences are not read.
-    Raises Mistake if the text is no such caption.
+    Raises Mistake for any other text.
     """
     text = text.strip().lower()
-    match = next(filter(None, (form.fullmatch(text) for form in _FORMS)), None)
+    match = next(filter(None, (form.fullmatch(text) for form in _CAPTION_FORMS)), None)
     if match is None:
-        why = f'"{verbatim(text)}" is no caption of coloured shapes, such as "a red circle left of a blue square"'
+        why = f'"{verbatim(text)}" is not a caption of coloured shapes, such as "a red circle left of a blue square"'
         raise Mistake("score", "demo", why)
     found = match.groupdict()
     named = [found[n].split() for n in ("first", "second", "third") if found.get(n)]  # [size,] colour, shape

@@ -9,16 +9,19 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import permutations
 
 import numpy as np
+from PIL import Image
 
 from sd3.shapes.prompts import Prompt
 from sd3.shapes.scenes import BACKGROUNDS, COLOURS, NORMAL, RELATIONS, SHAPES, SIZE, SMALL, Scene, Thing, render
 
-LEAST_AREA = 0.008  # share of the image; smaller pieces are no objects (the smallest drawn object covers 0.016)
+LEAST_AREA = 0.008  # share of the image; smaller pieces are ignored (the smallest drawn object covers 0.016)
 # An object has no shape if its overlap with the best shape is below this. Circles overlap with blobs most.
 LEAST_FIT = {"circle": 0.87, "square": 0.79, "triangle": 0.79, "star": 0.79}
 LEAST_LEAD = 0.05  # ... or if the best shape overlaps with it by no more than this beyond the second best
+MOST_SIDE = 2 * SIZE  # pixels; larger images are reduced to this
 FINE = 3  # points per pixel along each axis at which a shape is drawn for comparison
 MAIN_DIRECTION = 1.25  # an object is left of another if it is further left by this times what it is above or below
 ERRORS = (1, 100)  # wrong verdicts, and images: those that a person labelled and that were used once, at the end
@@ -75,6 +78,9 @@ def read_picture(picture: np.ndarray) -> list[Seen]:
     """Detects the objects of an image, uint8 (H, W, 3): the connected pieces that differ from the background."""
     from scipy import ndimage  # optional: only reading images needs it
 
+    if max(picture.shape) > MOST_SIDE:  # details that small make no difference, and cost time
+        side = [max(1, round(x * MOST_SIDE / max(picture.shape))) for x in (picture.shape[1], picture.shape[0])]
+        picture = np.asarray(Image.fromarray(picture).resize(side, Image.Resampling.BOX))
     pixels = picture.astype(np.float32)
     background = np.median(pixels.reshape(-1, 3), axis=0)
     difference = np.linalg.norm(pixels - background, axis=-1)
@@ -123,20 +129,19 @@ def score(prompt: Prompt, seen: Sequence[Seen]) -> bool:
     """
     if prompt.scene is not None:
         return shown(prompt.scene, seen)
-    shapes = sorted(s.shape for s in seen)
     if prompt.kind in ("single object", "two objects"):
-        return shapes == sorted(shape for _, shape in prompt.wanted)
-    matches = [[s for s in seen if (s.colour, s.shape) == w] for w in prompt.wanted]
-    if prompt.kind == "counting":
-        return len(seen) == len(matches[0]) == prompt.count
-    if len(seen) != len(prompt.wanted) or not all(matches):
+        return sorted(s.shape for s in seen) == sorted(shape for _, shape in prompt.wanted)
+    if Counter((s.colour, s.shape) for s in seen) != Counter(prompt.wanted * prompt.count):
         return False
-    return not prompt.relation or holds(prompt.relation, matches[0][0], matches[1][0])
+    if not prompt.relation:
+        return True
+    first, second = ([s for s in seen if (s.colour, s.shape) == w] for w in prompt.wanted)
+    return any(holds(prompt.relation, a, b) for a in first for b in second)
 
 
 def shown(scene: Scene, seen: Sequence[Seen]) -> bool:
-    """Whether the detected objects are those of the scene's caption and no others, with the relations, and the sizes if
-    it names any, that it states.
+    """Whether the detected objects are those of the scene's caption and no others, with the relations that it states.
+    If it names any size, objects without one must have the normal size.
     """
     sized = any(t.small for t in scene.things) or "large" in scene.caption.split()
 
@@ -146,8 +151,11 @@ def shown(scene: Scene, seen: Sequence[Seen]) -> bool:
 
     if Counter(map(key, scene.things)) != Counter(map(key, seen)):
         return False
-    by_key = {key(s): s for s in seen}
-    return all(holds(r, by_key[key(scene.things[a])], by_key[key(scene.things[b])]) for a, r, b in scene.relations)
+    return any(
+        all(key(t) == key(s) for t, s in zip(scene.things, order, strict=True))
+        and all(holds(relation, order[a], order[b]) for a, relation, b in scene.relations)
+        for order in permutations(seen)
+    )
 
 
 def _is_small(thing: Seen) -> bool:
@@ -156,7 +164,9 @@ def _is_small(thing: Seen) -> bool:
 
 @lru_cache
 def _middle_area(shape: str) -> float:
-    """Share of the image that an object covers whose size is halfway between small and normal."""
+    """Share of the image that an object covers whose size is halfway between small and normal. Generated objects are a
+    little smaller than drawn ones, hence 0.95.
+    """
     radius = (SMALL[shape][1] + NORMAL[shape][0]) / 2
     picture = render(Scene("", "", (Thing("red", shape, SIZE / 2, SIZE / 2, radius),), "white"))
     return 0.95 * read_picture(picture)[0].area

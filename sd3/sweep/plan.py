@@ -231,8 +231,9 @@ def resolve_flags(flags: Flags, engine: Engine) -> Flags:
 def check_names(settings: Settings, paths: dict[tuple[str, str], str]) -> None:
     """Raises Mistake if two files of a sweep share a name: ids are hashed from names, not paths."""
     for (flag, name), path in file_paths(settings).items():
-        if os.path.realpath(paths.setdefault((flag, name), path)) != os.path.realpath(path):
-            raise Mistake(flag, path, f"has the same name as {verbatim(paths[flag, name])}; rename one of them")
+        first = paths.setdefault((flag, name), path)
+        if first != path and os.path.realpath(first) != os.path.realpath(path):
+            raise Mistake(flag, path, f"has the same name as {verbatim(first)}; rename one of them")
 
 
 def file_paths(settings: Settings) -> dict[tuple[str, str], str]:

@@ -125,10 +125,10 @@ class Report:
             ],
             "score": self.score,
             "rows": [
-                [r.variant, r.kind, r.count, r.mean, r.low, r.high, r.gain, r.gain_low, r.gain_high, r.pairs, r.units]
+                [r.variant, r.kind, r.count, r.mean, r.low, r.high, r.gain, r.gain_low, r.gain_high, r.pairs]
                 for r in self.rows
             ],
-            "scorer": scoring.ABOUT.get(self.score, self.score),
+            "scorer": scoring.DESCRIPTIONS.get(self.score, self.score),
             "least_units": scoring.LEAST_UNITS,
             "least_pairs": scoring.LEAST_PAIRS,
             "best": scoring.best(self.plan, self.rows),
@@ -165,7 +165,7 @@ class Report:
 
     def score_lines(self) -> list[dict[str, Any]]:
         """Rows of scores.csv: one per variant and kind."""
-        names = ("count", "mean", "low", "high", "gain", "gain_low", "gain_high", "units")
+        names = ("count", "mean", "low", "high", "gain", "gain_low", "gain_high")
         return [
             {"scorer": self.score, "variant": self.plan.variants[r.variant].name, "kind": r.kind}
             | {n: getattr(r, n) for n in names}

@@ -19,9 +19,9 @@ from sd3.sweep.plan import Plan
 
 Scorer = Callable[[Image.Image, str], dict[str, float]]  # image and prompt -> scores by kind
 OVERALL = "overall"
-LEAST_UNITS = 5  # resampled prompts or images; below, the bootstrap's intervals say nothing and are not shown
+LEAST_UNITS = 5  # resampled prompts or images; of fewer, the bootstrap's intervals say nothing
 LEAST_PAIRS = 10  # images with a baseline; below, the bootstrap's intervals are too narrow to mark a best row
-ABOUT = {  # what the report says about each scorer
+DESCRIPTIONS = {  # what the report says about each scorer
     "demo": f"share of what the prompts ask for that the images show; {ERRORS[0]} of {ERRORS[1]} verdicts on labelled "
     "images were wrong",
     "clip": "100 × the cosine of image and prompt, CLIP",
@@ -31,21 +31,20 @@ ABOUT = {  # what the report says about each scorer
 @dataclass(frozen=True)
 class Row:
     """Mean score of a variant with its 95 % interval; gain: mean difference to the baseline on the same prompts and
-    seeds, with its interval, None for a baseline; pairs: images with such a baseline; units: how many prompts, or
-    images of one prompt, the bootstrap resamples.
+    seeds, with its interval, None for a baseline; pairs: images with such a baseline. Intervals of fewer than
+    `LEAST_UNITS` prompts (or images of one prompt) are None.
     """
 
     variant: int
     kind: str
     count: int
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     gain: float | None = None
     gain_low: float | None = None
     gain_high: float | None = None
     pairs: int = 0
-    units: int = LEAST_UNITS
 
 
 def demo_scorer(grid: Grid, per_kind: int | None = None) -> Scorer:
@@ -117,7 +116,7 @@ def clip_scorer(model: str | None, device: str = "auto") -> Scorer:
 
 
 def summarise(plan: Plan, scores: Mapping[str, Mapping[str, float]]) -> list[Row]:
-    """One row per variant and kind, and one over all kinds (the mean over images and kinds).
+    """One row per variant and kind, and one over all kinds (the mean over images, of each the mean over its kinds).
 
     scores: by image, then by kind. The bootstrap resamples prompts, each with all its seeds; with one prompt it
     resamples images. A gain is over the images whose baseline is scored too.
@@ -131,9 +130,7 @@ def summarise(plan: Plan, scores: Mapping[str, Mapping[str, float]]) -> list[Row
                 mean, low, high = spread([(prompt, value) for prompt, value, _ in values])
                 gains = [(prompt, gain) for prompt, _, gain in values if gain is not None]
                 gain = spread(gains) if gains else (None, None, None)
-                pairs = _pairs(plan, scores, number, kind)
-                units = len(_units([(prompt, value) for prompt, value, _ in values]))
-                rows.append(Row(number, kind, len(values), mean, low, high, *gain, pairs, units))
+                rows.append(Row(number, kind, len(values), mean, low, high, *gain, _pairs(plan, scores, number, kind)))
     return rows
 
 
@@ -142,10 +139,13 @@ def _values(
 ) -> Iterator[tuple[int, float, float | None]]:
     """(prompt, score, gain over the baseline) of each scored image of a variant, of one kind or of all."""
     for picture in plan.of(variant):
+        own = scores.get(picture.id, {})
         baseline = scores.get(plan.baseline(picture).id, {}) if plan.baselines[variant] != variant else {}
-        for scored, value in scores.get(picture.id, {}).items():
-            if kind in (scored, OVERALL):
-                yield picture.prompt, value, value - baseline[scored] if scored in baseline else None
+        kinds = list(own) if kind == OVERALL else [kind] if kind in own else []
+        if kinds:
+            both = [k for k in kinds if k in baseline]
+            gain = float(np.mean([own[k] - baseline[k] for k in both])) if both else None
+            yield picture.prompt, float(np.mean([own[k] for k in kinds])), gain
 
 
 def _pairs(plan: Plan, scores: Mapping[str, Mapping[str, float]], variant: int, kind: str) -> int:
@@ -156,23 +156,20 @@ def _pairs(plan: Plan, scores: Mapping[str, Mapping[str, float]], variant: int, 
     return sum(kind in kinds or (kind == OVERALL and bool(kinds)) for kinds in both)
 
 
-def spread(values: Sequence[tuple[int, float]]) -> tuple[float, float, float]:
-    """Mean of (prompt, value) and its 95 % bootstrap interval; prompts are resampled with all their values."""
-    units = _units(values)
-    low, high = interval(units)
-    return float(np.mean(units)), low, high
-
-
-def _units(values: Sequence[tuple[int, float]]) -> list[float]:
-    """What the bootstrap resamples: the mean of each prompt, or the values if there is one prompt."""
+def spread(values: Sequence[tuple[int, float]]) -> tuple[float, float | None, float | None]:
+    """Mean of (prompt, value) and its 95 % bootstrap interval. Prompts are resampled with all their values, or the
+    values if there is one prompt; of fewer than `LEAST_UNITS`, the interval is None and None.
+    """
     groups: dict[int, list[float]] = {}
     for prompt, value in values:
         groups.setdefault(prompt, []).append(value)
-    return [float(np.mean(g)) for g in groups.values()] if len(groups) > 1 else [v for _, v in values]
+    units = [float(np.mean(g)) for g in groups.values()] if len(groups) > 1 else [v for _, v in values]
+    low, high = interval(units) if len(units) >= LEAST_UNITS else (None, None)
+    return float(np.mean(units)), low, high
 
 
 def best(plan: Plan, rows: Sequence[Row]) -> list[tuple[int, str]]:
-    """(variant, kind) of the highest mean of each kind, if its interval lies above its baseline's and at least
+    """(variant, kind) of the highest mean of each kind, if its interval lies above its baseline's, and at least
     `LEAST_PAIRS` images are compared.
     """
     out = []
@@ -180,7 +177,9 @@ def best(plan: Plan, rows: Sequence[Row]) -> list[tuple[int, str]]:
         of_kind = {r.variant: r for r in rows if r.kind == kind}
         top = max(of_kind.values(), key=lambda r: r.mean)
         baseline = of_kind.get(plan.baselines[top.variant])
-        if baseline is not None and top.low > baseline.high and top.pairs >= LEAST_PAIRS:
+        if baseline is None or top.low is None or baseline.high is None:
+            continue
+        if top.low > baseline.high and top.pairs >= LEAST_PAIRS:
             out.append((top.variant, kind))
     return out
 
@@ -197,15 +196,14 @@ def table(plan: Plan, rows: Sequence[Row], words: Sequence[str]) -> str:
         name = words[number] if variant.name in words[number] else f"{words[number]} ({variant.name})"
         shown = [_cell(cells[kind]) if kind in cells else "" for kind in kinds]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    if any(r.units < LEAST_UNITS for r in rows):
+    if any(r.low is None for r in rows):
         lines += ["", f"Too few for intervals: they need {LEAST_UNITS} prompts, or {LEAST_UNITS} images of one prompt."]
     return "\n".join(lines)
 
 
 def _cell(r: Row) -> str:
-    """`0.75 (0.60 to 0.88); +0.05 (-0.02 to +0.11)`, without intervals of too few units."""
-    enough = r.units >= LEAST_UNITS
-    text = f"{r.mean:.2f}" + (f" ({r.low:.2f} to {r.high:.2f})" if enough else "")
+    """`0.75 (0.60 to 0.88); +0.05 (-0.02 to +0.11)`."""
+    text = f"{r.mean:.2f}" + (f" ({r.low:.2f} to {r.high:.2f})" if r.low is not None else "")
     if r.gain is not None:
-        text += f"; {r.gain:+.2f}" + (f" ({r.gain_low:+.2f} to {r.gain_high:+.2f})" if enough else "")
+        text += f"; {r.gain:+.2f}" + (f" ({r.gain_low:+.2f} to {r.gain_high:+.2f})" if r.gain_low is not None else "")
     return text

@@ -35,7 +35,7 @@ class Maker:
         self.engine.tell.quiet = quiet
         self.engine.text.most = TEXTS_AT_ONCE
         self.events: list[dict[str, Any]] = []
-        self._made_with: dict[tuple, Provenance] = {}
+        self._provenance: dict[tuple, Provenance] = {}
 
     def texts(self, batch: Batch) -> list[Key]:
         """The texts of a batch, each with its length in tokens."""
@@ -98,14 +98,14 @@ class Maker:
     def provenance(self, settings: Settings) -> Provenance:
         """Metadata about files and device; each file is hashed once."""
         key = tuple(getattr(settings, name) for name in FILE_SETTINGS)
-        if key not in self._made_with:
-            self._made_with[key] = Provenance(self.engine, settings)
-        return self._made_with[key]
+        if key not in self._provenance:
+            self._provenance[key] = Provenance(self.engine, settings)
+        return self._provenance[key]
 
     def hashes(self) -> dict[str, str]:
         """sha256 by path, of the files hashed so far."""
         out = {}
-        for provenance in self._made_with.values():
+        for provenance in self._provenance.values():
             out |= provenance.hashes()
         return out
 
