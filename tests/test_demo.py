@@ -332,7 +332,9 @@ def test_worse_weights_are_refused(tmp_path, monkeypatch):
     best = {kind: [40, 40] for kind in (*shape_prompts.KINDS, *shape_prompts.SCENE_KINDS)}
     path.write_text(json.dumps({"sha256": "", "right": {}, "best": best}))
     monkeypatch.setattr(score, "RECORD", path)
-    monkeypatch.setattr(score, "sample", lambda engine, prompts, *_: [np.zeros((96, 96, 3), np.uint8)] * len(prompts))
+    monkeypatch.setattr(
+        score, "sample", lambda engine, prompts, *_, **__: [np.zeros((96, 96, 3), np.uint8)] * len(prompts)
+    )
     with pytest.raises(Mistake, match="is worse than earlier weights in single object, two objects"):
         score.record(str(DEMO))
     assert json.loads(path.read_text())["best"] == best
