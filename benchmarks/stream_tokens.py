@@ -12,6 +12,7 @@ import csv
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import fire
@@ -29,13 +30,13 @@ def call(*words: object) -> None:
     subprocess.run([sys.executable, *map(str, words)], check=True, cwd=ROOT)
 
 
-def means(path: Path) -> dict[str, list[float]]:
+def means(path: Path, measures: Sequence[str] = MEASURES) -> dict[str, list[float]]:
     """Reads a measure.csv: for each measure, its mean over the timesteps, by block."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     blocks = sorted({int(row["block"]) for row in rows})
     of = lambda b, m: [float(row[m]) for row in rows if int(row["block"]) == b]  # noqa: E731
-    return {m: [sum(of(b, m)) / len(of(b, m)) for b in blocks] for m in MEASURES}
+    return {m: [sum(of(b, m)) / len(of(b, m)) for b in blocks] for m in measures}
 
 
 def plot(measured: dict[str, dict[str, list[float]]], path: Path) -> None:
