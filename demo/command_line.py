@@ -10,6 +10,8 @@ import fire
 from fire import helptext
 from fire.trace import FireTrace
 
+from sd3.mistakes import Mistake
+
 
 def run(component: Callable | Mapping[str, Callable], name: str) -> None:
     """Runs `fire.Fire` on a function, or on a table of commands. `--help` prints the help even if the function takes
@@ -17,7 +19,10 @@ def run(component: Callable | Mapping[str, Callable], name: str) -> None:
     """
     arguments = sys.argv[1:]
     if not {"--help", "-h"} & set(arguments):
-        fire.Fire(component, name=name)
+        try:
+            fire.Fire(component, name=name)
+        except Mistake as mistake:
+            sys.exit(f"error: {mistake}")
         return
     trace = FireTrace(component, name=name)
     if isinstance(component, Mapping) and (command := next((a for a in arguments if a in component), None)):

@@ -311,6 +311,33 @@ def grown(state: dict, depth: int, captions: Captions) -> dict:
     return out
 
 
+def pruned(state: dict, keep: list[int]) -> dict:
+    """A state with the blocks `keep` alone, in their order; without optimisers."""
+    if keep != sorted(set(keep)) or keep[-1] != state["depth"] - 1:
+        raise ValueError(f"--keep {keep}: must be ascending and end with the last block, {state['depth'] - 1}")
+    stem = "mmdit.joint_blocks."
+
+    def kept(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        out = {}
+        for name, value in weights.items():
+            if name.startswith(stem):
+                number, rest = name.removeprefix(stem).split(".", 1)
+                if int(number) not in keep:
+                    continue
+                name = f"{stem}{keep.index(int(number))}.{rest}"
+            out[name] = value
+        return out
+
+    read_after = sum(number < state["read_after"] for number in keep)
+    out = {k: state[k] for k in ("step", "spent", "width")} | {"fresh_from": state["step"]}
+    out |= {"depth": len(keep), "read_after": read_after, "model": kept(state["model"])}
+    return (
+        out
+        | {name: kept(state[name]) for name in AVERAGES if name in state}
+        | {f"{name}_steps": state[f"{name}_steps"] for name in AVERAGES if name in state}
+    )
+
+
 # ---- training ------------------------------------------------------------------------------------
 
 

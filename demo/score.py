@@ -74,7 +74,7 @@ def table(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
         "| kind | " + " | ".join(results) + " |",
         "| --- |" + " --- |" * len(results),
     ]
-    for kind in (*KINDS, "overall", *scene_kinds(prompts)):
+    for kind in shown_kinds(prompts):
         cells = []
         for hits in results.values():
             own = of_kind(hits, prompts, kind)
@@ -84,9 +84,11 @@ def table(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
     return "\n".join(lines)
 
 
-def scene_kinds(prompts: Sequence[Prompt]) -> list[str]:
-    """Those of `SCENE_KINDS` that the prompts have."""
-    return [kind for kind in SCENE_KINDS if any(p.kind == kind for p in prompts)]
+def shown_kinds(prompts: Sequence[Prompt]) -> list[str]:
+    """The kinds of the prompts, with `overall` after the six in `KINDS` if all of them are there."""
+    own = {p.kind for p in prompts}
+    overall = ["overall"] if own.issuperset(KINDS) else []
+    return [*(k for k in KINDS if k in own), *overall, *(k for k in SCENE_KINDS if k in own)]
 
 
 def of_kind(values: Sequence, prompts: Sequence[Prompt], kind: str) -> list:
@@ -99,7 +101,7 @@ def paired(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
     """Markdown table with a row per setting: its gain over `off` with the same prompts and seeds, with bootstrap
     intervals of the paired differences.
     """
-    names = ("overall", *KINDS, *scene_kinds(prompts))
+    names = shown_kinds(prompts)
     lines = ["| setting less off | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
     for setting, hits in results.items():
         if setting in ("off", SHUFFLED):
@@ -237,6 +239,7 @@ def main(
     rotations: str | None = None,
     prompt_seed: int | str = 7,
     against: str = "",
+    kinds: Sequence[str] = (),
     **values,
 ) -> None:
     """Prints the table of scores with a column per setting (`off;0:3,5,7:each:0.1`, [MODE:]ORIGIN:TARGETS:WEIGHTS).
@@ -244,13 +247,19 @@ def main(
 
     rotations: the rotation file of mode aligned; prompt_seed: which prompts are drawn, a number, or `file` for one that
     comes from the model file, so that nobody could choose it; save: a file for a sheet of the images of `off`; against:
-    another model file, which gets a column too. `values` (steps, cfg, shift, sampler) replace the models' defaults.
+    another model file, which gets a column too; kinds: only these (`counting;two relations`). `values` (steps, cfg,
+    shift, sampler) replace the models' defaults.
     """
     if check_scorer:
         print(f"{wrong_verdicts()}\n{table(check(per_kind), [*held_out_prompts(per_kind), *scene_prompts(per_kind)])}")
         return
     seed_of_prompts = int(file_sha256(Path(model))[:8], 16) if prompt_seed == "file" else int(prompt_seed)
     prompts = [*held_out_prompts(per_kind, seed_of_prompts), *scene_prompts(per_kind, seed_of_prompts)]
+    if kinds:
+        wanted = kinds.split(";") if isinstance(kinds, str) else kinds
+        if unknown := set(wanted) - {p.kind for p in prompts}:
+            raise Mistake("kinds", ";".join(unknown), f"must be some of {', '.join((*KINDS, *SCENE_KINDS))}")
+        prompts = [p for p in prompts if p.kind in wanted]
     engine = opened(model)
     results, columns = {}, settings.split(";") if isinstance(settings, str) else settings
     for setting in columns:

@@ -14,6 +14,7 @@ import math
 import random
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from demo.flow import (
     Flow,
     grown,
     newest,
+    pruned,
     read_text,
     train_text,
     write_history,
@@ -313,6 +315,16 @@ def grow(work: str, depth: int = 16, fresh: bool = False) -> None:
     save(folder / "flow.pt", grown(state, depth, Captions(folder / "tokenizers")))
 
 
+def prune(work: str, keep: Sequence[int]) -> None:
+    """Keeps only some blocks of the state, such as `0,2,4,6,9,11,13,15`. Keeps the old state as flow-DEPTH.pt."""
+    folder = Path(work)
+    state = newest(folder, None)
+    if state is None:
+        raise SystemExit(f"error: --work {work}: has no state to prune")
+    save(folder / f"flow-{state['depth']}.pt", state)
+    save(folder / "flow.pt", pruned(state, list(keep)))
+
+
 def resume(work: str, out: str = str(RESUME), average: str = "average") -> None:
     """Writes the averaged weights from which a fresh checkout continues, and a thinned log; average: average or
     long_average.
@@ -396,14 +408,12 @@ def all(
     work: str,
     out: str = "models/demo",
     fresh: bool = False,
-    grow_at: int = 13600,
-    depth: int = 16,
     decay_from: int = 16200,
     steps: int = 19600,
     **values,
 ) -> None:
-    """Runs all stages, up to the file that ships, with the steps that its weights had: 8 blocks up to the step grow_at,
-    then `depth` blocks, and a falling learning rate from the step decay_from to the last one.
+    """Runs all stages, up to the file that ships, with the steps that its weights had. The learning rate falls from the
+    step decay_from to the last one.
 
     Starts from scratch, or from the unfinished weights in the repository, which need the autoencoder that ships.
     `values`: arguments of `flow`.
@@ -412,24 +422,14 @@ def all(
         vae(work)
     encode(work)
     values = {"minutes": math.inf, "fresh": fresh} | values
-    state = newest(Path(work), None if fresh else RESUME)
-    if state is None or state["depth"] < depth:
-        flow(work, steps=grow_at, **values)
-        _check_steps(work, grow_at, fresh)
-        grow(work, depth, fresh)
     flow(work, steps=steps, decay_from=decay_from, decay_to=steps, **values)
-    _check_steps(work, steps, fresh)
+    done = newest(Path(work), None if fresh else RESUME)["step"]
+    if done < steps:  # because of --minutes
+        raise SystemExit(f"stopped after {done} of {steps} steps; run the command again to go on")
     export(work, out, fresh=fresh)
 
 
-def _check_steps(work: str, steps: int, fresh: bool) -> None:
-    """Ends the process if `flow` stopped before its last step, for instance because of --minutes."""
-    done = newest(Path(work), None if fresh else RESUME)["step"]
-    if done < steps:
-        raise SystemExit(f"stopped after {done} of {steps} steps; run the command again to go on")
-
-
-COMMANDS = (vae, encode, text, flow, grow, resume, watch, export, all)
+COMMANDS = (vae, encode, text, flow, grow, prune, resume, watch, export, all)
 
 if __name__ == "__main__":
     run({command.__name__: command for command in COMMANDS}, "demo.train")

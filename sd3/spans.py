@@ -106,7 +106,7 @@ def _take_streams(prompt: str, field: str) -> tuple[str, _StreamWeights]:
 
 
 def _read_nested(text: str, streams: _StreamWeights, comfy: bool) -> Iterator[Span]:
-    for a, b, weight, stream, outermost in bracketed(text, streams.take, None if comfy else streams):
+    for a, b, weight, stream, outermost in bracketed(text, streams.use, None if comfy else streams):
         for i, part in enumerate(_at_breaks(text[a:b]) if outermost else [text[a:b]]):
             yield Span(unescaped(part) if comfy else part, weight, stream, starts=i > 0)
 

@@ -523,8 +523,8 @@ def test_notes_on_cut_prompts_and_unknown_words_come_once(tmp_path, capsys):
     demo = ["--model", DEMO, "--out_dir", tmp_path, "--steps", 1, "--num_images", 2, "--device", "cpu"]
     assert cli(*demo, "--prompt", prompt) == 0
     error = capsys.readouterr().err
-    assert error.count("CLIP takes 16 tokens") == 1
-    assert error.count("CLIP takes 16 tokens, T5 takes the first 226 characters") == 1
+    assert error.count("CLIP takes 20 tokens") == 1
+    assert error.count("CLIP takes 20 tokens, T5 takes the first 226 characters") == 1
     assert error.count('never saw "dog"; it knows: ') == 1
 
 

@@ -303,7 +303,7 @@ def test_rows_with_a_cache_do_not_decide_for_each_other(engine):
 @pytest.mark.parametrize(("window", "cache"), [((0.8, 1.0), 0.2), ((0.5, 0.55), 0.3), ((0.0, 0.1), 0.3)])
 def test_a_cache_does_not_swallow_a_window(engine, window, cache):
     cond, neg = engine.get_cond(PROMPT), engine.get_cond("")
-    config = ResidualConfig(0, (3, 5, 7), "each:1", start=window[0], end=window[1])
+    config = ResidualConfig(0, (3, 5, 7), "each:0.1", start=window[0], end=window[1])  # more can move an object
 
     def effect(cache: float) -> float:
         start = torch.zeros(1, 16, 12, 12)
@@ -313,7 +313,7 @@ def test_a_cache_does_not_swallow_a_window(engine, window, cache):
         ]
         return ((runs[1] - runs[0]).norm() / runs[0].norm()).item()
 
-    assert effect(cache) > 0.5 * effect(0.0) > 0
+    assert effect(cache) > 0.2 * effect(0.0) > 0
 
 
 def test_a_schedule_that_moves_is_not_reused_across_its_steps(engine):

@@ -41,6 +41,13 @@ def test_scene_prompts_are_read_on_ground_truth_and_not_on_others():
         assert not scorer.score(p, [replace(s[0], shape=""), *s[1:]])
 
 
+def test_there_are_two_hundred_prompts_of_every_kind_of_scene():
+    """Also of sizes, although there are only 32 captions of one small object."""
+    prompts = scene_prompts(200, seed=5)
+    assert len({p.text for p in prompts}) == 800
+    assert all(any(t.small for t in p.scene.things) for p in prompts if p.kind == "sizes")
+
+
 @pytest.mark.parametrize("relation", scenes.RELATIONS)
 def test_a_diagonal_is_no_relation(relation):
     dx, dy = scenes.RELATIONS[relation]

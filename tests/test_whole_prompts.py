@@ -792,7 +792,7 @@ def test_a_negative_weight_in_anchored_mode_moves_away_from_the_origin():
         (["--prompt_mode", "whole", "--clip_prompt", "(a){stream=1"], "error: --clip_prompt"),
         (["--prompt_mode", "whole", "--t5_prompt", "(a:nan)"], "error: --t5_prompt"),
         (["--prompt_mode", "whole", "--negative_prompt", "(a:inf)"], "error: --negative_prompt"),
-        (["--prompt_mode", "whole", "--prompt", "red " * 2000], "chunks of 14 CLIP tokens; at most 16"),
+        (["--prompt_mode", "whole", "--prompt", "red " * 2000], "chunks of 18 CLIP tokens; at most 16"),
     ],
 )
 def test_wrong_settings_are_one_line_before_weights_load(words, told, capsys, monkeypatch, tmp_path):

@@ -78,11 +78,15 @@ def scene_prompts(per_kind: int = 40, seed: int = 7) -> list[Prompt]:
     out = []
     for kind in SCENE_KINDS:
         own: dict[str, Prompt] = {}
+        repeated = 0
         while len(own) < per_kind:
-            scene_kind = kinds[kind][len(own) % len(kinds[kind])]
+            # The next kind of scene where this one has hardly any new captions left.
+            scene_kind = kinds[kind][(len(own) + repeated // 100) % len(kinds[kind])]
             scene = training_scene(rng, scene_kind, combinations, short=kind != "sentences", sized=kind == "sizes")
+            known = len(own)
             if kind != "sizes" or any(thing.small for thing in scene.things):
                 own[scene.caption] = Prompt(scene.caption, kind, scene=scene)
+            repeated += len(own) == known
         out += own.values()
     return out
 
