@@ -277,9 +277,11 @@ def newest(work: Path, resume: Path | None = RESUME) -> dict | None:
     return local if local["step"] >= shared["step"] else shared
 
 
-def grown(state: dict, depth: int, captions: Captions) -> dict:
-    """A state with `depth` blocks that computes the same function: the new blocks have zero gates and are spread
-    between the trained ones.
+def grown(state: dict, depth: int, captions: Captions, copy: bool = False) -> dict:
+    """A state with `depth` blocks, the new ones spread between the trained ones.
+
+    The new blocks have zero gates, so that the function stays the same. copy: they are copies of the trained block
+    before them instead, and all of these share its gates equally, so that the function stays about the same.
     """
     old_depth = state["depth"]
     if depth < old_depth:
@@ -294,10 +296,14 @@ def grown(state: dict, depth: int, captions: Captions) -> dict:
     def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         out = {}
         for name, value in weights.items():
-            if name.startswith(stem):
-                number, rest = name.removeprefix(stem).split(".", 1)
-                name = f"{stem}{place[int(number)]}.{rest}"
-            out[name] = value
+            if not name.startswith(stem):
+                out[name] = value
+                continue
+            number, rest = name.removeprefix(stem).split(".", 1)
+            first = place[int(number)]
+            end = place[int(number) + 1] if copy and int(number) + 1 < old_depth else first + 1
+            for new in range(first, end):
+                out[f"{stem}{new}.{rest}"] = _gates_shared(rest, value, end - first)
         return out
 
     out = {k: state[k] for k in ("step", "spent", "width")} | {"fresh_from": state["step"]}
@@ -309,6 +315,14 @@ def grown(state: dict, depth: int, captions: Captions) -> dict:
             out[name] = values | renamed(state[name])
             out[f"{name}_steps"] = state[f"{name}_steps"]
     return out
+
+
+def _gates_shared(name: str, value: Tensor, count: int) -> Tensor:
+    """A block's tensor, with its gates divided by `count` if it is a modulation of six parts (see `mmditx`)."""
+    if count == 1 or "adaLN_modulation" not in name:
+        return value.clone()
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = value.chunk(6)
+    return torch.cat([shift, scale, gate / count, shift_mlp, scale_mlp, gate_mlp / count])
 
 
 def pruned(state: dict, keep: list[int]) -> dict:

@@ -302,17 +302,18 @@ def flow(
     )
 
 
-def grow(work: str, depth: int = 16, fresh: bool = False) -> None:
+def grow(work: str, depth: int = 16, fresh: bool = False, copy: bool = False) -> None:
     """Adds blocks to the state, up to `depth`, without changing its output. Keeps the old state as flow-DEPTH.pt.
 
-    fresh: ignores unfinished weights in the repository.
+    fresh: ignores unfinished weights in the repository; copy: the new blocks are copies that share the gates of the
+    trained ones, and the output changes a little.
     """
     folder = Path(work)
     state = newest(folder, None if fresh else RESUME)
     if state is None:
         raise SystemExit(f"error: --work {work}: has no state to grow")
     save(folder / f"flow-{state['depth']}.pt", state)
-    save(folder / "flow.pt", grown(state, depth, Captions(folder / "tokenizers")))
+    save(folder / "flow.pt", grown(state, depth, Captions(folder / "tokenizers"), copy))
 
 
 def prune(work: str, keep: Sequence[int]) -> None:

@@ -503,6 +503,21 @@ def test_growing_a_state_changes_nothing_it_computes(captions):
         flow.grown(state, 2, captions)
 
 
+def test_growing_by_copies_shares_the_gates(captions):
+    state = random_state(captions)
+    deeper = flow.grown(state, 7, captions, copy=True)
+    stem, gates = "mmdit.joint_blocks.", "x_block.adaLN_modulation.1.weight"
+    for old, copies in ((0, (0, 1, 2)), (1, (3, 4, 5)), (2, (6,))):
+        parts = state["model"][f"{stem}{old}.{gates}"].chunk(6)
+        for new in copies:
+            for i, part in enumerate(deeper["model"][f"{stem}{new}.{gates}"].chunk(6)):
+                torch.testing.assert_close(part, parts[i] / (len(copies) if i in (2, 5) else 1))
+            name = "x_block.mlp.fc1.weight"
+            assert torch.equal(deeper["average"][f"{stem}{new}.{name}"], state["average"][f"{stem}{old}.{name}"])
+    run = flow.Training(captions, deeper, 0, 0, seed=1)
+    assert run.model.mmdit.config.depth == 7
+
+
 def test_pruning_undoes_growing(captions):
     state = random_state(captions)
     back = flow.pruned(flow.grown(state, 7, captions), [0, 3, 6])
