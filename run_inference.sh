@@ -41,6 +41,10 @@ case $1 in
 esac
 which=$1
 shift
+case $which in
+  sd3 | sd3.5 | demo) ;;
+  *) fail "$which: unknown model; must be sd3, sd3.5 or demo" ;;
+esac
 literal=
 if [ "${1:-}" = "--" ]; then
   literal=yes
@@ -78,9 +82,6 @@ case $which in
     ;;
   demo)
     arguments+=(--model "$here/models/demo/demo.safetensors")
-    ;;
-  *)
-    fail "$which: unknown model; must be sd3, sd3.5 or demo"
     ;;
 esac
 if [ "$which" != demo ]; then

@@ -18,7 +18,7 @@ from sd3.flags import FLAGS, names, places, read_values
 from sd3.help import default
 from sd3.mistakes import Mistake, check_parameters, spell
 from sd3.models import SkipLayerConfig, read_skip_layer_config
-from sd3.planning import plan_for
+from sd3.planning import plan_for, unknown_words, words_read
 from sd3.prompts import read_texts
 from sd3.residual import ResidualConfig, read_residual
 from sd3.run import Picture, Provenance, make_pictures
@@ -160,8 +160,16 @@ class Pipeline:
             own["controlnet_ckpt"] = loaded["controlnet_ckpt"]
         flags = Flags.read({"shift": self.shift} | settings | own)
         seeds = flags.seeds(len(prompts))
-        plan = plan_for(self.engine, flags, prompts, seeds, skip_layer, residual and read_residual(residual))
-        for note in plan.notes:
+        plan = plan_for(
+            self.engine,
+            flags,
+            prompts,
+            seeds,
+            skip_layer,
+            read_residual(residual, "residual") if residual is not None else None,
+        )
+        texts = [] if self.engine.setup.lora else words_read(plan.pictures[0], prompts)  # a LoRA may teach words
+        for note in (*plan.notes, *unknown_words(self.engine.model_file.metadata, texts)):
             self.engine.tell.note(note)
         return flags, plan.pictures
 

@@ -12,7 +12,7 @@ from sd3.diffusers_names import StoredAs
 from sd3.files import ENCODER_FOLDERS, ENCODER_PREFIX, ENCODERS, STEMS, WeightFile, weight_paths
 from sd3.lora_file import LoraFile
 from sd3.mistakes import Missing, Mistake, verbatim
-from sd3.models import MODELS, model_key, own_models_folder
+from sd3.models import MODELS, SHIPPED, model_key, own_models_folder
 from sd3.weights import ModelTensors
 
 
@@ -59,7 +59,7 @@ def list_models(*folders: str | Path) -> str:
         for path in weight_paths(place, "*", "*/*", "*/loras/*"):
             with _damage_listed(lines):
                 file = WeightFile(path, folder=False)
-                roles |= list_roles(file)
+                roles |= set() if model_key(path) == SHIPPED else list_roles(file)  # its encoders fit no other model
                 size = _gigabytes(path.stat().st_size)
                 lines.append(f"  found    {path.relative_to(place)}  {_kind(file)}, {size}")
                 names.add(path.name)

@@ -119,7 +119,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
     picture("clip_prompt", TEXT, None, "what the CLIP encoders read in place of the prompt"),
     picture("t5_prompt", TEXT, None, "what T5 reads in place of the prompt", matters=effects.t5_prompt),
     picture("seed", whole(0, SEED_LIMIT - 1), DEFAULT_SEED, "the first seed; images of one prompt count up from it",
-            usual="drawn; 23 for seed_type fixed and roll", always=True, also="probe", common=True),
+            usual="random; 23 if `seed_type` is fixed or roll", always=True, also="probe", common=True),
     picture("seed_type", choice(*SEED_TYPES), None,
             "fixed: every prompt starts at `seed`; roll: seeds count up over all images; rand: drawn, printed and "
             "recorded",
@@ -173,7 +173,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
     picture("residual_origin_layer", LAYER, 0, "the block whose incoming text tokens are streamed", usual="0",
             always=True, matters=effects.residual, also="measure", common=True),
     picture("residual_target_layers", LAYERS, (),
-            "the blocks in front of which they are mixed in, such as 3,5,7 or 2-22 or 2-22:2; none turns it off",
+            "the blocks that receive them, such as 3,5,7 or 2-22 or 2-22:2; none turns it off",
             usual="off", always=True, matters=effects.residual, also="measure", common=True),
     picture("residual_weights", WEIGHTS, (),
             "one weight per target, each:W for all targets, or linear:FIRST:LAST for a ramp over them",
@@ -272,7 +272,7 @@ _TABLE: dict[str, tuple[Flag, ...]] = {
         sweep="see log.jsonl", also="self_check"),
 ),
 "instead of new images": (
-    run("replay", FILE, None, "makes an image again from its metadata; other flags replace single settings",
+    run("replay", FILE, None, "recreates an image from its metadata; other flags replace single settings",
         pixels=False, sweep="that is for sd3_infer.py", common=True),
     run("serve_stdin", SWITCH, False, "loads once, then makes images for every line of JSON on stdin",
         pixels=False, sweep="that is for sd3_infer.py"),

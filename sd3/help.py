@@ -30,7 +30,7 @@ Makes images with an SD3 or SD3.5 model, with or without residual text streaming
   python sd3_infer.py --list_models                                 which models are here, how to get the others
   python sd3_infer.py --model models/sd3.5_medium.safetensors --prompt "a fox in the snow" --seed 5
 
-A setting that is not given is the model's usual one. Images are saved below outputs/, with their settings."""
+Settings that you leave out take the model's defaults. Images are saved below outputs/, with their settings."""
 END = """\
 docs/flags.md has the range of every flag.
 exit status: 0 done, 1 failed, 2 a mistake in flags or files, 130 or 143 stopped"""

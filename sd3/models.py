@@ -145,7 +145,12 @@ def fetch_model(path: str) -> str:
     """How to download a released model, as the end of an error line."""
     name = Path(path).name
     row = MODELS.get(name.removesuffix(".safetensors"), OTHER_MODEL)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not name.endswith(".safetensors") and not Path(path).parent.exists():
+        return f"; if it is a repository of the Hugging Face hub: hf download {path} --local-dir models/{name}"
     if not row.hub:
         return "; `list_models` lists the models"
     small = f"; `model` {SHIPPED} is the small model that ships" if Path(path) == Path(DEFAULT_MODEL) else ""
-    return f"; get it with: hf download {row.hub} {name} --local-dir {Path(path).parent}{small}"
+    file = f"{name.removesuffix('.safetensors')}.safetensors"
+    folder = Path(path).parent if name == file else Path(DEFAULT_MODEL).parent
+    give = "" if name == file else f", then give {folder / file}"
+    return f"; get it with: hf download {row.hub} {file} --local-dir {folder}{give}{small}"

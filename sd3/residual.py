@@ -237,11 +237,11 @@ def build_residual_config(
     return config if config.active else None
 
 
-def read_residual(config: ResidualConfig | None) -> ResidualConfig:
-    """Checks a configuration from Python; None means off. Raises Mistake for another type."""
+def read_residual(config: ResidualConfig | None, field: str = "residual_config") -> ResidualConfig:
+    """Checks a configuration from Python; None means off. Raises Mistake for another type; field: what it names."""
     if config is None or isinstance(config, ResidualConfig):
         return config or ResidualConfig()
-    raise Mistake("residual_config", config, "must be a ResidualConfig; build_residual_config makes one")
+    raise Mistake(field, config, 'must be a ResidualConfig, such as ResidualConfig(targets="3-7", weights="each:0.1")')
 
 
 def residual_stream(config: ResidualConfig | None, rotations: Rotations | None = None) -> ResidualStream | None:

@@ -220,3 +220,13 @@ def test_a_lora_that_fits_wholly_is_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sd3.load(DEMO, device="cpu", lora=DEMO.parent / "loras" / "cross.safetensors")
+
+
+def test_words_that_the_model_never_saw_are_a_note(pipe):
+    with pytest.warns(sd3.Note, match='this small model never saw "dog"'):
+        pipe("a dog", seed=1, **FEW)
+
+
+def test_a_configuration_of_another_type(pipe):
+    with pytest.raises(sd3.Mistake, match=r"^residual .*: must be a ResidualConfig, such as"):
+        pipe("a red circle", residual={"targets": "3-7"}, **FEW)

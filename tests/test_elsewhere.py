@@ -486,3 +486,22 @@ def test_a_mistake_about_a_flag_reads_without_dashes_in_python():
     with pytest.raises(Mistake) as error:
         sd3.flags.check_flag("cfg_scale")
     assert str(error.value) == "cfg_scale: is called cfg here"
+
+
+def test_where_to_get_a_model(tmp_path, monkeypatch, capsys):
+    """A released model by its bare name, and a repository of the hub."""
+    monkeypatch.chdir(tmp_path)
+    assert sd3_infer.main(["--prompt", "x", "--model", "sd3.5_medium"]) == 2
+    file = "sd3.5_medium.safetensors"
+    wanted = f"hf download stabilityai/stable-diffusion-3.5-medium {file} --local-dir models, then give models/{file}"
+    assert wanted in capsys.readouterr().err
+    name = "stabilityai/stable-diffusion-3-medium-diffusers"
+    assert sd3_infer.main(["--prompt", "x", "--model", name]) == 2
+    folder = "models/stable-diffusion-3-medium-diffusers"
+    assert f"hf download {name} --local-dir {folder}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flag", "right"), [("--vae_path", "--vae"), ("--unet", "--model"), ("--eta", "--sampler")])
+def test_more_names_from_elsewhere(flag, right, capsys):
+    assert sd3_infer.main([flag, "1", "--prompt", "x"]) == 2
+    assert right in capsys.readouterr().err

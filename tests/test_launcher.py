@@ -110,6 +110,7 @@ def test_a_vae_that_was_asked_for_must_be_there(tmp_path, small_model):
     ("arguments", "message"),
     [
         (("sdxl", "x"), "sdxl: unknown model; must be sd3, sd3.5 or demo"),
+        (("a red circle",), "a red circle: unknown model; must be sd3, sd3.5 or demo"),
         (("demo",), "the prompt is missing"),
         (("demo", "--steps", "3"), "the prompt is missing"),
         ((), "usage: run_inference.sh"),

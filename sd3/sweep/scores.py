@@ -22,7 +22,7 @@ OVERALL = "overall"
 LEAST_UNITS = 5  # resampled prompts or images; of fewer, the bootstrap's intervals say nothing
 LEAST_PAIRS = 10  # images with a baseline; below, the bootstrap's intervals are too narrow to mark a best row
 DESCRIPTIONS = {  # what the report says about each scorer
-    "demo": f"share of what the prompts ask for that the images show; {ERRORS[0]} of {ERRORS[1]} verdicts on labelled "
+    "demo": f"share of images that match their prompts; {ERRORS[0]} of {ERRORS[1]} verdicts on labelled "
     "images were wrong",
     "clip": "100 × the cosine of image and prompt, CLIP",
 }
@@ -32,7 +32,7 @@ DESCRIPTIONS = {  # what the report says about each scorer
 class Row:
     """Mean score of a variant with its 95 % interval; gain: mean difference to the baseline on the same prompts and
     seeds, with its interval, None for a baseline; pairs: images with such a baseline. Intervals of fewer than
-    `LEAST_UNITS` prompts (or images of one prompt) are None.
+    `LEAST_UNITS` prompts (or images of one prompt), and of equal values, are None.
     """
 
     variant: int
@@ -158,13 +158,14 @@ def _pairs(plan: Plan, scores: Mapping[str, Mapping[str, float]], variant: int, 
 
 def spread(values: Sequence[tuple[int, float]]) -> tuple[float, float | None, float | None]:
     """Mean of (prompt, value) and its 95 % bootstrap interval. Prompts are resampled with all their values, or the
-    values if there is one prompt; of fewer than `LEAST_UNITS`, the interval is None and None.
+    values if there is one prompt; of fewer than `LEAST_UNITS`, or of equal values, the interval is None and None.
     """
     groups: dict[int, list[float]] = {}
     for prompt, value in values:
         groups.setdefault(prompt, []).append(value)
     units = [float(np.mean(g)) for g in groups.values()] if len(groups) > 1 else [v for _, v in values]
-    low, high = interval(units) if len(units) >= LEAST_UNITS else (None, None)
+    enough = len(units) >= LEAST_UNITS and np.ptp(units) > 1e-9  # else it has no width
+    low, high = interval(units) if enough else (None, None)
     return float(np.mean(units)), low, high
 
 
@@ -196,8 +197,9 @@ def table(plan: Plan, rows: Sequence[Row], words: Sequence[str]) -> str:
         name = words[number] if variant.name in words[number] else f"{words[number]} ({variant.name})"
         shown = [_cell(cells[kind]) if kind in cells else "" for kind in kinds]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
-    if any(r.low is None for r in rows):
-        lines += ["", f"Too few for intervals: they need {LEAST_UNITS} prompts, or {LEAST_UNITS} images of one prompt."]
+    if any(r.low is None or (r.gain is not None and r.gain_low is None) for r in rows):
+        few = f"fewer than {LEAST_UNITS} prompts (or images of one prompt), or all values are equal"
+        lines += ["", f"Where no interval is shown, there are {few}."]
     return "\n".join(lines)
 
 
