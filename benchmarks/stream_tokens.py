@@ -20,7 +20,7 @@ from side_by_side import side_by_side
 
 ROOT = Path(__file__).parent.parent
 PROMPT = "a red circle left of a blue square"
-RESIDUAL = ["--residual_target_layers", "3-7", "--residual_weights", "each:0.3", "--residual_mode", "anchored"]
+RESIDUAL = ["--residual_target_layers", "6-15", "--residual_weights", "each:0.3", "--residual_mode", "anchored"]
 SETTINGS = {"off": [], **{t: [*RESIDUAL, "--residual_tokens", t] for t in ("all", "words", "padding", "clip", "t5")}}
 MEASURES = ("retrieval", "probe relation")
 

@@ -103,7 +103,7 @@ def train(
     model: str = "demo",
     steps: int = 600,
     batch: int = 32,
-    rank: int = 8,
+    rank: int = 6,
     rate: float = 3e-3,
     count: int = 1500,
     seed: int = 0,

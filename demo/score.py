@@ -66,7 +66,7 @@ def labelled() -> list[Labelled]:
 
 
 def table(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
-    """Markdown table of the share of hits with its bootstrap interval: a row per kind, a column per setting.
+    """Markdown table of the share of hits with Wilson's interval: a row per kind, a column per setting.
 
     The overall score is the mean over the images of the six kinds in `KINDS`; every kind has the same number of them.
     """
@@ -78,7 +78,7 @@ def table(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
         cells = []
         for hits in results.values():
             own = of_kind(hits, prompts, kind)
-            low, high = interval(own)
+            low, high = wilson(sum(own), len(own))
             cells.append(f"{np.mean(own):.2f} ({low:.2f} to {high:.2f})")
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -98,11 +98,11 @@ def of_kind(values: Sequence, prompts: Sequence[Prompt], kind: str) -> list:
 
 
 def paired(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
-    """Markdown table with a row per setting: its gain over `off` with the same prompts and seeds, with bootstrap
-    intervals of the paired differences.
+    """Markdown table with a row per setting: its gain over `off` with the same prompts and seeds, with the 95 %
+    bootstrap interval of the paired differences, or without one where all are equal.
     """
     names = shown_kinds(prompts)
-    lines = ["| setting less off | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    lines = ["| setting minus off | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
     for setting, hits in results.items():
         if setting in ("off", SHUFFLED):
             continue
@@ -111,7 +111,7 @@ def paired(results: dict[str, list[bool]], prompts: Sequence[Prompt]) -> str:
         for kind in names:
             own = of_kind(gains, prompts, kind)
             low, high = interval(own)
-            cells.append(f"{np.mean(own):+.2f} ({low:+.2f} to {high:+.2f})")
+            cells.append(f"{np.mean(own):+.2f}" + (f" ({low:+.2f} to {high:+.2f})" if np.ptp(own) else ""))
         lines.append(f"| {setting} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -125,12 +125,12 @@ def by_kind(hits: Sequence[bool], prompts: Sequence[Prompt]) -> dict[str, list[i
     return {kind: [int(sum(values)), len(values)] for kind, values in own.items()}
 
 
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(right: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """95 % interval of a share (Wilson's score interval, which has a width at 0 and 1, too)."""
     share, n = right / count, count + z * z
     middle = (right + z * z / 2) / n
     half = z / n * (count * share * (1 - share) + z * z / 4) ** 0.5
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def worse(new: dict[str, list[int]], old: dict[str, list[int]]) -> list[str]:

@@ -405,28 +405,46 @@ def fold_latent_format(model: VAE, scale: float) -> None:
     decoder.bias -= LATENT_SHIFT * decoder.weight.sum(dim=(1, 2, 3))
 
 
-def all(
-    work: str,
-    out: str = "models/demo",
-    fresh: bool = False,
-    decay_from: int = 16200,
-    steps: int = 19600,
-    **values,
-) -> None:
-    """Runs all stages, up to the file that ships, with the steps that its weights had. The learning rate falls from the
-    step decay_from to the last one.
+# Arguments of `flow` for the weights that ship. The second stage begins with copies of the first one's blocks.
+FLOW_STAGES = (
+    {"depth": 8, "decay_from": 16200, "decay_to": 19600, "steps": 19600},
+    {
+        "depth": 16,
+        "decay_from": 20300,
+        "decay_to": 23300,
+        "steps": 23300,
+        "more": {"three": 2.0, "relations": 1.5, "count": 1.5},
+    },
+)
+
+
+def all(work: str, out: str = "models/demo", fresh: bool = False, **values) -> None:
+    """Runs all stages, up to the file that ships, with the blocks and steps that its weights had.
 
     Starts from scratch, or from the unfinished weights in the repository, which need the autoencoder that ships.
-    `values`: arguments of `flow`.
+    `values`: other arguments of `flow`.
     """
+    if own := values.keys() & {name for stage in FLOW_STAGES for name in stage}:
+        raise SystemExit(f"error: --{min(own)}: `all` sets it for each stage; to choose it, run the stages one by one")
+
+    def state() -> dict | None:
+        return newest(Path(work), None if fresh else RESUME)
+
     if fresh or not RESUME.exists():
         vae(work)
     encode(work)
     values = {"minutes": math.inf, "fresh": fresh} | values
-    flow(work, steps=steps, decay_from=decay_from, decay_to=steps, **values)
-    done = newest(Path(work), None if fresh else RESUME)["step"]
-    if done < steps:  # because of --minutes
-        raise SystemExit(f"stopped after {done} of {steps} steps; run the command again to go on")
+    for stage in FLOW_STAGES:
+        begun = state()
+        if begun and begun["step"] >= stage["steps"]:
+            continue
+        if begun and begun["depth"] < stage["depth"]:
+            grow(work, stage["depth"], fresh=fresh, copy=True)
+        flow(work, **stage, **values)
+        done = state()["step"]
+        if done < stage["steps"]:  # because of --minutes
+            last = FLOW_STAGES[-1]["steps"]
+            raise SystemExit(f"stopped after {done} of {last} steps; run the command again to go on")
     export(work, out, fresh=fresh)
 
 

@@ -54,13 +54,13 @@ def list_models(*folders: str | Path) -> str:
             with _damage_listed(lines):
                 file = WeightFile(path)
                 size = sum(p.stat().st_size for p in {e.path for e in file.entries.values()})
-                lines.append(f"  found    {path.relative_to(place)}/  a model in diffusers layout, {_gigabytes(size)}")
+                lines.append(f"  found    {path.relative_to(place)}/  a model in diffusers layout, {_size(size)}")
                 names.add(f"{model_key(path)}.safetensors")
         for path in weight_paths(place, "*", "*/*", "*/loras/*"):
             with _damage_listed(lines):
                 file = WeightFile(path, folder=False)
                 roles |= set() if model_key(path) == SHIPPED else list_roles(file)  # its encoders fit no other model
-                size = _gigabytes(path.stat().st_size)
+                size = _size(path.stat().st_size)
                 lines.append(f"  found    {path.relative_to(place)}  {_kind(file)}, {size}")
                 names.add(path.name)
     return "\n".join([*lines, *_list_missing(places, names, roles)])
@@ -84,8 +84,8 @@ def _damage_listed(lines: list[str]) -> Iterator[None]:
         lines.append(f"  damaged  {error}")
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB"
+def _size(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def _list_missing(places: list[Path], found: set[str], roles: set[str]) -> Iterator[str]:

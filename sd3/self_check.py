@@ -39,7 +39,6 @@ CONTROLNET = MODEL.parent / "self_check" / "controlnet.safetensors"
 PROMPT, SEED, STEPS, CFG, SIDE = "a red circle left of a blue square", 7, 6, 2.5, 12
 # The largest relative error (norm of the difference over norm of the stored result) explained by rounding.
 LIMITS = {torch.float32: 2e-3, torch.bfloat16: 0.06, torch.float16: 0.01}
-TARGETS = (3, 5, 7)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +67,9 @@ def results(engine: Engine) -> dict[str, tuple[Callable[[], Tensor], int]]:
     plain |= engine.loaded_settings()
     settings = {
         "plain": {},
-        "residual add": residual_settings(ResidualConfig(0, TARGETS, "each:1")),
-        "residual anchored": residual_settings(ResidualConfig(1, TARGETS, "each:2", "anchored", "cosine")),
-        "skip-layer guidance": {"skip_layer": SkipLayerConfig(2.0, 0.01, 0.6, (4, 5), cfg=CFG)},
+        "residual add": residual_settings(ResidualConfig(0, (3, 5, 7), "each:1")),
+        "residual anchored": residual_settings(ResidualConfig(1, (3, 8, 12), "each:2", "anchored", "cosine")),
+        "skip-layer guidance": {"skip_layer": SkipLayerConfig(3.0, 0.01, 0.6, (4, 5), cfg=CFG)},
     }
 
     def sample(control: Tensor | None = None, **values: Any) -> Tensor:

@@ -132,7 +132,7 @@ def test_images_come_one_at_a_time(pipe):
         ({"steps": 0}, "steps 0: must be"),
         ({"cfg": "much"}, "cfg much: must be a number"),
         ({"output": "jpeg"}, "output jpeg: must be pil or latent"),
-        ({"residual_target_layers": "3-70"}, "residual_target_layers 8: no such layer"),
+        ({"residual_target_layers": "3-70"}, "residual_target_layers 16: no such layer"),
         ({"residual_start": 0.8, "residual_end": 0.2}, "residual_start 0.8: must be below residual_end"),
         ({"guidance_start": 0.8, "guidance_end": 0.2}, "guidance_start 0.8: must be below guidance_end"),
         ({"init_image": "nothing.png"}, "init_image nothing.png: no such file"),

@@ -304,6 +304,18 @@ def test_the_bootstrap_interval_holds_the_mean():
     assert 0.55 < low < 0.75 < high < 0.92
 
 
+def test_tables_show_how_far_equal_values_reach():
+    """All right of 40 is no certainty, and equal differences have no interval."""
+    prompts = [shape_prompts.Prompt("", "counting")] * 40
+    results = {"off": [True] * 40, "same": [True] * 40, "none": [False] * 40, "half": [True, False] * 20}
+    assert score.table(results, prompts).splitlines()[-1] == (
+        "| counting | 1.00 (0.91 to 1.00) | 1.00 (0.91 to 1.00) | 0.00 (0.00 to 0.09) | 0.50 (0.35 to 0.65) |"
+    )
+    rows = score.paired(results, prompts).splitlines()[2:]
+    assert rows[:2] == ["| same | +0.00 |", "| none | -1.00 |"]
+    assert rows[2].startswith("| half | -0.50 (-0.6")
+
+
 def test_the_shipped_model_draws_what_it_is_asked_for():
     """A small part of the score that the README reports, so that broken weights or a broken path are noticed."""
     engine = SD3Inferencer().load(str(DEMO), device="cpu")
@@ -593,21 +605,37 @@ def test_all_runs_the_stages_in_order_and_never_exports_half_trained_weights(tmp
     """The stages themselves are tested above; here they only leave a state."""
     ran, states = [], [None]
 
-    def flow_stage(work, steps, fresh, minutes, decay_from, decay_to, **values):
-        ran.append(("flow", steps, decay_from, decay_to, values))
-        states.append({"step": steps if minutes > 1 else 5})
+    def flow_stage(work, steps, depth, decay_from, decay_to, fresh, minutes, more=None, **values):
+        ran.append(("flow", steps, depth, decay_from, decay_to, values))
+        states.append({"step": steps if minutes > 1 else states[-1]["step"] + 5 if states[-1] else 5, "depth": depth})
+
+    def grow_stage(work, depth, fresh, copy):
+        ran.append(("grow", depth, copy))
+        states.append(states[-1] | {"depth": depth})
 
     monkeypatch.setattr(train, "RESUME", tmp_path / "none")
     monkeypatch.setattr(train, "newest", lambda *_: states[-1])
     monkeypatch.setattr(train, "flow", flow_stage)
+    monkeypatch.setattr(train, "grow", grow_stage)
     for name in ("vae", "encode", "export"):
         monkeypatch.setattr(train, name, lambda *_, name=name, **__: ran.append(name))
     train.all("w", batch=4)
-    assert ran == ["vae", "encode", ("flow", 19600, 16200, 19600, {"batch": 4}), "export"]
-    ran.clear()
-    with pytest.raises(SystemExit, match="stopped after 5 of 19600 steps"):
-        train.all("w", batch=4, minutes=1)
-    assert "export" not in ran
+    first = ("flow", 19600, 8, 16200, 19600, {"batch": 4})
+    second = [("grow", 16, True), ("flow", 23300, 16, 20300, 23300, {"batch": 4})]
+    assert ran == ["vae", "encode", first, *second, "export"]
+
+    for begun, done, rest in (
+        (None, "5", [first]),
+        ({"step": 19600, "depth": 8}, "19605", second),
+        ({"step": 20000, "depth": 16}, "20005", second[1:]),
+    ):
+        ran.clear()
+        states[:] = [begun]
+        with pytest.raises(SystemExit, match=f"stopped after {done} of 23300 steps"):
+            train.all("w", batch=4, minutes=1)
+        assert ran == ["vae", "encode", *rest]  # and no export
+    with pytest.raises(SystemExit, match="--steps: `all` sets it for each stage"):
+        train.all("w", steps=4)
 
 
 @pytest.mark.slow

@@ -41,6 +41,19 @@ def test_scene_prompts_are_read_on_ground_truth_and_not_on_others():
         assert not scorer.score(p, [replace(s[0], shape=""), *s[1:]])
 
 
+@pytest.mark.parametrize("text", ["a red circle on a black background", "the background is black. a red circle."])
+def test_a_background_that_the_prompt_names_counts(text):
+    things = (Thing("red", "circle", 48, 48, 12),)
+    seen = {b: scorer.read_picture(scenes.render(Scene("", "", things, b))) for b in scenes.BACKGROUNDS}
+    prompts = [
+        Prompt(text, "single object", (("red", "circle"),)),
+        Prompt(text, "sentences", scene=Scene(text, "", things, "black")),
+    ]
+    for prompt in prompts:
+        assert {b: scorer.score(prompt, s) for b, s in seen.items()} == {"white": False, "black": True, "gray": False}
+        assert all(scorer.score(replace(prompt, text="a red circle"), s) for s in seen.values())
+
+
 def test_there_are_two_hundred_prompts_of_every_kind_of_scene():
     """Also of sizes, although there are only 32 captions of one small object."""
     prompts = scene_prompts(200, seed=5)

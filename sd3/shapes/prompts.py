@@ -156,6 +156,11 @@ def read_caption(text: str) -> list[Prompt]:
     return [Prompt(text, kind, wanted) for kind in kinds]
 
 
+def named_background(text: str) -> str:
+    """The background that a caption names; empty if it names none."""
+    return next((b for b in BACKGROUNDS if re.search(rf"\b{b}\b", text)), "")
+
+
 def draw(prompt: Prompt, rng: random.Random) -> np.ndarray:
     """Renders an image that shows exactly what the prompt says, as ground truth for the scorer."""
     if prompt.scene is not None:
@@ -169,7 +174,6 @@ def draw(prompt: Prompt, rng: random.Random) -> np.ndarray:
     else:
         cells = rng.sample([(c, r) for c in range(3) for r in range(3)], len(prompt.wanted))
         wanted = prompt.wanted
-    named = [b for b in BACKGROUNDS if b in prompt.text.split()]
-    background = named[0] if named else rng.choice(list(BACKGROUNDS))
+    background = named_background(prompt.text) or rng.choice(list(BACKGROUNDS))
     things = tuple(place(w, c, radius, rng) for w, c in zip(wanted, cells, strict=True))
     return render(Scene(prompt.text, prompt.kind, things, background))

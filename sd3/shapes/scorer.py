@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
@@ -14,7 +14,7 @@ from itertools import permutations
 import numpy as np
 from PIL import Image
 
-from sd3.shapes.prompts import Prompt
+from sd3.shapes.prompts import Prompt, named_background
 from sd3.shapes.scenes import BACKGROUNDS, COLOURS, NORMAL, RELATIONS, SHAPES, SIZE, SMALL, Scene, Thing, render
 
 LEAST_AREA = 0.008  # share of the image; smaller pieces are ignored (the smallest drawn object covers 0.016)
@@ -25,13 +25,12 @@ MOST_SIDE = 2 * SIZE  # pixels; larger images are reduced to this
 FINE = 3  # points per pixel along each axis at which a shape is drawn for comparison
 MAIN_DIRECTION = 1.25  # an object is left of another if it is further left by this times what it is above or below
 ERRORS = (1, 100)  # wrong verdicts, and images: those that a person labelled and that were used once, at the end
-COLOUR_NAMES, COLOUR_VALUES = list(COLOURS), np.array(list(COLOURS.values()), dtype=np.float32)
 
 
 @dataclass(frozen=True)
 class Seen:
     """A detected object. x, y: centre as shares of the image's width and height; shape: empty if it is like no known
-    shape; area: share of the image.
+    shape; area: share of the image; background: the nearest of `BACKGROUNDS`.
     """
 
     shape: str
@@ -39,6 +38,7 @@ class Seen:
     x: float
     y: float
     area: float = 0.0
+    background: str = ""
 
 
 @lru_cache
@@ -110,9 +110,14 @@ def _seen(pixels: np.ndarray, mask: np.ndarray, colour: np.ndarray, background: 
     # Along the line from the background's colour (0) to the object's (1), so that soft edges count in part.
     cover = np.clip((pixels - background) @ ink / (ink @ ink), 0, 1) * near
     y, x = ndimage.center_of_mass(cover)
-    name = COLOUR_NAMES[int(np.linalg.norm(COLOUR_VALUES - colour, axis=-1).argmin())]
     shape = shape_of(cover[ndimage.find_objects(near.astype(int))[0]])
-    return Seen(shape, name, float(x) / mask.shape[1], float(y) / mask.shape[0], float(cover.mean()))
+    names = _nearest(colour, COLOURS), _nearest(background, BACKGROUNDS)
+    return Seen(shape, names[0], float(x) / mask.shape[1], float(y) / mask.shape[0], float(cover.mean()), names[1])
+
+
+def _nearest(colour: np.ndarray, named: Mapping[str, tuple[int, int, int]]) -> str:
+    """The name of the colour (RGB, 0 to 255) that is nearest."""
+    return min(named, key=lambda name: np.linalg.norm(colour - named[name]))
 
 
 def holds(relation: str, first: Seen, second: Seen) -> bool:
@@ -125,8 +130,11 @@ def holds(relation: str, first: Seen, second: Seen) -> bool:
 
 def score(prompt: Prompt, seen: Sequence[Seen]) -> bool:
     """Whether an image in which `seen` was found shows what the prompt asks for. An object too many, or of no known
-    shape, is a miss.
+    shape, is a miss, and so is another background than the prompt names.
     """
+    background = named_background(prompt.text)
+    if background and any(s.background != background for s in seen):
+        return False
     if prompt.scene is not None:
         return shown(prompt.scene, seen)
     if prompt.kind in ("single object", "two objects"):
