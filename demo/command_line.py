@@ -10,7 +10,7 @@ import fire
 from fire import helptext
 from fire.trace import FireTrace
 
-from sd3.mistakes import Mistake
+from sd3.mistakes import Mistake, flag_name
 
 
 def run(component: Callable | Mapping[str, Callable], name: str) -> None:
@@ -22,7 +22,7 @@ def run(component: Callable | Mapping[str, Callable], name: str) -> None:
         try:
             fire.Fire(component, name=name)
         except Mistake as mistake:
-            sys.exit(f"error: {mistake}")
+            sys.exit(f"error: {mistake.spelled(flag_name)}")
         return
     trace = FireTrace(component, name=name)
     if isinstance(component, Mapping) and (command := next((a for a in arguments if a in component), None)):

@@ -21,6 +21,7 @@ from demo.optim import Average, Muon
 from demo.text import Batches, Captions, TextRows, right_parts, said_of
 from mmditx import MMDiT, MMDiTConfig
 from other_impls import CLIP, T5, CLIPConfig, T5Config, join_text
+from sd3.mistakes import Mistake
 
 CONTEXT = 128  # width of a text token
 CLIP_WIDTH = 64  # width of CLIP-L and of CLIP-G
@@ -281,11 +282,11 @@ def grown(state: dict, depth: int, captions: Captions, copy: bool = False) -> di
     """A state with `depth` blocks, the new ones spread between the trained ones.
 
     The new blocks have zero gates, so that the function stays the same. copy: they are copies of the trained block
-    before them instead, and all of these share its gates equally, so that the function stays about the same.
+    before them instead, and all of these share its gates equally; the function changes, and has to be trained on.
     """
     old_depth = state["depth"]
     if depth < old_depth:
-        raise ValueError(f"--depth {depth}: the state already has {old_depth} blocks")
+        raise Mistake("depth", depth, f"the state already has {old_depth} blocks")
     place = [round(i * (depth - 1) / max(1, old_depth - 1)) for i in range(old_depth)]
     place[-1] = depth - 1  # the last block is of another kind and stays last
     read_after = place[state["read_after"] - 1] + 1
@@ -328,7 +329,7 @@ def _gates_shared(name: str, value: Tensor, count: int) -> Tensor:
 def pruned(state: dict, keep: list[int]) -> dict:
     """A state with the blocks `keep` alone, in their order; without optimisers."""
     if keep != sorted(set(keep)) or keep[-1] != state["depth"] - 1:
-        raise ValueError(f"--keep {keep}: must be ascending and end with the last block, {state['depth'] - 1}")
+        raise Mistake("keep", keep, f"must be ascending and end with the last block, {state['depth'] - 1}")
     stem = "mmdit.joint_blocks."
 
     def kept(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -507,7 +508,7 @@ def begin(work: Path, captions: Captions, state: dict | None, width: int, depth:
     run = Training(captions, state, width, depth, seed)
     run.sets = run.sets or count_sets(work)
     if not run.sets:
-        raise ValueError(f"--work {work}: has no encoded scenes; run `python -m demo.train encode` first")
+        raise Mistake("work", work, "has no encoded scenes; run python -m demo.train encode first")
     return run
 
 

@@ -45,6 +45,7 @@ from demo.optim import Average, Muon, rate
 from demo.text import Captions
 from demo.watch import look
 from sd3.files import ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
+from sd3.mistakes import Mistake
 from sd3.shapes.scenes import CELL, HELD_OUT, SIZE, all_words, render, training_scene
 from sd3.vae import VAE, ResnetBlock, VAEConfig
 from sd3_impls import LATENT_SCALE, LATENT_SHIFT
@@ -303,15 +304,16 @@ def flow(
 
 
 def grow(work: str, depth: int = 16, fresh: bool = False, copy: bool = False) -> None:
-    """Adds blocks to the state, up to `depth`, without changing its output. Keeps the old state as flow-DEPTH.pt.
+    """Adds blocks to the state, up to `depth`. Keeps the old state as flow-DEPTH.pt.
 
-    fresh: ignores unfinished weights in the repository; copy: the new blocks are copies that share the gates of the
-    trained ones, and the output changes a little.
+    The new blocks have zero gates, and the output stays the same. copy: they are copies that share the gates of the
+    trained ones instead; images are mostly wrong until `flow` has trained them again. fresh: ignores unfinished weights
+    in the repository.
     """
     folder = Path(work)
     state = newest(folder, None if fresh else RESUME)
     if state is None:
-        raise SystemExit(f"error: --work {work}: has no state to grow")
+        raise Mistake("work", work, "has no state to grow")
     save(folder / f"flow-{state['depth']}.pt", state)
     save(folder / "flow.pt", grown(state, depth, Captions(folder / "tokenizers"), copy))
 
@@ -321,7 +323,7 @@ def prune(work: str, keep: Sequence[int]) -> None:
     folder = Path(work)
     state = newest(folder, None)
     if state is None:
-        raise SystemExit(f"error: --work {work}: has no state to prune")
+        raise Mistake("work", work, "has no state to prune")
     save(folder / f"flow-{state['depth']}.pt", state)
     save(folder / "flow.pt", pruned(state, list(keep)))
 
@@ -332,7 +334,7 @@ def resume(work: str, out: str = str(RESUME), average: str = "average") -> None:
     """
     state = load(Path(work) / "flow.pt")
     if state is None:
-        raise SystemExit(f"error: --work {work}: has no state")
+        raise Mistake("work", work, "has no state")
     write_resume(state | {"average": state[average]}, Path(out))
     write_history(Path(work) / "log.jsonl", Path(out).parent / HISTORY)
     print(f"{out}: {Path(out).stat().st_size / 1e6:.1f} MB after {state['step']} steps")
@@ -362,7 +364,7 @@ def export(work: str, out: str = "models/demo", average: str = "average", fresh:
     captions = Captions(Path(work) / "tokenizers")
     state = newest(Path(work), None if fresh else RESUME)
     if state is None:
-        raise SystemExit(f"error: --work {work}: has no state")
+        raise Mistake("work", work, "has no state")
     for name in ("tokenizer", "tokenizer_3"):
         shutil.copytree(Path(work) / "tokenizers" / name, folder / name, dirs_exist_ok=True)
     flow_model = Flow(captions, state["width"], state["depth"], state["read_after"])
@@ -405,16 +407,11 @@ def fold_latent_format(model: VAE, scale: float) -> None:
     decoder.bias -= LATENT_SHIFT * decoder.weight.sum(dim=(1, 2, 3))
 
 
-# Arguments of `flow` for the weights that ship. The second stage begins with copies of the first one's blocks.
+# Arguments of `flow` for the weights that ship; the learning rate falls up to each last step. The second stage begins
+# with copies of the first one's blocks.
 FLOW_STAGES = (
-    {"depth": 8, "decay_from": 16200, "decay_to": 19600, "steps": 19600},
-    {
-        "depth": 16,
-        "decay_from": 20300,
-        "decay_to": 23300,
-        "steps": 23300,
-        "more": {"three": 2.0, "relations": 1.5, "count": 1.5},
-    },
+    {"depth": 8, "decay_from": 16200, "steps": 19600},
+    {"depth": 16, "decay_from": 20300, "steps": 23300, "more": {"three": 2.0, "relations": 1.5, "count": 1.5}},
 )
 
 
@@ -424,8 +421,10 @@ def all(work: str, out: str = "models/demo", fresh: bool = False, **values) -> N
     Starts from scratch, or from the unfinished weights in the repository, which need the autoencoder that ships.
     `values`: other arguments of `flow`.
     """
-    if own := values.keys() & {name for stage in FLOW_STAGES for name in stage}:
-        raise SystemExit(f"error: --{min(own)}: `all` sets it for each stage; to choose it, run the stages one by one")
+    if own := values.keys() & {"decay_to", *(name for stage in FLOW_STAGES for name in stage)}:
+        raise Mistake(
+            min(own), values[min(own)], "is set by all for each stage; to choose it, run the stages one by one"
+        )
 
     def state() -> dict | None:
         return newest(Path(work), None if fresh else RESUME)
@@ -440,7 +439,7 @@ def all(work: str, out: str = "models/demo", fresh: bool = False, **values) -> N
             continue
         if begun and begun["depth"] < stage["depth"]:
             grow(work, stage["depth"], fresh=fresh, copy=True)
-        flow(work, **stage, **values)
+        flow(work, decay_to=stage["steps"], **stage, **values)
         done = state()["step"]
         if done < stage["steps"]:  # because of --minutes
             last = FLOW_STAGES[-1]["steps"]

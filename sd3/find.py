@@ -13,6 +13,7 @@ from sd3.files import ENCODER_FOLDERS, ENCODER_PREFIX, ENCODERS, STEMS, WeightFi
 from sd3.lora_file import LoraFile
 from sd3.mistakes import Missing, Mistake, verbatim
 from sd3.models import MODELS, SHIPPED, model_key, own_models_folder
+from sd3.telling import size_in_words
 from sd3.weights import ModelTensors
 
 
@@ -53,14 +54,14 @@ def list_models(*folders: str | Path) -> str:
         for path in sorted(p.parent for p in place.glob("*/transformer") if os.path.isdir(p)):
             with _damage_listed(lines):
                 file = WeightFile(path)
-                size = sum(p.stat().st_size for p in {e.path for e in file.entries.values()})
-                lines.append(f"  found    {path.relative_to(place)}/  a model in diffusers layout, {_size(size)}")
+                size = size_in_words(sum(p.stat().st_size for p in {e.path for e in file.entries.values()}))
+                lines.append(f"  found    {path.relative_to(place)}/  a model in diffusers layout, {size}")
                 names.add(f"{model_key(path)}.safetensors")
         for path in weight_paths(place, "*", "*/*", "*/loras/*"):
             with _damage_listed(lines):
                 file = WeightFile(path, folder=False)
                 roles |= set() if model_key(path) == SHIPPED else list_roles(file)  # its encoders fit no other model
-                size = _size(path.stat().st_size)
+                size = size_in_words(path.stat().st_size)
                 lines.append(f"  found    {path.relative_to(place)}  {_kind(file)}, {size}")
                 names.add(path.name)
     return "\n".join([*lines, *_list_missing(places, names, roles)])
@@ -82,10 +83,6 @@ def _damage_listed(lines: list[str]) -> Iterator[None]:
         yield
     except (Mistake, OSError) as error:
         lines.append(f"  damaged  {error}")
-
-
-def _size(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:.2f} MB"
 
 
 def _list_missing(places: list[Path], found: set[str], roles: set[str]) -> Iterator[str]:

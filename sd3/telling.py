@@ -18,6 +18,11 @@ SECONDS_BETWEEN_LINES = 60.0  # for the same work, without a terminal
 SECONDS_WORTH_A_LINE = 1.0
 
 
+def size_in_words(count: int) -> str:
+    """Bytes as `4.18 GB` or `26.89 MB`."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
 class Reporter:
     """Receives lines, notes and progress. This base class ignores them."""
 
@@ -142,7 +147,7 @@ class ProgressLog:
             self._write(self._amount(self.done))
 
     def _amount(self, count: int) -> str:
-        return f"{count / 1e9:.2f} GB" if self.unit == "B" else f"{count} {self.unit}{'s' if count != 1 else ''}"
+        return size_in_words(count) if self.unit == "B" else f"{count} {self.unit}{'s' if count != 1 else ''}"
 
     def _write(self, amount: str) -> None:
         tqdm.write(f"{self.what} {amount} ... {time.monotonic() - self.start:.1f} s", file=sys.stderr)

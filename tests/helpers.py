@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
 from dit_embedder import ControlNet, ControlNetConfig
 from mmditx import MMDiT, MMDiTConfig
-from other_impls import CLIP, T5, CLIPConfig, T5Config
+from other_impls import CLIP, T5, CLIPConfig, T5Config, count_layers
 from sd3.diffusers_names import RENAMES
 from sd3.files import ENCODER_PREFIX, MMDIT_PREFIX, VAE_PREFIX
 from sd3.flags import FLAGS
@@ -17,6 +18,8 @@ from sd3.vae import VAE, VAEConfig
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "models" / "demo" / "demo.safetensors"
+with safe_open(DEMO, "pt") as _file:
+    DEMO_DEPTH = count_layers(_file.keys(), MMDIT_PREFIX + "joint_blocks.")
 TOKENIZERS = DEMO.parent
 CLIP_VOCABULARY = len(json.loads((TOKENIZERS / "tokenizer" / "vocab.json").read_text(encoding="utf-8")))
 

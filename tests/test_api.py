@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 import pytest
-from helpers import DEMO, ROOT
+from helpers import DEMO, DEMO_DEPTH, ROOT
 from PIL import Image
 
 import sd3
@@ -132,7 +132,7 @@ def test_images_come_one_at_a_time(pipe):
         ({"steps": 0}, "steps 0: must be"),
         ({"cfg": "much"}, "cfg much: must be a number"),
         ({"output": "jpeg"}, "output jpeg: must be pil or latent"),
-        ({"residual_target_layers": "3-70"}, "residual_target_layers 16: no such layer"),
+        ({"residual_target_layers": "3-70"}, f"residual_target_layers {DEMO_DEPTH}: no such layer"),
         ({"residual_start": 0.8, "residual_end": 0.2}, "residual_start 0.8: must be below residual_end"),
         ({"guidance_start": 0.8, "guidance_end": 0.2}, "guidance_start 0.8: must be below guidance_end"),
         ({"init_image": "nothing.png"}, "init_image nothing.png: no such file"),

@@ -511,7 +511,7 @@ def test_growing_a_state_changes_nothing_it_computes(captions):
             torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     run = flow.Training(captions, deeper, 0, 0, seed=1)
     assert run.model.mmdit.config.depth == 7
-    with pytest.raises(ValueError, match="already has 3 blocks"):
+    with pytest.raises(Mistake, match="already has 3 blocks"):
         flow.grown(state, 2, captions)
 
 
@@ -537,7 +537,7 @@ def test_pruning_undoes_growing(captions):
     for part in ("model", "average"):
         assert back[part].keys() >= state[part].keys()
         assert all(torch.equal(back[part][name], value) for name, value in state[part].items())
-    with pytest.raises(ValueError, match="must be ascending and end with the last block, 2"):
+    with pytest.raises(Mistake, match="must be ascending and end with the last block, 2"):
         flow.pruned(state, [0, 1])
 
 
@@ -601,6 +601,31 @@ def test_help_is_printed_also_to_a_reader_that_stops(module):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["grow"], "has no state to grow"),
+        (["prune", "--keep", "0,1"], "has no state to prune"),
+        (["all", "--steps", "5"], "--steps 5: is set by all for each stage; to choose it, run the stages one by one"),
+    ],
+)
+def test_mistakes_of_the_training_are_one_line(tmp_path, words, told):
+    command = [
+        sys.executable,
+        "-m",
+        "demo.train",
+        *words,
+        "--work",
+        str(tmp_path),
+        "--fresh" if words[0] == "grow" else "",
+    ]
+    done = subprocess.run([w for w in command if w], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1
+    assert line.startswith("error: --")
+    assert told in line
+
+
 def test_all_runs_the_stages_in_order_and_never_exports_half_trained_weights(tmp_path, monkeypatch):
     """The stages themselves are tested above; here they only leave a state."""
     ran, states = [], [None]
@@ -617,24 +642,26 @@ def test_all_runs_the_stages_in_order_and_never_exports_half_trained_weights(tmp
     monkeypatch.setattr(train, "newest", lambda *_: states[-1])
     monkeypatch.setattr(train, "flow", flow_stage)
     monkeypatch.setattr(train, "grow", grow_stage)
+    stages = ({"depth": 2, "decay_from": 15, "steps": 20}, {"depth": 4, "decay_from": 25, "steps": 30, "more": {}})
+    monkeypatch.setattr(train, "FLOW_STAGES", stages)
     for name in ("vae", "encode", "export"):
         monkeypatch.setattr(train, name, lambda *_, name=name, **__: ran.append(name))
     train.all("w", batch=4)
-    first = ("flow", 19600, 8, 16200, 19600, {"batch": 4})
-    second = [("grow", 16, True), ("flow", 23300, 16, 20300, 23300, {"batch": 4})]
+    first = ("flow", 20, 2, 15, 20, {"batch": 4})
+    second = [("grow", 4, True), ("flow", 30, 4, 25, 30, {"batch": 4})]
     assert ran == ["vae", "encode", first, *second, "export"]
 
     for begun, done, rest in (
         (None, "5", [first]),
-        ({"step": 19600, "depth": 8}, "19605", second),
-        ({"step": 20000, "depth": 16}, "20005", second[1:]),
+        ({"step": 20, "depth": 2}, "25", second),
+        ({"step": 23, "depth": 4}, "28", second[1:]),
     ):
         ran.clear()
         states[:] = [begun]
-        with pytest.raises(SystemExit, match=f"stopped after {done} of 23300 steps"):
+        with pytest.raises(SystemExit, match=f"stopped after {done} of 30 steps"):
             train.all("w", batch=4, minutes=1)
         assert ran == ["vae", "encode", *rest]  # and no export
-    with pytest.raises(SystemExit, match="--steps: `all` sets it for each stage"):
+    with pytest.raises(Mistake, match="steps 4: is set by all for each stage"):
         train.all("w", steps=4)
 
 

@@ -413,7 +413,12 @@ def test_lines_of_a_log(monkeypatch):
     with sd3.telling.progress(3, "silent", quiet=True) as update:
         now[0] += 61
         update(3)
-    assert shown.getvalue() == ("loading MMDiT 2.00 GB of 4.20 GB ... 61.0 s\nloading MMDiT 4.20 GB ... 62.0 s\n")
+    with sd3.telling.progress(18_400_000, "loading T5", "B") as update:  # a small model has no 0.02 GB
+        now[0] += 2
+        update(18_400_000)
+    assert shown.getvalue() == (
+        "loading MMDiT 2.00 GB of 4.20 GB ... 61.0 s\nloading MMDiT 4.20 GB ... 62.0 s\nloading T5 18.40 MB ... 2.0 s\n"
+    )
 
 
 def test_a_terminal_gets_a_bar(monkeypatch):

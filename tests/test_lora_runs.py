@@ -14,7 +14,7 @@ from pathlib import Path
 import lora_writing as writing
 import numpy as np
 import pytest
-from helpers import DEMO, ROOT
+from helpers import DEMO, DEMO_DEPTH, ROOT
 from lora_writing import SPELLINGS, draw
 from PIL import Image
 from safetensors import safe_open
@@ -246,7 +246,7 @@ def test_the_shipped_lora_is_listed_and_found_by_replay(tmp_path, capsys, monkey
     assert np.array_equal(np.asarray(Image.open(made)), np.asarray(Image.open(again)))
     capsys.readouterr()
     assert sd3_infer.main(["--list_models"]) == 0
-    assert "cross.safetensors  a LoRA for a model (16 blocks of width 128)" in capsys.readouterr().out
+    assert f"cross.safetensors  a LoRA for a model ({DEMO_DEPTH} blocks of width 128)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import DEMO, READERS
+from helpers import DEMO, DEMO_DEPTH, READERS
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -427,7 +427,7 @@ def test_gen_image_takes_what_python_has(engine, tmp_path):  # P8, reading.md 6
         ({"cache": np.float32("inf")}, "cache inf"),
         ({"skip_layer_config": {"scale": 2}}, "skip_layer_cfg layers: is missing"),
         ({"skip_layer_config": {"scale": 2, "layer": [3]}}, "skip_layer_cfg layer: unknown; did you mean layers?"),
-        ({"skip_layer_config": {"scale": 2, "layers": [16]}}, "this model has 16"),
+        ({"skip_layer_config": {"scale": 2, "layers": [DEMO_DEPTH]}}, f"this model has {DEMO_DEPTH}"),
         ({"skip_layer_config": [1]}, "must be a SkipLayerConfig"),
         ({"residual_config": {"targets": [3]}}, "must be a ResidualConfig"),
         ({"controlnet_cond_image": "x.png"}, "controlnet_cond_image: needs controlnet_ckpt"),  # reading.md 7
@@ -728,13 +728,25 @@ def test_the_probe_names_its_own_flags(tmp_path, monkeypatch, capsys):  # Y3, re
     assert "--out file/x" in refused(sd3.probe.command.main, ["measure", *base, "--out", "file/x"], capsys)
     words = ["calibrate", *base, "--targets", "3", "--out", "file/r.safetensors"]
     assert "--out file" in refused(sd3.probe.command.main, words, capsys)
-    for targets, told in (("3-99", "--targets 16: no such layer"), ("3,3", "--targets: layer 3 is listed twice")):
+    for targets, told in (
+        ("3-99", f"--targets {DEMO_DEPTH}: no such layer"),
+        ("3,3", "--targets: layer 3 is listed twice"),
+    ):
         words = ["calibrate", *base, "--out", "r.safetensors", "--targets", targets]
         error = refused(sd3.probe.command.main, words, capsys)
         assert told in error
         assert "residual" not in error
-    words = ["calibrate", *base, "--out", "r.safetensors", "--targets", "17", "--origin", "16"]
-    assert "--origin 16: no such layer" in refused(sd3.probe.command.main, words, capsys)
+    words = [
+        "calibrate",
+        *base,
+        "--out",
+        "r.safetensors",
+        "--targets",
+        str(DEMO_DEPTH + 1),
+        "--origin",
+        str(DEMO_DEPTH),
+    ]
+    assert f"--origin {DEMO_DEPTH}: no such layer" in refused(sd3.probe.command.main, words, capsys)
 
 
 def test_cells_of_results_are_no_formulas(tmp_path):  # Y4

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import DEMO, TOKENIZERS, mmdit_config, modules, randomise, relative, tensors_of
+from helpers import DEMO, DEMO_DEPTH, TOKENIZERS, mmdit_config, modules, randomise, relative, tensors_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -742,7 +742,7 @@ def test_presets_on_the_command_line(tmp_path, capsys):
     assert "not the authors'" in listed
     for words, told in (
         (["--residual_preset", "sd3_medium"], "must be one of"),
-        (["--residual_preset", PRESETS[0]], "this model has 16 blocks of width 128"),
+        (["--residual_preset", PRESETS[0]], f"this model has {DEMO_DEPTH} blocks of width 128"),
         (["--residual_preset", PRESETS[0], "--residual_config", "x.json"], "does not go with --residual_config"),
     ):
         assert sd3_infer.main([*QUICK, "--prompt", "a star", *words]) == 2
